@@ -1,0 +1,135 @@
+"""Messages to and from LangChain."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    RemoveMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from langchain_zsmerge._messages import to_ai_message, to_ai_message_chunk, to_messages
+
+from zsmerge_llm import Chunk, Result, Usage
+from zsmerge_llm.errors import InputError
+
+USAGE = Usage(10, 4, 3, 0, 0.1, 0.2, 1024, "continued")
+
+
+def one(message: BaseMessage) -> dict[str, Any]:
+    (converted,) = to_messages([message])
+    return converted
+
+
+def test_each_kind_of_message_gets_its_role() -> None:
+    messages = [SystemMessage("be brief"), HumanMessage("hi"), AIMessage("hello"), ToolMessage("4", tool_call_id="c1")]
+    assert to_messages(messages) == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "tool", "content": "4", "tool_call_id": "c1"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("role", "expected"), [("human", "user"), ("ai", "assistant"), ("developer", "system"), ("user", "user")]
+)
+def test_a_chat_message_names_its_role(role: str, expected: str) -> None:
+    assert one(ChatMessage("x", role=role))["role"] == expected
+
+
+@pytest.mark.parametrize(
+    "message", [ChatMessage("x", role="narrator"), RemoveMessage(id="1"), FunctionMessage("x", name="f")]
+)
+def test_a_message_without_a_place_in_a_prompt_is_refused(message: BaseMessage) -> None:
+    with pytest.raises(InputError, match="use"):
+        to_messages([message])
+
+
+def test_text_blocks_are_kept_as_text_and_images_are_handed_on() -> None:
+    image = {"type": "image", "url": "https://example.org/a.png"}
+    message = HumanMessage(["see", {"type": "text", "text": "this", "index": 0}, image])
+    assert one(message)["content"] == [{"type": "text", "text": "see"}, {"type": "text", "text": "this"}, image]
+
+
+def test_a_plain_text_document_block_is_read_as_text() -> None:
+    block = {"type": "text-plain", "text": "once upon a time", "mime_type": "text/plain"}
+    assert one(HumanMessage([block]))["content"] == [{"type": "text", "text": "once upon a time"}]
+
+
+def test_tool_calls_become_openai_calls_with_raw_unicode_arguments() -> None:
+    call = {"name": "weather", "args": {"city": "Köln"}, "id": "c1", "type": "tool_call"}
+    assert one(AIMessage("", tool_calls=[call])) == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+        ],
+    }
+
+
+def test_a_malformed_call_goes_back_into_the_history_as_it_was_written() -> None:
+    message = AIMessage("", invalid_tool_calls=[{"name": "f", "args": "{oops", "id": "c1", "error": "bad"}])
+    assert one(message)["tool_calls"][0]["function"] == {"name": "f", "arguments": "{oops"}
+
+
+def test_blocks_that_repeat_tool_calls_or_hold_reasoning_are_left_out() -> None:
+    call = {"name": "f", "args": {}, "id": "c1", "type": "tool_call"}
+    message = AIMessage(
+        [{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "a"}, call], tool_calls=[call]
+    )
+    converted = one(message)
+    assert converted["content"] == [{"type": "text", "text": "a"}]
+    assert len(converted["tool_calls"]) == 1
+
+
+def test_a_call_that_stands_in_the_content_alone_is_found() -> None:
+    message = AIMessage([{"type": "tool_use", "id": "c1", "name": "f", "input": {"x": 1}}])
+    assert one(message)["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"x": 1}'}
+
+
+def test_an_answer_carries_usage_and_response_metadata() -> None:
+    message = to_ai_message(Result("blue", "stop", USAGE), "smollm2")
+    assert message.text == "blue"
+    assert message.usage_metadata == {
+        "input_tokens": 10,
+        "output_tokens": 3,
+        "total_tokens": 13,
+        "input_token_details": {"cache_read": 4},
+    }
+    assert message.response_metadata["model_name"] == "smollm2"
+    assert message.response_metadata["finish_reason"] == "stop"
+    assert message.response_metadata["token_usage"]["reuse"] == "continued"
+
+
+def calls() -> list[dict[str, Any]]:
+    return [
+        {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
+        {"id": "b", "type": "function", "function": {"name": "g", "arguments": {"y": "ü"}}},
+        {"id": "c", "type": "function", "function": {"name": "h", "arguments": "oops"}},
+    ]
+
+
+def test_calls_of_an_answer_are_parsed_and_malformed_ones_kept_apart() -> None:
+    message = to_ai_message(Result("", "tool_calls", USAGE, calls()), "m")
+    assert [(call["name"], call["args"]) for call in message.tool_calls] == [("f", {"x": 1}), ("g", {"y": "ü"})]
+    assert [call["id"] for call in message.invalid_tool_calls] == ["c"]
+
+
+def test_streamed_calls_add_up_to_the_same_message() -> None:
+    first = to_ai_message_chunk(Chunk("", tool_calls=calls()[:1]), "m", 0)
+    last = to_ai_message_chunk(Chunk("", "tool_calls", USAGE, calls()[1:]), "m", 1)
+    whole = AIMessageChunk(content="") + first + last
+    assert [(call["name"], call["args"]) for call in whole.tool_calls] == [("f", {"x": 1}), ("g", {"y": "ü"})]
+    assert [call["id"] for call in whole.invalid_tool_calls] == ["c"]
+    assert whole.usage_metadata is not None
+    assert json.loads(whole.model_dump_json())["response_metadata"]["finish_reason"] == "tool_calls"

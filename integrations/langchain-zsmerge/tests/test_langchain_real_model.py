@@ -1,0 +1,97 @@
+"""Both classes on SmolLM2-135M-Instruct itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_zsmerge import ChatZSMerge, ZSMergeLLM
+
+from zsmerge_llm.errors import UnsupportedContentError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatZSMerge:
+    return ChatZSMerge(model="smollm2", temperature=0, max_tokens=24)
+
+
+def test_a_chain_answers_and_the_stream_gives_the_same_text(chat: ChatZSMerge) -> None:
+    chain = ChatPromptTemplate.from_messages([("human", "What is the capital of {country}?")]) | chat
+    answer = chain.invoke({"country": "France"})
+    assert "Paris" in answer.text
+    assert "".join((chain | StrOutputParser()).stream({"country": "France"})) == answer.text
+
+
+def test_usage_counts_what_the_tokenizer_counts(chat: ChatZSMerge) -> None:
+    messages = [SystemMessage("Be brief."), HumanMessage("Name a colour."), AIMessage("Red."), HumanMessage("Another.")]
+    usage = chat.invoke(messages).usage_metadata
+    assert usage is not None
+    assert usage["input_tokens"] == chat.get_num_tokens_from_messages(messages)
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+    assert chat.profile is not None
+    assert chat.profile["max_input_tokens"] == 8192
+
+
+def test_stop_strings_and_token_limits_end_the_answer(chat: ChatZSMerge) -> None:
+    whole = chat.invoke("Count from one to ten.").text
+    word = whole.split()[3]
+    stopped = chat.invoke("Count from one to ten.", stop=[word])
+    assert stopped.text == whole[: whole.index(word)]
+    assert stopped.response_metadata["finish_reason"] == "stop"
+    assert chat.invoke("Count from one to ten.", max_tokens=2).response_metadata["finish_reason"] == "length"
+
+
+def test_an_image_is_refused(chat: ChatZSMerge) -> None:
+    image: dict[str, Any] = {"type": "image", "base64": "AAAA", "mime_type": "image/png"}
+    with pytest.raises(UnsupportedContentError):
+        chat.invoke([HumanMessage([{"type": "text", "text": "What is this?"}, image])])
+
+
+async def test_the_loop_is_free_while_the_model_decodes(chat: ChatZSMerge) -> None:
+    gaps: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.005)
+            gaps.append(time.monotonic() - before)
+
+    await chat.ainvoke("Hello")  # loaded
+    ticker = asyncio.create_task(tick())
+    whole: AIMessageChunk | None = None
+    async for chunk in chat.astream("Why is the sky blue?"):
+        whole = chunk if whole is None else whole + chunk
+    ticker.cancel()
+    assert whole is not None
+    assert whole.usage_metadata is not None
+    assert len(gaps) > 10
+    assert sorted(gaps)[len(gaps) * 9 // 10] < 0.05
+
+
+async def test_leaving_an_async_stream_stops_decoding(chat: ChatZSMerge) -> None:
+    import threading
+
+    def busy() -> bool:
+        return any(thread.name == "zsmerge-call" for thread in threading.enumerate())
+
+    async for _ in chat.astream("Tell me a long story.", max_tokens=2000):
+        break
+    for _ in range(500):
+        if not busy():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("still decoding after 5 s")
+
+
+def test_a_batch_of_prompts_gives_what_each_gives_alone() -> None:
+    llm = ZSMergeLLM(model="smollm2", temperature=0, max_tokens=8, dtype="float32")
+    prompts = ["The capital of France is", "One, two, three, four,"]
+    assert llm.batch(prompts) == [llm.invoke(prompt) for prompt in prompts]
+    assert "".join(llm.stream(prompts[1])) == llm.invoke(prompts[1])

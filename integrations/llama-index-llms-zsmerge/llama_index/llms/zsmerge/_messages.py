@@ -1,0 +1,122 @@
+"""LlamaIndex's messages and blocks as the OpenAI-style dictionaries of zsmerge-llm."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
+
+from zsmerge_llm.errors import InputError
+
+_ROLES = {
+    MessageRole.SYSTEM: "system",
+    MessageRole.DEVELOPER: "system",
+    MessageRole.USER: "user",
+    MessageRole.ASSISTANT: "assistant",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+    MessageRole.TOOL: "tool",
+    MessageRole.FUNCTION: "tool",
+}
+# What carries nothing a later turn should read: past reasoning, and hints for the caches of hosted models.
+_SILENT = ("thinking", "cache")
+
+
+def to_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """`messages` in the form that `zsmerge_llm.LLM.chat` takes.
+
+    Blocks a text model cannot take (images, say) are handed on by their type; the engine refuses them by name.
+
+    Raises:
+        InputError: a tool call in `additional_kwargs` that has no name.
+    """
+    return [_to_message(message) for message in messages]
+
+
+def _to_message(message: ChatMessage) -> dict[str, Any]:
+    converted: dict[str, Any] = {"role": _ROLES[message.role], "content": _content(message.blocks)}
+    if calls := tool_calls(message):
+        converted["tool_calls"] = calls
+    if converted["role"] == "tool":
+        converted |= {
+            key: message.additional_kwargs[key] for key in ("tool_call_id", "name") if key in message.additional_kwargs
+        }
+    return converted
+
+
+def _content(blocks: Iterable[Any]) -> str | list[dict[str, Any]]:
+    """Text joined as `ChatMessage.content` joins it; a list of blocks as soon as one of them is not text."""
+    parts = list(_parts(blocks))
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
+
+
+def _parts(blocks: Iterable[Any]) -> Iterable[dict[str, Any]]:
+    for block in blocks:
+        kind = block.block_type
+        if kind == "text":
+            yield {"type": "text", "text": block.text}
+        elif kind == "citable":
+            yield from _parts(block.content)
+        elif kind not in (*_SILENT, "tool_call"):
+            yield {"type": kind}
+
+
+def tool_calls(message: ChatMessage) -> list[dict[str, Any]]:
+    """The tool calls of a message in OpenAI's form.
+
+    They stand in its blocks, in `additional_kwargs["tool_calls"]`, or in both (then the blocks count). A call without
+    id stays without: the engine numbers it, the same at every turn, which a random id here would not be.
+
+    Raises:
+        InputError: a call without a name.
+    """
+    blocks = [
+        {"id": block.tool_call_id, "name": block.tool_name, "arguments": block.tool_kwargs}
+        for block in message.blocks
+        if block.block_type == "tool_call"
+    ]
+    return [_call(call) for call in blocks or message.additional_kwargs.get("tool_calls") or ()]
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """One call in OpenAI's form from a dictionary (nested or flat) or an object (OpenAI's, or `ToolSelection`)."""
+    given = call if isinstance(call, dict) else call.model_dump() if hasattr(call, "model_dump") else vars(call)
+    flat = {**given, **(given.get("function") or {})}
+    name = flat.get("name") or flat.get("tool_name")
+    if not name:
+        raise InputError(
+            f"A tool call needs a name, as in {{'function': {{'name': ...}}}}; this one has none: {given!r}."
+        )
+    written: Any = next((flat[key] for key in ("arguments", "args", "tool_kwargs") if flat.get(key) is not None), {})
+    call_id = flat.get("id") or flat.get("tool_id")
+    return ({"id": call_id} if call_id else {}) | {
+        "type": "function",
+        "function": {
+            "name": name,
+            "arguments": written if isinstance(written, str) else json.dumps(written, ensure_ascii=False),
+        },
+    }
+
+
+def with_id(call: dict[str, Any]) -> dict[str, Any]:
+    """`call` with an id of its own where it has none: agents match results to calls by it."""
+    return call if call.get("id") else {**call, "id": f"call_{uuid.uuid4().hex}"}
+
+
+def arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an OpenAI-style call; {} when the model did not write a JSON object.
+
+    The tool then complains of missing arguments, and an agent hands that to the model, which can try again.
+    """
+    given = call["function"].get("arguments") or {}
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError:
+            return {}
+    return given if isinstance(given, dict) else {}

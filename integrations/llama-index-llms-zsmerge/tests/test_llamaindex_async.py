@@ -1,0 +1,152 @@
+"""Native async: the loop stays free, and whoever stops listening stops the decoding."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from llama_index.core.llms import ChatMessage
+from llama_index.llms.zsmerge import ZSMergeLLM
+
+QUESTION = [ChatMessage(role="user", content="Count!")]
+LONG = " ".join(str(number) for number in range(1000))
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left(wait) -> Iterator[None]:
+    yield
+    wait(lambda: not [thread for thread in threading.enumerate() if thread.name == "zsmerge-llm"])
+
+
+def slow(fake):
+    return fake(LONG, delay=0.005)
+
+
+async def test_twenty_calls_leave_the_loop_free(fake):
+    llm = ZSMergeLLM(llm=fake("One two three four five.", delay=0.005))
+    gaps: list[float] = []
+
+    async def ticker() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.001)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    task = asyncio.create_task(ticker())
+    answers = await asyncio.gather(*(llm.achat(QUESTION) for _ in range(20)))
+    task.cancel()
+    assert len(answers) == 20
+    assert len(gaps) > 50
+    assert sorted(gaps)[int(len(gaps) * 0.9)] < 0.05  # the rest is the machine's, not ours
+
+
+@pytest.mark.parametrize("method", ["astream_chat", "astream_complete"])
+async def test_leaving_a_stream_stops_the_decoding(method, fake, wait):
+    engine = slow(fake)
+    llm = ZSMergeLLM(llm=engine)
+    stream = await getattr(llm, method)(QUESTION if method == "astream_chat" else "Count!")
+    async for _ in stream:
+        break
+    await stream.aclose()
+    await asyncio.sleep(0)
+    made = engine.produced
+    await asyncio.to_thread(wait, lambda: engine.closed == 1)
+    assert engine.produced <= made + 2
+
+
+@pytest.mark.parametrize("method", ["stream_chat", "stream_complete"])
+def test_leaving_a_sync_stream_stops_the_decoding(method, fake):
+    engine = fake(LONG)
+    stream = getattr(ZSMergeLLM(llm=engine), method)(QUESTION if method == "stream_chat" else "Count!")
+    next(stream)
+    stream.close()
+    assert (engine.produced, engine.closed) == (1, 1)
+
+
+def test_breaking_out_of_a_sync_stream_stops_the_decoding(fake):
+    engine = fake(LONG)
+    for _ in ZSMergeLLM(llm=engine).stream_chat(QUESTION):
+        break
+    assert (engine.produced, engine.closed) == (1, 1)
+
+
+@pytest.mark.parametrize("method", ["achat", "acomplete"])
+async def test_cancelling_a_task_stops_the_decoding(method, fake, wait):
+    engine = slow(fake)
+    llm = ZSMergeLLM(llm=engine)
+    task = asyncio.create_task(getattr(llm, method)(QUESTION if method == "achat" else "Count!"))
+    await asyncio.to_thread(wait, lambda: engine.produced > 2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    made = engine.produced
+    await asyncio.to_thread(wait, lambda: engine.closed == 1)
+    assert engine.produced <= made + 2
+
+
+async def test_cancelling_a_task_that_reads_a_stream_stops_the_decoding(fake, wait):
+    engine = slow(fake)
+
+    async def read() -> None:
+        async for _ in await ZSMergeLLM(llm=engine).astream_chat(QUESTION):
+            pass
+
+    task = asyncio.create_task(read())
+    await asyncio.to_thread(wait, lambda: engine.produced > 2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    made = engine.produced
+    await asyncio.to_thread(wait, lambda: engine.closed == 1)
+    assert engine.produced <= made + 2
+
+
+async def test_a_timeout_stops_the_decoding(fake, wait):
+    engine = slow(fake)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(ZSMergeLLM(llm=engine).achat(QUESTION), timeout=0.05)
+    await asyncio.to_thread(wait, lambda: engine.closed == 1)
+    assert engine.produced < 100
+
+
+async def test_a_cancelled_call_leaves_the_next_one_alone(fake):
+    engine = fake(LONG, "Short answer.", delay=0.001)
+    llm = ZSMergeLLM(llm=engine)
+    async for _ in await llm.astream_chat(QUESTION):
+        break
+    assert (await llm.achat(QUESTION)).message.content == "Short answer."
+
+
+def test_a_loop_that_ends_stops_the_decoding(fake, wait):
+    engine = slow(fake)
+
+    async def abandon() -> None:
+        stream = await ZSMergeLLM(llm=engine).astream_chat(QUESTION)
+        await anext(stream)
+
+    asyncio.run(abandon())
+    wait(lambda: engine.closed == 1)
+    assert engine.produced < 100
+
+
+async def test_a_stream_nobody_reads_does_not_start(fake):
+    engine = fake()
+    stream = await ZSMergeLLM(llm=engine).astream_chat(QUESTION)
+    await asyncio.sleep(0.01)
+    assert engine.calls == []
+    await stream.aclose()
+
+
+async def test_streams_may_run_side_by_side(fake):
+    llm = ZSMergeLLM(llm=fake())
+
+    async def read() -> str:
+        seen = [response async for response in await llm.astream_chat(QUESTION)]
+        return seen[-1].message.content
+
+    assert await asyncio.gather(*(read() for _ in range(5))) == ["Paris is the capital."] * 5

@@ -1,0 +1,264 @@
+"""The eight methods, whole and streamed, sync and async, on a stand-in engine."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+from llama_index.core.base.llms.base import BaseLLM
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.llms import ChatMessage
+from llama_index.llms.zsmerge import ZSMergeLLM
+
+from zsmerge_llm import CacheConfig
+from zsmerge_llm.errors import ConfigError, InputError
+
+CHAT = ("chat", "stream_chat", "achat", "astream_chat")
+COMPLETE = ("complete", "stream_complete", "acomplete", "astream_complete")
+ANSWER = "Paris is the capital."
+
+
+async def ask(llm: ZSMergeLLM, method: str, prompt: str = "What is the capital?", **options: Any) -> list[Any]:
+    """Every response of one of the eight methods, as a list."""
+    question = [ChatMessage(role="user", content=prompt)] if method in CHAT else prompt
+    answer = getattr(llm, method)(question, **options)
+    if inspect.isawaitable(answer):
+        answer = await answer
+    if inspect.isasyncgen(answer):
+        return [response async for response in answer]
+    return list(answer) if inspect.isgenerator(answer) else [answer]
+
+
+def text_of(response: Any) -> str:
+    return response.message.content if hasattr(response, "message") else response.text
+
+
+def test_it_is_a_llama_index_llm():
+    assert issubclass(ZSMergeLLM, BaseLLM)
+    assert ZSMergeLLM.class_name() == "ZSMergeLLM"
+
+
+@pytest.mark.parametrize("method", CHAT + COMPLETE)
+async def test_each_method_answers(method, fake):
+    llm = ZSMergeLLM(llm=fake())
+    assert text_of((await ask(llm, method))[-1]) == ANSWER
+
+
+@pytest.mark.parametrize("method", [name for name in CHAT + COMPLETE if "stream" in name])
+async def test_a_stream_has_deltas_and_the_text_so_far(method, fake):
+    seen = await ask(ZSMergeLLM(llm=fake()), method)
+    assert [response.delta for response in seen] == ["Paris ", "is ", "the ", "capital.", ""]
+    assert [text_of(response) for response in seen] == ["Paris ", "Paris is ", "Paris is the ", ANSWER, ANSWER]
+
+
+@pytest.mark.parametrize("method", CHAT + COMPLETE)
+async def test_each_method_reports_what_it_cost(method, fake):
+    last = (await ask(ZSMergeLLM(llm=fake()), method))[-1]
+    usage = last.raw["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert (usage["completion_tokens"], usage["cached_tokens"], usage["cache_bytes"]) == (4, 2, 1024)
+    assert usage["reuse"] == "new"
+    assert last.raw["finish_reason"] == "stop"
+    assert last.additional_kwargs == {
+        name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens")
+    }
+
+
+@pytest.mark.parametrize("method", CHAT + COMPLETE)
+async def test_the_token_counting_handler_sees_our_counts_once(method, fake):
+    handler = TokenCountingHandler(tokenizer=lambda text: [0] * 1000)
+    llm = ZSMergeLLM(llm=fake(), callback_manager=CallbackManager([handler]))
+    usage = (await ask(llm, method))[-1].raw["usage"]
+    assert handler.prompt_llm_token_count == usage["prompt_tokens"]
+    assert handler.completion_llm_token_count == usage["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("method", CHAT + COMPLETE)
+async def test_each_method_emits_its_events(method, fake):
+    seen: list[str] = []
+
+    class Handler(BaseEventHandler):
+        def handle(self, event: Any, **kwargs: Any) -> None:
+            seen.append(type(event).__name__)
+
+    handler = Handler()
+    get_dispatcher().add_event_handler(handler)
+    try:
+        await ask(ZSMergeLLM(llm=fake()), method)
+    finally:
+        get_dispatcher().event_handlers.remove(handler)
+    kind = "LLMChat" if method in CHAT else "LLMCompletion"
+    assert seen[0] == f"{kind}StartEvent"
+    assert seen[-1] == f"{kind}EndEvent"
+    assert seen.count(f"{kind}StartEvent") == 1
+    assert len([name for name in seen if "InProgress" in name]) == (5 if "stream" in method else 0)
+
+
+@pytest.mark.parametrize("method", CHAT + COMPLETE)
+async def test_each_method_takes_sampling_settings_from_the_object_and_the_call(method, fake):
+    engine = fake()
+    llm = ZSMergeLLM(llm=engine, temperature=0.5, top_k=7, stop=["END"])
+    await ask(llm, method, max_tokens=5, temperature=0.25, stop=None)
+    sampling = engine.calls[0].sampling
+    assert (sampling.temperature, sampling.top_k, sampling.max_tokens, sampling.stop) == (0.25, 7, 5, ())
+    await ask(llm, method)
+    assert engine.calls[1].sampling.stop == ("END",)
+
+
+@pytest.mark.parametrize("method", CHAT + COMPLETE)
+async def test_each_method_refuses_an_unknown_option(method, fake):
+    with pytest.raises(ConfigError, match="no setting colour"):
+        await ask(ZSMergeLLM(llm=fake()), method, colour="blue")
+
+
+@pytest.mark.parametrize("method", CHAT + COMPLETE)
+async def test_each_method_raises_the_engines_own_errors(method, fake):
+    engine = fake()
+    engine.error = InputError("No messages. Give at least one.")
+    with pytest.raises(InputError, match="at least one"):
+        await ask(ZSMergeLLM(llm=engine), method)
+
+
+@pytest.mark.parametrize("method", CHAT + COMPLETE)
+async def test_only_the_async_methods_leave_the_callers_thread(method, fake):
+    engine = fake()
+    await ask(ZSMergeLLM(llm=engine), method)
+    assert (threading.get_ident() in engine.threads) == (not method.startswith("a"))
+
+
+@pytest.mark.parametrize("method", COMPLETE)
+async def test_a_completion_is_one_user_message_for_a_chat_model(method, fake):
+    engine = fake()
+    await ask(ZSMergeLLM(llm=engine, session="a conversation"), method, prompt="Hello")
+    assert engine.calls[0].prompt == [{"role": "user", "content": "Hello"}]
+    assert engine.calls[0].session is None
+
+
+@pytest.mark.parametrize("method", COMPLETE)
+async def test_a_formatted_prompt_is_continued_as_it_is(method, fake):
+    engine = fake()
+    await ask(ZSMergeLLM(llm=engine), method, prompt="Once upon", formatted=True)
+    assert (engine.calls[0].kind, engine.calls[0].prompt) == ("complete", "Once upon")
+
+
+@pytest.mark.parametrize("method", COMPLETE)
+async def test_a_completion_to_prompt_of_the_users_formats_the_prompt(method, fake):
+    engine = fake()
+    llm = ZSMergeLLM(llm=engine, completion_to_prompt=lambda prompt: f"<user>{prompt}</user>")
+    await ask(llm, method, prompt="Hello")
+    assert (engine.calls[0].kind, engine.calls[0].prompt) == ("complete", "<user>Hello</user>")
+
+
+@pytest.mark.parametrize("method", CHAT + COMPLETE)
+async def test_a_base_model_continues_plain_text(method, fake):
+    engine = fake()
+    await ask(ZSMergeLLM(llm=engine, is_chat_model=False), method, prompt="Once upon")
+    assert engine.calls[0].kind == "complete"
+    assert "Once upon" in engine.calls[0].prompt
+
+
+@pytest.mark.parametrize("option", ["tools", "session", "session_id"])
+async def test_plain_text_refuses_what_needs_a_chat(option, fake):
+    with pytest.raises(ConfigError, match=f"{option} needs a chat"):
+        await ask(ZSMergeLLM(llm=fake()), "complete", formatted=True, **{option: "x"})
+
+
+@pytest.mark.parametrize("method", CHAT)
+@pytest.mark.parametrize(
+    ("own", "options", "expected"),
+    [
+        (None, {}, None),
+        ("mine", {}, "mine"),
+        ("mine", {"session_id": "call"}, "call"),
+        ("mine", {"session": "call"}, "call"),
+        ("mine", {"session": None}, None),
+    ],
+)
+async def test_the_session_of_the_call_goes_before_that_of_the_object(method, own, options, expected, fake):
+    engine = fake()
+    await ask(ZSMergeLLM(llm=engine, session=own), method, **options)
+    assert engine.calls[0].session == expected
+
+
+def test_metadata_announces_the_logical_window_without_a_model():
+    metadata = ZSMergeLLM(model="no such model").metadata
+    assert metadata.context_window == 1_000_000
+    assert (metadata.model_name, metadata.is_chat_model, metadata.num_output) == ("no such model", True, 512)
+    assert not metadata.is_function_calling_model
+    assert ZSMergeLLM(max_tokens=None).metadata.num_output > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": float("nan")},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"max_tokens": 0},
+        {"cache": {"slots": 3}},
+        {"cache": {"size": 3}},
+    ],
+)
+def test_a_bad_setting_is_refused_when_the_object_is_made(settings):
+    with pytest.raises(ConfigError):
+        ZSMergeLLM(**settings)
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(ValueError, match="colour"):
+        ZSMergeLLM(colour="blue")
+
+
+def test_settings_survive_json_and_pickle(tmp_path):
+    llm = ZSMergeLLM(
+        tmp_path / "model.gguf",
+        cache=CacheConfig.paper(slots=256),
+        temperature=0.5,
+        stop=["END"],
+    )
+    for copy in (ZSMergeLLM.from_json(llm.to_json()), pickle.loads(pickle.dumps(llm))):
+        assert copy.to_dict() == llm.to_dict()
+        assert copy.cache == CacheConfig.paper(slots=256)
+        assert copy.model == str(tmp_path / "model.gguf")
+
+
+def test_a_shared_llm_gives_its_model_and_cache(fake):
+    engine = fake()
+    engine.cache = CacheConfig(slots=300)
+    llm = ZSMergeLLM(llm=engine, temperature=0.5)
+    assert (llm.llm, llm.model, llm.cache.slots) == (engine, "fake", 300)
+
+
+@pytest.mark.parametrize("settings", [{"model": "smollm2"}, {"cache": CacheConfig()}, {"dtype": "float32"}])
+def test_a_shared_llm_takes_no_settings_for_loading(settings, fake):
+    with pytest.raises(ConfigError, match=f"its own {next(iter(settings))}"):
+        ZSMergeLLM(llm=fake(), **settings)
+
+
+def test_a_session_on_an_engine_without_sessions_is_refused(fake):
+    engine = fake()
+    engine.chat = lambda messages, *, sampling=None, tools=None, cancel=None: None
+    with pytest.raises(ConfigError, match="takes no session"):
+        ZSMergeLLM(llm=engine).chat([ChatMessage(content="Hello")], session="mine")
+
+
+def test_tokenize_is_the_models_own_tokenizer(fake):
+    assert ZSMergeLLM(llm=fake()).tokenize("three words here") == [0, 1, 2]
+
+
+def test_importing_and_constructing_loads_no_torch():
+    code = """if True:
+        import sys
+        from llama_index.llms.zsmerge import ZSMergeLLM
+        ZSMergeLLM(model="smollm2").metadata
+        print([name for name in ("torch", "transformers") if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,125 @@
+"""Writes tiny models as GGUF files the way llama.cpp's converter does: names, permuted heads, offset norms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = ["he", "ll", "hell", "hello", "\u0120\u0120"]
+MERGES = ["h e", "l l", "he ll", "hell o", "\u0120 \u0120"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+VOCABULARY = [*SPECIAL, *bytes_to_unicode().values(), *WORDS]
+SHAPE: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODEL_TYPES = {"gemma3": "gemma3_text"}
+
+
+def random_model(architecture: str, **changes: Any) -> PreTrainedModel:
+    """A random float32 model that has something in every parameter, norms and biases too."""
+    config = AutoConfig.for_model(MODEL_TYPES.get(architecture, architecture), **{**SHAPE, **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    return model
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    architecture: str,
+    *,
+    kinds: dict[str, str] | None = None,
+    extra: dict[str, np.ndarray] | None = None,
+    fields: dict[str, Any] | None = None,
+    split: str = "gpt-2",
+) -> Path:
+    """`kinds`: storage type by tensor name ("Q8_0"; "output.weight" of a tied model is stored only if named here).
+
+    `extra`: more tensors. `fields`: more fields, under the architecture's name. `split`: the pre-tokenizer's name.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    _write_fields(writer, model.config, fields or {})
+    _write_vocabulary(writer, split)
+    kinds = kinds or {}
+    for name, array in {**_tensors(model, architecture, "output.weight" in kinds), **(extra or {})}.items():
+        kind = gguf.GGMLQuantizationType[kinds.get(name, "F32")]
+        data = array if kind.name == "F32" else gguf.quantize(array, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _write_fields(writer: gguf.GGUFWriter, config: Any, fields: dict[str, Any]) -> None:
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(head)
+    writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+    for name, value in fields.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        (writer.add_string if isinstance(value, str) else add)(f"{writer.arch}.{name}", value)
+
+
+def _write_vocabulary(writer: gguf.GGUFWriter, split: str) -> None:
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_types([control if token in SPECIAL else normal for token in VOCABULARY])
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+
+
+def _tensors(model: PreTrainedModel, architecture: str, output: bool) -> dict[str, np.ndarray]:
+    config = model.config
+    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
+    found = {}
+    for name, weight in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        theirs = f"{names.get_name(stem)}.{suffix}"
+        if theirs == "output.weight" and config.tie_word_embeddings and not output:
+            continue
+        array = weight.float().numpy()
+        if architecture == "llama" and ("attn_q." in theirs or "attn_k." in theirs):
+            heads = config.num_attention_heads if "attn_q." in theirs else config.num_key_value_heads
+            array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        if architecture == "gemma3" and theirs.endswith("norm.weight"):
+            array = array + 1
+        found[theirs] = np.ascontiguousarray(array)
+    return found

@@ -1,0 +1,81 @@
+"""Tiny random models of every supported family: two or three layers, a vocabulary of 97, weights from a seed."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 97
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = 8
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"model_type": "llama"},
+    "llama-mqa": {"model_type": "llama", "num_key_value_heads": 1},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral-sliding": {"model_type": "mistral", "sliding_window": WINDOW},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma2-softcap": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": None,
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": None},
+    "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": None},
+    "gpt_oss-sinks": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "falcon-mqa": {"model_type": "falcon", "multi_query": True, "new_decoder_architecture": False, "alibi": False},
+    "falcon-mha": {"model_type": "falcon", "multi_query": False, "new_decoder_architecture": False, "alibi": False},
+    "falcon-new": {"model_type": "falcon", "num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
+}
+
+
+def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model whose attention is far from uniform, so that what is evicted matters."""
+    settings = {name: value for name, value in {**COMMON, **FAMILIES[family]}.items() if value is not None}
+    if family.startswith("falcon"):
+        settings.pop("num_key_value_heads")
+    if FAMILIES[family].get("sliding_window", 0) is None:
+        settings["sliding_window"] = None
+    config = AutoConfig.for_model(str(settings.pop("model_type")), **settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.25)
+            elif "sinks" in name or "bias" in name:
+                weight.normal_(0, 0.5)
+    return model
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    """Random token ids without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (count,), generator=generator).tolist()

@@ -1,0 +1,48 @@
+"""A local LLM backend with a KV cache of constant size (ZSMerge, arXiv 2503.10714) that lives on between turns.
+
+Public names load on first use: importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zsmerge_llm.cache import Cache
+    from zsmerge_llm.config import CacheConfig, SamplingParams
+    from zsmerge_llm.engine import Engine
+    from zsmerge_llm.llm import LLM
+    from zsmerge_llm.types import Chunk, Message, Result, Usage
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Cache": "cache",
+    "CacheConfig": "config",
+    "SamplingParams": "config",
+    "Engine": "engine",
+    "LLM": "llm",
+    "Chunk": "types",
+    "Message": "types",
+    "Result": "types",
+    "Usage": "types",
+}
+
+__all__ = [
+    "LLM",
+    "Cache",
+    "CacheConfig",
+    "Chunk",
+    "Engine",
+    "Message",
+    "Result",
+    "SamplingParams",
+    "Usage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"zsmerge_llm.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'zsmerge_llm' has no attribute {name!r}")

@@ -1,0 +1,102 @@
+"""What differs between model families: who is refused, and the adapter for Falcon, which has an attention of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zsmerge_llm.errors import UnsupportedModelError
+
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def keyword(model: PreTrainedModel) -> str:
+    """The keyword argument that reaches the attention layers of this model."""
+    return "past_key_values" if _is_falcon(model) else "zsmerge"
+
+
+def check(model: PreTrainedModel) -> None:
+    """Refuse, by name, what the compressed cache cannot carry.
+
+    Raises:
+        UnsupportedModelError
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; the compressed cache is for decoder-only models.")
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
+        raise UnsupportedModelError(
+            f"{name} uses ALiBi, whose bias depends on distances that merged slots do not have. Use a RoPE model."
+        )
+    if other := set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYERS:
+        raise UnsupportedModelError(
+            f"{name} has {', '.join(sorted(other))} layers; only full and sliding-window attention layers can be "
+            "compressed. Use a model whose layers are all of these kinds."
+        )
+    if "mrope_section" in str(getattr(config, "rope_parameters", None)):
+        raise UnsupportedModelError(f"{name} uses M-RoPE (positions of images and video). Use its text-only sibling.")
+    if not (getattr(model, "_supports_attention_backend", False) or _is_falcon(model)):
+        raise UnsupportedModelError(
+            f"{name} does not use transformers' attention interface, through which the compressed cache works. "
+            "Llama, Mistral, Qwen2, Qwen3, Gemma 3, Phi-3, GPT-NeoX, Falcon and most recent decoders do."
+        )
+
+
+def install(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]], name: str) -> None:
+    """Make the model's layers call `attention`, registered with transformers as `name`."""
+    if not _is_falcon(model):
+        model.set_attn_implementation(name)
+        return
+    model.config._attn_implementation = name
+    for layer in model.transformer.h:
+        if not isinstance(layer.self_attention, FalconAttention):
+            layer.self_attention = FalconAttention(layer.self_attention, attention)
+
+
+def _is_falcon(model: PreTrainedModel) -> bool:
+    return model.config.model_type == "falcon"
+
+
+class FalconAttention(nn.Module):
+    """Falcon's attention with its own weights, calling the registered function and not expanding the KV heads."""
+
+    is_causal = True
+
+    def __init__(self, original: nn.Module, attention: Callable[..., tuple[Tensor, None]]) -> None:
+        super().__init__()
+        self.original: Any = original
+        self.attention = attention
+        self.layer_idx = original.layer_idx
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        alibi: Tensor | None,
+        attention_mask: Tensor | None,
+        layer_past: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+        query, key, value = (part.transpose(1, 2) for part in self._split(self.original.query_key_value(hidden_states)))
+        assert position_embeddings is not None  # ALiBi is refused at load
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        mixed, _ = self.attention(self, query, key, value, attention_mask, zsmerge=layer_past)
+        return self.original.dense(mixed.flatten(2)), None
+
+    def _split(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, fused] → queries [B, T, Hq, D], keys and values [B, T, H, D]: Falcon's three layouts."""
+        own = self.original
+        batch, length, _ = fused.shape
+        if own.new_decoder_architecture:
+            parts = fused.view(batch, length, own.num_kv_heads, -1, own.head_dim)
+            return parts[..., :-2, :].flatten(2, 3), parts[..., -2, :], parts[..., -1, :]
+        if own.multi_query:
+            heads = fused.view(batch, length, own.num_heads + 2, own.head_dim)
+            return heads[:, :, :-2], heads[:, :, [-2]], heads[:, :, [-1]]
+        parts = fused.view(batch, length, own.num_heads, 3, own.head_dim)
+        return parts[..., 0, :], parts[..., 1, :], parts[..., 2, :]

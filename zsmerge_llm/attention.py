@@ -1,0 +1,247 @@
+"""The seam with transformers: one attention function, registered as "zsmerge", that owns the compressed cache.
+
+The engine calls the model with `use_cache=False` and one keyword, `zsmerge=Step(...)`, which travels through the decoder
+layers to the function; no model is patched or subclassed. What a model's layers need is seen in a one-token trace, not
+guessed from its config, and what the cache cannot carry is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+from zsmerge_llm import adapters, policy
+from zsmerge_llm.cache import Arrival, Cache, LayerCache, LayerSpec
+from zsmerge_llm.errors import InputError, UnsupportedModelError
+
+NAME = "zsmerge"
+HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One layer's attention call. query [B, Hq, T, D]; key, value [B, H, T, D]; sinks [Hq]."""
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class Carrier(Protocol):
+    """What the model hands through to each attention layer."""
+
+    def attend(self, call: Call) -> Tensor: ...
+
+
+def zsmerge_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    zsmerge: Carrier | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls in every attention layer. Returns [B, T, Hq, D] and no weights.
+
+    Raises:
+        InputError: the model was called outside the engine.
+        UnsupportedModelError: the layer asks for something the cache does not carry.
+    """
+    kind = type(module).__name__
+    if zsmerge is None:
+        raise InputError(
+            "This model belongs to a zsmerge-llm engine. Use the engine, or call "
+            'model.set_attn_implementation("sdpa") to use the model on its own again.'
+        )
+    unknown = [name for name, given in others.items() if isinstance(given, Tensor) and name not in HARMLESS]
+    if unknown or attention_mask is not None:
+        what = ", ".join(unknown) or "a mask of its own"
+        raise UnsupportedModelError(f"{kind} passes {what} to its attention, which the compressed cache cannot carry.")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedModelError(f"{kind} attends in both directions; the compressed cache is for causal decoders.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = Call(module.layer_idx, query, key, value, scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
+    return zsmerge.attend(call).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, zsmerge_attention)
+
+
+@dataclass
+class Step:
+    """One forward pass over `cache`: the tokens to keep and, behind them, the probe's, which only look.
+
+    position [B, T] and valid [B, n] (False: padding; None: no padding) cover T = n + m tokens, n = `new`; seen [B] counts
+    the tokens each row has read, these included.
+    """
+
+    cache: Cache
+    new: int
+    position: Tensor
+    valid: Tensor | None
+    seen: Tensor
+    shared: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def get_seq_length(self) -> int:
+        """For models that take this object for a cache of transformers (Falcon)."""
+        return 0
+
+    def attend(self, call: Call) -> Tensor:
+        """Append, attend, observe, compress: [B, Hq, T, D]."""
+        layer = self.cache.layers[call.layer]
+        arrival = self._arrival(call)
+        held = layer.candidates(arrival)
+        keys, values = held["keys"], held["values"]
+        if call.query.shape[2] > self.new:
+            keys = torch.cat([keys, call.key[:, :, self.new :]], dim=2)
+            values = torch.cat([values, call.value[:, :, self.new :]], dim=2)
+        bias = self._bias(layer, held, call)
+        output = _attend(call, keys, values, bias)
+        layer.settle(held, arrival)
+        return output
+
+    def _arrival(self, call: Call) -> Arrival:
+        new, device = self.new, call.key.device
+        position = self._on(device, "position")
+        probing = call.query.shape[2] > new
+        return Arrival(
+            queries=call.query[:, :, :new],
+            keys=call.key[:, :, :new],
+            values=call.value[:, :, :new],
+            position=position[:, :new],
+            valid=self._on(device, "valid"),
+            seen=self._on(device, "seen"),
+            probe=call.query[:, :, new:] if probing else None,
+            probe_position=position[:, new:] if probing else None,
+            scaling=call.scaling,
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
+
+    def _on(self, device: torch.device, name: str) -> Tensor:
+        """One of this step's small tensors, on a layer's device."""
+        key = (name, device)
+        if key not in self.shared:
+            value = self.position[:, : self.new] >= 0 if name == "valid" and self.valid is None else getattr(self, name)
+            self.shared[key] = value.to(device)
+        return self.shared[key]
+
+    def _bias(self, layer: LayerCache, held: dict[str, Tensor], call: Call) -> Tensor | None:
+        """What is added to the logits, broadcastable to [B, Hq, T, C + m]; None where nothing is."""
+        total, probing = call.query.shape[2], call.query.shape[2] - self.new
+        before = held["count"].shape[2] - self.new
+        window = layer.spec.window
+        if window is None and self._uniform(layer):
+            return None if total == 1 else self._causal(before, total, call)
+        slots = policy.slot_bias(held["count"], layer.config.alpha)  # [B, H, C]
+        bias = F.pad(slots, (0, probing))[:, :, None, :]
+        if total > 1:
+            bias = bias + self._causal(before, total, call)
+        if window is not None:
+            position = self._on(call.key.device, "position")
+            keys = torch.cat([held["position"][:, 0], position[:, self.new :].to(torch.int32)], dim=1)
+            bias = bias + policy.window_bias(position, keys, window)[:, None]
+        group = call.query.shape[1] // call.key.shape[1]
+        return bias.to(call.query.dtype).repeat_interleave(group, dim=1)
+
+    def _uniform(self, layer: LayerCache) -> bool:
+        """Whether every slot attended to holds exactly one token, so that no bias is due."""
+        return self.valid is None and layer.config.residual == 0 and not self.cache.ragged
+
+    def _causal(self, before: int, total: int, call: Call) -> Tensor:
+        key = ("causal", before, total, call.query.dtype, call.query.device)
+        if key not in self.shared:
+            self.shared[key] = policy.causal_bias(before, total, call.query.dtype, call.query.device)
+        return self.shared[key]
+
+
+def _attend(call: Call, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of call.query to keys and values [B, H, C, D], fused where the model allows: [B, Hq, T, D]."""
+    group = call.query.shape[1] // keys.shape[1]
+    if call.softcap is None and call.sinks is None:
+        return F.scaled_dot_product_attention(
+            call.query, keys, values, attn_mask=bias, scale=call.scaling, enable_gqa=group > 1
+        )
+    batch, heads, total, dim = call.query.shape
+    grouped = call.query.view(batch, keys.shape[1], group, total, dim).float()
+    spread = torch.zeros((), device=keys.device) if bias is None else bias.float()
+    if spread.dim() == 4:  # [B, Hq, T, C] → [B, H, G, T, C]
+        spread = spread.view(spread.shape[0], keys.shape[1], group, *spread.shape[2:])
+    paid = policy.weights(grouped, keys.float(), spread, call.scaling, call.softcap, call.sinks)
+    output = paid.to(values.dtype).view(batch, keys.shape[1], group * total, -1) @ values
+    return output.view(batch, heads, total, -1)
+
+
+@dataclass
+class _Trace:
+    """Sees what each layer asks for in a forward pass without a cache."""
+
+    calls: dict[int, Call] = field(default_factory=dict)
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def attend(self, call: Call) -> Tensor:
+        self.calls[call.layer] = call
+        return _attend(call, call.key, call.value, None)
+
+
+def forward(model: PreTrainedModel, carrier: Carrier, **inputs: Any) -> Tensor:
+    """Logits [B, kept, vocab] of one pass in which `carrier` is handed to every attention layer."""
+    keyword = adapters.keyword(model)
+    return model(**inputs, use_cache=False, **{keyword: carrier}).logits
+
+
+@torch.inference_mode()
+def prepare(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
+    """Make `model` use the compressed cache, and say what each of its layers needs.
+
+    Raises:
+        UnsupportedModelError: an architecture or feature the cache cannot carry, by name.
+    """
+    adapters.check(model)
+    adapters.install(model, zsmerge_attention, NAME)
+    trace = _Trace()
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    forward(model, trace, input_ids=token, position_ids=token, logits_to_keep=1)
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    missing = sorted(set(range(config.num_hidden_layers)) - set(trace.calls))
+    if missing:
+        raise UnsupportedModelError(
+            f"Layers {missing} of {type(model).__name__} do not attend through transformers' attention interface "
+            "(linear attention or a state space, perhaps): the compressed cache cannot carry them."
+        )
+    return tuple(_spec(trace.calls[index], kinds[index], config) for index in range(config.num_hidden_layers))
+
+
+def _spec(call: Call, kind: str | None, config: Any) -> LayerSpec:
+    window = call.window
+    if kind == "sliding_attention" and window is None:
+        window = config.sliding_window
+    if kind == "full_attention":
+        window = None
+    return LayerSpec(
+        query_heads=call.query.shape[1],
+        kv_heads=call.key.shape[1],
+        key_dim=call.key.shape[3],
+        value_dim=call.value.shape[3],
+        window=window,
+        dtype=call.key.dtype,
+        device=call.key.device,
+    )

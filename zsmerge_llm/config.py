@@ -1,0 +1,181 @@
+"""What a user may set: the cache (`CacheConfig`) and one generation (`SamplingParams`). Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from zsmerge_llm.errors import ConfigError
+
+Scoring = Literal["attention", "window", "position"]
+
+
+def _integer(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}.")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, not {value!r}.")
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must lie between {low:g} and {high:g}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The budget of the compressed cache and the rule that decides who stays in it.
+
+    Every KV head of every full-attention layer holds `slots` entries: the first `sink` tokens, the `recent` newest
+    ones, `residual` slots into which evicted tokens are merged, and in what is left the tokens of the highest score
+    (ZSMerge, arXiv 2503.10714: B_p = recent, B_r = residual, B_c = slots - sink - recent - residual). Up to `slots`
+    tokens nothing is lost at all. `stage` more entries take the tokens appended between two compressions.
+
+    `scoring` is the rule:
+
+    - `"attention"`: contribution scores of Eq. 5, s ← decay · s + a, from every query;
+    - `"window"`: the attention paid by the prompt's probe, or by the newest `window` queries where there is none,
+      max-pooled over `pool` neighbours; a slot keeps the best it ever got;
+    - `"position"`: newest first (sliding window with sinks).
+
+    `slots=None` is the exact, growing cache of `CacheConfig.full()`.
+
+    Raises:
+        ConfigError: a value out of range, or parts that do not fit into `slots`.
+    """
+
+    slots: int | None = 1024
+    sink: int = 4
+    recent: int = 64
+    residual: int = 0
+    alpha: float = 0.6
+    decay: float = 1.0
+    stage: int = 32
+    scoring: Scoring = "window"
+    window: int = 32
+    pool: int = 5
+
+    def __post_init__(self) -> None:
+        for name, low in (("sink", 0), ("recent", 1), ("residual", 0), ("stage", 1), ("window", 1), ("pool", 1)):
+            _integer(name, getattr(self, name), low)
+        _number("alpha", self.alpha, 0.0, 1.0)  # Theorem 3.1 needs alpha <= 1
+        _number("decay", self.decay, 0.0, 1.0)
+        if self.scoring not in ("attention", "window", "position"):
+            raise ConfigError(f"scoring must be 'attention', 'window' or 'position', not {self.scoring!r}.")
+        if self.pool % 2 == 0:
+            raise ConfigError(f"pool must be odd (a slot and its neighbours on both sides), not {self.pool}.")
+        if self.slots is None:
+            return
+        _integer("slots", self.slots, 1)
+        needed = self.sink + self.recent + self.residual + 1
+        if self.slots < needed:
+            raise ConfigError(
+                f"slots={self.slots} is too small for sink={self.sink} + recent={self.recent} + "
+                f"residual={self.residual} + one context slot: give at least {needed} slots or smaller parts."
+            )
+
+    @property
+    def context(self) -> int:
+        """B_c, the slots of tokens kept for their score. 0 for the exact cache."""
+        return 0 if self.slots is None else self.slots - self.sink - self.recent - self.residual
+
+    @classmethod
+    def full(cls) -> CacheConfig:
+        """Exact and unbounded: what transformers' own cache does. For comparison."""
+        return cls(slots=None)
+
+    @classmethod
+    def paper(cls, slots: int = 1024) -> CacheConfig:
+        """The paper's settings: λ = 0.98, α = 0.6, eviction at every step, half of the budget recent.
+
+        The paper gives no split of the budget; Figure 2 draws 3 : 4 : 2. A few sinks are kept, which it does not do.
+        """
+        _integer("slots", slots, 8)
+        sink = min(4, slots // 8)
+        return cls(
+            slots=slots,
+            sink=sink,
+            recent=slots // 2 - sink,
+            residual=max(1, slots // 32),
+            decay=0.98,
+            stage=1,
+            scoring="attention",
+        )
+
+    @classmethod
+    def h2o(cls, slots: int = 1024) -> CacheConfig:
+        """Heavy hitters (arXiv 2306.14048): accumulated attention, half of the budget recent, evicted tokens dropped."""
+        _integer("slots", slots, 8)
+        return cls(slots=slots, sink=min(4, slots // 8), recent=slots // 2, scoring="attention", stage=1)
+
+    @classmethod
+    def streaming(cls, slots: int = 1024) -> CacheConfig:
+        """Sinks and the newest tokens (StreamingLLM, arXiv 2309.17453)."""
+        _integer("slots", slots, 2)
+        sink = min(4, slots // 2)
+        return cls(slots=slots, sink=sink, recent=max(1, slots - sink - 1), scoring="position")
+
+    def replace(self, **changes: Any) -> CacheConfig:
+        """A copy with some settings changed. Raises ConfigError on an unknown name or a bad value."""
+        return _replace(self, changes)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> CacheConfig:
+        """The inverse of `dataclasses.asdict`. Raises ConfigError on an unknown name or a bad value."""
+        return _replace(cls(), settings)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one answer is drawn.
+
+    `temperature=0` is greedy. `max_tokens=None` goes on until the model ends its answer. `stop` strings end the answer
+    and are not part of it, also where they span several tokens. `seed` makes sampling repeatable. `ignore_eos` goes
+    on past the model's end token (benchmarks).
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    max_tokens: int | None = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise ConfigError("top_p must be above 0; temperature=0 gives the greedy answer.")
+        _integer("top_k", self.top_k, 0)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ConfigError("stop must hold non-empty strings.")
+        if self.max_tokens is None and self.ignore_eos and not self.stop:
+            raise ConfigError("ignore_eos without max_tokens would never end: set max_tokens.")
+
+    def replace(self, **changes: Any) -> SamplingParams:
+        """A copy with some settings changed. Raises ConfigError on an unknown name or a bad value."""
+        return _replace(self, changes)
+
+
+def _replace(settings: Any, changes: dict[str, Any]) -> Any:
+    known = {field.name for field in fields(settings)}
+    if unknown := sorted(set(changes) - known):
+        kind = type(settings).__name__
+        raise ConfigError(f"{kind} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+    return replace(settings, **changes)

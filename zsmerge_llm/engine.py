@@ -1,0 +1,274 @@
+"""Token ids in, token ids out: reading of any length in chunks, and the decode loop. Knows no text and no session.
+
+Memory while reading is a function of budget and chunk size, never of length. One `Engine` runs one request at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from threading import Event
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from zsmerge_llm.attention import Step, forward, prepare
+from zsmerge_llm.cache import Cache
+from zsmerge_llm.config import CacheConfig, SamplingParams
+from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.sampling import Sampler
+
+Ids = Sequence[int] | Tensor
+Progress = Callable[[int, int], None]
+
+
+class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
+    """The caller's event was set. Everything read or generated before stays in the cache."""
+
+
+class Engine:
+    """A model on the compressed cache.
+
+    Args:
+        model: a decoder of transformers; from now on it can only be called through this engine.
+        cache: configuration of the caches that `new_cache` makes.
+        chunk: tokens read in one forward pass. Peak memory grows with it.
+
+    Raises:
+        UnsupportedModelError: an architecture or feature the cache cannot carry.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: CacheConfig | None = None, chunk: int = 512) -> None:
+        if chunk < 1:
+            raise ConfigError(f"chunk must be at least 1 token, not {chunk}.")
+        self.model = model.eval()
+        self.config = cache or CacheConfig()
+        self.chunk = chunk
+        self.specs = prepare(model)
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.stop_ids = _stop_ids(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def window(self) -> int | None:
+        """The number of positions the model was trained on, where its config says so."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def new_cache(self, config: CacheConfig | None = None, rows: int = 1) -> Cache:
+        """An empty cache for `rows` conversations."""
+        return Cache(config or self.config, self.specs, rows)
+
+    @torch.inference_mode()
+    def read(
+        self,
+        cache: Cache,
+        ids: Ids,
+        *,
+        probe: Ids | None = None,
+        cancel: Event | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Read `ids` into a one-row cache; float32 logits [vocab] after the last of them.
+
+        Args:
+            probe: tokens that decide, by the attention they would pay if they came next, what is kept whenever the
+                cache has to compress ("window" scoring). They are not read into the cache.
+            cancel: stops after the current chunk.
+            progress: called with (tokens read, tokens to read) after each chunk.
+
+        Raises:
+            InputError: no ids, ids outside the vocabulary, or a cache of several rows.
+            Cancelled: `cancel` was set.
+        """
+        tokens, asking = self._ids(ids), self._ids(probe) if probe is not None and len(probe) else None
+        _one_row(cache)
+        for start in range(0, len(tokens), self.chunk):
+            _check(cancel)
+            chunk = tokens[start : start + self.chunk]
+            looking = asking if not cache.fits(len(chunk)) and cache.config.scoring == "window" else None
+            logits = self._pass(cache, chunk[None], probe=looking)
+            if progress is not None:
+                progress(start + len(chunk), len(tokens))
+        return logits[0, -1].float()
+
+    @torch.inference_mode()
+    def read_batch(
+        self, cache: Cache, rows: Sequence[Ids], *, cancel: Event | None = None
+    ) -> Tensor:
+        """Read one list of ids into each row of `cache`; float32 logits [B, vocab] after the last of each.
+
+        The rows are padded on the right for the pass; padding is never attended, scored or held.
+
+        Raises:
+            InputError: as `read`, or another number of rows than the cache has.
+            Cancelled: `cancel` was set.
+        """
+        tokens = [self._ids(row) for row in rows]
+        if len(tokens) != cache.rows:
+            raise InputError(f"{len(tokens)} prompts for a cache of {cache.rows} rows: give one prompt a row.")
+        longest = max(len(row) for row in tokens)
+        for start in range(0, longest, self.chunk):
+            _check(cancel)
+            parts = [row[start : start + self.chunk] for row in tokens]
+            size = max(len(part) for part in parts)
+            valid = torch.tensor([[at < len(part) for at in range(size)] for part in parts])
+            padded = torch.stack([torch.nn.functional.pad(part, (0, size - len(part))) for part in parts])
+            self._pass(cache, padded, None if valid.all() else valid)
+        assert cache.logits is not None
+        return cache.logits.float()
+
+    @torch.inference_mode()
+    def logprobs(self, cache: Cache, ids: Ids, *, cancel: Event | None = None) -> Tensor:
+        """float32 [T]: log p(ids[t] | everything in the cache, ids[:t]). Reads `ids` into the one-row cache.
+
+        Nothing predicts the first token of an empty cache: its entry is 0. Raises as `read`.
+        """
+        _one_row(cache)
+        tokens, parts = self._ids(ids).to(self.device), []
+        for start in range(0, len(tokens), self.chunk):
+            _check(cancel)
+            chunk = tokens[start : start + self.chunk]
+            before = cache.logits
+            logits = self._pass(cache, chunk[None], keep=0)[0]
+            rows = torch.cat([logits[:1] if before is None else before, logits[:-1]])
+            picked = [
+                part.float().log_softmax(-1).gather(-1, goal[:, None])[:, 0]  # 64 at a time: float32 [n, vocab] is large
+                for part, goal in zip(rows.split(64), chunk.split(64), strict=True)
+            ]
+            if before is None:
+                picked[0][0] = 0.0
+            parts += picked
+        return torch.cat(parts)
+
+    def stream(
+        self,
+        cache: Cache,
+        ids: Ids,
+        sampling: SamplingParams | None = None,
+        *,
+        probe: Ids | None = None,
+        cancel: Event | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[int]:
+        """Read `ids`, then yield new token ids until the end token (not yielded), `max_tokens` or `cancel`.
+
+        Every yielded token but the last is in the cache when the stream ends; stop strings are the caller's business.
+
+        Raises:
+            InputError: as `read`. Cancelled: `cancel` was set.
+        """
+        params, tokens = sampling or SamplingParams(), self._ids(ids)
+        self.read(cache, tokens, probe=probe, cancel=cancel, progress=progress)
+        for (token,) in self.decode(cache, [params], [tokens.tolist()], cancel=cancel):
+            assert token is not None
+            yield token
+
+    def decode(
+        self,
+        cache: Cache,
+        sampling: Sequence[SamplingParams],
+        prompts: Sequence[Sequence[int]],
+        *,
+        cancel: Event | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Go on from what the cache has read: yields one list of new ids a step, None for rows that have ended.
+
+        Args:
+            sampling: one for each row.
+            prompts: the ids that a repetition penalty counts as said, for each row.
+
+        Raises:
+            InputError: the cache has read nothing, or the rows do not match. Cancelled: `cancel` was set.
+        """
+        if cache.logits is None or len(sampling) != cache.rows:
+            raise InputError("decode goes on from a cache that has read something, with one SamplingParams a row.")
+        samplers = [Sampler(params, prompt, self.device) for params, prompt in zip(sampling, prompts, strict=True)]
+        going = [True] * cache.rows
+        for count in itertools.count(1):
+            _check(cancel)
+            logits = cache.logits.float()
+            chosen = torch.stack([sampler(row) for sampler, row in zip(samplers, logits, strict=True)]).tolist()
+            for row, params in enumerate(sampling):
+                if going[row]:
+                    samplers[row].accept(chosen[row])
+                    going[row] = params.ignore_eos or chosen[row] not in self.stop_ids
+            if not any(going):
+                return
+            yield [token if alive else None for token, alive in zip(chosen, going, strict=True)]
+            going = [alive and count != params.max_tokens for alive, params in zip(going, sampling, strict=True)]
+            if not any(going):
+                return
+            valid = None if all(going) else torch.tensor(going)[:, None]
+            with torch.inference_mode():
+                self._pass(cache, torch.tensor(chosen)[:, None].clamp(min=0), valid)
+
+    def _pass(
+        self,
+        cache: Cache,
+        ids: Tensor,
+        valid: Tensor | None = None,
+        *,
+        probe: Tensor | None = None,
+        keep: int | None = None,
+    ) -> Tensor:
+        """One forward pass of ids [B, n] (and a probe behind them): logits [B, 1, vocab] after each row's last token.
+
+        keep=0 gives them after all tokens instead: [B, n, vocab]. `cache.logits` is brought up to date.
+        """
+        batch, new = ids.shape
+        lengths = torch.tensor(cache.lengths)
+        counts = torch.full((batch,), new) if valid is None else valid.sum(-1)
+        if probe is not None:
+            ids = torch.cat([ids, probe[None].to(ids.device)], dim=1)
+        position = lengths[:, None] + torch.arange(ids.shape[1])
+        if valid is not None:
+            position = torch.minimum(position, (lengths + counts - 1).clamp(min=0)[:, None])
+            cache.ragged = True
+        ends = (counts - 1).clamp(min=0)
+        wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
+        step = Step(cache, new, position, valid, lengths + counts)
+        logits = forward(
+            self.model,
+            step,
+            input_ids=ids.to(self.device),
+            position_ids=position.to(self.device),
+            logits_to_keep=wanted.to(self.device),
+        )
+        cache.lengths = step.seen.tolist()
+        last = logits[torch.arange(batch), torch.searchsorted(wanted, ends)]
+        if cache.logits is not None:
+            last = torch.where((counts > 0).to(last.device)[:, None], last, cache.logits)
+        cache.logits = last
+        return last[:, None] if keep is None else logits
+
+    def _ids(self, ids: Ids) -> Tensor:
+        """Token ids as a checked CPU tensor int64 [T]."""
+        tokens = torch.as_tensor(ids, dtype=torch.long).cpu()
+        if tokens.dim() != 1 or not len(tokens):
+            raise InputError("Give at least one token id, as a flat list or a tensor of shape [T].")
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise InputError(f"Token ids must lie between 0 and {self.vocab_size - 1}: is this another model's tokenizer?")
+        return tokens
+
+
+def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The model's end tokens."""
+    settings = model.generation_config
+    end = settings.eos_token_id if settings is not None and settings.eos_token_id is not None else None
+    end = model.config.get_text_config().eos_token_id if end is None else end
+    return frozenset([end] if isinstance(end, int) else end or [])
+
+
+def _one_row(cache: Cache) -> None:
+    if cache.rows != 1:
+        raise InputError(f"This cache holds {cache.rows} rows: use read_batch and stream_batch, or cache.row(i).")
+
+
+def _check(cancel: Event | None) -> None:
+    if cancel is not None and cancel.is_set():
+        raise Cancelled

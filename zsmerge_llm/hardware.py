@@ -1,0 +1,124 @@
+"""Which device a model runs on and in which dtype. torch is imported inside the functions only."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zsmerge_llm.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+QUANTIZATIONS = ("nf4", "int8")
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
+
+
+def check_settings(dtype: Any, device: Any, device_map: Any, quantization: Any) -> None:
+    """Refuse settings that cannot work on any machine, without importing torch.
+
+    Raises:
+        ConfigError: an unknown dtype, device or quantization, or `device` together with `device_map`.
+    """
+    known = isinstance(dtype, str) and (dtype == "auto" or dtype in DTYPES)
+    if not known and type(dtype).__name__ != "dtype":
+        raise ConfigError(f"dtype must be 'auto', {_either(DTYPES)} or a torch.dtype, not {dtype!r}.")
+    if device != "auto" and not _DEVICE.fullmatch(str(device)):
+        raise ConfigError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N', 'mps' or 'xpu', not {device!r}.")
+    if device_map is not None and device != "auto":
+        raise ConfigError("Give either device (one device for the whole model) or device_map, not both.")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ConfigError(f"quantization must be None, {_either(QUANTIZATIONS)}, not {quantization!r}.")
+
+
+def pick_device(device: Any) -> torch.device:
+    """`"auto"` is cuda, else mps, else cpu.
+
+    Raises:
+        ConfigError: a device this machine or this build of torch does not have.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    chosen = torch.device(device)
+    backend = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}.get(chosen.type)
+    count = torch.cuda.device_count() if chosen.type == "cuda" else 1
+    if (backend is not None and not backend.is_available()) or (chosen.index or 0) >= count:
+        raise ConfigError(f"device={str(device)!r} is not available to torch here: use device='auto' or 'cpu'.")
+    return chosen
+
+
+def pick_dtype(dtype: Any, device: torch.device) -> torch.dtype:
+    """`"auto"` is bfloat16 where the device computes in it, else float16 on a GPU and float32 on a CPU."""
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ConfigError(f"dtype must be float32, bfloat16 or float16, not {dtype}.")
+        return dtype
+    if dtype != "auto":
+        return getattr(torch, DTYPES[dtype])
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_computes_in_bf16() else torch.float32
+    return torch.bfloat16 if _gpu_computes_in_bf16(device) else torch.float16
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether this CPU has bfloat16 instructions (AVX512-BF16, AMX, Arm BF16). Emulated, it loses to float32."""
+    import torch
+
+    names = {"avx512_bf16", "amx_bf16", "bf16"}
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch >= 2.10
+    if capabilities is not None:
+        return any(capabilities().get(name, False) for name in names)
+    if platform.system() == "Linux":  # "flags" on x86, "Features" on Arm
+        return not names.isdisjoint(Path("/proc/cpuinfo").read_text(errors="replace").split())
+    return False
+
+
+def _gpu_computes_in_bf16(device: torch.device) -> bool:
+    import torch
+
+    if device.type == "cuda":
+        # is_bf16_supported() also says yes to slow emulation on cards before Ampere
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return True
+
+
+def quantization_config(quantization: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The bitsandbytes settings for transformers.
+
+    Raises:
+        MissingDependencyError: bitsandbytes is not installed.
+        ConfigError: a device bitsandbytes cannot serve.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise MissingDependencyError(f"quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes")
+    if device.type == "mps":
+        raise ConfigError("quantization needs a CPU or a CUDA device: set device='cpu' or quantization=None.")
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _either(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)
