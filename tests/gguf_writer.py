@@ -19,7 +19,7 @@ VOCABULARY = [*SPECIAL, *bytes_to_unicode().values(), *WORDS]
 SHAPE: dict[str, Any] = {
     "vocab_size": len(VOCABULARY),
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -48,7 +48,9 @@ class NaiveHead:
             weights = [math.exp(x - top) for x in logits]
             weights = [w / sum(weights) for w in weights]
             paid = [p + w for p, w in zip(paid, weights, strict=True)]
-            outputs.append([sum(w * s.value[d] for w, s in zip(weights, slots, strict=True)) for d in range(len(value))])
+            outputs.append(
+                [sum(w * s.value[d] for w, s in zip(weights, slots, strict=True)) for d in range(len(value))]
+            )
         for slot, share in zip(slots, paid, strict=True):
             slot.score = self.decay * slot.score + share
         if len(self.kept) > self.sink + self.context + self.recent:

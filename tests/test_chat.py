@@ -124,6 +124,13 @@ def test_the_delta_is_found_where_a_template_insists_that_results_follow_calls()
     )
 
 
+def test_a_template_that_hides_the_answer_has_no_delta_and_says_so() -> None:
+    form = Template(byte_level(), "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}")
+
+    with pytest.raises(InputError, match=r"does not show where messages\[1\] ends"):
+        form.delta(normalise([USER, CALL, RESULT]), 2)
+
+
 def test_a_delta_behind_a_message_that_is_not_the_assistants_is_refused() -> None:
     for n in (0, 1, 3, 4):
         with pytest.raises(InputError, match="not an answer of the assistant"):
@@ -203,7 +210,12 @@ def test_results_find_their_calls_by_id_or_by_name() -> None:
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 3}}]}, USER],
             InputError,
-            "a dict or its JSON text",
+            "a dict of JSON values or its JSON text, not 3",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": {1}}}}]}, USER],
+            InputError,
+            "a dict of JSON values",
         ),
         ([USER, {"role": "tool", "content": "x"}], InputError, "tool_call_id"),
         ([USER, {"role": "tool", "content": "x", "tool_call_id": 4}], InputError, "must be a string"),

@@ -206,21 +206,34 @@ def test_a_changed_gguf_file_is_converted_anew(tmp_path: Path) -> None:
     assert gguf.folder_for(file, tmp_path) != before
 
 
+RACE = """
+import sys, time
+from pathlib import Path
+from zsmerge_llm import gguf
+
+def convert(header, work):  # both are in here before either goes on
+    work.mkdir()
+    (work / "config.json").write_text("{}")
+    (Path(sys.argv[3]) / sys.argv[4]).touch()
+    while len(list(Path(sys.argv[3]).iterdir())) < 2:
+        time.sleep(0.01)
+
+gguf._convert = convert
+print(gguf.convert_once(Path(sys.argv[1]), Path(sys.argv[2]), lambda step: None))
+"""
+
+
 def test_two_processes_may_convert_one_file_at_once(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama")
-    code = (
-        "import sys; from pathlib import Path; from zsmerge_llm.gguf import convert_once;"
-        "print(convert_once(Path(sys.argv[1]), Path(sys.argv[2]), lambda step: None))"
-    )
-    target = tmp_path / "cache" / "converted" / "tiny"
-    command = [sys.executable, "-c", code, str(file), str(target)]
-    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for worker in workers:
+    target, meeting = tmp_path / "cache" / "converted" / "tiny", tmp_path / "meeting"
+    meeting.mkdir()
+    command = [sys.executable, "-c", RACE, str(file), str(target), str(meeting)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for worker in [subprocess.Popen([*command, name], **pipes) for name in "ab"]:
         out, err = worker.communicate(timeout=120)
         assert worker.returncode == 0, err
         assert out.strip() == str(target)
     assert [path.name for path in target.parent.iterdir()] == ["tiny"]
-    assert _load(target).model.config.model_type == "llama"
 
 
 def test_another_process_that_was_faster_wins(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +268,7 @@ def test_a_truncated_gguf_file_is_refused(tmp_path: Path, share: float) -> None:
     file = write_gguf(tmp_path / "a.gguf", random_model("llama"), "llama")
     data = file.read_bytes()
     file.write_bytes(data[: max(5, int(len(data) * share))])
-    with pytest.raises(CorruptModelError, match="truncated or damaged.*download it again"):
+    with pytest.raises(CorruptModelError, match=r"truncated or damaged.*download it again"):
         load(file)
 
 
@@ -271,7 +284,7 @@ def _refused_file(tmp_path: Path, architecture: str = "llama", **more: Any) -> P
 
 
 def test_a_gguf_architecture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="holds a mamba model; .*qwen2.*safetensors format"):
+    with pytest.raises(UnsupportedModelError, match=r"holds a mamba model; .*qwen2.*safetensors format"):
         load(_refused_file(tmp_path, "mamba", extra={}))
 
 
@@ -318,7 +331,7 @@ def test_loading_says_nothing_of_its_own_and_leaves_the_log_as_it_was(
 
 @pytest.mark.parametrize("name", ["./none", "/none/at/all", "none/at/all", "~/none-at-all", "C:\\none"])
 def test_a_missing_folder_is_named(name: str) -> None:
-    with pytest.raises(ModelNotFoundError, match="no file or folder .*built-in name"):
+    with pytest.raises(ModelNotFoundError, match=r"no file or folder .*built-in name"):
         load(name)
 
 
@@ -346,7 +359,7 @@ def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> No
 def test_truncated_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     weights = _copy(folder, tmp_path / "m") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CorruptModelError, match="cannot be read .*download it again"):
+    with pytest.raises(CorruptModelError, match=r"cannot be read .*download it again"):
         _load(tmp_path / "m")
 
 
@@ -619,8 +632,20 @@ def test_dtype_auto_is_bfloat16_only_where_the_cpu_computes_in_it(monkeypatch: p
         assert hardware.pick_dtype("auto", torch.device("cpu")) == expected
 
 
-def test_a_device_map_is_passed_on(folder: Path) -> None:
-    assert _load(folder, device="auto", device_map={"": "cpu"}).model.hf_device_map == {"": torch.device("cpu")}
+def test_a_device_map_is_passed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    asked: list[Any] = []
+    original = AutoModelForCausalLM.from_pretrained
+
+    def watch(*where: Any, **options: Any) -> Any:
+        asked.append(options.get("device_map"))
+        return original(*where, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watch)
+    _load(folder, device="auto", device_map={"": "cpu"})
+    _load(folder)
+    assert asked == [{"": "cpu"}, None]
 
 
 def test_a_chat_template_replaces_the_models_own_and_not_the_callers(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from zsmerge_llm.config import CacheConfig, SamplingParams
     from zsmerge_llm.engine import Engine
     from zsmerge_llm.llm import LLM
+    from zsmerge_llm.session import Session
+    from zsmerge_llm.store import Store
     from zsmerge_llm.types import Chunk, Message, Result, Usage
 
 __version__ = "0.1.0"
@@ -23,6 +25,8 @@ _HOMES = {
     "SamplingParams": "config",
     "Engine": "engine",
     "LLM": "llm",
+    "Session": "session",
+    "Store": "store",
     "Chunk": "types",
     "Message": "types",
     "Result": "types",
@@ -38,6 +42,8 @@ __all__ = [
     "Message",
     "Result",
     "SamplingParams",
+    "Session",
+    "Store",
     "Usage",
 ]
 

@@ -1,4 +1,4 @@
-"""What differs between model families: who is refused, and the adapter for Falcon, which has an attention of its own."""
+"""What differs between model families: who is refused, and an adapter for Falcon, whose attention is its own."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def install(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]
         model.set_attn_implementation(name)
         return
     model.config._attn_implementation = name
-    for layer in model.transformer.h:
+    decoder: Any = model.transformer
+    for layer in decoder.h:
         if not isinstance(layer.self_attention, FalconAttention):
             layer.self_attention = FalconAttention(layer.self_attention, attention)
 

@@ -1,8 +1,8 @@
 """The seam with transformers: one attention function, registered as "zsmerge", that owns the compressed cache.
 
-The engine calls the model with `use_cache=False` and one keyword, `zsmerge=Step(...)`, which travels through the decoder
-layers to the function; no model is patched or subclassed. What a model's layers need is seen in a one-token trace, not
-guessed from its config, and what the cache cannot carry is refused by name.
+The engine calls the model with `use_cache=False` and one keyword, `zsmerge=Step(...)`, which travels through the
+decoder layers to the function; no model is patched or subclassed. What a model's layers need is seen in a one-token
+trace, not guessed from its config, and what the cache cannot carry is refused by name.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ AttentionInterface.register(NAME, zsmerge_attention)
 class Step:
     """One forward pass over `cache`: the tokens to keep and, behind them, the probe's, which only look.
 
-    position [B, T] and valid [B, n] (False: padding; None: no padding) cover T = n + m tokens, n = `new`; seen [B] counts
-    the tokens each row has read, these included.
+    position [B, T] covers all T = n + m tokens, valid [B, n] (False: padding; None: no padding) the n = `new` to keep;
+    seen [B] counts the tokens each row has read, these included.
     """
 
     cache: Cache
@@ -217,7 +217,8 @@ def prepare(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
     adapters.check(model)
     adapters.install(model, zsmerge_attention, NAME)
     trace = _Trace()
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    embedding: Any = model.get_input_embeddings()
+    token = torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device)
     forward(model, trace, input_ids=token, position_ids=token, logits_to_keep=1)
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers

@@ -107,7 +107,7 @@ class LayerCache:
         return self.config.slots is None or self.fill + new <= self.capacity
 
     def candidates(self, arrival: Arrival) -> dict[str, Tensor]:
-        """Append the tokens and return what to attend to, [B, H, fill + n, ...] each: views where they fit, else copies."""
+        """Append the tokens; what to attend to, [B, H, fill + n, ...] each: views where they fit, else copies."""
         new = arrival.keys.shape[2]
         if self.config.slots is None:
             self._grow(self.fill + new)
@@ -192,9 +192,7 @@ class LayerCache:
         config, residual = self.config, self.config.residual
         assert config.slots is not None  # the exact cache never compresses
         main = {name: tensor[:, :, residual:] for name, tensor in held.items()}
-        ranking = policy.priority(
-            main["score"], main["count"], main["position"], seen, config.sink, config.recent
-        )
+        ranking = policy.priority(main["score"], main["count"], main["position"], seen, config.sink, config.recent)
         kept, lost = policy.split(ranking, config.slots - residual)
         evicted = {name: policy.take(main[name], lost) for name in PER_SLOT}
         survivors = {name: policy.take(main[name], kept) for name in PER_SLOT}
@@ -360,7 +358,13 @@ class Cache:
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Cache:
-        """The inverse of `state`. The tensors are taken over, moved to each layer's device where they are elsewhere."""
+        """The inverse of `state`. The tensors are taken over, moved to each layer's device where they are elsewhere.
+
+        Tensors without elements may be left out.
+
+        Raises:
+            ValueError, KeyError: tensors that do not fit the facts.
+        """
         specs = [
             LayerSpec(**{**spec, "dtype": getattr(torch, spec["dtype"]), "device": torch.device(spec["device"])})
             for spec in facts["specs"]
@@ -372,5 +376,18 @@ class Cache:
         for index, (layer, fill) in enumerate(zip(cache.layers, facts["fill"], strict=True)):
             layer.fill = fill
             for name in TENSORS:
-                setattr(layer, name, tensors[f"{index}.{name}"].to(layer.spec.device))
+                empty = getattr(layer, name)
+                shape = (cache.rows, *empty.shape[1:])
+                given = tensors.get(f"{index}.{name}")
+                tensor = empty.new_zeros(shape) if given is None and 0 in shape else tensors[f"{index}.{name}"]
+                if tensor.dtype != empty.dtype or not _fits(tensor.shape, shape, layer.config.slots is None):
+                    raise ValueError(f"{index}.{name} is {tensor.dtype}{list(tensor.shape)}, not {empty.dtype}{shape}")
+                setattr(layer, name, tensor.to(layer.spec.device))
         return cache
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int], grows: bool) -> bool:
+    """Whether a tensor has the shape a fresh cache gives it; the exact cache's slots (dimension 2) may be more."""
+    if grows and len(shape) > 2:
+        shape, wanted = (*shape[:2], *shape[3:]), (*wanted[:2], *wanted[3:])
+    return tuple(shape) == tuple(wanted)

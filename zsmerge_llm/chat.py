@@ -20,6 +20,8 @@ from zsmerge_llm.types import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Tools = Sequence[dict[str, Any]] | None
+"""Tool definitions in the OpenAI format."""
 ROLES = ("system", "user", "assistant", "tool")
 CALL_SHAPE = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}'
 TOOL_GUIDE = """# Tools
@@ -112,21 +114,21 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise InputError(f"{where} must have the form {CALL_SHAPE}.")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments)
-    elif not isinstance(arguments, Mapping):
-        raise InputError(f"{where}.function.arguments must be a dict or its JSON text, not {_kind(arguments)}.")
+    arguments = _arguments(function.get("arguments") or {}, where)
     function = {"name": function["name"], "arguments": arguments}
     return {"id": str(call.get("id") or ""), "type": "function", "function": function}
 
 
-def _parsed(arguments: str) -> dict[str, Any] | str:
+def _arguments(given: Any, where: str) -> dict[str, Any] | str:
     try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments
+        value = json.loads(given if isinstance(given, str) else json.dumps(given))
+    except (TypeError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) and not isinstance(given, str):
+        raise InputError(
+            f"{where}.function.arguments must be a dict of JSON values or its JSON text, not {given!r:.80}."
+        )
+    return value if isinstance(value, dict) else given
 
 
 def _link_results(messages: list[Message]) -> None:
@@ -183,7 +185,7 @@ class Template:
         self.today = today or date.today()
         self.args = dict(args or {})
 
-    def source(self, tools: Sequence[dict[str, Any]] | None = None) -> str:
+    def source(self, tools: Tools = None) -> str:
         """The Jinja text in use, with `strftime_now("…")` replaced by the frozen date.
 
         Raises:
@@ -200,12 +202,7 @@ class Template:
         stamp = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
         return re.sub(stamp, lambda found: json.dumps(self.today.strftime(found[2])), text)
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> str:
+    def render(self, messages: Sequence[Message], tools: Tools = None, add_generation_prompt: bool = True) -> str:
         """The conversation as the text the model reads, special tokens included.
 
         Raises:
@@ -257,11 +254,7 @@ class Template:
         )
 
     def delta(
-        self,
-        messages: Sequence[Message],
-        n: int,
-        tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        self, messages: Sequence[Message], n: int, tools: Tools = None, add_generation_prompt: bool = True
     ) -> str:
         """What follows the generated content of `messages[n-1]`: its closing tokens, `messages[n:]`, the next header.
 
@@ -274,20 +267,18 @@ class Template:
         if not 0 < n <= len(messages) or messages[n - 1]["role"] != "assistant":
             raise InputError(f"messages[{n - 1}] is not an answer of the assistant, so nothing can follow it.")
         whole = self.render(messages, tools, add_generation_prompt)
-        endings = []
+        first = None
         for ending in self._endings(list(messages), n, tools, add_generation_prompt):
             if whole.endswith(ending):
                 return ending
-            endings.append(ending)
-        if not endings:
+            first = first or ending
+        if first is None:
             raise InputError(
-                f"The model's chat template does not show where messages[{n - 1}] ends: pass another as chat_template=."
+                f"The chat template does not show where messages[{n - 1}] ends: pass another as chat_template=."
             )
-        return endings[0]
+        return first
 
-    def _endings(
-        self, messages: list[Message], n: int, tools: Sequence[dict[str, Any]] | None, prompt: bool
-    ) -> Iterator[str]:
+    def _endings(self, messages: list[Message], n: int, tools: Tools, prompt: bool) -> Iterator[str]:
         """Candidates for `delta`, the most reliable first: after a marker put in the answer's place."""
         marker = uuid.uuid4().hex
         plain: Message = {"role": "assistant", "content": marker}
@@ -302,17 +293,15 @@ class Template:
                 if close and close in ending:
                     yield ending[ending.index(close) :]
 
-    def _after(
-        self, marker: str, messages: list[Message], tools: Sequence[dict[str, Any]] | None, prompt: bool
-    ) -> Iterator[str]:
+    def _after(self, marker: str, messages: list[Message], tools: Tools, prompt: bool) -> Iterator[str]:
         try:
-            yield self.render(messages, tools, prompt).rpartition(marker)[2]
+            _, found, ending = self.render(messages, tools, prompt).rpartition(marker)
         except InputError:
             return
+        if found:
+            yield ending
 
-    def digests(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, extra: Any = None
-    ) -> list[str]:
+    def digests(self, messages: Sequence[Message], tools: Tools = None, extra: Any = None) -> list[str]:
         """One digest per prefix: entry i stands for `messages[:i]` with these tools, `args` and `extra` (JSON).
 
         Equal digests mean the same conversation. Not part of it: message `id`, `name`, `reasoning_content` and ids of
@@ -344,7 +333,7 @@ def _canonical(messages: Sequence[Message]) -> Iterator[list[Any]]:
         yield [message["role"], content, calls, numbers.get(message.get("tool_call_id", ""))]
 
 
-def _checked_tools(tools: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+def _checked_tools(tools: Tools) -> list[dict[str, Any]] | None:
     """OpenAI tool definitions; None for an empty list, which some templates would take for tools."""
     for index, tool in enumerate(tools or ()):
         function = tool.get("function") if isinstance(tool, Mapping) else None

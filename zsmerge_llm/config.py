@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -105,7 +106,7 @@ class CacheConfig:
 
     @classmethod
     def h2o(cls, slots: int = 1024) -> CacheConfig:
-        """Heavy hitters (arXiv 2306.14048): accumulated attention, half of the budget recent, evicted tokens dropped."""
+        """Heavy hitters (arXiv 2306.14048): accumulated attention, half of the budget recent, no merging."""
         _integer("slots", slots, 8)
         return cls(slots=slots, sink=min(4, slots // 8), recent=slots // 2, scoring="attention", stage=1)
 
@@ -171,6 +172,24 @@ class SamplingParams:
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some settings changed. Raises ConfigError on an unknown name or a bad value."""
         return _replace(self, changes)
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes, or text such as "2GiB", "500 MB" or "1.5G".
+
+    Raises:
+        ConfigError: anything else.
+    """
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE) if isinstance(size, str) else None
+    if found:
+        base = 1024 if found[3] else 1000
+        try:
+            return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+        except ValueError:
+            pass
+    elif isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    raise ConfigError(f"A size is a number of bytes or text such as '2GiB', not {size!r}.")
 
 
 def _replace(settings: Any, changes: dict[str, Any]) -> Any:

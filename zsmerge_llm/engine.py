@@ -1,6 +1,7 @@
 """Token ids in, token ids out: reading of any length in chunks, and the decode loop. Knows no text and no session.
 
-Memory while reading is a function of budget and chunk size, never of length. One `Engine` runs one request at a time.
+Memory while reading is a function of budget and chunk size, never of length. Threads may share an engine: their
+forward passes take turns, first come first served.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from zsmerge_llm.attention import Step, forward, prepare
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.fairness import FairLock
 from zsmerge_llm.sampling import Sampler
 
 Ids = Sequence[int] | Tensor
@@ -48,6 +50,7 @@ class Engine:
         self.specs = prepare(model)
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.stop_ids = _stop_ids(model)
+        self._turn = FairLock()
 
     @property
     def device(self) -> torch.device:
@@ -97,9 +100,7 @@ class Engine:
         return logits[0, -1].float()
 
     @torch.inference_mode()
-    def read_batch(
-        self, cache: Cache, rows: Sequence[Ids], *, cancel: Event | None = None
-    ) -> Tensor:
+    def read_batch(self, cache: Cache, rows: Sequence[Ids], *, cancel: Event | None = None) -> Tensor:
         """Read one list of ids into each row of `cache`; float32 logits [B, vocab] after the last of each.
 
         The rows are padded on the right for the pass; padding is never attended, scored or held.
@@ -137,7 +138,9 @@ class Engine:
             logits = self._pass(cache, chunk[None], keep=0)[0]
             rows = torch.cat([logits[:1] if before is None else before, logits[:-1]])
             picked = [
-                part.float().log_softmax(-1).gather(-1, goal[:, None])[:, 0]  # 64 at a time: float32 [n, vocab] is large
+                part.float()
+                .log_softmax(-1)
+                .gather(-1, goal[:, None])[:, 0]  # 64 at a time: float32 [n, vocab] is large
                 for part, goal in zip(rows.split(64), chunk.split(64), strict=True)
             ]
             if before is None:
@@ -232,13 +235,14 @@ class Engine:
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
         step = Step(cache, new, position, valid, lengths + counts)
-        logits = forward(
-            self.model,
-            step,
-            input_ids=ids.to(self.device),
-            position_ids=position.to(self.device),
-            logits_to_keep=wanted.to(self.device),
-        )
+        with self._turn:
+            logits = forward(
+                self.model,
+                step,
+                input_ids=ids.to(self.device),
+                position_ids=position.to(self.device),
+                logits_to_keep=wanted.to(self.device),
+            )
         cache.lengths = step.seen.tolist()
         last = logits[torch.arange(batch), torch.searchsorted(wanted, ends)]
         if cache.logits is not None:
@@ -252,7 +256,9 @@ class Engine:
         if tokens.dim() != 1 or not len(tokens):
             raise InputError("Give at least one token id, as a flat list or a tensor of shape [T].")
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise InputError(f"Token ids must lie between 0 and {self.vocab_size - 1}: is this another model's tokenizer?")
+            raise InputError(
+                f"Token ids must lie between 0 and {self.vocab_size - 1}: is this another model's tokenizer?"
+            )
         return tokens
 
 

@@ -218,7 +218,7 @@ def _tie(model: PreTrainedModel, header: Header) -> bool:
         model.tie_weights()
         return False
     rows = slice(0, None, max(1, len(embedding.data) // 512))
-    first, second = (torch.from_numpy(dequantize(t.data[rows], t.tensor_type)).flatten() for t in (embedding, output))
+    first, second = (torch.tensor(dequantize(t.data[rows], t.tensor_type)).flatten() for t in (embedding, output))
     if first.shape != second.shape or torch.cosine_similarity(first, second, dim=0) < 0.9:
         return False
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()

@@ -1,58 +1,51 @@
-"""`LLM`: messages in, text out. Joins loader, engine, chat template and sampling, and only composes them."""
+"""`LLM`: messages in, text out. Joins loader, engine, sessions, chat template and sampling, and only composes them."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, RLock
 from typing import TYPE_CHECKING, Any
 
+from zsmerge_llm.answer import Answer
 from zsmerge_llm.chat import Template, normalise
-from zsmerge_llm.config import CacheConfig, SamplingParams
+from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.errors import ConfigError, ContextLimitError, InputError
-from zsmerge_llm.types import Chunk, FinishReason, Message, Result, Usage
+from zsmerge_llm.types import Chunk, Message, Result
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from zsmerge_llm.cache import Cache
+    from zsmerge_llm.conversation import Conversations, Turn
     from zsmerge_llm.engine import Engine
-    from zsmerge_llm.loader import Loaded
+    from zsmerge_llm.session import Session
+    from zsmerge_llm.store import Store
 
 PROBE_TOKENS = 64
 """How much of a prompt's end says what will be asked: a question and the template's closing."""
 
+GENERIC_PROBE = "What is said in the text above? Repeat its facts, names, numbers, dates and places word for word."
+"""Stands for the questions nobody has asked yet, when a document is read ahead."""
+
 Messages = str | Sequence[Message]
 
 
-@dataclass
-class _Request:
-    """One request on its way: what is read, and what came of it."""
+Progress = Callable[[int, int], None]
 
-    cache: Cache
-    ids: list[int]
-    sampling: SamplingParams
-    cancel: Event | None = None
-    progress: Callable[[int, int], None] | None = None
-    cached: int = 0
-    tokens: list[int] = field(default_factory=list)
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
 
-    def usage(self, ended: bool) -> Usage:
-        return Usage(
-            prompt_tokens=self.cached + len(self.ids),
-            cached_tokens=self.cached,
-            completion_tokens=len(self.tokens) + ended,
-            merged_tokens=self.cache.merged,
-            prefill_seconds=self.prefill_seconds,
-            decode_seconds=self.decode_seconds,
-            cache_bytes=self.cache.nbytes,
-        )
+@dataclass(frozen=True)
+class _Parts:
+    """What there is once the model is loaded."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    template: Template
+    conversations: Conversations
 
 
 class LLM:
@@ -69,6 +62,9 @@ class LLM:
         template_args: variables for the chat template, such as {"enable_thinking": False}.
         chunk: tokens read in one forward pass.
         max_input_tokens: a longer prompt raises ContextLimitError; None sets no limit. Nothing is ever truncated.
+        sessions_dir: where conversations are kept for good, to go on after a restart; None keeps them for this process.
+        session_memory: bytes that all conversations together may hold in memory, such as "4GiB"; the least recently
+            used ones go to disk. A ceiling too small for one conversation raises StoreFullError when the model loads.
         progress: called with a line of text at each step of loading.
 
     Raises:
@@ -89,6 +85,8 @@ class LLM:
         template_args: dict[str, Any] | None = None,
         chunk: int = 512,
         max_input_tokens: int | None = None,
+        sessions_dir: str | Path | None = None,
+        session_memory: int | str = "4GiB",
         progress: Callable[[str], None] | None = None,
     ) -> None:
         if cache is not None and not isinstance(cache, CacheConfig):
@@ -111,30 +109,32 @@ class LLM:
             "progress": progress,
         }
         self._template_args = template_args
+        self._sessions_dir = sessions_dir
+        self._session_memory = parse_bytes(session_memory)
         self._lock = RLock()
-        self._ready: tuple[Loaded, Engine, Template] | None = None
+        self._parts: _Parts | None = None
 
     # -- what is behind it -------------------------------------------------------------------------------------------
 
     @property
     def loaded(self) -> bool:
         """Whether the model is in memory."""
-        return self._ready is not None
+        return self._parts is not None
 
     @property
     def name(self) -> str:
         """The model's name."""
-        return self.model if isinstance(self.model, str) else self._load()[0].name
+        return self.model if isinstance(self.model, str) else self._load().name
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's transformers tokenizer."""
-        return self._load()[0].tokenizer
+        return self._load().tokenizer
 
     @property
     def engine(self) -> Engine:
         """The engine below: token ids in and out."""
-        return self._load()[1]
+        return self._load().engine
 
     @property
     def context_window(self) -> int | None:
@@ -143,18 +143,35 @@ class LLM:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a plain text, without special tokens."""
-        return len(self._load()[2].encode(text))
+        return len(self._load().template.encode(text))
 
-    def _load(self) -> tuple[Loaded, Engine, Template]:
+    @property
+    def store(self) -> Store:
+        """All conversations, with their sizes."""
+        return self._load().conversations.store
+
+    def _load(self) -> _Parts:
         with self._lock:
-            if self._ready is None:
-                from zsmerge_llm.engine import Engine
-                from zsmerge_llm.loader import load
+            if self._parts is None:
+                self._parts = self._build()
+            return self._parts
 
-                loaded = load(self.model, **self._loading)
-                engine = Engine(loaded.model, self.cache, self.chunk)
-                self._ready = loaded, engine, Template(loaded.tokenizer, args=self._template_args)
-            return self._ready
+    def _build(self) -> _Parts:
+        from zsmerge_llm.conversation import Conversations
+        from zsmerge_llm.engine import Engine
+        from zsmerge_llm.fingerprint import fingerprint
+        from zsmerge_llm.loader import load
+        from zsmerge_llm.store import Store
+
+        loaded = load(self.model, **self._loading)
+        tokenizer = loaded.tokenizer
+        engine = Engine(loaded.model, self.cache, self.chunk)
+        template = Template(tokenizer, args=self._template_args)
+        source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
+        mark = fingerprint(loaded.model, tokenizer, source, self.cache)
+        size = engine.new_cache().nbytes
+        store = Store(mark, self._session_memory, size, self._sessions_dir)
+        return _Parts(loaded.name, tokenizer, engine, template, Conversations(store, template, engine.new_cache))
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
@@ -164,11 +181,23 @@ class LLM:
         *,
         sampling: SamplingParams | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        session: str | Session | None = None,
+        probe: str | None = None,
         cancel: Event | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Result:
         """Answer a conversation. See `stream`."""
-        return _collect(self.stream(messages, sampling=sampling, tools=tools, cancel=cancel, progress=progress))
+        return _collect(
+            self.stream(
+                messages,
+                sampling=sampling,
+                tools=tools,
+                session=session,
+                probe=probe,
+                cancel=cancel,
+                progress=progress,
+            )
+        )
 
     def stream(
         self,
@@ -176,14 +205,21 @@ class LLM:
         *,
         sampling: SamplingParams | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        session: str | Session | None = None,
+        probe: str | None = None,
         cancel: Event | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[Chunk]:
         """Answer a conversation, piece by piece; the last chunk has `finish_reason` and `usage`.
+
+        What was read or said earlier in this conversation is recognised by its content and not read again.
 
         Args:
             messages: a string (one user message) or a list of dicts in the OpenAI format.
             tools: definitions in the OpenAI format, shown to the model by its template.
+            session: a name for the conversation, or a session. It helps to find it and never mixes two; that of a
+                document (`read_document`) asks about the document.
+            probe: text that says what matters in this prompt, for the cache to keep; by default the prompt's end.
             cancel: an event that stops reading after the current chunk and decoding within one token. Closing the
                 iterator does the same.
             progress: called with (tokens read, tokens to read) while the prompt is read.
@@ -192,18 +228,84 @@ class LLM:
             InputError: messages that cannot be used, before anything is read. MissingTemplateError: no chat template.
             ContextLimitError: more than `max_input_tokens`.
         """
-        checked = normalise(messages)
-        template = self._load()[2]
-        ids = template.encode(template.render(checked, tools))
-        return self._answer(self._request(ids, sampling, cancel, progress))
+        checked, params = normalise(messages), sampling or SamplingParams()
+        parts = self._load()
+        name = session if isinstance(session, str) or session is None else session.name
+        turn = parts.conversations.begin(checked, tools, name)
+        self._check_length(len(turn.tokens), params)
+        asking = parts.template.encode(probe) if probe else turn.ids[-PROBE_TOKENS:]
+        answer = Answer(turn.cache, turn.tokens, params, parts.tokenizer, turn.cache.seen, turn.reuse)
+        return self._run(turn, answer, asking, cancel, progress)
 
     def batch(
         self, conversations: Sequence[Messages], *, sampling: SamplingParams | None = None, cancel: Event | None = None
     ) -> list[Result]:
         """Answer several conversations together, in order. Raises as `stream`, before anything is read."""
         checked = [normalise(messages) for messages in conversations]
-        template = self._load()[2]
+        template = self._load().template
         return self._answer_all([template.encode(template.render(each)) for each in checked], sampling, cancel)
+
+    # -- sessions ----------------------------------------------------------------------------------------------------
+
+    def session(self, name: str) -> Session:
+        """The conversation of that name, with its `.cache`, `.tokens`, `.nbytes`, `.fork(name)` and `.save(path)`.
+
+        Raises:
+            SessionNotFoundError: there is none.
+        """
+        return self.store.get(name)
+
+    def load_session(self, path: str | Path) -> Session:
+        """Bring back a conversation that `Session.save` wrote: requests that continue it are recognised again.
+
+        Raises:
+            SessionNotFoundError, SessionCorruptError, SessionMismatchError: see the errors.
+        """
+        from zsmerge_llm.session import load_session
+
+        loaded = load_session(path, self.store.fingerprint)
+        self.store.commit(loaded, ())
+        return loaded
+
+    def add_session(self, session: Session) -> Session:
+        """Keep a session made by `Session.fork` among this model's conversations."""
+        self.store.commit(session, ())
+        return session
+
+    def read_document(
+        self,
+        document: str | Path,
+        *,
+        name: str | None = None,
+        probe: str | None = None,
+        cancel: Event | None = None,
+        progress: Progress | None = None,
+    ) -> Session:
+        """Read a document once, to ask any number of questions about it: `llm.chat(question, session=document)`.
+
+        Args:
+            document: the text, or a path to a text file (a `Path`, or a string that names an existing file).
+            name: the session's name; a document read under that name before, with the same text, is taken up.
+            probe: what will be asked, as far as it is known; decides what is kept. cancel, progress: as for `stream`.
+
+        Raises:
+            InputError: no text, or a file that is no text. Cancelled: `cancel` was set; nothing is kept.
+        """
+        from zsmerge_llm.session import Session, Snapshot
+
+        text, title = _document(document)
+        parts = self._load()
+        _, tokens, digest = parts.conversations.document(text)
+        found = parts.conversations.store.find([digest], name)
+        if found is not None and (name is None or found.session.name == name):
+            return found.session
+        asking = parts.template.encode(probe or GENERIC_PROBE)
+        cache = parts.engine.new_cache()
+        self._check_length(len(tokens), SamplingParams())
+        parts.engine.read(cache, tokens, probe=asking, cancel=cancel, progress=progress)
+        session = Session(name or title, parts.conversations.store.fingerprint, parts.template.today, document=text)
+        parts.conversations.store.commit(session, [Snapshot(digest, 1, tuple(tokens), cache, "document")])
+        return session
 
     # -- plain completion --------------------------------------------------------------------------------------------
 
@@ -213,7 +315,7 @@ class LLM:
         *,
         sampling: SamplingParams | None = None,
         cancel: Event | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Result:
         """Continue a plain text, without a chat template. See `stream_complete`."""
         return _collect(self.stream_complete(prompt, sampling=sampling, cancel=cancel, progress=progress))
@@ -224,10 +326,14 @@ class LLM:
         *,
         sampling: SamplingParams | None = None,
         cancel: Event | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[Chunk]:
         """Continue a plain text, piece by piece. Arguments and errors as for `stream`."""
-        return self._answer(self._request(self._prompt_ids(prompt), sampling, cancel, progress))
+        ids, params = self._prompt_ids(prompt), sampling or SamplingParams()
+        self._check_length(len(ids), params)
+        parts = self._load()
+        answer = Answer(parts.engine.new_cache(), ids, params, parts.tokenizer)
+        return self._run(None, answer, ids[-PROBE_TOKENS:], cancel, progress)
 
     def batch_complete(
         self, prompts: Sequence[str], *, sampling: SamplingParams | None = None, cancel: Event | None = None
@@ -238,103 +344,115 @@ class LLM:
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or not prompt:
             raise InputError("The prompt is empty: give some text to continue.")
-        return self._load()[2].encode_prompt(prompt)
+        return self._load().template.encode_prompt(prompt)
 
     # -- how an answer comes about -----------------------------------------------------------------------------------
 
-    def _request(
+    def _run(
         self,
-        ids: list[int],
-        sampling: SamplingParams | None,
-        cancel: Event | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> _Request:
-        params, limit, window = sampling or SamplingParams(), self.max_input_tokens, self.engine.window
-        if limit is not None and len(ids) > limit:
-            raise ContextLimitError(
-                f"The prompt has {len(ids)} tokens and max_input_tokens is {limit}: raise the limit or shorten the prompt."
-            )
-        if window is not None and len(ids) + (params.max_tokens or 0) > window:
-            warnings.warn(
-                f"Prompt and answer may reach {len(ids) + (params.max_tokens or 0)} tokens and the model was trained on "
-                f"{window} positions: it reads on, but answers beyond get worse.",
-                stacklevel=4,
-            )
-        return _Request(self.engine.new_cache(), ids, params, cancel, progress)
-
-    def _answer(self, request: _Request) -> Iterator[Chunk]:
+        turn: Turn | None,
+        answer: Answer,
+        probe: list[int],
+        cancel: Event | None,
+        progress: Progress | None,
+    ) -> Iterator[Chunk]:
+        """Read, decode, commit. However it ends, the conversation is at a point it can go on from."""
         from zsmerge_llm.engine import Cancelled
-        from zsmerge_llm.sampling import TextStream
 
-        text = TextStream(self.tokenizer, request.sampling.stop)
-        finish: FinishReason = "stop"
+        conversations = self._load().conversations
+        reply: Message | None = None
         try:
-            for token in self._tokens(request):
-                request.tokens.append(token)
-                if piece := text.push(token):
+            self._read(turn, answer, probe, cancel, progress)
+            for (token,) in self.engine.decode(answer.cache, [answer.sampling], [answer.prompt], cancel=cancel):
+                assert token is not None
+                if piece := answer.push(token):
                     yield Chunk(piece)
-                if text.stopped:
+                if answer.stopped:
                     break
-            else:
-                finish = "length" if len(request.tokens) == request.sampling.max_tokens else "stop"
+            last = answer.finish()
+            reply = {"role": "assistant", "content": answer.text}
         except Cancelled:
-            finish = "cancelled"
-        rest = text.finish()
-        ended = finish == "stop" and not text.stopped
-        yield Chunk(rest, "stop" if text.stopped else finish, request.usage(ended))
+            last = answer.finish(cancelled=True)
+        finally:
+            if turn is not None:
+                conversations.commit(turn, reply, answer.tokens)
+        yield last
 
-    def _tokens(self, request: _Request) -> Iterator[int]:
-        """The engine's tokens, timed: until the first is reading, then decoding."""
-        started = time.perf_counter()
-        self.engine.read(
-            request.cache, request.ids, probe=_probe(request.ids), cancel=request.cancel, progress=request.progress
-        )
-        request.prefill_seconds = time.perf_counter() - started
-        for (token,) in self.engine.decode(request.cache, [request.sampling], [request.ids], cancel=request.cancel):
-            request.decode_seconds = time.perf_counter() - started - request.prefill_seconds
-            assert token is not None
-            yield token
+    def _read(
+        self, turn: Turn | None, answer: Answer, probe: list[int], cancel: Event | None, progress: Progress | None
+    ) -> None:
+        """Read what is new of the prompt, and keep the points worth going back to."""
+        started, ids = time.perf_counter(), answer.prompt[answer.cached :]
+        first = turn.prefix if turn is not None else 0
+        if turn is not None and first:
+            self.engine.read(answer.cache, ids[:first], probe=probe, cancel=cancel, progress=progress)
+            turn.mark("prefix", int(turn.messages[0]["role"] == "system"), ids[:first])
+        if ids[first:]:
+            self.engine.read(answer.cache, ids[first:], probe=probe, cancel=cancel, progress=progress)
+        if turn is not None:
+            turn.mark("prompt", len(turn.messages), answer.prompt)
+        answer.begin(time.perf_counter() - started)
 
     def _answer_all(
         self, prompts: list[list[int]], sampling: SamplingParams | None, cancel: Event | None
     ) -> list[Result]:
+        """Several prompts, read one by one and decoded together."""
         if not prompts:
             return []
         from zsmerge_llm.cache import Cache
         from zsmerge_llm.engine import Cancelled
-        from zsmerge_llm.sampling import TextStream
 
-        requests = [self._request(ids, sampling, cancel) for ids in prompts]
-        texts = [TextStream(self.tokenizer, request.sampling.stop) for request in requests]
-        results: list[Result] = []
-        pieces = [""] * len(prompts)
-        finish: list[FinishReason] = ["stop"] * len(prompts)
-        started = time.perf_counter()
-        batch = None
+        engine, tokenizer, params = self.engine, self.tokenizer, sampling or SamplingParams()
+        for ids in prompts:
+            self._check_length(len(ids), params)
+        answers = [Answer(engine.new_cache(), ids, params, tokenizer) for ids in prompts]
+        cancelled = False
         try:
-            for request in requests:
-                self.engine.read(request.cache, request.ids, probe=_probe(request.ids), cancel=cancel)
-            batch = Cache.stack([request.cache for request in requests])
-            read = time.perf_counter() - started
-            for chosen in self.engine.decode(batch, [request.sampling for request in requests], prompts, cancel=cancel):
-                for row, token in enumerate(chosen):
-                    if token is not None and not texts[row].stopped:
-                        requests[row].tokens.append(token)
-                        pieces[row] += texts[row].push(token)
-                        requests[row].decode_seconds = time.perf_counter() - started - read
-                if all(text.stopped for text in texts):
+            for answer in answers:
+                started = time.perf_counter()
+                engine.read(answer.cache, answer.prompt, probe=answer.prompt[-PROBE_TOKENS:], cancel=cancel)
+                answer.begin(time.perf_counter() - started)
+            batch = Cache.stack([answer.cache for answer in answers])
+            for chosen in engine.decode(batch, [params] * len(prompts), prompts, cancel=cancel):
+                for answer, token in zip(answers, chosen, strict=True):
+                    if token is not None and not answer.stopped:
+                        answer.push(token)
+                if all(answer.stopped for answer in answers):
                     break
         except Cancelled:
-            finish = ["cancelled"] * len(prompts)
-        for row, request in enumerate(requests):
-            pieces[row] += texts[row].finish()
-            results.append(Result(pieces[row], finish[row], request.usage(False)))
-        return results
+            cancelled = True
+        return [_collect(iter([Chunk(answer.text), answer.finish(cancelled)])) for answer in answers]
+
+    def _check_length(self, prompt: int, params: SamplingParams) -> None:
+        limit, window = self.max_input_tokens, self.engine.window
+        if limit is not None and prompt > limit:
+            raise ContextLimitError(
+                f"The prompt has {prompt} tokens and max_input_tokens is {limit}: raise it or shorten the prompt."
+            )
+        reach = prompt + (params.max_tokens or 0)
+        if window is not None and reach > window:
+            warnings.warn(
+                f"Prompt and answer may reach {reach} tokens and the model was trained on {window} positions: "
+                "it reads on, but answers beyond get worse.",
+                stacklevel=4,
+            )
 
 
-def _probe(ids: list[int]) -> list[int]:
-    """What will be asked, as far as the prompt says: its end."""
-    return ids[-PROBE_TOKENS:]
+def _document(document: str | Path) -> tuple[str, str]:
+    """A document's text and a name for it."""
+    path = Path(document) if isinstance(document, Path) or len(document) < 1024 else None
+    try:
+        if path is None or not (isinstance(document, Path) or path.is_file()):
+            text, title = str(document), "document"
+        else:
+            text, title = path.read_text(encoding="utf-8"), path.stem
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{document} cannot be read as text ({error}): give a UTF-8 text file or the text itself."
+        ) from error
+    if not text.strip():
+        raise InputError("The document is empty: give some text to read.")
+    return text, title
 
 
 def _collect(chunks: Iterator[Chunk]) -> Result:

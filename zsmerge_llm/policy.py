@@ -84,7 +84,7 @@ def merge(
     """Eq. 6 and 7: evicted tokens enter the residual slots.
 
     The oldest evicted tokens take the residual slots that are still empty, as they are. Every other one goes into the
-    slot with the largest k_r · k_t, and the slot becomes the mean of all it ever took: k_r ← k_r + Σ(k_t - k_r)/(w + m).
+    slot with the largest k_r · k_t, which becomes the mean of all it ever took: k_r ← k_r + Σ(k_t - k_r)/(w + m).
     For one token this is Eq. 7; several tokens choose against the same slots and enter together.
 
     Args:

@@ -86,11 +86,13 @@ def test_the_model_may_be_called_model_name() -> None:
     assert ChatZSMerge(model_name="gemma3").model == "gemma3"  # type: ignore[call-arg]
 
 
-def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_come_from_the_environment(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZSMERGE_MODEL", "other")
     monkeypatch.setenv("ZSMERGE_SESSIONS_DIR", "kept")
-    chat = ChatZSMerge()
-    assert (chat.model, chat.sessions_dir) == ("other", "kept")
+    chat = ChatZSMerge(llm=llm, model_name="mine")  # type: ignore[call-arg]
+    assert (chat.model, chat.sessions_dir) == ("mine", "kept")
+    monkeypatch.delenv("ZSMERGE_SESSIONS_DIR")
+    assert ChatZSMerge().model == "other"
 
 
 def test_objects_of_equal_loading_settings_share_one_model() -> None:

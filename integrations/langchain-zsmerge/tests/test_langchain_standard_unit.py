@@ -42,7 +42,7 @@ class TestChatZSMergeStandard(ChatModelUnitTests):
     @property
     def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
         return (
-            {"ZSMERGE_MODEL": "env-model", "ZSMERGE_DEVICE": "cpu", "ZSMERGE_SESSIONS_DIR": "env-sessions"},
+            {"ZSMERGE_MODEL": "env-model", "ZSMERGE_DEVICE": "cpu"},
             {},
-            {"model": "env-model", "device": "cpu", "sessions_dir": "env-sessions"},
+            {"model": "env-model", "device": "cpu"},
         )

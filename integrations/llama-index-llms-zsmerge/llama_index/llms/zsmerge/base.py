@@ -111,9 +111,7 @@ class ZSMergeLLM(FunctionCallingLLM):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: PathText = Field(
-        default="smollm2", description="Built-in name, Hub id, model folder or .gguf file.", validate_default=True
-    )
+    model: PathText = Field(default="smollm2", description="Built-in name, Hub id, model folder or .gguf file.")
     cache: CacheConfig = Field(default_factory=CacheConfig, description="Budget and rule of the compressed cache.")
     dtype: str = Field(default="auto", description="Type of the weights, such as 'bfloat16'.")
     device: str = Field(default="auto", description="Device of the model, such as 'cpu' or 'cuda:0'.")

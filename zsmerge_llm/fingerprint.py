@@ -1,0 +1,44 @@
+"""What a saved cache belongs to, as digests: a cache of other weights would give answers that are wrong, not worse."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.session import Fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE = 64
+"""Values looked at in each weight tensor: enough to tell models apart, in milliseconds for any size."""
+
+
+def fingerprint(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str | None, cache: CacheConfig
+) -> Fingerprint:
+    """Digests of a model's weights (a sample of each tensor), tokenizer and chat template, and the cache's settings."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(_sample(tensor))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return Fingerprint(
+        weights=weights.hexdigest(),
+        tokenizer=hashlib.sha256(words.encode()).hexdigest(),
+        template=hashlib.sha256((template or "").encode()).hexdigest(),
+        cache=json.dumps(asdict(cache), sort_keys=True),
+    )
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    picked = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE]
+    return picked.cpu().contiguous().view(torch.uint8).numpy().tobytes() if len(flat) else b""
