@@ -13,8 +13,9 @@ from torch import Tensor
 from tests.naive import NaiveHead
 from zsmerge_llm import policy
 from zsmerge_llm.attention import Call, Step
-from zsmerge_llm.cache import Cache, LayerSpec
+from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.layer import LayerSpec
 
 HEADS, GROUP, DIM = 2, 2, 4
 FIGURE_2 = CacheConfig(slots=9, sink=0, recent=3, residual=2, alpha=0.6, decay=0.98, stage=1, scoring="attention")
@@ -29,9 +30,8 @@ def feed(cache: Cache, query: Tensor, key: Tensor, value: Tensor, valid: Tensor 
     rows, new = key.shape[0], key.shape[2]
     lengths = torch.tensor(cache.lengths)
     counts = torch.full((rows,), new) if valid is None else valid.sum(-1)
-    step = Step(cache, new, lengths[:, None] + torch.arange(new), valid, lengths + counts)
+    step = Step(cache, new, lengths[:, None] + torch.arange(new), valid, counts.tolist(), lengths + counts)
     output = step.attend(Call(0, query, key, value, DIM**-0.5, None, None, None))
-    cache.ragged |= valid is not None
     cache.lengths = step.seen.tolist()
     return output
 
@@ -199,7 +199,7 @@ def test_a_lone_probe_decides_who_stays_and_leaves_no_trace() -> None:
     probe = 20 * key[:, :, wanted].repeat_interleave(GROUP, 1)
     key_probe = torch.full((1, HEADS, 4, DIM), 100.0)
     position = torch.arange(44)[None]
-    step = Step(cache, 40, position, None, torch.tensor([40]))
+    step = Step(cache, 40, position, None, [40], torch.tensor([40]))
     both = torch.cat([query, probe], 2), torch.cat([key, key_probe], 2), torch.cat([value, key_probe], 2)
     step.attend(Call(0, *both, DIM**-0.5, None, None, None))
     layer = cache.layers[0]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.config import SamplingParams
-from zsmerge_llm.types import Chunk, FinishReason, Usage
+from zsmerge_llm.types import Chunk, FinishReason, Result, Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ class Answer:
         cache: what it is based on.
         prompt: ids of the whole logical prompt; the first `cached` of them were read by an earlier request.
         reuse: how the conversation was taken up, for the usage.
+        continues: whether the answer goes on in the prompt's own text (completion) or begins one of its own.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Answer:
         tokenizer: PreTrainedTokenizerBase,
         cached: int = 0,
         reuse: str = "new",
+        continues: bool = False,
     ) -> None:
         from zsmerge_llm.sampling import TextStream
 
@@ -42,7 +44,7 @@ class Answer:
         self.reuse = reuse
         self.tokens: list[int] = []
         self.text = ""
-        self._stream = TextStream(tokenizer, sampling.stop)
+        self._stream = TextStream(tokenizer, sampling.stop, context=self.prompt[-16:] if continues else ())
         self._prefill_seconds = 0.0
         self._started = self._latest = time.perf_counter()
 
@@ -85,3 +87,13 @@ class Answer:
             reuse=self.reuse,
         )
         return Chunk(rest, reason, usage)
+
+
+def collect(chunks: Iterable[Chunk]) -> Result:
+    """The whole answer from its chunks."""
+    text = ""
+    for chunk in chunks:
+        text += chunk.text
+    assert chunk.usage is not None
+    assert chunk.finish_reason is not None
+    return Result(text, chunk.finish_reason, chunk.usage, chunk.tool_calls)

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from zsmerge_llm import adapters, policy
-from zsmerge_llm.cache import Arrival, Cache, LayerCache, LayerSpec
+from zsmerge_llm.cache import Cache
 from zsmerge_llm.errors import InputError, UnsupportedModelError
+from zsmerge_llm.layer import Arrival, Held, LayerCache, LayerSpec
 
 NAME = "zsmerge"
 HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"}
@@ -87,13 +88,14 @@ class Step:
     """One forward pass over `cache`: the tokens to keep and, behind them, the probe's, which only look.
 
     position [B, T] covers all T = n + m tokens, valid [B, n] (False: padding; None: no padding) the n = `new` to keep;
-    seen [B] counts the tokens each row has read, these included.
+    counts: how many of them are no padding, for each row; seen [B]: tokens each row has read, these included.
     """
 
     cache: Cache
     new: int
     position: Tensor
     valid: Tensor | None
+    counts: list[int]
     seen: Tensor
     shared: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
@@ -105,13 +107,12 @@ class Step:
         """Append, attend, observe, compress: [B, Hq, T, D]."""
         layer = self.cache.layers[call.layer]
         arrival = self._arrival(call)
-        held = layer.candidates(arrival)
-        keys, values = held["keys"], held["values"]
+        held = layer.append(arrival)
+        keys, values = held.keys, held.values
         if call.query.shape[2] > self.new:
             keys = torch.cat([keys, call.key[:, :, self.new :]], dim=2)
             values = torch.cat([values, call.value[:, :, self.new :]], dim=2)
-        bias = self._bias(layer, held, call)
-        output = _attend(call, keys, values, bias)
+        output = _attend(call, keys, values, self._bias(layer, held, call))
         layer.settle(held, arrival)
         return output
 
@@ -128,6 +129,7 @@ class Step:
             seen=self._on(device, "seen"),
             probe=call.query[:, :, new:] if probing else None,
             probe_position=position[:, new:] if probing else None,
+            counts=self.counts,
             scaling=call.scaling,
             softcap=call.softcap,
             sinks=call.sinks,
@@ -141,32 +143,31 @@ class Step:
             self.shared[key] = value.to(device)
         return self.shared[key]
 
-    def _bias(self, layer: LayerCache, held: dict[str, Tensor], call: Call) -> Tensor | None:
+    def _bias(self, layer: LayerCache, held: Held, call: Call) -> Tensor | None:
         """What is added to the logits, broadcastable to [B, Hq, T, C + m]; None where nothing is."""
-        total, probing = call.query.shape[2], call.query.shape[2] - self.new
-        before = held["count"].shape[2] - self.new
-        window = layer.spec.window
-        if window is None and self._uniform(layer):
-            return None if total == 1 else self._causal(before, total, call)
-        slots = policy.slot_bias(held["count"], layer.config.alpha)  # [B, H, C]
-        bias = F.pad(slots, (0, probing))[:, :, None, :]
+        total, probing, window = call.query.shape[2], call.query.shape[2] - self.new, layer.spec.window
+        if window is None and layer.level and self.valid is None and layer.config.residual == 0:
+            return None if total == 1 else self._causal(held, call)[:1]  # every slot holds just one token
+        bias = F.pad(policy.slot_bias(held.count, layer.config.alpha), (0, probing))[:, :, None, :]  # [B, H, 1, C + m]
         if total > 1:
-            bias = bias + self._causal(before, total, call)
+            bias = bias + self._causal(held, call)
         if window is not None:
             position = self._on(call.key.device, "position")
-            keys = torch.cat([held["position"][:, 0], position[:, self.new :].to(torch.int32)], dim=1)
+            keys = torch.cat([held.position[:, 0], position[:, self.new :].to(torch.int32)], dim=1)
             bias = bias + policy.window_bias(position, keys, window)[:, None]
         group = call.query.shape[1] // call.key.shape[1]
         return bias.to(call.query.dtype).repeat_interleave(group, dim=1)
 
-    def _uniform(self, layer: LayerCache) -> bool:
-        """Whether every slot attended to holds exactly one token, so that no bias is due."""
-        return self.valid is None and layer.config.residual == 0 and not self.cache.ragged
-
-    def _causal(self, before: int, total: int, call: Call) -> Tensor:
-        key = ("causal", before, total, call.query.dtype, call.query.device)
+    def _causal(self, held: Held, call: Call) -> Tensor:
+        """[B, 1, T, C + m]; made once for all layers of the same fill. The probe stands behind all slots."""
+        total, slots = call.query.shape[2], held.count.shape[2]
+        key = ("causal", tuple(held.base), slots, call.query.dtype, call.query.device)
         if key not in self.shared:
-            self.shared[key] = policy.causal_bias(before, total, call.query.dtype, call.query.device)
+            base = torch.tensor(held.base, device=call.query.device)
+            probing = total - self.new
+            own = policy.causal_bias(base, self.new, slots, call.query.dtype)
+            after = policy.causal_bias(torch.full_like(base, slots), probing, slots + probing, call.query.dtype)
+            self.shared[key] = torch.cat([F.pad(own, (0, probing), value=policy.NEVER), after], dim=1)[:, None]
         return self.shared[key]
 
 
@@ -181,7 +182,8 @@ def _attend(call: Call, keys: Tensor, values: Tensor, bias: Tensor | None) -> Te
     grouped = call.query.view(batch, keys.shape[1], group, total, dim).float()
     spread = torch.zeros((), device=keys.device) if bias is None else bias.float()
     if spread.dim() == 4:  # [B, Hq, T, C] → [B, H, G, T, C]
-        spread = spread.view(spread.shape[0], keys.shape[1], group, *spread.shape[2:])
+        heads_of = (1, 1) if spread.shape[1] == 1 else (keys.shape[1], group)
+        spread = spread.view(spread.shape[0], *heads_of, *spread.shape[2:])
     paid = policy.weights(grouped, keys.float(), spread, call.scaling, call.softcap, call.sinks)
     output = paid.to(values.dtype).view(batch, keys.shape[1], group * total, -1) @ values
     return output.view(batch, heads, total, -1)

@@ -114,13 +114,23 @@ class Conversations:
             self.store.commit(session, points)
         return session
 
-    def document(self, text: str) -> tuple[list[Message], list[int], str]:
-        """A document as the beginning of conversations: its message, the ids up to its end, and their digest."""
+    def open_document(self, text: str, name: str | None, title: str) -> Turn:
+        """A document as the beginning of conversations: what is to be read of it, nothing where it is known already."""
         messages = [_document_message(text), {"role": "user", "content": "?"}]
+        digests = self.template.digests(messages[:1])
+        found = self.store.find(digests[1:], name)
+        if found is not None and found.session.document is not None and name in (None, found.session.name):
+            cache, tokens = found.snapshot.cache, list(found.snapshot.tokens)
+            return Turn(messages[:1], None, digests, self.template, found.session, None, cache, tokens, len(tokens), "")
         whole = self.template.render(messages)
-        ending = self.template.delta(messages, 1)
-        tokens = self.template.encode(whole.removesuffix(ending))
-        return messages[:1], tokens, self.template.digests(messages[:1])[1]
+        tokens = self.template.encode(whole.removesuffix(self.template.delta(messages, 1)))
+        session = Session(name or title, self.store.fingerprint, self.template.today, document=text)
+        return Turn(messages[:1], None, digests, self.template, session, None, self.new_cache(), tokens, 0, "new")
+
+    def keep_document(self, turn: Turn) -> None:
+        """Keep a document that has been read, under its session's name."""
+        point = Snapshot(turn.digests[1], 1, tuple(turn.tokens), turn.cache, "document")
+        self.store.commit(turn.session, [point])
 
     def _resumed(
         self,

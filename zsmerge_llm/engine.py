@@ -231,10 +231,9 @@ class Engine:
         position = lengths[:, None] + torch.arange(ids.shape[1])
         if valid is not None:
             position = torch.minimum(position, (lengths + counts - 1).clamp(min=0)[:, None])
-            cache.ragged = True
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
-        step = Step(cache, new, position, valid, lengths + counts)
+        step = Step(cache, new, position, valid, counts.tolist(), lengths + counts)
         with self._turn:
             logits = forward(
                 self.model,

@@ -10,9 +10,10 @@ from pathlib import Path
 from threading import Event, RLock
 from typing import TYPE_CHECKING, Any
 
-from zsmerge_llm.answer import Answer
+from zsmerge_llm.answer import Answer, collect
 from zsmerge_llm.chat import Template, normalise
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
+from zsmerge_llm.documents import read_text
 from zsmerge_llm.errors import ConfigError, ContextLimitError, InputError
 from zsmerge_llm.types import Chunk, Message, Result
 
@@ -187,7 +188,7 @@ class LLM:
         progress: Progress | None = None,
     ) -> Result:
         """Answer a conversation. See `stream`."""
-        return _collect(
+        return collect(
             self.stream(
                 messages,
                 sampling=sampling,
@@ -243,7 +244,7 @@ class LLM:
         """Answer several conversations together, in order. Raises as `stream`, before anything is read."""
         checked = [normalise(messages) for messages in conversations]
         template = self._load().template
-        return self._answer_all([template.encode(template.render(each)) for each in checked], sampling, cancel)
+        return self._answer_all([template.encode(template.render(each)) for each in checked], sampling, cancel, False)
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
@@ -291,21 +292,15 @@ class LLM:
         Raises:
             InputError: no text, or a file that is no text. Cancelled: `cancel` was set; nothing is kept.
         """
-        from zsmerge_llm.session import Session, Snapshot
-
-        text, title = _document(document)
         parts = self._load()
-        _, tokens, digest = parts.conversations.document(text)
-        found = parts.conversations.store.find([digest], name)
-        if found is not None and (name is None or found.session.name == name):
-            return found.session
-        asking = parts.template.encode(probe or GENERIC_PROBE)
-        cache = parts.engine.new_cache()
-        self._check_length(len(tokens), SamplingParams())
-        parts.engine.read(cache, tokens, probe=asking, cancel=cancel, progress=progress)
-        session = Session(name or title, parts.conversations.store.fingerprint, parts.template.today, document=text)
-        parts.conversations.store.commit(session, [Snapshot(digest, 1, tuple(tokens), cache, "document")])
-        return session
+        text, title = read_text(document)
+        turn = parts.conversations.open_document(text, name, title)
+        if turn.ids:
+            self._check_length(len(turn.tokens), SamplingParams())
+            asking = parts.template.encode(probe or GENERIC_PROBE)
+            parts.engine.read(turn.cache, turn.ids, probe=asking, cancel=cancel, progress=progress)
+            parts.conversations.keep_document(turn)
+        return turn.session
 
     # -- plain completion --------------------------------------------------------------------------------------------
 
@@ -318,7 +313,7 @@ class LLM:
         progress: Progress | None = None,
     ) -> Result:
         """Continue a plain text, without a chat template. See `stream_complete`."""
-        return _collect(self.stream_complete(prompt, sampling=sampling, cancel=cancel, progress=progress))
+        return collect(self.stream_complete(prompt, sampling=sampling, cancel=cancel, progress=progress))
 
     def stream_complete(
         self,
@@ -332,14 +327,14 @@ class LLM:
         ids, params = self._prompt_ids(prompt), sampling or SamplingParams()
         self._check_length(len(ids), params)
         parts = self._load()
-        answer = Answer(parts.engine.new_cache(), ids, params, parts.tokenizer)
+        answer = Answer(parts.engine.new_cache(), ids, params, parts.tokenizer, continues=True)
         return self._run(None, answer, ids[-PROBE_TOKENS:], cancel, progress)
 
     def batch_complete(
         self, prompts: Sequence[str], *, sampling: SamplingParams | None = None, cancel: Event | None = None
     ) -> list[Result]:
         """Continue several texts together, in order. Raises as `stream_complete`, before anything is read."""
-        return self._answer_all([self._prompt_ids(prompt) for prompt in prompts], sampling, cancel)
+        return self._answer_all([self._prompt_ids(prompt) for prompt in prompts], sampling, cancel, True)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or not prompt:
@@ -394,7 +389,7 @@ class LLM:
         answer.begin(time.perf_counter() - started)
 
     def _answer_all(
-        self, prompts: list[list[int]], sampling: SamplingParams | None, cancel: Event | None
+        self, prompts: list[list[int]], sampling: SamplingParams | None, cancel: Event | None, continues: bool
     ) -> list[Result]:
         """Several prompts, read one by one and decoded together."""
         if not prompts:
@@ -405,7 +400,7 @@ class LLM:
         engine, tokenizer, params = self.engine, self.tokenizer, sampling or SamplingParams()
         for ids in prompts:
             self._check_length(len(ids), params)
-        answers = [Answer(engine.new_cache(), ids, params, tokenizer) for ids in prompts]
+        answers = [Answer(engine.new_cache(), ids, params, tokenizer, continues=continues) for ids in prompts]
         cancelled = False
         try:
             for answer in answers:
@@ -421,7 +416,7 @@ class LLM:
                     break
         except Cancelled:
             cancelled = True
-        return [_collect(iter([Chunk(answer.text), answer.finish(cancelled)])) for answer in answers]
+        return [collect(iter([Chunk(answer.text), answer.finish(cancelled)])) for answer in answers]
 
     def _check_length(self, prompt: int, params: SamplingParams) -> None:
         limit, window = self.max_input_tokens, self.engine.window
@@ -436,29 +431,3 @@ class LLM:
                 "it reads on, but answers beyond get worse.",
                 stacklevel=4,
             )
-
-
-def _document(document: str | Path) -> tuple[str, str]:
-    """A document's text and a name for it."""
-    path = Path(document) if isinstance(document, Path) or len(document) < 1024 else None
-    try:
-        if path is None or not (isinstance(document, Path) or path.is_file()):
-            text, title = str(document), "document"
-        else:
-            text, title = path.read_text(encoding="utf-8"), path.stem
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{document} cannot be read as text ({error}): give a UTF-8 text file or the text itself."
-        ) from error
-    if not text.strip():
-        raise InputError("The document is empty: give some text to read.")
-    return text, title
-
-
-def _collect(chunks: Iterator[Chunk]) -> Result:
-    text = ""
-    for chunk in chunks:
-        text += chunk.text
-    assert chunk.usage is not None
-    assert chunk.finish_reason is not None
-    return Result(text, chunk.finish_reason, chunk.usage, chunk.tool_calls)

@@ -70,6 +70,11 @@ def split(ranking: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return order[..., :keep].sort(-1).values, order[..., keep:].sort(-1).values
 
 
+def compact(present: Tensor) -> Tensor:
+    """[B, H, C] bool → indices that put the present slots first, in their order."""
+    return present.float().sort(dim=-1, descending=True, stable=True).indices
+
+
 def take(rows: Tensor, index: Tensor) -> Tensor:
     """rows [B, H, C, ...] at index [B, H, K] → [B, H, K, ...]."""
     batch, heads, slots = rows.shape[:3]
@@ -141,10 +146,14 @@ def weights(
     return paid[..., :-1] if sinks is not None else paid
 
 
-def causal_bias(held: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[new, held + new]: 0 where a new token may look (everything held, and new tokens up to itself), else -inf."""
-    ahead = torch.ones(new, new, dtype=torch.bool, device=device).triu(1)
-    return F.pad(torch.zeros(new, new, dtype=dtype, device=device).masked_fill(ahead, NEVER), (held, 0))
+def causal_bias(base: Tensor, new: int, slots: int, dtype: torch.dtype) -> Tensor:
+    """[B, new, slots]: 0 where a new token may look, else -inf. New token j of row b stands in slot base[b] + j.
+
+    It may look at every slot before base[b], and at new tokens up to itself.
+    """
+    slot = torch.arange(slots, device=base.device)
+    own = base[:, None] + torch.arange(new, device=base.device)
+    return torch.zeros(len(base), new, slots, dtype=dtype, device=base.device).masked_fill(slot > own[..., None], NEVER)
 
 
 def window_bias(query_position: Tensor, key_position: Tensor, window: int) -> Tensor:

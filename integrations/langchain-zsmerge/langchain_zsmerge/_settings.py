@@ -29,7 +29,18 @@ from zsmerge_llm.errors import ConfigError
 if TYPE_CHECKING:
     from zsmerge_llm import LLM
 
-_LOADING = ("cache_config", "dtype", "device", "device_map", "quantization", "chat_template", "sessions_dir")
+_LOADING = (
+    "cache_config",
+    "dtype",
+    "device",
+    "device_map",
+    "quantization",
+    "chat_template",
+    "template_args",
+    "max_input_tokens",
+    "sessions_dir",
+    "session_memory",
+)
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
@@ -81,10 +92,16 @@ class ZSMergeSettings(BaseModel):
     quantization: Literal["nf4", "int8"] | None = Field(default=None, frozen=True)
     chat_template: str | None = Field(default=None, frozen=True)
     """A Jinja template in place of the model's own."""
+    template_args: dict[str, Any] | None = Field(default=None, frozen=True)
+    """Variables for the chat template, such as `{"enable_thinking": False}`."""
+    max_input_tokens: int | None = Field(default=None, frozen=True)
+    """A longer prompt raises ContextLimitError; None sets no limit. Nothing is ever truncated."""
     sessions_dir: str | None = Field(
         default_factory=from_env("ZSMERGE_SESSIONS_DIR", default=None, error_message=None), frozen=True
     )
     """Where conversations are kept between processes. Default: `ZSMERGE_SESSIONS_DIR`, else nowhere."""
+    session_memory: int | str | None = Field(default=None, frozen=True)
+    """What all conversations may hold in memory, such as `"4GiB"`; None leaves it to zsmerge-llm."""
 
     max_tokens: int | None = 512
     temperature: float = 0.0
@@ -205,8 +222,10 @@ class ZSMergeSettings(BaseModel):
 
     @property
     def lc_attributes(self) -> dict[str, Any]:
-        """The cache's settings as plain data."""
-        return {"cache_config": asdict(self.cache_config)}
+        """The cache's settings as plain data, without those that are the default ones."""
+        usual = asdict(CacheConfig())
+        changed = {name: value for name, value in asdict(self.cache_config).items() if value != usual[name]}
+        return {"cache_config": changed}
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()

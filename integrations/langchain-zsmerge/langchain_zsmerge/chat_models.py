@@ -227,7 +227,7 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
         )
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Tokens of a prompt made of these messages: what `usage_metadata["input_tokens"]` says after the call.
+        """Tokens of a prompt made of these messages: `usage_metadata["input_tokens"]` of a new conversation.
 
         Parts of a conversation that the model's template refuses (an answer without its question, as `trim_messages`
         tries them) are counted as plain text. Loads the model.

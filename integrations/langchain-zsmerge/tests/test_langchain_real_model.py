@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_zsmerge import ChatZSMerge, ZSMergeLLM
@@ -37,6 +37,20 @@ def test_usage_counts_what_the_tokenizer_counts(chat: ChatZSMerge) -> None:
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
     assert chat.profile is not None
     assert chat.profile["max_input_tokens"] == 8192
+
+
+def test_a_thread_reads_each_token_once(chat: ChatZSMerge) -> None:
+    history: list[BaseMessage] = [SystemMessage("Be brief."), HumanMessage("My name is Ann.")]
+    read = 0
+    for question in ("What is the capital of Italy?", "And of Spain?"):
+        answer = chat.invoke(history, config={"configurable": {"thread_id": "ann"}})
+        assert answer.usage_metadata is not None
+        cached = answer.usage_metadata["input_token_details"]["cache_read"]
+        assert cached >= read
+        read = answer.usage_metadata["input_tokens"]
+        history += [answer, HumanMessage(question)]
+    assert cached > 0
+    assert answer.response_metadata["token_usage"]["reuse"] == "continued"
 
 
 def test_stop_strings_and_token_limits_end_the_answer(chat: ChatZSMerge) -> None:

@@ -1,0 +1,104 @@
+"""Settings that cannot work are refused at once, and say what would."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
+from zsmerge_llm.errors import ConfigError, ZSMergeError
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"slots": 0},
+        {"slots": -5},
+        {"slots": 1.5},
+        {"slots": True},
+        {"slots": 64},  # sink 4 + recent 64 do not fit
+        {"slots": 100, "residual": 60},
+        {"sink": -1},
+        {"recent": 0},
+        {"stage": 0},
+        {"alpha": 1.1},
+        {"alpha": float("nan")},
+        {"decay": -0.1},
+        {"decay": float("inf")},
+        {"pool": 4},
+        {"scoring": "best"},
+    ],
+)
+def test_a_cache_that_cannot_work_is_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        CacheConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"seed": -1},
+        {"stop": ("",)},
+        {"max_tokens": None, "ignore_eos": True},
+    ],
+)
+def test_sampling_that_cannot_work_is_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        SamplingParams(**settings)
+
+
+def test_a_budget_too_small_names_the_number_that_would_do() -> None:
+    with pytest.raises(ConfigError, match="at least 69 slots"):
+        CacheConfig(slots=50)
+
+
+@pytest.mark.parametrize("slots", [8, 9, 64, 512, 1024, 18_000])
+def test_presets_fill_their_budget(slots: int) -> None:
+    for config in (CacheConfig.paper(slots), CacheConfig.h2o(slots), CacheConfig.streaming(slots)):
+        assert config.sink + config.context + config.recent + config.residual == slots
+        assert config.context >= 1
+    assert CacheConfig.full().slots is None
+
+
+def test_an_unknown_setting_is_named() -> None:
+    with pytest.raises(ConfigError, match="budget"):
+        CacheConfig().replace(budget=3)
+    with pytest.raises(ConfigError, match="temprature"):
+        SamplingParams().replace(temprature=3)
+
+
+def test_one_stop_string_may_be_given_as_such() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2 << 30), ("500 MB", 500_000_000), ("1.5K", 1500), ("7", 7), (9, 9)]
+)
+def test_sizes_are_read_as_people_write_them(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", -1, "1.2.3GB", None, True])
+def test_what_is_no_size_is_refused(text: object) -> None:
+    with pytest.raises(ConfigError, match="2GiB"):
+        parse_bytes(text)
+
+
+def test_every_error_is_ours_and_imports_load_nothing_heavy() -> None:
+    from zsmerge_llm import errors
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert all(issubclass(kind, ZSMergeError) for kind in kinds)
+    code = "import sys, zsmerge_llm; zsmerge_llm.LLM('smollm2'); print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,290 @@
+"""One layer of the compressed cache: static tensors that hold a fixed number of slots per KV head.
+
+P = slots + stage entries per row and KV head, laid out `[residual | verbatim tokens | stage]`:
+verbatim tokens stand in order of position; new tokens are written behind the last used slot of each row (`fills`), and
+when a row has used up the P entries it compresses back to `slots`. A slot with count 0 is empty. A chunk that does not
+fit is attended beside the held slots and compressed in the same pass, so that nothing larger than slots + stage + chunk
+ever exists, and only for one layer at a time. What happens to a row depends on nothing but that row.
+
+Everything mutates in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zsmerge_llm import policy
+from zsmerge_llm.config import CacheConfig
+
+PER_SLOT = ("keys", "values", "count", "score", "position")
+TENSORS = (*PER_SLOT, "residual_keys", "residual_values", "dropped", "queries", "query_position")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one attention layer needs of its cache, as seen in a one-token forward pass."""
+
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The tokens of one forward pass as a layer receives them.
+
+    queries [B, Hq, n, D], keys and values [B, H, n, D]: the tokens to keep; position, valid: [B, n]; counts: how many
+    of them are no padding, for each row; seen: [B], tokens read by each row, these included. probe [B, Hq, m, D],
+    probe_position [B, m]: queries that only look, if any.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    valid: Tensor
+    seen: Tensor
+    probe: Tensor | None
+    probe_position: Tensor | None
+    counts: list[int]
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def padded(self) -> bool:
+        return min(self.counts) < self.keys.shape[2]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a layer attends to in one pass: views of its slots, or copies with the arriving tokens behind them.
+
+    Every tensor is [B, H, C, ...]; the arriving tokens of row b stand from slot `base[b]` on.
+    """
+
+    keys: Tensor
+    values: Tensor
+    count: Tensor
+    score: Tensor
+    position: Tensor
+    base: list[int]
+    in_place: bool
+
+
+def layer_config(config: CacheConfig, spec: LayerSpec) -> CacheConfig:
+    """A sliding-window layer keeps exactly its window, whatever the budget; any other layer keeps `config`."""
+    if spec.window is None or config.slots is None:
+        return config
+    stage = max(config.stage, 32)  # compressing a window at each step gains nothing
+    return config.replace(
+        slots=spec.window + 1, sink=0, recent=spec.window, residual=0, stage=stage, scoring="position"
+    )
+
+
+class LayerCache:
+    """The slots of one layer. See the module's text for the layout and `Arrival` for the shapes."""
+
+    def __init__(self, config: CacheConfig, spec: LayerSpec, rows: int) -> None:
+        self.config = layer_config(config, spec)
+        self.spec = spec
+        self.fills = [self.config.residual] * rows
+        budget = self.config.slots
+        capacity = self.config.stage if budget is None else budget + self.config.stage
+        heads, device = spec.kv_heads, spec.device
+        asked = self.config.window if self.config.scoring == "window" and budget is not None else 0
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+
+        self.keys = zeros(heads, capacity, spec.key_dim, dtype=spec.dtype)
+        self.values = zeros(heads, capacity, spec.value_dim, dtype=spec.dtype)
+        self.count = zeros(heads, capacity)
+        self.score = zeros(heads, capacity)
+        self.position = zeros(heads, capacity, dtype=torch.int32)
+        # The means in float32: rounded to bfloat16 at each merge, they would stop moving after some 200 tokens.
+        self.residual_keys = zeros(heads, self.config.residual, spec.key_dim)
+        self.residual_values = zeros(heads, self.config.residual, spec.value_dim)
+        self.dropped = zeros(heads)
+        self.queries = zeros(spec.query_heads, asked, spec.key_dim, dtype=spec.dtype)
+        self.query_position = zeros(asked, dtype=torch.int32) - 1
+
+    @property
+    def capacity(self) -> int:
+        """P, the entries there is room for."""
+        return self.keys.shape[2]
+
+    @property
+    def level(self) -> bool:
+        """Whether all rows have used the same number of slots."""
+        return self.fills.count(self.fills[0]) == len(self.fills)
+
+    def fits(self, new: int) -> bool:
+        """Whether every row can take `new` tokens without compressing."""
+        return self.config.slots is None or max(self.fills) + new < self.capacity
+
+    def append(self, arrival: Arrival) -> Held:
+        """Take in the arriving tokens; what to attend to."""
+        new, used = arrival.keys.shape[2], max(self.fills)
+        if self.config.slots is None:
+            self._grow(used + new)
+        entries = self._entries(arrival)
+        if used + new > self.capacity:
+            both = {name: torch.cat([getattr(self, name)[:, :, :used], entries[name]], dim=2) for name in PER_SLOT}
+            return Held(**both, base=[used] * len(self.fills), in_place=False)
+        for name, entry in entries.items():
+            self._write(getattr(self, name), entry)
+        return Held(
+            **{name: getattr(self, name)[:, :, : used + new] for name in PER_SLOT}, base=self.fills, in_place=True
+        )
+
+    def settle(self, held: Held, arrival: Arrival) -> None:
+        """After attention: update the scores, and compress the rows that have used up their room."""
+        used = [fill + count for fill, count in zip(self.fills, arrival.counts, strict=True)]
+        full = [self.config.slots is not None and end >= self.capacity for end in used]
+        self._observe(held, arrival, full)
+        self.fills = [self.config.slots or 0 if due else end for due, end in zip(full, used, strict=True)]
+        if any(full) or not held.in_place:
+            self._compress(held, full, arrival.seen)
+
+    def _observe(self, held: Held, arrival: Arrival, full: list[bool]) -> None:
+        if self.config.slots is None:
+            return
+        if self.config.scoring == "position":
+            held.score.copy_(held.position)
+        elif self.config.scoring == "attention":
+            self._contribute(held, arrival)
+        else:
+            self._remember(arrival)
+            if any(full):
+                self._weigh(held, arrival, full)
+
+    def _write(self, slots: Tensor, entry: Tensor) -> None:
+        """Put entry [B, H, n, ...] into slots [B, H, P, ...], for each row from its own fill on."""
+        new, start = entry.shape[2], self.fills[0]
+        if self.level:
+            slots[:, :, start : start + new] = entry
+            return
+        row = torch.arange(len(self.fills), device=slots.device)[:, None]
+        place = torch.tensor(self.fills, device=slots.device)[:, None] + torch.arange(new, device=slots.device)
+        slots[row, :, place] = entry.transpose(1, 2)
+
+    def _entries(self, arrival: Arrival) -> dict[str, Tensor]:
+        """The arriving tokens as slots: count 1 (0 for padding), score 0."""
+        shape = arrival.keys.shape[:3]
+        count = arrival.valid[:, None, :].expand(shape).float()
+        position = arrival.position[:, None, :].expand(shape)
+        values = (arrival.keys, arrival.values, count, torch.zeros_like(count), position.to(torch.int32))
+        return dict(zip(PER_SLOT, values, strict=True))
+
+    def _grow(self, needed: int) -> None:
+        """The exact cache only: double the room until `needed` entries fit."""
+        if needed <= self.capacity:
+            return
+        extra = max(needed, 2 * self.capacity) - self.capacity
+        for name in PER_SLOT:
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, old.new_zeros(*old.shape[:2], extra, *old.shape[3:])], dim=2))
+
+    def _contribute(self, held: Held, arrival: Arrival) -> None:
+        """Eq. 5 from every arriving token's attention."""
+        # A constant taken from all keys changes no softmax, and keeps half-precision logits small and exact.
+        present = held.count[..., None] > 0
+        centre = (held.keys.float() * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
+        plain = arrival.sinks is None and arrival.softcap is None
+        keys = (held.keys.float() - centre).to(held.keys.dtype) if plain else held.keys
+        bias = policy.slot_bias(held.count, self.config.alpha)[:, :, None, None, :]
+        base = torch.tensor(held.base, device=keys.device)
+        causal = policy.causal_bias(base, arrival.keys.shape[2], keys.shape[2], bias.dtype)[:, None, None]
+        paid = _paid(arrival, arrival.queries, keys, bias + causal)
+        held.score.copy_(policy.contribution(held.score, paid, arrival.valid, self.config.decay))
+
+    def _remember(self, arrival: Arrival) -> None:
+        """Keep the newest queries: they decide at the next compression, unless a probe does."""
+        room = self.config.window
+        asking = arrival.position.masked_fill(~arrival.valid, -1).to(torch.int32)
+        queries, asking = torch.cat([self.queries, arrival.queries], dim=2), torch.cat([self.query_position, asking], 1)
+        if arrival.padded:  # padding must not push a row's own queries out
+            asking, order = asking.sort(dim=1, stable=True)
+            queries = policy.take(queries, order[:, None].expand(-1, queries.shape[1], -1))
+        self.queries.copy_(queries[:, :, -room:])
+        self.query_position.copy_(asking[:, -room:])
+
+    def _weigh(self, held: Held, arrival: Arrival, full: list[bool]) -> None:
+        """What the probe, or the newest queries, pay each slot of a full row; a slot keeps the best it ever got."""
+        queries, asking = self.queries, self.query_position
+        if arrival.probe is not None and arrival.probe_position is not None:
+            queries, asking = arrival.probe, arrival.probe_position
+        seen = held.position[:, :, None, :] <= asking[:, None, :, None]  # [B, H, m, C]
+        bias = policy.slot_bias(held.count, self.config.alpha)[:, :, None, :].masked_fill(~seen, policy.NEVER)
+        paid = _paid(arrival, queries.float(), held.keys.float(), bias[:, :, None])
+        now = policy.importance(paid, asking >= 0, self.config.pool)
+        due = torch.tensor(full, device=now.device)[:, None, None]
+        held.score.copy_(torch.where(due, torch.maximum(held.score * self.config.decay, now), held.score))
+
+    def _compress(self, held: Held, full: list[bool], seen: Tensor) -> None:
+        """Alg. 1: of each full row keep what ranks highest, and merge or drop the rest. Other rows keep everything.
+
+        Where the arriving tokens stand beside the slots, this also moves them in, for all rows.
+        """
+        config, residual = self.config, self.config.residual
+        assert config.slots is not None  # the exact cache never compresses
+        rows = [row for row, due in enumerate(full) if due or not held.in_place]
+        index = torch.tensor(rows, device=seen.device)
+        everyone = len(rows) == len(full)
+        main = {name: getattr(held, name)[:, :, residual:] for name in PER_SLOT}
+        if not everyone:
+            main = {name: tensor[index] for name, tensor in main.items()}
+        due = torch.tensor([full[row] for row in rows], device=seen.device)[:, None, None]
+        ranking = policy.priority(
+            main["score"], main["count"], main["position"], seen[index], config.sink, config.recent
+        )
+        _, lost = policy.split(ranking, config.slots - residual)
+        evicted = {name: policy.take(tensor, lost) for name, tensor in main.items()}
+        evicted["count"] = evicted["count"] * due
+        stays = torch.ones_like(main["count"]).scatter(2, lost, (~due).float().expand(lost.shape)) * main["count"]
+        order = policy.compact(stays > 0)[..., : self.capacity - residual]
+        survivors = {name: policy.take(tensor, order) for name, tensor in {**main, "count": stays}.items()}
+        place = slice(None) if everyone else index
+        for name, tensor in survivors.items():
+            getattr(self, name)[place, :, residual : residual + tensor.shape[2]] = tensor
+        if residual:
+            self._absorb(place, evicted)
+            self.score[:, :, :residual] = held.score[:, :, :residual]
+        else:
+            self.dropped[place] += evicted["count"].sum(-1)
+
+    def _absorb(self, rows: slice | Tensor, evicted: dict[str, Tensor]) -> None:
+        """Merge evicted tokens into the residual slots of some rows."""
+        size = self.config.residual
+        before = self.count[rows, :, :size]
+        old = (self.residual_keys[rows], self.residual_values[rows], before)
+        lost = (evicted["keys"].float(), evicted["values"].float(), evicted["count"])
+        (keys, values, count), chosen = policy.merge(old, lost)
+        # A residual slot goes by its first token's position.
+        position = evicted["position"].masked_fill(evicted["count"] == 0, torch.iinfo(torch.int32).max)
+        first = self.position[rows, :, :size].scatter_reduce(2, chosen, position, "amin", include_self=False)
+        self.position[rows, :, :size] = torch.where(before == 0, first, self.position[rows, :, :size])
+        self.residual_keys[rows] = keys
+        self.residual_values[rows] = values
+        self.keys[rows, :, :size] = keys.to(self.keys.dtype)
+        self.values[rows, :, :size] = values.to(self.values.dtype)
+        self.count[rows, :, :size] = count
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in TENSORS)
+
+
+def _paid(arrival: Arrival, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """Weights [B, H, G, m, C] that queries [B, Hq, m, D] pay to keys [B, H, C, D]."""
+    batch, heads, count, dim = queries.shape
+    grouped = queries.view(batch, keys.shape[1], heads // keys.shape[1], count, dim)
+    return policy.weights(grouped, keys, bias, arrival.scaling, arrival.softcap, arrival.sinks)
