@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from platformdirs import user_cache_dir
 
 from zsmerge_llm import LLM
+
+FETCH = Path(__file__).parents[2] / "shared" / "models.py"
+
+
+class GGUFFiles(dict[str, Path]):
+    """GGUF files by model name, for the slow tests: from the folder ZSMERGE_TEST_MODELS, or fetched into the cache."""
+
+    def __missing__(self, name: str) -> Path:
+        folder = Path(os.environ.get("ZSMERGE_TEST_MODELS") or Path(user_cache_dir("zsmerge-llm")) / "test-models")
+        path = folder / f"{name}.gguf"
+        if not path.is_file():
+            if not FETCH.is_file():
+                pytest.fail(f"The slow tests need {name}.gguf: put it into a folder and name it in ZSMERGE_TEST_MODELS.")
+            subprocess.run([sys.executable, str(FETCH), name, str(folder)], check=True, stdout=sys.stderr)
+        self[name] = path
+        return path
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> LLM:
     """SmolLM2-135M-Instruct in float32, with the default cache."""
     return LLM("smollm2", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def gguf() -> GGUFFiles:
+    """GGUF files of other real models, by name."""
+    return GGUFFiles()

@@ -56,9 +56,12 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
-def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, vocab: int = VOCAB
+) -> PreTrainedModel:
     """A random model whose attention is far from uniform, so that what is evicted matters."""
-    settings = {name: value for name, value in {**COMMON, **FAMILIES[family]}.items() if value is not None}
+    wanted = {**COMMON, "vocab_size": vocab, **FAMILIES[family]}
+    settings = {name: value for name, value in wanted.items() if value is not None}
     if family.startswith("falcon"):
         settings.pop("num_key_value_heads")
     if FAMILIES[family].get("sliding_window", 0) is None:

@@ -3,6 +3,9 @@
 Identity is verified content. A request carries the whole conversation; the longest beginning that some session holds is
 taken up, and only what follows is read. Generated tokens stay as they were generated: the next turn's text is what the
 template writes after them (`Template.delta`), whatever it makes of the history before.
+
+A document is the beginning of a user's message: every template takes that, and none writes it again in later turns (as
+some do with the system's).
 """
 
 from __future__ import annotations
@@ -10,13 +13,17 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import date
+from typing import Any, cast
 
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
-from zsmerge_llm.session import Session, Snapshot
-from zsmerge_llm.store import Found, Store
+from zsmerge_llm.errors import InputError, SessionError, SessionNotFoundError
+from zsmerge_llm.session import Kind, Session, Snapshot
+from zsmerge_llm.store import Found, Store, new_name
 from zsmerge_llm.types import Message
+
+Tools = Sequence[dict[str, Any]] | None
 
 MIN_PREFIX = 64
 """A shorter common beginning costs less to read than to keep."""
@@ -27,16 +34,19 @@ DOCUMENT_GUIDE = "Answer from this document.\n\n"
 class Turn:
     """One request on a conversation. `cache` is its own copy; nothing is shared until `Conversations.commit`.
 
-    tokens: the conversation's ids, this prompt included. ids: those of them still to be read, after the first `start`.
-    prefix: how many of `ids` form a beginning that other conversations may share; 0 if none is worth keeping.
+    digests: one for each beginning of `messages`. session: whose turn it is; a new one (`new`) if no session goes on
+    under its own name. expected: what was under that name when the turn began. tokens: the conversation's ids, this
+    prompt included; those from `start` on are still to be read. prefix: how many of these form a beginning that other
+    conversations may share; 0 if none is worth keeping.
     """
 
     messages: list[Message]
-    tools: Sequence[dict[str, Any]] | None
+    tools: Tools
     digests: list[str]
     template: Template
     session: Session
-    expected_head: str | None
+    new: bool
+    expected: str | None
     cache: Cache
     tokens: list[int]
     start: int
@@ -46,163 +56,232 @@ class Turn:
 
     @property
     def ids(self) -> list[int]:
+        """What is still to be read."""
         return self.tokens[self.start :]
 
-    def mark(self, kind: str, messages: int, tokens: Sequence[int]) -> None:
+    def mark(self, kind: Kind, messages: int, tokens: Sequence[int]) -> None:
         """Remember this point of the conversation: the cache as it is now."""
-        digest = self.digests[messages]
-        self.points.append(Snapshot(digest, messages, tuple(tokens), self.cache.clone(), kind))  # type: ignore[arg-type]
+        self.points.append(Snapshot(self.digests[messages], messages, tokens, self.cache.clone(), kind))
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """The sessions of one model, as conversations of messages."""
+    """The sessions of one model, as conversations of messages. `today` tells the date on which a new one begins."""
 
     store: Store
     template: Template
     new_cache: Callable[[], Cache]
+    today: Callable[[], date] = date.today
 
-    def begin(
-        self, messages: list[Message], tools: Sequence[dict[str, Any]] | None = None, name: str | None = None
-    ) -> Turn:
+    def begin(self, messages: list[Message], tools: Tools = None, session: str | Session | None = None) -> Turn:
         """What to read for `messages` (from `chat.normalise`), and on which cache.
 
         Args:
-            name: a session's name. A hint: it is taken up only if its content is a beginning of `messages`; if it is
-                not, the conversation takes over the name.
+            session: a session or its name. A hint: it is taken up only if its content is a beginning of `messages`; if
+                not, the conversation takes over the name. A document's session stays as it is: `messages` are asked
+                about it, in a conversation of their own.
 
         Raises:
-            InputError, MissingTemplateError: as `Template.render`.
+            InputError, MissingTemplateError: as `Template.render`. SessionCorruptError: a document that was damaged.
         """
-        document = self.store.get(name).document if name is not None and name in self.store else None
-        if document is not None and messages[0]["role"] != "system":
-            messages = [_document_message(document), *messages]
+        name, text = self._hint(session)
+        document = None
+        if text is not None:
+            messages, document = about_document(text, messages), self._document_digest(text)
+            name = None if self._is_document(name) else name
         digests = self.template.digests(messages, tools)
-        found = self.store.find(digests, name)
-        name = None if document is not None else name  # questions about a document leave it as it is
-        while found is not None:
-            template = self._dated(found.session)
-            following = _following(template, found.snapshot, messages, tools)
+        known = digests if document is None else [document, *digests]
+        why = ""
+        for origin, digest in self.store.matches(known, name):
+            try:
+                found = self.store.open(origin, digest)
+            except SessionNotFoundError:
+                continue  # another request took it away meanwhile
+            except SessionError:
+                self.store.forget(origin)
+                why = "the saved session was damaged"
+                continue
+            template = self._template(found)
+            following = self._following(template, found, messages, tools)
             if following is not None:
                 return self._resumed(found, following, messages, tools, digests, name, template)
-            earlier = found.snapshot.messages
-            found = self.store.find(digests[:earlier], name)
-        tokens = self.template.encode(self.template.render(messages, tools))
-        known = name is not None and name in self.store
-        reuse = f"reread: the messages do not continue session {name!r}" if known else "new"
-        session = self._session(name)
-        turn = Turn(messages, tools, digests, self.template, session, None, self.new_cache(), tokens, 0, reuse)
-        turn.prefix = self._common_beginning(messages, tools, tokens)
-        return turn
+            why = why or "the chat template writes it differently from what was read"
+        return self._afresh(messages, tools, digests, name, text, why)
 
     def commit(self, turn: Turn, answer: Message | None, generated: Sequence[int]) -> Session:
         """Keep what came of a turn: its points and, unless `answer` is None (cancelled), the answer's end.
 
-        If the session has moved on meanwhile, the turn becomes a session of its own.
+        A turn that was cancelled before its prompt was read changes nothing. If the session has moved on meanwhile,
+        the turn becomes a session of its own.
         """
-        points = turn.points
+        points, chain = turn.points, turn.digests
         if answer is not None:
             conversation = [*turn.messages, answer]
-            digest = turn.template.digests(conversation, turn.tools)[-1]
-            tokens = (*turn.tokens, *generated)
-            points = [*points, Snapshot(digest, len(conversation), tokens, turn.cache, "answer")]
-        session = turn.session
-        if points:
-            moved = bool(session.snapshots) and turn.expected_head not in (None, session.head.digest)
-            if moved:
-                session = Session(_new_name(), session.fingerprint, session.today)
-            self.store.commit(session, points)
-        return session
+            chain = turn.template.digests(conversation, turn.tools)
+            tokens = [*turn.tokens, *generated]
+            points = [*points, Snapshot(chain[-1], len(conversation), tokens, turn.cache, "answer")]
+        if all(point.kind == "prefix" for point in points):
+            return turn.session
+        return self.store.advance(turn.session, points, chain, turn.expected, turn.new)
+
+    # -- documents ---------------------------------------------------------------------------------------------------
 
     def open_document(self, text: str, name: str | None, title: str) -> Turn:
-        """A document as the beginning of conversations: what is to be read of it, nothing where it is known already."""
-        messages = [_document_message(text), {"role": "user", "content": "?"}]
-        digests = self.template.digests(messages[:1])
-        found = self.store.find(digests[1:], name)
-        if found is not None and found.session.document is not None and name in (None, found.session.name):
-            cache, tokens = found.snapshot.cache, list(found.snapshot.tokens)
-            return Turn(messages[:1], None, digests, self.template, found.session, None, cache, tokens, len(tokens), "")
-        whole = self.template.render(messages)
-        tokens = self.template.encode(whole.removesuffix(self.template.delta(messages, 1)))
-        session = Session(name or title, self.store.fingerprint, self.template.today, document=text)
-        return Turn(messages[:1], None, digests, self.template, session, None, self.new_cache(), tokens, 0, "new")
+        """A document as the beginning of conversations: what is to be read of it, nothing where it is known already.
+
+        Args:
+            name: the session's name. None: `title`, or something like it where that is another session's.
+        """
+        digest, template = self._document_digest(text), self._dated(self.today())
+        for origin, _ in self.store.matches([digest], name):
+            if self._is_document(origin) and name in (None, origin):
+                try:
+                    found = self.store.open(origin, digest)
+                except SessionError:
+                    self.store.forget(origin)
+                    continue
+                tokens = list(found.snapshot.tokens)
+                cache = found.snapshot.cache
+                return Turn([], None, [digest], template, found.session, False, None, cache, tokens, len(tokens), "")
+        tokens = template.encode(_document_head(template, text))
+        if name is None:
+            name = title if title not in self.store else f"{title}-{digest[:8]}"
+        session = Session(name, self.store.fingerprint, template.today, document=text)
+        return Turn([], None, [digest], template, session, True, None, self.new_cache(), tokens, 0, "new")
 
     def keep_document(self, turn: Turn) -> None:
         """Keep a document that has been read, under its session's name."""
-        point = Snapshot(turn.digests[1], 1, tuple(turn.tokens), turn.cache, "document")
-        self.store.commit(turn.session, [point])
+        point = Snapshot(turn.digests[0], 0, turn.tokens, turn.cache, "document")
+        self.store.commit(turn.session, [point], turn.digests)
+
+    def _document_digest(self, text: str) -> str:
+        return self.template.digests([], None, {"document": text})[0]
+
+    def _is_document(self, name: str | None) -> bool:
+        """Whether a session is a document that stays as it is: read ahead, and no fork."""
+        if name is None or name not in self.store:
+            return False
+        session = self.store.get(name)
+        return session.document is not None and session.head.kind == "document" and not session.forked
+
+    def _hint(self, session: str | Session | None) -> tuple[str | None, str | None]:
+        """A session's name and its document's text. A fork that is not in the store yet goes there."""
+        if isinstance(session, Session) and session.name not in self.store:
+            self.store.commit(session)
+        name = session.name if isinstance(session, Session) else session
+        info = self.store.info(name) if name is not None else None
+        text = self.store.get(info.name).document if info is not None and info.document else None
+        return name, text
+
+    # -- how a turn begins -------------------------------------------------------------------------------------------
 
     def _resumed(
         self,
         found: Found,
         following: list[int],
         messages: list[Message],
-        tools: Sequence[dict[str, Any]] | None,
+        tools: Tools,
         digests: list[str],
         name: str | None,
         template: Template,
     ) -> Turn:
-        session, snapshot = found.session, found.snapshot
-        own = name in (None, session.name) and snapshot.kind not in ("document", "prefix")
-        reuse = "continued" if snapshot.digest == found.head and snapshot.kind == "answer" else "restored"
+        """A turn from a known point: of the session itself or, under another name, of a new one."""
+        origin, point = found.session, found.snapshot
+        own = name == origin.name or (name is None and point.kind in ("prompt", "answer"))
+        session, expected = origin, cast("str | None", found.head)
         if not own:
-            takeover = name if name is not None and session.name != name else None
-            session = Session(takeover or _new_name(), session.fingerprint, session.today)
-        return Turn(
-            messages,
-            tools,
-            digests,
-            template,
-            session,
-            found.head if own else None,
-            snapshot.cache.clone(),
-            [*snapshot.tokens, *following],
-            snapshot.cache.seen,
-            reuse,
-        )
+            shared = [each for each in (*origin.snapshots.values(), point) if each.kind == "prefix" or each is point]
+            snapshots = {each.digest: each for each in shared if each.kind != "document"}
+            session, expected = self._session(name, template.today, origin.document, snapshots)
+        reuse = "continued" if point.digest == found.head and point.kind == "answer" else "restored"
+        tokens = [*point.tokens, *following]
+        cache = point.cache.clone()
+        return Turn(messages, tools, digests, template, session, not own, expected, cache, tokens, cache.seen, reuse)
 
-    def _session(self, name: str | None) -> Session:
-        return Session(name or _new_name(), self.store.fingerprint, self.template.today)
+    def _afresh(
+        self, messages: list[Message], tools: Tools, digests: list[str], name: str | None, text: str | None, why: str
+    ) -> Turn:
+        """A turn that has to read everything, and why."""
+        template = self._dated(self.today())
+        tokens = template.encode(template.render(messages, tools))
+        began = 1 + (messages[0]["role"] == "system")
+        similar = self.store.resembling(digests[began:])
+        if text is not None:
+            why = why or "the document was read without these tools"
+        elif similar is not None:
+            why = why or f"no point of session {similar[0]!r} before message {similar[1] + began + 1} is left"
+        elif name is not None and name in self.store:
+            why = why or f"the messages and tools are not those of session {name!r}"
+        session, expected = self._session(name, template.today, text, {})
+        reuse = f"reread: {why}" if why else "new"
+        turn = Turn(messages, tools, digests, template, session, True, expected, self.new_cache(), tokens, 0, reuse)
+        turn.prefix = _common_beginning(template, messages, tools, tokens)
+        return turn
 
-    def _dated(self, session: Session) -> Template:
-        """The template with the date the session began on."""
+    def _session(
+        self, name: str | None, today: date, document: str | None, snapshots: dict[str, Snapshot]
+    ) -> tuple[Session, str | None]:
+        """A new session under a name, and what is there until now."""
+        expected = self.store.head(name) if name else None
+        fingerprint, named = self.store.fingerprint, bool(name)
+        return Session(name or new_name(), fingerprint, today, snapshots, document=document, named=named), expected
+
+    def _template(self, found: Found) -> Template:
+        """The template as it was when the point was read; a beginning is only shared while its date is right."""
+        return self._dated(self.today() if found.snapshot.kind == "prefix" else found.session.today)
+
+    def _dated(self, today: date) -> Template:
         own = self.template
-        return Template(own.tokenizer, own.chat_template, today=session.today, args=own.args)
+        return Template(own.tokenizer, own.chat_template, today=today, args=own.args)
 
-    def _common_beginning(
-        self, messages: list[Message], tools: Sequence[dict[str, Any]] | None, tokens: list[int]
-    ) -> int:
-        """How many tokens stem from the system message and the tools alone, up to a special token."""
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        if len(messages) == len(system) or not (system or tools):
-            return 0
-        other = self.template.encode(self.template.render([*system, {"role": "user", "content": "\x1f"}], tools))
-        special = set(self.template.tokenizer.all_special_ids)
-        same = next((at for at, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b), len(other))
-        cut = max((at for at in range(same) if tokens[at] in special), default=0)
-        return cut if cut >= MIN_PREFIX else 0
-
-
-def _following(
-    template: Template, point: Snapshot, messages: list[Message], tools: Sequence[dict[str, Any]] | None
-) -> list[int] | None:
-    """The ids that come after `point` in the conversation; None where they cannot be known from here."""
-    n = point.messages
-    if point.kind in ("answer", "document"):
-        return template.encode(template.delta(messages, n, tools))
-    if point.kind == "prompt" and n == len(messages):
-        return []
-    if point.kind == "prompt" and messages[n]["role"] == "assistant" and not messages[n].get("tool_calls"):
-        # Another answer than was generated (edited, or cut off by the caller): read it as the caller gives it.
-        return template.encode(messages[n]["content"] + template.delta(messages, n + 1, tools))
-    whole = template.encode(template.render(messages, tools))
-    known = len(point.tokens)
-    return whole[known:] if tuple(whole[:known]) == point.tokens and len(whole) > known else None
+    def _following(self, template: Template, found: Found, messages: list[Message], tools: Tools) -> list[int] | None:
+        """The ids that come after a point of the conversation; None where they cannot be known from here."""
+        point, n = found.snapshot, found.snapshot.messages
+        if point.kind == "answer":
+            return template.encode(template.delta(messages, n, tools))
+        if point.kind == "prefix":
+            ids, known = template.encode(template.render(messages, tools)), list(point.tokens)
+            return ids[len(known) :] if ids[: len(known)] == known else None
+        if point.kind == "prompt" and n == len(messages):
+            return []
+        if point.kind == "prompt" and messages[n]["role"] != "assistant":
+            return None  # the answer's header has been read already
+        whole = template.render(messages, tools)
+        if point.kind == "document":
+            before = _document_head(template, found.session.document or "")
+        else:
+            before = template.render(messages[:n], tools)
+        if whole.startswith(before):
+            return template.encode(whole[len(before) :])
+        if point.kind == "prompt" and not messages[n].get("tool_calls"):
+            return template.encode(messages[n]["content"] + template.delta(messages, n + 1, tools))
+        return None
 
 
-def _document_message(text: str) -> Message:
-    return {"role": "system", "content": DOCUMENT_GUIDE + text}
+def about_document(text: str, messages: list[Message]) -> list[Message]:
+    """`messages` with a document at the beginning; what the system says comes behind it."""
+    count = int(messages[0]["role"] == "system")
+    first = [message["content"] for message in messages[count : count + 1] if message["role"] == "user"]
+    content = "\n\n".join([DOCUMENT_GUIDE + text, *(each["content"] for each in messages[:count]), *first])
+    return [{"role": "user", "content": content}, *messages[count + len(first) :]]
 
 
-def _new_name() -> str:
-    return f"chat-{uuid.uuid4().hex[:8]}"
+def _document_head(template: Template, text: str) -> str:
+    """What the template writes up to the end of a document."""
+    mark = uuid.uuid4().hex
+    head, found, _ = template.render([{"role": "user", "content": DOCUMENT_GUIDE + text + mark}]).partition(mark)
+    if not found:
+        raise InputError("The chat template does not show the user's message: pass another as chat_template=.")
+    return head
+
+
+def _common_beginning(template: Template, messages: list[Message], tools: Tools, tokens: list[int]) -> int:
+    """How many tokens stem from the system message and the tools alone, up to a special token."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    if len(messages) == len(system) or not (system or tools):
+        return 0
+    other = template.encode(template.render([*system, {"role": "user", "content": "\x1f"}], tools))
+    special = set(template.tokenizer.all_special_ids)
+    same = next((at for at, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b), len(other))
+    cut = max((at for at in range(same) if tokens[at] in special), default=0)
+    return cut if cut >= MIN_PREFIX else 0

@@ -18,12 +18,9 @@ def read_text(document: str | Path) -> tuple[str, str]:
     Raises:
         InputError: no text, or a file that is no UTF-8 text.
     """
-    path = Path(document) if isinstance(document, Path) or len(document) < LONGEST_PATH else None
+    path = document if isinstance(document, Path) else _existing(document)
     try:
-        if path is None or not (isinstance(document, Path) or path.is_file()):
-            text, title = str(document), "document"
-        else:
-            text, title = path.read_text(encoding="utf-8"), path.stem
+        text, title = (str(document), "document") if path is None else (path.read_text(encoding="utf-8"), path.stem)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{document} cannot be read as text ({error}): give a UTF-8 text file or the text itself."
@@ -31,3 +28,11 @@ def read_text(document: str | Path) -> tuple[str, str]:
     if not text.strip():
         raise InputError("The document is empty: give some text to read.")
     return text, title
+
+
+def _existing(text: str) -> Path | None:
+    """The file that a string names; None if it is no name of a file, as texts are."""
+    try:
+        return Path(text) if len(text) < LONGEST_PATH and Path(text).is_file() else None
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return None

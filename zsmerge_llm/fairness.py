@@ -23,13 +23,27 @@ class FairLock:
             turn = Lock()
             turn.acquire()
             self._waiting.append(turn)
-        turn.acquire()  # released by whoever hands over
+        try:
+            turn.acquire()  # released by whoever hands over
+        except BaseException:  # interrupted: nobody may hand over to a thread that has left
+            self._leave(turn)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._guard:
-            if self._waiting:
-                self._waiting.popleft().release()
+            self._pass_on()
+
+    def _leave(self, turn: Lock) -> None:
+        with self._guard:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
             else:
-                self._held = False
+                self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._waiting:
+            self._waiting.popleft().release()
+        else:
+            self._held = False

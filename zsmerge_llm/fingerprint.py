@@ -28,8 +28,7 @@ def fingerprint(
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(_sample(tensor))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    words = _words(tokenizer)
     return Fingerprint(
         weights=weights.hexdigest(),
         tokenizer=hashlib.sha256(words.encode()).hexdigest(),
@@ -38,7 +37,17 @@ def fingerprint(
     )
 
 
+def _words(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer as text, without the settings that mere use changes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps(sorted(tokenizer.get_vocab().items()))
+    return json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}, sort_keys=True)
+
+
 def _sample(tensor: Tensor) -> bytes:
+    if tensor.is_meta or not tensor.numel():  # offloaded to disk: name and shape must do
+        return b""
     flat = tensor.detach().reshape(-1)
     picked = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE]
-    return picked.cpu().contiguous().view(torch.uint8).numpy().tobytes() if len(flat) else b""
+    return picked.cpu().contiguous().view(torch.uint8).numpy().tobytes()

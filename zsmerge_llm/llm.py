@@ -15,6 +15,7 @@ from zsmerge_llm.chat import Template, normalise
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.documents import read_text
 from zsmerge_llm.errors import ConfigError, ContextLimitError, InputError
+from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe
 from zsmerge_llm.types import Chunk, Message, Result
 
 if TYPE_CHECKING:
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from zsmerge_llm.engine import Engine
     from zsmerge_llm.session import Session
     from zsmerge_llm.store import Store
-
-PROBE_TOKENS = 64
-"""How much of a prompt's end says what will be asked: a question and the template's closing."""
-
-GENERIC_PROBE = "What is said in the text above? Repeat its facts, names, numbers, dates and places word for word."
-"""Stands for the questions nobody has asked yet, when a document is read ahead."""
 
 Messages = str | Sequence[Message]
 
@@ -171,7 +166,8 @@ class LLM:
         source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
         mark = fingerprint(loaded.model, tokenizer, source, self.cache)
         size = engine.new_cache().nbytes
-        store = Store(mark, self._session_memory, size, self._sessions_dir)
+        devices = [str(spec.device) for spec in engine.specs]
+        store = Store(mark, self._session_memory, size, self._sessions_dir, devices)
         return _Parts(loaded.name, tokenizer, engine, template, Conversations(store, template, engine.new_cache))
 
     # -- chat --------------------------------------------------------------------------------------------------------
@@ -220,7 +216,8 @@ class LLM:
             tools: definitions in the OpenAI format, shown to the model by its template.
             session: a name for the conversation, or a session. It helps to find it and never mixes two; that of a
                 document (`read_document`) asks about the document.
-            probe: text that says what matters in this prompt, for the cache to keep; by default the prompt's end.
+            probe: text that says what matters in this prompt, for the cache to keep; by default the last line of
+                the last message.
             cancel: an event that stops reading after the current chunk and decoding within one token. Closing the
                 iterator does the same.
             progress: called with (tokens read, tokens to read) while the prompt is read.
@@ -231,10 +228,9 @@ class LLM:
         """
         checked, params = normalise(messages), sampling or SamplingParams()
         parts = self._load()
-        name = session if isinstance(session, str) or session is None else session.name
-        turn = parts.conversations.begin(checked, tools, name)
+        turn = parts.conversations.begin(checked, tools, session)
         self._check_length(len(turn.tokens), params)
-        asking = parts.template.encode(probe) if probe else turn.ids[-PROBE_TOKENS:]
+        asking = chat_probe(parts.template, probe or checked[-1]["content"])
         answer = Answer(turn.cache, turn.tokens, params, parts.tokenizer, turn.cache.seen, turn.reuse)
         return self._run(turn, answer, asking, cancel, progress)
 
@@ -242,9 +238,11 @@ class LLM:
         self, conversations: Sequence[Messages], *, sampling: SamplingParams | None = None, cancel: Event | None = None
     ) -> list[Result]:
         """Answer several conversations together, in order. Raises as `stream`, before anything is read."""
-        checked = [normalise(messages) for messages in conversations]
         template = self._load().template
-        return self._answer_all([template.encode(template.render(each)) for each in checked], sampling, cancel, False)
+        checked = [normalise(messages) for messages in conversations]
+        probes = [chat_probe(template, each[-1]["content"]) for each in checked]
+        prompts = [template.encode(template.render(each)) for each in checked]
+        return self._answer_all(prompts, probes, sampling, cancel, False)
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
@@ -262,15 +260,11 @@ class LLM:
         Raises:
             SessionNotFoundError, SessionCorruptError, SessionMismatchError: see the errors.
         """
-        from zsmerge_llm.session import load_session
-
-        loaded = load_session(path, self.store.fingerprint)
-        self.store.commit(loaded, ())
-        return loaded
+        return self.store.load(path)
 
     def add_session(self, session: Session) -> Session:
         """Keep a session made by `Session.fork` among this model's conversations."""
-        self.store.commit(session, ())
+        self.store.commit(session)
         return session
 
     def read_document(
@@ -297,7 +291,7 @@ class LLM:
         turn = parts.conversations.open_document(text, name, title)
         if turn.ids:
             self._check_length(len(turn.tokens), SamplingParams())
-            asking = parts.template.encode(probe or GENERIC_PROBE)
+            asking = chat_probe(parts.template, probe or GENERIC)
             parts.engine.read(turn.cache, turn.ids, probe=asking, cancel=cancel, progress=progress)
             parts.conversations.keep_document(turn)
         return turn.session
@@ -328,13 +322,16 @@ class LLM:
         self._check_length(len(ids), params)
         parts = self._load()
         answer = Answer(parts.engine.new_cache(), ids, params, parts.tokenizer, continues=True)
-        return self._run(None, answer, ids[-PROBE_TOKENS:], cancel, progress)
+        return self._run(None, answer, completion_probe(parts.template, ids, prompt), cancel, progress)
 
     def batch_complete(
         self, prompts: Sequence[str], *, sampling: SamplingParams | None = None, cancel: Event | None = None
     ) -> list[Result]:
         """Continue several texts together, in order. Raises as `stream_complete`, before anything is read."""
-        return self._answer_all([self._prompt_ids(prompt) for prompt in prompts], sampling, cancel, True)
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        template = self._load().template
+        probes = [completion_probe(template, *each) for each in zip(ids, prompts, strict=True)]
+        return self._answer_all(ids, probes, sampling, cancel, True)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or not prompt:
@@ -389,7 +386,12 @@ class LLM:
         answer.begin(time.perf_counter() - started)
 
     def _answer_all(
-        self, prompts: list[list[int]], sampling: SamplingParams | None, cancel: Event | None, continues: bool
+        self,
+        prompts: list[list[int]],
+        probes: list[list[int]],
+        sampling: SamplingParams | None,
+        cancel: Event | None,
+        continues: bool,
     ) -> list[Result]:
         """Several prompts, read one by one and decoded together."""
         if not prompts:
@@ -403,9 +405,9 @@ class LLM:
         answers = [Answer(engine.new_cache(), ids, params, tokenizer, continues=continues) for ids in prompts]
         cancelled = False
         try:
-            for answer in answers:
+            for answer, probe in zip(answers, probes, strict=True):
                 started = time.perf_counter()
-                engine.read(answer.cache, answer.prompt, probe=answer.prompt[-PROBE_TOKENS:], cancel=cancel)
+                engine.read(answer.cache, answer.prompt, probe=probe, cancel=cancel)
                 answer.begin(time.perf_counter() - started)
             batch = Cache.stack([answer.cache for answer in answers])
             for chosen in engine.decode(batch, [params] * len(prompts), prompts, cancel=cancel):

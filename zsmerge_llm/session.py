@@ -7,29 +7,23 @@ head; only that one is saved.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
 
+from zsmerge_llm import saving
 from zsmerge_llm.cache import Cache
-from zsmerge_llm.errors import SessionCorruptError, SessionMismatchError, SessionNotFoundError
+from zsmerge_llm.errors import SessionMismatchError
 
-FORMAT = 1
-KEPT_SNAPSHOTS = 4
+KEPT_ANSWERS = 4
+"""Points after answers that a session keeps: the newest two, and older ones ever further apart."""
 
 Kind = Literal["prefix", "prompt", "answer", "document"]
 
@@ -44,34 +38,39 @@ class Fingerprint:
     cache: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """A point of a conversation, never mutated.
 
-    digest: of the messages it stands for. messages: how many they are. tokens: the exact ids; the last ones may not be
-    in the cache yet (`unread`). kind: ends after a common beginning (`prefix`), before an answer (`prompt`), after one
-    (`answer`), or after a document's text (`document`).
+    digest: of the messages it stands for. messages: how many they are. tokens: the exact ids (kept as 32-bit integers);
+    the last ones may not be in the cache yet. kind: ends after a common beginning (`prefix`), before an answer
+    (`prompt`), after one (`answer`), or after a document's text (`document`).
     """
 
     digest: str
     messages: int
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     cache: Cache
     kind: Kind
 
-    @property
-    def unread(self) -> list[int]:
-        """Tokens that belong to the conversation and are not in the cache yet."""
-        return list(self.tokens[self.cache.seen :])
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", array("i", self.tokens))
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        return self.cache.nbytes + 8 * len(self.tokens)
+        """Bytes of the cache and the ids."""
+        return self.cache.nbytes + 4 * len(self.tokens)
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
-    """A named conversation. Made and kept by the store; `fork` and `save` are for everyone."""
+    """A named conversation. Made and kept by the store; `fork` and `save` are for everyone.
+
+    today: the date its template shows, frozen when it began. document: the text that its questions are asked about.
+    named: whether the caller chose the name. forked: made by `fork`, so that it goes on under its own name even where
+    it begins at a document. chain: digests of all its messages so far, oldest first, to explain what was not reused.
+    used: when it was last used, in seconds since 1970.
+    """
 
     name: str
     fingerprint: Fingerprint
@@ -79,7 +78,9 @@ class Session:
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     used: float = field(default_factory=time.time)
     document: str | None = None
-    """The text of a document session, which its questions are asked about."""
+    named: bool = True
+    forked: bool = False
+    chain: tuple[str, ...] = ()
 
     @property
     def head(self) -> Snapshot:
@@ -103,66 +104,63 @@ class Session:
 
     def fork(self, name: str) -> Session:
         """A session of its own that goes on from here. Snapshots are shared, so this costs nothing."""
-        return Session(name, self.fingerprint, self.today, dict(self.snapshots), document=self.document)
+        snapshots = dict(self.snapshots)
+        return Session(
+            name, self.fingerprint, self.today, snapshots, document=self.document, forked=True, chain=self.chain
+        )
 
-    def add(self, snapshots: Iterable[Snapshot]) -> None:
-        """Move on to the last of `snapshots`; the oldest go, but never a document's or a common beginning's."""
+    def add(self, snapshots: Iterable[Snapshot], chain: Sequence[str] = ()) -> None:
+        """Move on to the last of `snapshots`. Old points go, but a document's and the common beginning stay."""
+        kept = dict(self.snapshots)
         for snapshot in snapshots:
-            self.snapshots.pop(snapshot.digest, None)
-            self.snapshots[snapshot.digest] = snapshot
-        passing = [s.digest for s in self.snapshots.values() if s.kind in ("prompt", "answer")]
-        for digest in passing[:-KEPT_SNAPSHOTS]:
-            del self.snapshots[digest]
+            kept.pop(snapshot.digest, None)
+            kept[snapshot.digest] = snapshot
+        for snapshot in _superfluous(list(kept.values())):
+            del kept[snapshot.digest]
+        self.snapshots = kept  # in one step: others may be looking
+        self.chain = tuple(chain) or self.chain
         self.used = time.time()
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, durable: bool = True) -> Path:
         """Write the newest point to `path`, atomically: the file there is the old or the new one, never a part.
 
-        One safetensors file of the cache's size; its header carries everything else as JSON, with a checksum.
-        """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        content = self._content()
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
-        _sync_folder(target.parent)
-        return target
+        Args:
+            durable: whether it must outlast a power failure too, and not only the end of the process.
 
-    def _content(self) -> bytes:
-        head = self.head
+        Raises:
+            OSError: no room or no permission. What was there stays.
+        """
+        head, target = self.head, Path(path)
         tensors, facts = head.cache.state()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor.numel()}
-        tensors["tokens"] = torch.tensor(head.tokens, dtype=torch.int32)
+        tensors = {**tensors, "tokens": torch.tensor(head.tokens, dtype=torch.int32)}
+        if self.document:
+            tensors["document"] = torch.frombuffer(bytearray(self.document.encode()), dtype=torch.uint8)
         about = {
-            "format": FORMAT,
             "name": self.name,
+            "named": self.named,
+            "forked": self.forked,
             "fingerprint": asdict(self.fingerprint),
             "today": self.today.isoformat(),
             "digest": head.digest,
             "messages": head.messages,
             "kind": head.kind,
             "tokens": len(head.tokens),
-            "document": self.document,
+            "chain": self.chain,
+            "document": self.document is not None,
             "cache": facts,
         }
-        text = json.dumps(about, sort_keys=True)
-        return save_tensors(tensors, {"zsmerge": text, "sha256": _checksum(text, tensors)})
+        saving.write(target, about, tensors, durable)
+        return target
 
 
-def load_session(path: str | Path, fingerprint: Fingerprint | None = None) -> Session:
+def load_session(
+    path: str | Path, fingerprint: Fingerprint | None = None, devices: Sequence[str] | None = None
+) -> Session:
     """Read a session back, bit for bit.
 
     Args:
-        fingerprint: what the session must belong to; None accepts any (listing).
+        fingerprint: what the session must belong to; None accepts any.
+        devices: where each layer's tensors go; None is where they were.
 
     Raises:
         SessionNotFoundError: no such file.
@@ -170,7 +168,7 @@ def load_session(path: str | Path, fingerprint: Fingerprint | None = None) -> Se
         SessionMismatchError: saved with another model, tokenizer, template or cache configuration.
     """
     source = Path(path)
-    about, tensors = _read(source)
+    about = saving.read_about(source)
     saved = Fingerprint(**about["fingerprint"])
     if fingerprint is not None and saved != fingerprint:
         parts = [name for name, value in asdict(saved).items() if value != getattr(fingerprint, name)]
@@ -178,72 +176,38 @@ def load_session(path: str | Path, fingerprint: Fingerprint | None = None) -> Se
             f"{source} was saved with another {' and '.join(parts)}: load it with the settings it was saved with, "
             "or read the conversation anew."
         )
-    tokens = tuple(tensors.pop("tokens").tolist())
+    tensors = saving.read_tensors(source)
+    facts = about["cache"]
+    for spec, device in zip(facts["specs"], devices or (), strict=False):
+        spec["device"] = device
+    tokens = tensors.pop("tokens").tolist() if "tokens" in tensors else []
+    text = tensors.pop("document", None)
     try:
-        cache = Cache.from_state(tensors, about["cache"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise _corrupt(source, "does not hold a whole cache") from error
-    session = Session(
+        cache = Cache.from_state(tensors, facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise saving.damaged(source, "does not hold a whole cache") from error
+    return Session(
         about["name"],
         saved,
         date.fromisoformat(about["today"]),
+        {about["digest"]: Snapshot(about["digest"], about["messages"], tokens, cache, about["kind"])},
         used=source.stat().st_mtime,
-        document=about["document"],
-    )
-    session.add([Snapshot(about["digest"], about["messages"], tokens, cache, about["kind"])])
-    return session
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """The JSON part of a saved session, from its header alone, its checksum unverified. Raises as load_session."""
-    from safetensors import safe_open
-
-    if not path.is_file():
-        raise SessionNotFoundError(f"There is no saved session at {path}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {})["zsmerge"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise _corrupt(path, "cannot be read") from error
-    return about
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    about = read_about(path)
-    content = path.read_bytes()
-    try:
-        size = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + size])["__metadata__"]
-        tensors = load_tensors(content)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise _corrupt(path, "cannot be read") from error
-    if metadata.get("sha256") != _checksum(metadata["zsmerge"], tensors):
-        raise _corrupt(path, "does not match its checksum")
-    if about["format"] != FORMAT:
-        raise SessionMismatchError(f"{path} has format {about['format']}; this version reads format {FORMAT}.")
-    return about, tensors
-
-
-def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return sha.hexdigest()
-
-
-def _corrupt(path: Path, what: str) -> SessionCorruptError:
-    return SessionCorruptError(
-        f"{path} {what}: it is truncated or was altered. Delete it and read the conversation anew."
+        document=None if text is None else text.numpy().tobytes().decode(),
+        named=about["named"],
+        forked=about["forked"],
+        chain=tuple(about["chain"]),
     )
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power failure, where the system allows it."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _superfluous(snapshots: list[Snapshot]) -> list[Snapshot]:
+    """The points to let go: all prompts and beginnings but the newest, and answers too close to their neighbours."""
+    gone = []
+    for kind in ("prompt", "prefix"):
+        gone += [snapshot for snapshot in snapshots if snapshot.kind == kind][:-1]
+    answers = [snapshot for snapshot in snapshots if snapshot.kind == "answer"]
+    while len(answers) > KEPT_ANSWERS:
+        at = [0, *(snapshot.messages for snapshot in answers)]
+        # Going back by n messages costs reading about as many again: let the smallest gap for its age go.
+        gaps = [(at[i + 2] - at[i]) / (1 + at[-1] - at[i + 1]) for i in range(len(answers) - 2)]
+        gone.append(answers.pop(gaps.index(min(gaps))))
+    return gone

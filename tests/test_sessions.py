@@ -1,0 +1,452 @@
+"""A conversation is recognised by its content and every token of it is read once, whatever its template does."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import date
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+
+from tests.talk import ROOMY, SHORT, TIGHT, Talk, counted, said, scripted, talker
+from tests.templates import ENDS, TOOLS, long_chat, written
+from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from zsmerge_llm.chat import normalise
+from zsmerge_llm.conversation import Conversations
+
+SYSTEM = {"role": "system", "content": "You know all there is to know about islands, lighthouses and their keepers. " * 3}
+
+
+def steps(name: str) -> list[list[dict[str, Any]]]:
+    """A 12-turn chat with tool calls and results; with a system message where the template takes one."""
+    chat = long_chat(12)
+    if name == "gemma2":
+        del chat[0][0]
+    return chat
+
+
+def greedy(llm: LLM, cache: Any, count: int = 6) -> list[int]:
+    """The ids that follow, greedily; the cache is left alone."""
+    params = SamplingParams(max_tokens=count, ignore_eos=True)
+    return [token for (token,) in llm.engine.decode(cache.clone(), [params], [[]]) if token is not None]
+
+
+@pytest.mark.parametrize("name", [*ENDS])
+def test_twelve_turns_with_tools_read_every_token_once_and_answer_as_a_fresh_read_does(name: str) -> None:
+    llm, chat = talker(name, cache=ROOMY), steps(name)
+    tools = None if name == "gemma2" else TOOLS
+    replies = [normalise([*step[:1], {"role": "user", "content": "-"}])[0] for step in chat[1:]]
+    replies.append({"role": "assistant", "content": "the end"})
+    encode, end = llm._load().template.encode, llm.tokenizer.eos_token_id
+    script = {at: [*encode(written(name, reply)), end] for at, reply in enumerate(replies)}
+
+    messages: list[dict[str, Any]] = []
+    read = 0
+    with counted() as passes, scripted(script, dict(enumerate(replies))):
+        for turn, step in enumerate(chat):
+            messages += step
+            before = llm.session("it").cache.seen if turn else 0
+            answer = llm.chat(messages, tools=tools, session="it")
+            session = llm.session("it")
+            assert answer.usage.reuse == ("continued" if turn else "new")
+            assert answer.usage.cached_tokens == before
+            assert answer.usage.prompt_tokens + len(script[turn]) - 1 == len(session.tokens)
+            assert sum(passes) == session.cache.seen == len(session.tokens)
+            read = sum(passes)
+    assert read == len(llm.session("it").tokens)
+    assert len(llm.store) == 1
+
+
+@pytest.mark.parametrize("name", [*ENDS])
+def test_greedy_answers_equal_those_of_a_fresh_read_of_the_same_ids(name: str) -> None:
+    llm = talker(name, cache=ROOMY)
+    system = [] if name == "gemma2" else [SYSTEM]
+    talk = Talk(llm, "it", system)
+    for turn in range(12):
+        result = talk.tell(f"Question {turn}, what now?")
+        session = llm.session("it")
+        prompt = session.tokens[: result.usage.prompt_tokens]
+        fresh = llm.engine.new_cache()
+        logits = llm.engine.read(fresh, prompt)
+        asked = [point for point in session.snapshots.values() if point.kind == "prompt"][-1]
+
+        assert list(asked.tokens) == prompt
+        torch.testing.assert_close(asked.cache.logits[0].float(), logits, rtol=1e-3, atol=1e-3)
+        answer = session.tokens[len(prompt) :]
+        assert greedy(llm, fresh)[: len(answer)] == answer
+        assert result.usage.reuse == ("continued" if turn else "new")
+
+
+@pytest.mark.parametrize("session", [None, "alice", "changing"])
+def test_a_conversation_is_found_without_a_name_with_its_name_and_with_a_wrong_one(session: str | None) -> None:
+    llm, talk = talker(), Talk(None, session)  # type: ignore[arg-type]
+    talk.llm = llm
+    talk.tell("Hello")
+    for turn in range(4):
+        talk.session = f"name-{turn}" if session == "changing" else session
+        assert talk.tell(f"And {turn}?").usage.reuse == "continued"
+
+    assert len(llm.store) == (5 if session == "changing" else 1)
+
+
+def test_two_conversations_under_one_name_are_never_mixed() -> None:
+    llm, alone = talker(), talker()
+    one, two = Talk(llm, "same"), Talk(llm, "same")
+    answers = [(one.tell(f"A {turn}").text, two.tell(f"B {turn}").text) for turn in range(3)]
+    lone_one, lone_two = Talk(alone), Talk(alone)
+
+    assert answers == [(lone_one.tell(f"A {turn}").text, lone_two.tell(f"B {turn}").text) for turn in range(3)]
+    tokens = llm.session("same").tokens
+    assert llm.tokenizer.decode(tokens).count("B 2") == 1
+    assert llm.tokenizer.decode(tokens).count("A ") == 0
+
+
+def test_a_name_that_is_another_conversations_is_taken_over_and_the_reason_given() -> None:
+    llm = talker()
+    first = Talk(llm, "alice")
+    first.tell("Hello")
+    second = llm.chat("Quite another thing", session="alice", sampling=SHORT)
+
+    assert second.usage.reuse == "reread: the messages and tools are not those of session 'alice'"
+    assert "Quite another" in llm.tokenizer.decode(llm.session("alice").tokens)
+    first.session = None
+    assert first.tell("Are you still there?").usage.reuse == "continued"  # it goes on without the name
+
+
+def test_other_tools_make_another_conversation() -> None:
+    llm, talk = talker("qwen2.5"), None
+    talk = Talk(llm, "it")
+    talk.tell("Hello", tools=TOOLS)
+
+    assert talk.tell("And now?").usage.reuse.startswith("reread: the messages and tools")
+    assert talk.tell("And now?").usage.reuse == "continued"
+
+
+def test_a_common_beginning_is_read_once_for_all_conversations() -> None:
+    llm = talker("qwen2.5")
+    first = llm.chat([SYSTEM, *said("One")], sampling=SHORT)
+    with counted() as passes:
+        second = llm.chat([SYSTEM, *said("Two")], sampling=SHORT)
+
+    assert (first.usage.reuse, second.usage.reuse) == ("new", "restored")
+    assert second.usage.cached_tokens > 64
+    assert sum(passes[:1]) < 40
+    assert len(llm.store) == 2
+
+
+def test_answering_again_reads_nothing() -> None:
+    llm, talk = talker(), None
+    talk = Talk(llm, "it")
+    first = [talk.tell("Hello").text, talk.tell("More").text]
+    with counted() as passes:
+        again = llm.chat(talk.messages[:-1], session="it", sampling=SHORT)
+
+    assert again.usage.reuse == "restored"
+    assert again.usage.cached_tokens == again.usage.prompt_tokens
+    assert passes == [1] * len(passes)
+    assert again.text == first[1]
+    assert len(llm.store) == 1
+
+
+def test_going_on_from_an_answer_that_was_replaced_is_possible() -> None:
+    llm = talker()
+    talk = Talk(llm, "it")
+    talk.tell("Hello")
+    old = list(talk.messages)
+    llm.chat(old[:-1], session="it", sampling=SamplingParams(max_tokens=6, temperature=2.0, seed=1))
+    back = llm.chat([*old, *said("Go on")], session="it", sampling=SHORT)
+
+    assert back.usage.reuse == "restored"
+    assert len(llm.store) == 1
+
+
+@pytest.mark.parametrize("name", [*ENDS])
+def test_the_last_message_and_the_answer_before_can_be_edited(name: str) -> None:
+    llm = talker(name, cache=ROOMY)
+    talk = Talk(llm, "it")
+    for turn in range(3):
+        talk.tell(f"Question {turn}")
+    messages = talk.messages[:-2]
+    last = llm.chat([*messages, *said("Another question")], session="it", sampling=SHORT)
+    answer = {"role": "assistant", "content": "I was told to say this."}
+    told = llm.chat([*messages[:-1], answer, *said("Was I?")], session="it", sampling=SHORT)
+    text = llm.tokenizer.decode(llm.session("it").tokens)
+
+    assert last.usage.reuse == "restored"
+    assert 0 < last.usage.cached_tokens < last.usage.prompt_tokens
+    assert told.usage.reuse.startswith(("restored", "reread: the chat template"))
+    assert text.count("I was told to say this.") == 1
+    assert text.count("Question 2") == 0
+
+
+def test_an_edit_of_any_earlier_message_goes_back_to_a_point_not_far_before_it() -> None:
+    llm = talker(cache=ROOMY)
+    talk = Talk(llm, "it")
+    sizes = [talk.tell(f"Question {turn}").usage.prompt_tokens for turn in range(40)]
+    session = llm.session("it")
+    kinds = [point.kind for point in session.snapshots.values()]
+    kept = sorted(point.messages // 2 for point in session.snapshots.values() if point.kind == "answer")
+
+    assert kinds.count("answer") == 4
+    assert kinds.count("prompt") == 1
+    assert kept[-2:] == [39, 40]
+    for turn in range(kept[0], 40):
+        back = max(at for at in kept if at <= turn)
+        assert turn - back <= 40 - turn + 2, kept  # never much more to read again than there is behind it
+    edited = llm.chat([*talk.messages[: 2 * kept[1]], *said("Instead")], session="it", sampling=SHORT)
+    assert edited.usage.reuse == "restored"
+    assert edited.usage.cached_tokens > sizes[kept[1] - 1]
+
+
+def test_an_edit_before_every_point_left_reads_all_again_and_says_why() -> None:
+    llm = talker()
+    talk = Talk(llm, "it")
+    for turn in range(9):
+        talk.tell(f"Question {turn}")
+    edited = llm.chat([*talk.messages[:2], *said("Instead")], sampling=SHORT)
+
+    assert edited.usage.reuse == "reread: no point of session 'it' before message 3 is left"
+    assert edited.usage.cached_tokens == 0
+    assert talk.tell("Are you there?").usage.reuse == "continued"
+
+
+def test_cancelling_while_reading_changes_nothing() -> None:
+    llm = talker(chunk=16)
+    talk = Talk(llm, "it")
+    talk.tell("Hello")
+    before = llm.session("it").tokens
+    cancel = Event()
+    result = llm.chat(
+        [*talk.messages, *said("Read this, " * 30)],
+        session="it",
+        cancel=cancel,
+        progress=lambda done, total: cancel.set() if done > 40 else None,
+    )
+
+    assert result.finish_reason == "cancelled"
+    assert result.text == ""
+    assert llm.session("it").tokens == before
+    assert talk.tell("Never mind").usage.reuse == "continued"
+
+
+def test_cancelling_a_new_conversation_while_reading_leaves_its_name_to_whom_it_was() -> None:
+    llm = talker("qwen2.5", chunk=16)
+    Talk(llm, "it").tell("Hello")
+    before = llm.session("it").tokens
+    cancel = Event()
+    llm.chat([SYSTEM, *said("x" * 90)], session="it", cancel=cancel, progress=lambda done, _: cancel.set())
+
+    assert llm.session("it").tokens == before
+    assert len(llm.store) == 1
+
+
+@pytest.mark.parametrize("how", ["event", "close"])
+def test_cancelling_an_answer_leaves_the_prompt_read(how: str) -> None:
+    llm = talker()
+    talk = Talk(llm, "it")
+    talk.tell("Hello")
+    cancel = Event()
+    messages = [*talk.messages, *said("A long answer, please")]
+    stream = llm.stream(messages, session="it", sampling=SamplingParams(max_tokens=50, ignore_eos=True), cancel=cancel)
+    pieces = list(itertools.islice(stream, 3))
+    if how == "event":
+        cancel.set()
+        assert [chunk.finish_reason for chunk in stream][-1] == "cancelled"
+    else:
+        stream.close()  # type: ignore[attr-defined]
+
+    assert llm.session("it").head.kind == "prompt"
+    with counted() as passes:
+        again = llm.chat(messages, session="it", sampling=SHORT)
+    assert (again.usage.reuse, passes) == ("restored", [1] * len(passes))
+    part = {"role": "assistant", "content": "".join(chunk.text for chunk in pieces)}
+    assert llm.chat([*messages, part, *said("Go on")], session="it", sampling=SHORT).usage.reuse == "restored"
+
+
+def test_a_second_request_on_the_same_conversation_becomes_a_branch() -> None:
+    llm = talker()
+    talk = Talk(llm, "it")
+    talk.tell("Hello")
+    messages = list(talk.messages)
+    left, right = (llm.stream([*messages, *said(text)], session="it", sampling=SHORT) for text in ("Left", "Right"))
+    for _ in range(3):
+        next(left), next(right)
+    assert [chunk.finish_reason for chunk in left][-1] != "cancelled"  # first come, so it keeps the name
+    assert [chunk.finish_reason for chunk in right][-1] != "cancelled"
+
+    assert len(llm.store) == 2
+    held = {info.name: llm.tokenizer.decode(llm.session(info.name).tokens) for info in llm.store}
+    assert sorted(("Left" in text, "Right" in text) for text in held.values()) == [(False, True), (True, False)]
+    assert "Left" in held["it"]
+
+
+def test_a_fork_goes_on_by_itself_under_its_name() -> None:
+    llm = talker()
+    talk = Talk(llm, "it")
+    talk.tell("Hello")
+    fork = llm.session("it").fork("branch")
+    before = llm.session("it").tokens
+    bytes_before = llm.store.nbytes
+    llm.add_session(fork)
+    assert llm.store.nbytes == bytes_before  # what they share counts once
+    branch = Talk(llm, fork, talk.messages)
+
+    assert branch.tell("Elsewhere").usage.reuse == "continued"
+    assert llm.session("it").tokens == before
+    assert len(llm.session("branch").tokens) > len(before)
+    assert talk.tell("Here").usage.reuse == "continued"
+    assert len(llm.store) == 2
+
+
+def test_the_date_stays_that_of_the_day_on_which_a_conversation_began() -> None:
+    llm = talker("llama3")
+    object.__setattr__(llm._load().conversations, "today", lambda: day)
+    day = date(2024, 5, 1)
+    old = Talk(llm, "old", [SYSTEM])
+    old.tell("Hello")
+    day = date(2024, 5, 2)
+    new = Talk(llm, "new", [SYSTEM])
+
+    assert new.tell("Good morning").usage.reuse == "new"  # yesterday's beginning shows yesterday's date
+    assert old.tell("And now?").usage.reuse == "continued"
+    decode = llm.tokenizer.decode
+    assert "01 May 2024" in decode(llm.session("old").tokens)
+    assert "02 May 2024" in decode(llm.session("new").tokens)
+    assert "02 May 2024" not in decode(llm.session("old").tokens)
+
+
+def test_thinking_stays_in_the_session_when_the_caller_sends_it_back_without() -> None:
+    llm = talker("qwen3", cache=ROOMY)
+    encode, end = llm._load().template.encode, llm.tokenizer.eos_token_id
+    texts = ["<think>\nWell.\n</think>\n\nFirst answer", "<think>\nHm.\n</think>\n\nSecond answer"]
+    script = {at: [*encode(text), end] for at, text in enumerate(texts)}
+    replies = {at: {"role": "assistant", "content": text} for at, text in enumerate(texts)}
+    with scripted(script, replies):
+        llm.chat(said("One?"), session="it")
+        second = llm.chat(said("One?", "First answer", "Two?"), session="it")
+
+    assert second.usage.reuse == "continued"
+    assert llm.tokenizer.decode(llm.session("it").tokens).count("<think>") == 2
+
+
+DOCUMENT = "The keeper of the lighthouse on the island is called Odile. " * 8
+
+
+@pytest.mark.parametrize("name", [*ENDS])
+def test_a_document_is_read_once_and_asked_many_questions(name: str) -> None:
+    llm = talker(name)
+    document = llm.read_document(DOCUMENT, name="island")
+    whole = document.tokens
+    for number in range(5):
+        with counted() as passes:
+            talk = Talk(llm, document)
+            first, second = talk.tell(f"Question {number}?"), talk.tell("Are you sure?")
+        assert first.usage.reuse == "restored"
+        assert first.usage.cached_tokens == len(whole)
+        assert second.usage.reuse == "continued"
+        assert sum(passes) < 120
+
+    assert llm.session("island").tokens == whole
+    assert llm.session("island").head.kind == "document"
+    assert len(llm.store) == 6
+    assert llm.tokenizer.decode(whole).count("Odile") == 8
+
+
+def test_a_document_is_asked_with_a_system_message_too() -> None:
+    llm = talker("qwen2.5")
+    document = llm.read_document(DOCUMENT)
+    answer = llm.chat([SYSTEM, *said("Who?")], session=document, sampling=SHORT)
+    text = llm.tokenizer.decode(llm.session(next(iter(llm.store)).name).tokens)
+
+    assert answer.usage.cached_tokens == len(document.tokens)
+    assert text.index("Odile") < text.index("islands, lighthouses") < text.index("Who?")
+
+
+def test_a_document_asked_with_tools_it_was_not_read_with_is_read_again() -> None:
+    llm = talker("qwen2.5")
+    document = llm.read_document(DOCUMENT)
+    answer = llm.chat("Who?", session=document, tools=TOOLS, sampling=SHORT)
+
+    assert answer.usage.reuse == "reread: the document was read without these tools"
+    assert answer.usage.prompt_tokens > len(document.tokens)
+
+
+def test_a_documents_fork_is_a_named_conversation_about_it() -> None:
+    llm = talker()
+    document = llm.read_document(DOCUMENT, name="island")
+    talk = Talk(llm, document.fork("alice"))
+    first, second = talk.tell("Who?"), talk.tell("Why?")
+
+    assert (first.usage.cached_tokens, second.usage.reuse) == (len(document.tokens), "continued")
+    assert llm.session("alice").head.messages == 4
+    assert llm.session("island").tokens == document.tokens
+    assert len(llm.store) == 2
+
+
+def test_the_same_document_is_not_read_twice_and_another_does_not_take_its_place() -> None:
+    llm = talker()
+    document = llm.read_document(DOCUMENT)
+    with counted() as passes:
+        assert llm.read_document(DOCUMENT).tokens == document.tokens
+    other = llm.read_document("Something else entirely.")
+
+    assert passes == []
+    assert other.name != document.name
+    assert llm.session(document.name).document == DOCUMENT
+
+
+def test_snapshots_are_bounded_however_a_conversation_branches() -> None:
+    llm = talker()
+    talk = Talk(llm, "it", [SYSTEM])
+    for turn in range(12):
+        talk.tell(f"Question {turn}")
+        llm.chat(talk.messages[:-1], session="it", sampling=SamplingParams(max_tokens=3, temperature=1.5, seed=turn))
+        llm.chat([*talk.messages[:-2], *said("Instead")], session="it", sampling=SHORT)
+        talk.session = "it"
+
+    assert max(len(llm.session(info.name).snapshots) for info in llm.store) <= 6
+
+
+def test_the_exact_cache_and_sliding_windows_keep_sessions_too() -> None:
+    for cache in (CacheConfig.full(), CacheConfig.streaming(64), CacheConfig.paper(64), TIGHT):
+        llm = talker("gemma3", cache=cache)
+        talk = Talk(llm)
+        assert [talk.tell(f"Question {turn}").usage.reuse for turn in range(4)] == ["new"] + ["continued"] * 3
+
+
+def test_a_turn_costs_the_same_however_long_the_conversation_is() -> None:
+    llm = talker()
+    talk = Talk(llm, "it")
+    read, held = [], []
+    with counted() as passes:
+        for _ in range(30):
+            passes.clear()
+            talk.tell("The same question.")
+            read.append(sum(passes))
+            held.append(llm.session("it").cache.nbytes)
+
+    assert len(set(held[1:])) == 1
+    assert max(read[1:]) - min(read[1:]) <= 8
+
+
+def test_conversations_never_share_what_they_write_to() -> None:
+    llm = talker()
+    talk = Talk(llm, "it")
+    talk.tell("Hello")
+    session = llm.session("it")
+    before = {name: tensor.clone() for name, tensor in session.cache.state()[0].items()}
+    cache = session.cache
+    for text in ("Left", "Right"):
+        llm.chat([*talk.messages, *said(text)], sampling=SHORT)
+
+    assert all(torch.equal(tensor, before[name]) for name, tensor in cache.state()[0].items())
+
+
+def test_an_unfinished_stream_that_nobody_reads_leaves_no_trace() -> None:
+    llm = talker()
+    llm.stream(said("Hello"), session="it")
+
+    assert len(llm.store) == 0
+    assert isinstance(llm._load().conversations, Conversations)

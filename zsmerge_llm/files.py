@@ -1,0 +1,195 @@
+"""Where a store has its sessions: in memory or in a folder, one file each by name and by what they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from zsmerge_llm import saving
+from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionError
+from zsmerge_llm.session import Fingerprint, Session, load_session
+
+SUFFIX = ".zsmerge"
+PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
+LONGEST = 120
+ABANDONED = 3600
+"""Seconds after which an unfinished file is taken for the rest of a killed process."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A session on disk, as far as recognising and listing it needs. used: seconds since 1970."""
+
+    path: Path
+    digest: str
+    messages: int
+    tokens: int
+    chain: tuple[str, ...]
+    named: bool
+    document: bool
+    nbytes: int
+    used: float
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """One line of a listing. nbytes: in memory, or on disk where `in_memory` is False. used: seconds since 1970."""
+
+    name: str
+    tokens: int
+    messages: int
+    nbytes: int
+    in_memory: bool
+    used: float
+    document: bool
+
+
+@dataclass(eq=False)
+class Kept:
+    """A session in memory (`session`), on disk (`file`, maybe of an earlier point), or both."""
+
+    session: Session | None
+    file: File | None = None
+
+    @property
+    def head(self) -> str:
+        return self.session.head.digest if self.session is not None else self._known.digest
+
+    @property
+    def named(self) -> bool:
+        return self.session.named if self.session is not None else self._known.named
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        return self.session.chain if self.session is not None else self._known.chain
+
+    @property
+    def digests(self) -> list[str]:
+        return list(self.session.snapshots) if self.session is not None else [self._known.digest]
+
+    @property
+    def saved(self) -> bool:
+        """Whether the file holds the newest point."""
+        return self.file is not None and self.file.digest == self.head
+
+    def info(self, name: str) -> SessionInfo:
+        if self.session is None:
+            file = self._known
+            return SessionInfo(name, file.tokens, file.messages, file.nbytes, False, file.used, file.document)
+        session, head = self.session, self.session.head
+        document = session.document is not None
+        return SessionInfo(name, len(head.tokens), head.messages, session.nbytes, True, session.used, document)
+
+    @property
+    def _known(self) -> File:
+        assert self.file is not None
+        return self.file
+
+
+class Folder:
+    """Saved sessions of one model, tokenizer, template and cache configuration; files of others are left alone.
+
+    Args:
+        path: made where it is missing.
+        durable: whether what is saved must outlast a power failure.
+        devices: where the layers of a session go when it is loaded; None is where they were.
+
+    Raises:
+        ConfigError: `path` cannot be a folder.
+    """
+
+    def __init__(
+        self, path: str | Path, fingerprint: Fingerprint, durable: bool, devices: Sequence[str] | None
+    ) -> None:
+        self.path = Path(path)
+        self.fingerprint = fingerprint
+        self.durable = durable
+        self.devices = devices
+        kind = json.dumps(asdict(fingerprint), sort_keys=True)
+        self._ending = f".{hashlib.sha256(kind.encode()).hexdigest()[:8]}{SUFFIX}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"Sessions cannot be kept in {path}: {error}. Give another folder.") from error
+
+    def file(self, name: str) -> Path:
+        """Where the session of that name is saved: a name that is safe, and unique, on every system."""
+        plain = "".join(letter if letter in PLAIN else _escaped(letter) for letter in name)
+        if len(plain) > LONGEST:
+            plain = plain[:LONGEST] + "~" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:16]
+        return self.path / f"{plain}{self._ending}"
+
+    def save(self, session: Session) -> File:
+        """Write a session's newest point. Raises OSError."""
+        path = session.save(self.file(session.name), self.durable)
+        head, document = session.head, session.document is not None
+        return File(
+            path,
+            head.digest,
+            head.messages,
+            len(head.tokens),
+            session.chain,
+            session.named,
+            document,
+            path.stat().st_size,
+            session.used,
+        )
+
+    def load(self, name: str, file: File) -> Session:
+        """Bring a session back. Raises as `session.load_session`, also where the file is not the one we know."""
+        session = load_session(file.path, self.fingerprint, self.devices)
+        if session.head.digest != file.digest:
+            raise SessionCorruptError(f"{file.path} was replaced by another conversation: it is read anew.")
+        session.name, session.named = name, file.named
+        return session
+
+    def rename(self, file: File, name: str) -> File:
+        """The same session under a name that nobody chose. Raises OSError."""
+        path = self.file(name)
+        os.replace(file.path, path)
+        facts = {key: getattr(file, key) for key in File.__dataclass_fields__}
+        return File(**{**facts, "path": path, "named": False})
+
+    def saved(self) -> dict[str, File]:
+        """What an earlier run left here, the oldest first. Anything that is no session of ours stays untouched."""
+        found: list[tuple[str, File]] = []
+        for path in self.path.glob(f"*{self._ending}"):
+            try:
+                about = saving.read_about(path)
+                stat = path.stat()
+            except (SessionError, OSError):
+                continue
+            if about["fingerprint"] == asdict(self.fingerprint):
+                known = self.file(about["name"]) == path
+                name = about["name"] if known else path.name.removesuffix(self._ending)
+                file = File(
+                    path,
+                    about["digest"],
+                    about["messages"],
+                    about["tokens"],
+                    tuple(about["chain"]),
+                    about["named"] and known,
+                    about["document"],
+                    stat.st_size,
+                    stat.st_mtime,
+                )
+                found.append((name, file))
+        return dict(sorted(found, key=lambda entry: entry[1].used))
+
+    def sweep(self) -> None:
+        """Delete what killed processes left unfinished."""
+        start, end = saving.TEMPORARY
+        for path in self.path.glob(f"{start}*{end}"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
+
+
+def _escaped(letter: str) -> str:
+    return "".join(f"%{byte:02x}" for byte in letter.encode(errors="surrogatepass"))

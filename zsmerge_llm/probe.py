@@ -1,0 +1,30 @@
+"""What will be asked, as far as a prompt says: the tokens whose attention decides what a full cache keeps.
+
+The question alone is a better probe than more of the prompt's end: most of what stands before it is document, and asks
+for itself (benchmarks/LOG.md).
+"""
+
+from __future__ import annotations
+
+from zsmerge_llm.chat import Template
+
+LONGEST = 64
+"""Tokens of a question. Of a longer last line, only the end is taken."""
+GENERIC = "What is said in the text above? Repeat its facts, names, numbers, dates and places word for word."
+"""Stands for the questions nobody has asked yet, when a document is read ahead."""
+
+
+def last_line(text: str) -> str:
+    """Where a prompt asks: its last line that is not empty."""
+    return text.rstrip().rsplit("\n", 1)[-1]
+
+
+def completion_probe(template: Template, ids: list[int], prompt: str) -> list[int]:
+    """The last line of a plain prompt, as it stands at the end of its `ids`."""
+    return ids[-min(len(template.encode(last_line(prompt))), LONGEST) :]
+
+
+def chat_probe(template: Template, question: str) -> list[int]:
+    """A question with what the template writes after a user's message, up to the beginning of the answer."""
+    closing = template.render([{"role": "user", "content": "\x1f"}]).rpartition("\x1f")[2]
+    return template.encode(last_line(question))[-LONGEST:] + template.encode(closing)
