@@ -3,8 +3,8 @@
     python chat_loop.py
     python chat_loop.py --model Qwen/Qwen2.5-0.5B-Instruct --file report.txt
 
-With --file the conversation is about that text. The whole conversation is passed in at every turn; what was read before is
-recognised and not read again. Without a terminal a few turns are played.
+With --file the conversation is about that text. The whole conversation is passed in at every turn; what was read before
+is recognised and not read again. Without a terminal a few turns are played.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from zsmerge_llm import LLM, SamplingParams
 
-SCRIPT = ["My name is Ann and I live in Lisbon.", "Write one sentence about the sea.", "What is my name?"]
+SCRIPT = ["I have a dog. His name is Rex.", "Tell me one thing that dogs like.", "What is the name of my dog?"]
 
 
 def turns() -> Iterator[str]:

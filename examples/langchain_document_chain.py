@@ -3,8 +3,8 @@
     python langchain_document_chain.py
     python langchain_document_chain.py --model Qwen/Qwen2.5-0.5B-Instruct --file report.txt "What was decided?"
 
-The document is longer than the cache. It is read in memory that does not grow, with the question in mind: the prompt ends
-with the question, and what it ends with decides what the cache keeps.
+The document is longer than the cache. It is read in memory that does not grow, with the question in mind: the prompt
+ends with the question, and what it ends with decides what the cache keeps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_zsmerge import ChatZSMerge
 
-QUESTIONS = ["Who is the captain of the Marigold?", "What is the cargo of the ship?"]
+QUESTIONS = ["Who is the captain of the Marigold?", "Who is the keeper of the lighthouse?"]
 
 
 def main() -> None:

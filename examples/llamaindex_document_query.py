@@ -13,10 +13,11 @@ import argparse
 from importlib.resources import files
 from pathlib import Path
 
-from llama_index.core import Document, Settings, SummaryIndex
+from llama_index.core import Document, PromptTemplate, Settings, SummaryIndex
 from llama_index.llms.zsmerge import ZSMergeLLM
 
-QUESTIONS = ["Who is the captain of the Marigold?", "What is the cargo of the ship?"]
+PROMPT = PromptTemplate("{context_str}\n\n{query_str}")  # plain words do better than long instructions on small models
+QUESTIONS = ["Who is the captain of the Marigold?", "Who is the keeper of the lighthouse?"]
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     Settings.tokenizer = llm.tokenize  # counts with the model's own tokenizer; LlamaIndex's default may be downloaded
 
     index = SummaryIndex.from_documents([Document(text=arguments.file.read_text(encoding="utf-8"))])
-    engine = index.as_query_engine(response_mode="compact", streaming=True)
+    engine = index.as_query_engine(response_mode="compact", text_qa_template=PROMPT, streaming=True)
     for question in arguments.questions:
         print(f"> {question}")
         for piece in engine.query(question).response_gen:

@@ -16,7 +16,10 @@ from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.chat import normalise
 from zsmerge_llm.conversation import Conversations
 
-SYSTEM = {"role": "system", "content": "You know all there is to know about islands, lighthouses and their keepers. " * 3}
+SYSTEM = {
+    "role": "system",
+    "content": "You know all there is to know about islands, lighthouses and their keepers. " * 3,
+}
 
 
 def steps(name: str) -> list[list[dict[str, Any]]]:

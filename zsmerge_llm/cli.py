@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 
 DEMO_TEXT = "marigold.txt"
 DEMO_QUESTIONS = (
-    "Who was the first settler on the island?",
-    "What is the name of the locomotive?",
-    "Who is the keeper of the museum?",
+    "Who is the captain of the Marigold?",
+    "What is the name of the cat?",
+    "Who is the keeper of the lighthouse?",
 )
+DEMO_END = """These answers are the model's own. smollm2 is very small and gets harder questions wrong.
+--model takes another. Next: zsmerge-llm ask FILE QUESTION, or zsmerge-llm chat"""
 CHAT_HELP = """/reset  forget the conversation and begin anew
 /help   this list
 /exit   leave (so does Ctrl-D)
@@ -114,11 +116,12 @@ def demo(model: Model = "smollm2", slots: Slots = None) -> None:
     text = files("zsmerge_llm").joinpath("data").joinpath(DEMO_TEXT).read_text(encoding="utf-8")
     with screen.warnings():
         llm = _open(screen, model, _cache(Preset.default, slots), "auto", "auto", None)
-        screen.about(text.partition("\n")[0].capitalize(), llm.count_tokens(text), llm.cache)
+        screen.about(text.partition("\n")[0], llm.count_tokens(text), llm.cache)
         for question in DEMO_QUESTIONS:
             screen.question(question)
             _answer(screen, llm, _about(text, question), SamplingParams(max_tokens=60))
-        screen.note("These were the model's own answers. Your turn: zsmerge-llm ask FILE QUESTION, or zsmerge-llm chat")
+        screen.plain("")
+        screen.note(DEMO_END)
 
 
 @app.command()
@@ -278,7 +281,7 @@ def _report(screen: Screen, llm: LLM, last: Chunk, sampling: SamplingParams) -> 
     usage = last.usage
     assert usage is not None
     # caches know what an exact one would take; the smallest one does to ask
-    full = llm.engine.new_cache(CacheConfig.streaming(slots=2)).full_nbytes(usage.total_tokens)
+    full = llm.engine.new_cache(CacheConfig.streaming(slots=4)).full_nbytes(usage.total_tokens)
     screen.memory(usage, full)
     if last.finish_reason == "length":
         screen.note(f"The answer was cut at {sampling.max_tokens} tokens: --max-tokens allows more.")

@@ -88,7 +88,7 @@ class Conversations:
         document = None
         if text is not None:
             messages, document = about_document(text, messages), self._document_digest(text)
-            name = None if self._is_document(name) else name
+            name = None if self._fixed(name) else name
         digests = self.template.digests(messages, tools)
         known = digests if document is None else [document, *digests]
         why = ""
@@ -99,13 +99,14 @@ class Conversations:
                 continue  # another request took it away meanwhile
             except SessionError:
                 self.store.forget(origin)
-                why = "the saved session was damaged"
+                why = "the saved session is damaged or gone"
                 continue
             template = self._template(found)
             following = self._following(template, found, messages, tools)
             if following is not None:
                 return self._resumed(found, following, messages, tools, digests, name, template)
-            why = why or "the chat template writes it differently from what was read"
+            if found.snapshot.kind in ("prompt", "answer"):
+                why = why or "the chat template writes it differently from what was read"
         return self._afresh(messages, tools, digests, name, text, why)
 
     def commit(self, turn: Turn, answer: Message | None, generated: Sequence[int]) -> Session:
@@ -134,7 +135,7 @@ class Conversations:
         """
         digest, template = self._document_digest(text), self._dated(self.today())
         for origin, _ in self.store.matches([digest], name):
-            if self._is_document(origin) and name in (None, origin):
+            if self._fixed(origin) and name in (None, origin):
                 try:
                     found = self.store.open(origin, digest)
                 except SessionError:
@@ -157,12 +158,9 @@ class Conversations:
     def _document_digest(self, text: str) -> str:
         return self.template.digests([], None, {"document": text})[0]
 
-    def _is_document(self, name: str | None) -> bool:
-        """Whether a session is a document that stays as it is: read ahead, and no fork."""
-        if name is None or name not in self.store:
-            return False
-        session = self.store.get(name)
-        return session.document is not None and session.head.kind == "document" and not session.forked
+    def _fixed(self, name: str | None) -> bool:
+        info = self.store.info(name) if name is not None else None
+        return info is not None and info.fixed
 
     def _hint(self, session: str | Session | None) -> tuple[str | None, str | None]:
         """A session's name and its document's text. A fork that is not in the store yet goes there."""
@@ -204,12 +202,12 @@ class Conversations:
         """A turn that has to read everything, and why."""
         template = self._dated(self.today())
         tokens = template.encode(template.render(messages, tools))
-        began = 1 + (messages[0]["role"] == "system")
-        similar = self.store.resembling(digests[began:])
+        first = 2 + (messages[0]["role"] == "system")  # a greeting alone makes no conversation that is known
+        similar = self.store.resembling(digests[first:])
         if text is not None:
             why = why or "the document was read without these tools"
         elif similar is not None:
-            why = why or f"no point of session {similar[0]!r} before message {similar[1] + began + 1} is left"
+            why = why or f"no point of session {similar[0]!r} before message {similar[1] + first + 1} is left"
         elif name is not None and name in self.store:
             why = why or f"the messages and tools are not those of session {name!r}"
         session, expected = self._session(name, template.today, text, {})

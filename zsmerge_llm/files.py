@@ -33,13 +33,17 @@ class File:
     chain: tuple[str, ...]
     named: bool
     document: bool
+    fixed: bool
     nbytes: int
     used: float
 
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """One line of a listing. nbytes: in memory, or on disk where `in_memory` is False. used: seconds since 1970."""
+    """One line of a listing. nbytes: in memory, or on disk where `in_memory` is False. used: seconds since 1970.
+
+    document: whether it is about a document; fixed: whether it is that document itself.
+    """
 
     name: str
     tokens: int
@@ -48,6 +52,7 @@ class SessionInfo:
     in_memory: bool
     used: float
     document: bool
+    fixed: bool
 
 
 @dataclass(eq=False)
@@ -81,10 +86,12 @@ class Kept:
     def info(self, name: str) -> SessionInfo:
         if self.session is None:
             file = self._known
-            return SessionInfo(name, file.tokens, file.messages, file.nbytes, False, file.used, file.document)
+            return SessionInfo(
+                name, file.tokens, file.messages, file.nbytes, False, file.used, file.document, file.fixed
+            )
         session, head = self.session, self.session.head
-        document = session.document is not None
-        return SessionInfo(name, len(head.tokens), head.messages, session.nbytes, True, session.used, document)
+        tokens, document = len(head.tokens), session.document is not None
+        return SessionInfo(name, tokens, head.messages, session.nbytes, True, session.used, document, session.fixed)
 
     @property
     def _known(self) -> File:
@@ -128,7 +135,7 @@ class Folder:
     def save(self, session: Session) -> File:
         """Write a session's newest point. Raises OSError."""
         path = session.save(self.file(session.name), self.durable)
-        head, document = session.head, session.document is not None
+        head = session.head
         return File(
             path,
             head.digest,
@@ -136,13 +143,16 @@ class Folder:
             len(head.tokens),
             session.chain,
             session.named,
-            document,
+            session.document is not None,
+            session.fixed,
             path.stat().st_size,
             session.used,
         )
 
     def load(self, name: str, file: File) -> Session:
         """Bring a session back. Raises as `session.load_session`, also where the file is not the one we know."""
+        if not file.path.is_file():
+            raise SessionCorruptError(f"{file.path}, where session {name!r} was kept, is gone: read it anew.")
         session = load_session(file.path, self.fingerprint, self.devices)
         if session.head.digest != file.digest:
             raise SessionCorruptError(f"{file.path} was replaced by another conversation: it is read anew.")
@@ -176,6 +186,7 @@ class Folder:
                     tuple(about["chain"]),
                     about["named"] and known,
                     about["document"],
+                    about["fixed"],
                     stat.st_size,
                     stat.st_mtime,
                 )

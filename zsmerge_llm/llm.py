@@ -15,7 +15,7 @@ from zsmerge_llm.chat import Template, normalise
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.documents import read_text
 from zsmerge_llm.errors import ConfigError, ContextLimitError, InputError
-from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe
+from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe, message_probe
 from zsmerge_llm.types import Chunk, Message, Result
 
 if TYPE_CHECKING:
@@ -230,7 +230,8 @@ class LLM:
         parts = self._load()
         turn = parts.conversations.begin(checked, tools, session)
         self._check_length(len(turn.tokens), params)
-        asking = chat_probe(parts.template, probe or checked[-1]["content"])
+        template = parts.template
+        asking = chat_probe(template, probe) if probe else message_probe(template, checked[-1]["content"])
         answer = Answer(turn.cache, turn.tokens, params, parts.tokenizer, turn.cache.seen, turn.reuse)
         return self._run(turn, answer, asking, cancel, progress)
 
@@ -240,7 +241,7 @@ class LLM:
         """Answer several conversations together, in order. Raises as `stream`, before anything is read."""
         template = self._load().template
         checked = [normalise(messages) for messages in conversations]
-        probes = [chat_probe(template, each[-1]["content"]) for each in checked]
+        probes = [message_probe(template, each[-1]["content"]) for each in checked]
         prompts = [template.encode(template.render(each)) for each in checked]
         return self._answer_all(prompts, probes, sampling, cancel, False)
 

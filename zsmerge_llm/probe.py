@@ -9,7 +9,7 @@ from __future__ import annotations
 from zsmerge_llm.chat import Template
 
 LONGEST = 64
-"""Tokens of a question. Of a longer last line, only the end is taken."""
+"""Tokens of a question found at a prompt's end. Of a longer last line, only the end is taken."""
 GENERIC = "What is said in the text above? Repeat its facts, names, numbers, dates and places word for word."
 """Stands for the questions nobody has asked yet, when a document is read ahead."""
 
@@ -27,4 +27,11 @@ def completion_probe(template: Template, ids: list[int], prompt: str) -> list[in
 def chat_probe(template: Template, question: str) -> list[int]:
     """A question with what the template writes after a user's message, up to the beginning of the answer."""
     closing = template.render([{"role": "user", "content": "\x1f"}]).rpartition("\x1f")[2]
-    return template.encode(last_line(question))[-LONGEST:] + template.encode(closing)
+    return template.encode(question) + template.encode(closing)
+
+
+def message_probe(template: Template, message: str) -> list[int]:
+    """`chat_probe` of the question that a message ends with."""
+    line = template.encode(last_line(message))
+    closing = chat_probe(template, "")
+    return line[-LONGEST:] + closing

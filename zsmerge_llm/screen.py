@@ -99,7 +99,7 @@ class Screen:
         """One answer: a function that is told how much is read, and one that shows the text as it comes."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("Reading"), BarColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn())
+        columns = (TextColumn("Reading"), BarColumn(), TextColumn("{task.fields[words]}, ETA"), TimeRemainingColumn())
         hidden = self.quiet or not self._err.is_terminal
         bar = Progress(*columns, console=self._err, transient=True, disable=hidden)
         task = bar.add_task("", total=None, words="")

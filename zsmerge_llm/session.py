@@ -88,6 +88,11 @@ class Session:
         return next(reversed(self.snapshots.values()))
 
     @property
+    def fixed(self) -> bool:
+        """Whether it is a document that stays as it is: what is asked about it becomes a conversation of its own."""
+        return self.document is not None and self.head.kind == "document" and not self.forked
+
+    @property
     def cache(self) -> Cache:
         """The cache at the newest point. Do not read into it: clone it first."""
         return self.head.cache
@@ -147,6 +152,7 @@ class Session:
             "tokens": len(head.tokens),
             "chain": self.chain,
             "document": self.document is not None,
+            "fixed": self.fixed,
             "cache": facts,
         }
         saving.write(target, about, tensors, durable)

@@ -316,9 +316,8 @@ class Store:
                 kept.file = self._folder.save(kept.session)
             except OSError as error:
                 fate = "is forgotten" if kept.file is None else "falls back to an earlier point"
-                warnings.warn(
-                    f"Session {name!r} {fate}, as memory is full and it cannot be saved: {error}", stacklevel=4
-                )
+                why = f"memory is full and it cannot be saved ({error})"
+                warnings.warn(f"Session {name!r} {fate}: {why}.", stacklevel=4)
         kept.session = None
         if kept.file is None:
             del self._kept[name]

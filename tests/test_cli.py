@@ -1,0 +1,301 @@
+"""The command line: what it prints, what it refuses, and how it ends. A fake model answers; one run uses a real one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from zsmerge_llm import CacheConfig, cli
+from zsmerge_llm.errors import InputError, ModelNotFoundError
+from zsmerge_llm.types import Chunk, FinishReason, Usage
+
+
+class FakeCache:
+    def full_nbytes(self, tokens: int) -> int:
+        return tokens * 23_040
+
+
+class FakeNetwork:
+    device, dtype = "cpu", "torch.float32"
+
+
+class FakeEngine:
+    model = FakeNetwork()
+
+    def new_cache(self, config: CacheConfig) -> FakeCache:
+        return FakeCache()
+
+
+class FakeLLM:
+    """Answers at once, and remembers what it was asked."""
+
+    made: list[FakeLLM]
+    answer: list[str]
+    finish: FinishReason
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        if model == "nowhere":
+            raise ModelNotFoundError("There is no model 'nowhere': check the spelling.")
+        self.name, self.settings, self.cache = model, settings, settings["cache"]
+        self.engine, self.requests, self.sampling = FakeEngine(), [], []
+        self.made.append(self)
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+    def stream(
+        self, messages: list[dict[str, Any]], *, sampling: Any, cancel: Event | None, progress: Any
+    ) -> Iterator[Chunk]:
+        self.requests.append(messages)
+        self.sampling.append(sampling)
+        if "refuse" in messages[-1]["content"]:
+            raise InputError("This message cannot be used.")
+        if "warn" in messages[-1]["content"]:
+            warnings.warn("The prompt goes\nbeyond the window.", stacklevel=2)
+        return self._answer(progress, cancel)
+
+    def _answer(self, progress: Any, cancel: Event | None) -> Iterator[Chunk]:
+        progress(512, 3000)
+        progress(3000, 3000)
+        finish = self.finish
+        for piece in self.answer:
+            if piece == "^C":
+                os.kill(os.getpid(), 2)
+                continue
+            if cancel is not None and cancel.is_set():
+                finish = "cancelled"
+                break
+            yield Chunk(piece)
+        yield Chunk("", finish, Usage(3000, 1000, 20, 1976, 2.0, 1.0, 26_700_000))
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    FakeLLM.made, FakeLLM.answer, FakeLLM.finish = [], ["It is ", "honey [red]."], "stop"
+    monkeypatch.setattr("zsmerge_llm.LLM", FakeLLM, raising=False)
+    return FakeLLM
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    path = tmp_path / "document.txt"
+    path.write_text("\ufeffNine hundred barrels of honey.\n", encoding="utf-8")
+    return path
+
+
+def run(*arguments: object, said: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(cli.app, [str(each) for each in arguments], input=said)
+
+
+def test_ask_streams_the_answer_and_then_says_what_it_cost(document: Path, fake: type[FakeLLM]) -> None:
+    result = run("ask", document, "What is it?")
+    assert result.exit_code == 0
+    assert "It is honey [red]." in result.stdout
+    assert "3,000 tokens read (2,000 of them now) | cache 26.7 MB, a full cache 69.6 MB | first token" in result.stdout
+    assert "20.0 tokens/s" in result.stdout
+    assert "1,976 tokens are no longer held verbatim" in result.stdout
+    assert fake.made[0].requests == [
+        [{"role": "user", "content": "Nine hundred barrels of honey.\n\nWhat is it?"}],
+    ]
+
+
+def test_several_questions_are_answered_one_by_one(document: Path, fake: type[FakeLLM]) -> None:
+    result = run("ask", document, "What is it?", "How much?")
+    assert result.stdout.index("> What is it?") < result.stdout.index("> How much?")
+    assert [request[-1]["content"].split("\n\n")[1] for request in fake.made[0].requests] == [
+        "What is it?",
+        "How much?",
+    ]
+
+
+def test_quiet_prints_the_answer_alone(document: Path) -> None:
+    result = run("ask", document, "What is it?", "--quiet")
+    assert result.stdout == "It is honey [red].\n"
+    assert result.stderr == ""
+
+
+def test_nothing_but_plain_text_goes_to_a_pipe(document: Path, fake: type[FakeLLM]) -> None:
+    fake.answer = ["\x1b[31mred", " is plain"]
+    result = run("ask", document, "warn me")
+    assert "\x1b" not in result.output
+    assert "\r" not in result.output
+
+
+def test_options_reach_the_model_and_the_sampling(document: Path, fake: type[FakeLLM]) -> None:
+    options = (
+        "--model other --slots 256 --dtype float32 --device cpu --quantization nf4 --max-tokens 7 --temperature 0.5"
+    )
+    assert run("ask", document, "What?", *options.split()).exit_code == 0
+    (llm,) = fake.made
+    given = {name: llm.settings[name] for name in ("dtype", "device", "quantization", "cache")}
+    assert given == {"dtype": "float32", "device": "cpu", "quantization": "nf4", "cache": CacheConfig(slots=256)}
+    assert (llm.name, llm.sampling[0].max_tokens, llm.sampling[0].temperature) == ("other", 7, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], CacheConfig()),
+        (["--preset", "paper"], CacheConfig.paper()),
+        (["--preset", "h2o", "--slots", "200"], CacheConfig.h2o(200)),
+        (["--preset", "streaming"], CacheConfig.streaming()),
+        (["--preset", "full"], CacheConfig.full()),
+    ],
+)
+def test_presets_are_those_of_the_config(
+    options: list[str], expected: CacheConfig, document: Path, fake: type[FakeLLM]
+) -> None:
+    assert run("ask", document, "What?", *options).exit_code == 0
+    assert fake.made[0].cache == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (["--slots", "3"], "give at least"),
+        (["--preset", "full", "--slots", "99"], "leave out --slots"),
+        (["--max-tokens", "0"], "max_tokens must be"),
+        (["--temperature", "nan"], "temperature must be"),
+        (["--model", "nowhere"], "check the spelling"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_exit_code_2(options: list[str], remedy: str, document: Path) -> None:
+    result = run("ask", document, "What?", *options)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert remedy in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (b" \n\t\n", "is empty"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "is not text in UTF-8"),
+        (b"text\x00text", "is not text in UTF-8"),
+        ("a long text".encode("utf-16"), "is not text in UTF-8"),
+    ],
+)
+def test_a_file_without_text_is_refused_before_the_model_loads(
+    content: bytes, problem: str, tmp_path: Path, fake: type[FakeLLM]
+) -> None:
+    path = tmp_path / "some.file"
+    path.write_bytes(content)
+    result = run("ask", path, "What?")
+    assert (result.exit_code, fake.made) == (2, [])
+    assert problem in result.stderr
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    missing, folder = run("ask", tmp_path / "none.txt", "What?"), run("ask", tmp_path, "What?")
+    assert (missing.exit_code, folder.exit_code) == (2, 2)
+    assert "There is no file" in missing.stderr
+    assert "cannot be read" in folder.stderr
+
+
+def test_an_empty_question_is_refused(document: Path) -> None:
+    result = run("ask", document, " ")
+    assert result.exit_code == 2
+    assert "The question is empty" in result.stderr
+
+
+def test_a_document_may_come_through_standard_input(fake: type[FakeLLM]) -> None:
+    assert run("ask", "-", "What?", said="Some text.").exit_code == 0
+    assert fake.made[0].requests[0][0]["content"] == "Some text.\n\nWhat?"
+
+
+def test_an_answer_cut_at_its_limit_says_so(document: Path, fake: type[FakeLLM]) -> None:
+    fake.finish = "length"
+    assert "cut at 512 tokens: --max-tokens" in run("ask", document, "What?").stdout
+
+
+def test_a_warning_of_the_package_is_one_line(document: Path) -> None:
+    result = run("ask", document, "warn me")
+    assert result.stderr == "Note: The prompt goes beyond the window.\n"
+
+
+def test_chat_carries_the_conversation_from_turn_to_turn(fake: type[FakeLLM]) -> None:
+    result = run("chat", "--system", "Be brief.", said="Hello\nAnd now?\n")
+    assert result.exit_code == 0
+    assert result.stdout.count("It is honey [red].") == 2
+    assert fake.made[0].requests[1] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "It is honey [red]."},
+        {"role": "user", "content": "And now?"},
+    ]
+
+
+def test_reset_forgets_and_exit_leaves(fake: type[FakeLLM]) -> None:
+    result = run("chat", said="Hello\n/reset\nAgain\n/exit\nNever\n")
+    assert result.exit_code == 0
+    assert [len(request) for request in fake.made[0].requests] == [1, 1]
+    assert "A new conversation." in result.stdout
+
+
+def test_help_and_unknown_commands_list_the_commands(fake: type[FakeLLM]) -> None:
+    result = run("chat", said="/help\n/dance\n\n")
+    assert result.stdout.count("/reset  forget") == 2
+    assert "There is no command /dance." in result.stdout
+    assert fake.made[0].requests == []
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(fake: type[FakeLLM]) -> None:
+    fake.answer = ["It is ", "^C", "never said"]
+    result = run("chat", said="Hello\nAnd now?\n")
+    assert result.exit_code == 0
+    assert "never said" not in result.stdout
+    assert result.stdout.count("Stopped.") == 2
+    assert fake.made[0].requests[1][1] == {"role": "assistant", "content": "It is "}
+
+
+def test_a_message_that_is_refused_leaves_the_conversation_as_it_was(fake: type[FakeLLM]) -> None:
+    result = run("chat", said="refuse this\nHello\n")
+    assert result.exit_code == 0
+    assert "Error: This message cannot be used." in result.stderr
+    assert fake.made[0].requests[1] == [{"role": "user", "content": "Hello"}]
+
+
+def test_demo_reads_the_shipped_text_and_ends_with_the_memory_line(fake: type[FakeLLM]) -> None:
+    result = run("demo")
+    assert result.exit_code == 0
+    assert "times the 1,024 slots of the cache" in result.stdout
+    assert len(fake.made[0].requests) == len(cli.DEMO_QUESTIONS)
+    assert result.stdout.count("cache 26.7 MB, a full cache 69.6 MB") == len(cli.DEMO_QUESTIONS)
+
+
+def test_models_lists_the_built_in_names_and_what_else_may_be_given() -> None:
+    result = run("models")
+    assert result.exit_code == 0
+    for word in ("smollm2", "Hub id", "folder", "GGUF"):
+        assert word in result.stdout
+
+
+def test_version_is_printed() -> None:
+    assert run("--version").stdout.startswith("zsmerge-llm 0.")
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, zsmerge_llm.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_about_the_shipped_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    result = run("demo")
+    assert result.exit_code == 0, result.stderr
+    assert "Stone" in result.stdout
+    assert "are no longer held verbatim" in result.stdout

@@ -1,0 +1,135 @@
+"""Messages in the OpenAI format, checked and brought into one form. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zsmerge_llm.errors import InputError, UnsupportedContentError
+from zsmerge_llm.types import Message
+
+ROLES = ("system", "user", "assistant", "tool")
+CALL_SHAPE = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}'
+
+
+def normalise(messages: str | Sequence[Message]) -> list[Message]:
+    """Check messages and bring them into one form: text content, tool calls with ids and parsed arguments.
+
+    A string is one user message. Text blocks are joined by newlines. Arguments that are no JSON object stay the string
+    they are. Calls without id get one by their order; a tool result finds its call by `tool_call_id`, else by `name`.
+    Keys that no template reads (`id`, `refusal`, ...) are dropped.
+
+    Raises:
+        InputError: no messages, an unknown role, content or tool calls of a wrong shape, or nothing to answer: the
+            last message is the assistant's own. (To have text continued, use `LLM.complete`.)
+        UnsupportedContentError: a block that is not text.
+    """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}] if messages else []
+    if not isinstance(messages, Sequence):
+        raise InputError(f"messages must be a string or a list of dicts with role and content, not {_kind(messages)}.")
+    if not messages:
+        raise InputError("There are no messages: give at least one, such as {'role': 'user', 'content': 'Hello'}.")
+    checked = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    _link_results(checked)
+    if checked[-1]["role"] == "assistant":
+        raise InputError(
+            "The last message is the assistant's, so there is nothing to answer: end with a user or tool message. "
+            "To have a text continued, use LLM.complete."
+        )
+    return checked
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where} must be a dict with role and content, not {_kind(message)}.")
+    role = message.get("role")
+    if role not in ROLES:
+        raise InputError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}.")
+    checked: Message = {"role": role, "content": _text(message.get("content"), role, where)}
+    if calls := message.get("tool_calls"):
+        if role != "assistant" or not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise InputError(f"{where}: tool_calls must be a list in an assistant message, each {CALL_SHAPE}.")
+        checked["tool_calls"] = [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    for key in ("tool_call_id", "name", "reasoning_content"):
+        if (value := message.get(key)) is not None:
+            if not isinstance(value, str):
+                raise InputError(f"{where}.{key} must be a string, not {_kind(value)}.")
+            checked[key] = value
+    if role == "tool" and not (checked.get("tool_call_id") or checked.get("name")):
+        raise InputError(
+            f"{where} is a tool result and must say whose: set tool_call_id (or name) to that of the call."
+        )
+    return checked
+
+
+def _text(content: Any, role: str, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and role == "assistant":
+        return ""
+    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray)):
+        raise InputError(f"{where}.content must be text or a list of text blocks, not {_kind(content)}.")
+    return "\n".join(_block(block, f"{where}.content[{index}]") for index, block in enumerate(content))
+
+
+def _block(block: Any, where: str) -> str:
+    if isinstance(block, str):
+        return block
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    if kind is None:
+        raise InputError(f"{where} must be {{'type': 'text', 'text': ...}}, not {_kind(block)}.")
+    if kind != "text":
+        raise UnsupportedContentError(f"{where} is of type {kind!r}, and the model reads text only: send it as text.")
+    if not isinstance(text := block.get("text"), str):
+        raise InputError(f"{where}.text must be a string, not {_kind(text)}.")
+    return text
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise InputError(f"{where} must have the form {CALL_SHAPE}.")
+    arguments = _arguments(function.get("arguments") or {}, where)
+    function = {"name": function["name"], "arguments": arguments}
+    return {"id": str(call.get("id") or ""), "type": "function", "function": function}
+
+
+def _arguments(given: Any, where: str) -> dict[str, Any] | str:
+    try:
+        value = json.loads(given if isinstance(given, str) else json.dumps(given))
+    except (TypeError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) and not isinstance(given, str):
+        raise InputError(
+            f"{where}.function.arguments must be a dict of JSON values or its JSON text, not {given!r:.80}."
+        )
+    return value if isinstance(value, dict) else given
+
+
+def _link_results(messages: list[Message]) -> None:
+    """Name every call, and give each result the id and the name of the call it answers, in place."""
+    waiting: list[dict[str, Any]] = []
+    count = 0
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            call["id"] = call["id"] or short_id(count)
+            count += 1
+            waiting.append(call)
+        if message["role"] == "tool":
+            wanted, name = message.get("tool_call_id"), message.get("name")
+            for call in waiting:
+                if call["id"] == wanted if wanted else call["function"]["name"] == name:
+                    message.update(tool_call_id=call["id"], name=call["function"]["name"])
+                    waiting.remove(call)
+                    break
+
+
+def short_id(number: int) -> str:
+    """Nine letters and digits, which is the form Mistral's templates ask for."""
+    return f"call{number % 100_000:05d}"
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
