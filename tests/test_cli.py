@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from zsmerge_llm import CacheConfig, cli
+from tests.tiny import tiny_model, tokens
+from zsmerge_llm import CacheConfig, Engine, Session, cli
 from zsmerge_llm.errors import InputError, ModelNotFoundError
+from zsmerge_llm.session import Fingerprint, Snapshot
 from zsmerge_llm.types import Chunk, FinishReason, Usage
 
 
@@ -46,14 +48,19 @@ class FakeLLM:
         if model == "nowhere":
             raise ModelNotFoundError("There is no model 'nowhere': check the spelling.")
         self.name, self.settings, self.cache = model, settings, settings["cache"]
-        self.engine, self.requests, self.sampling = FakeEngine(), [], []
+        self.engine, self.requests, self.sampling, self.documents = FakeEngine(), [], [], []
         self.made.append(self)
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())
 
+    def read_document(self, text: str, *, name: str | None, probe: str | None, progress: Any) -> str:
+        self.documents.append((text, name, probe))
+        progress(3000, 3000)
+        return text
+
     def stream(
-        self, messages: list[dict[str, Any]], *, sampling: Any, cancel: Event | None, progress: Any
+        self, messages: list[dict[str, Any]], *, sampling: Any, session: Any, cancel: Event | None, progress: Any
     ) -> Iterator[Chunk]:
         self.requests.append(messages)
         self.sampling.append(sampling)
@@ -103,18 +110,40 @@ def test_ask_streams_the_answer_and_then_says_what_it_cost(document: Path, fake:
     assert "3,000 tokens read (2,000 of them now) | cache 26.7 MB, a full cache 69.6 MB | first token" in result.stdout
     assert "20.0 tokens/s" in result.stdout
     assert "1,976 tokens are no longer held verbatim" in result.stdout
-    assert fake.made[0].requests == [
-        [{"role": "user", "content": "Nine hundred barrels of honey.\n\nWhat is it?"}],
-    ]
+    assert fake.made[0].requests == [[{"role": "user", "content": "What is it?"}]]
 
 
 def test_several_questions_are_answered_one_by_one(document: Path, fake: type[FakeLLM]) -> None:
     result = run("ask", document, "What is it?", "How much?")
     assert result.stdout.index("> What is it?") < result.stdout.index("> How much?")
-    assert [request[-1]["content"].split("\n\n")[1] for request in fake.made[0].requests] == [
-        "What is it?",
-        "How much?",
-    ]
+    assert [request[-1]["content"] for request in fake.made[0].requests] == ["What is it?", "How much?"]
+    assert fake.made[0].documents == [("Nine hundred barrels of honey.\n", None, "What is it? How much?")]
+
+
+def test_a_document_can_be_kept_for_any_question(document: Path, fake: type[FakeLLM]) -> None:
+    assert run("ask", document, "What is it?", "--keep").exit_code == 0
+    assert fake.made[0].documents == [("Nine hundred barrels of honey.\n", document.name, None)]
+    assert fake.made[0].settings["sessions_dir"].name == "sessions"
+
+
+def test_kept_sessions_are_listed_shown_and_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "sessions"
+    engine = Engine(tiny_model("llama"), CacheConfig(slots=80))
+    cache = engine.new_cache()
+    engine.read(cache, tokens(12))
+    mark = Fingerprint(weights="w", tokenizer="t", template="c", cache='{"slots": 80}')
+    session = Session("report", mark, document="Some text.")
+    session.add([Snapshot("digest", 0, tokens(12), cache, "document")])
+    saved = session.save(folder / "report.zsmerge")
+    (folder / "damaged.zsmerge").write_bytes(b"nothing")
+    assert "report  12 tokens, document" in run("sessions", "list", "--dir", folder).stdout
+    assert "slots" in run("sessions", "show", "report", "--dir", folder).stdout
+    assert run("sessions", "rm", "report", "--dir", folder).exit_code == 0
+    assert not saved.exists()
+    assert "There are no sessions" in run("sessions", "list", "--dir", folder).output
+    missing = run("sessions", "rm", "report", "--dir", folder)
+    assert missing.exit_code == 2
+    assert "no session 'report'" in missing.output
 
 
 def test_quiet_prints_the_answer_alone(document: Path) -> None:
@@ -212,7 +241,7 @@ def test_an_empty_question_is_refused(document: Path) -> None:
 
 def test_a_document_may_come_through_standard_input(fake: type[FakeLLM]) -> None:
     assert run("ask", "-", "What?", said="Some text.").exit_code == 0
-    assert fake.made[0].requests[0][0]["content"] == "Some text.\n\nWhat?"
+    assert fake.made[0].documents[0][0] == "Some text."
 
 
 def test_an_answer_cut_at_its_limit_says_so(document: Path, fake: type[FakeLLM]) -> None:

@@ -62,7 +62,7 @@ def interrupted(llm: LLM, name: str, turns: int, chance: random.Random, named: b
             for count, chunk in enumerate(stream):
                 if count == wanted and chunk.finish_reason is None:
                     if chance.random() < 0.5:
-                        stream.close()  # type: ignore[attr-defined]
+                        stream.close()
                         break
                     cancel.set()
         answers.append(talk.tell(question["content"], sampling=SAY).text)
@@ -86,7 +86,7 @@ def test_threads_with_cancels_do_not_hear_each_other(threads: int, each: int, tu
         return {name: interrupted(llm, name, turns, chance, named=bool(n % 2)) for n, name in enumerate(mine)}
 
     answers: dict[str, list[str]] = {}
-    for part in together([lambda thread=thread: user(thread) for thread in range(threads)]):  # type: ignore[misc]
+    for part in together([lambda thread=thread: user(thread) for thread in range(threads)]):
         answers.update(part)
 
     assert answers == expected
@@ -104,7 +104,7 @@ def test_many_requests_on_one_conversation_become_branches() -> None:
         alone = Talk(talker())
         alone.tell("Hello")
         expected[text] = alone.tell(text).text
-    results = together([lambda text=text: Talk(llm, "it", talk.messages).tell(text) for text in expected])  # type: ignore[misc]
+    results = together([lambda text=text: Talk(llm, "it", talk.messages).tell(text) for text in expected])
 
     assert [result.text for result in results] == list(expected.values())
     assert {result.usage.reuse for result in results} <= {"continued", "restored"}
@@ -118,7 +118,7 @@ def test_threads_share_a_folder_that_lasts_and_a_small_memory(tmp_path: Path) ->
     names = [f"n{number}" for number in range(8)]
     expected = solo(names, 3)
     llm = talker(sessions_dir=tmp_path, session_memory=90_000)
-    work = [lambda name=name: talked(llm, name, 3, session=name) for name in names]  # type: ignore[misc]
+    work = [lambda name=name: talked(llm, name, 3, session=name) for name in names]
     assert dict(zip(names, together(work), strict=True)) == expected
 
     again = talker(sessions_dir=tmp_path)
@@ -140,7 +140,7 @@ def test_threads_may_load_the_model_list_and_delete_at_once() -> None:
                 with suppress(SessionNotFoundError):
                     llm.store.remove(f"s{number % 3}")
 
-    together([lambda number=number: busy(number) for number in range(8)])  # type: ignore[misc]
+    together([lambda number=number: busy(number) for number in range(8)])
     assert llm.store.nbytes <= llm.store.limit
 
 

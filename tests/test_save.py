@@ -142,8 +142,10 @@ def content(session: Session, folder: Path) -> bytes:
 
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_file_cut_off_anywhere_is_refused(data: st.DataObject, session: Session, tmp_path_factory: object) -> None:
-    folder = Path(tmp_path_factory.mktemp("cut"))  # type: ignore[attr-defined]
+def test_a_file_cut_off_anywhere_is_refused(
+    data: st.DataObject, session: Session, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
     whole = content(session, folder)
     path = folder / "part"
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
@@ -155,9 +157,9 @@ def test_a_file_cut_off_anywhere_is_refused(data: st.DataObject, session: Sessio
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_a_file_with_any_byte_changed_is_refused(
-    data: st.DataObject, session: Session, tmp_path_factory: object
+    data: st.DataObject, session: Session, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = Path(tmp_path_factory.mktemp("flip"))  # type: ignore[attr-defined]
+    folder = tmp_path_factory.mktemp("flip")
     changed = bytearray(content(session, folder))
     header = 8 + int.from_bytes(changed[:8], "little")
     places = st.one_of(st.integers(0, 7), st.integers(8, header - 1), st.integers(header, len(changed) - 1))
@@ -200,10 +202,10 @@ def test_several_differences_are_all_named(session: Session, tmp_path: Path) -> 
         load_session(session.save(tmp_path / "it"), replace(session.fingerprint, weights="-", cache="-"))
 
 
-def test_a_file_of_a_later_format_is_refused(session: Session, tmp_path: Path, monkeypatch: object) -> None:
-    monkeypatch.setattr(saving, "FORMAT", 2)  # type: ignore[attr-defined]
+def test_a_file_of_a_later_format_is_refused(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "FORMAT", 2)
     path = session.save(tmp_path / "it")
-    monkeypatch.setattr(saving, "FORMAT", 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(saving, "FORMAT", 1)
 
     with pytest.raises(SessionMismatchError, match="format 2"):
         load_session(path)
@@ -226,7 +228,7 @@ def test_fingerprints_tell_models_apart_and_do_not_change_with_use(llm: LLM) -> 
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_no_other(
-    session: Session, tmp_path: Path, monkeypatch: object
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = session.save(tmp_path / "it")
     before = path.read_bytes()
@@ -234,7 +236,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)  # type: ignore[attr-defined]
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         replace(session, name="changed").save(path)
 

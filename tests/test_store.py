@@ -184,13 +184,17 @@ class LastingLife(Life):
 
 @pytest.mark.parametrize("machine", [Life, LastingLife])
 def test_in_any_order_of_events_every_conversation_goes_on_correctly_within_the_ceiling(machine: type[Life]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=12, stateful_step_count=25, deadline=None, print_blob=True))
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=12, stateful_step_count=25, deadline=None, print_blob=True)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", [Life, LastingLife])
 def test_in_many_orders_of_events_every_conversation_goes_on_correctly(machine: type[Life]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=200, stateful_step_count=50, deadline=None, print_blob=True))
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=200, stateful_step_count=50, deadline=None, print_blob=True)
+    )
 
 
 def test_a_ceiling_too_small_for_one_session_is_refused_with_the_numbers() -> None:
@@ -250,7 +254,7 @@ def test_a_session_that_is_not_there_is_named_with_those_that_are() -> None:
 
 
 def test_a_conversation_goes_on_after_a_restart_with_and_without_its_name(tmp_path: Path) -> None:
-    named, nameless = Talk(talker(sessions_dir=tmp_path), "alice"), None
+    named = Talk(talker(sessions_dir=tmp_path), "alice")
     nameless = Talk(named.llm)
     alone = Talk(talker())
     for turn in range(4):
@@ -408,6 +412,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("full_disk")
+@pytest.mark.filterwarnings("ignore:Session:UserWarning")
 def test_a_full_disk_is_a_warning_and_the_answer_is_given(tmp_path: Path) -> None:
     lasting, passing = Talk(talker(sessions_dir=tmp_path), "it"), Talk(talker(session_memory=ONE), "it")
     with pytest.warns(UserWarning, match="'it' could not be saved"):

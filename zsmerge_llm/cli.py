@@ -1,4 +1,4 @@
-"""The command line: `zsmerge-llm demo | ask | chat | models`.
+"""The command line: `zsmerge-llm demo | ask | chat | sessions | models`.
 
 Answers and what they cost go to stdout; progress, warnings and errors go to stderr (see `screen`).
 """
@@ -20,11 +20,11 @@ from typer.core import TyperGroup
 
 from zsmerge_llm import __version__
 from zsmerge_llm.config import CacheConfig, SamplingParams
-from zsmerge_llm.errors import ConfigError, InputError, ZSMergeError
+from zsmerge_llm.errors import ConfigError, InputError, SessionNotFoundError, ZSMergeError
 from zsmerge_llm.screen import Screen
 
 if TYPE_CHECKING:
-    from zsmerge_llm import LLM
+    from zsmerge_llm import LLM, Session
     from zsmerge_llm.types import Chunk, Message
 
 DEMO_TEXT = "marigold.txt"
@@ -136,19 +136,85 @@ def ask(
     device: Device = "auto",
     quantization: Quantization = None,
     preset: Rule = Preset.default,
+    keep: Annotated[bool, typer.Option(help="Read for any question and keep what was read for the next time.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer questions about a document of any length. For each question the document is read with it in mind."""
+    """Answer questions about a document of any length. It is read once, with all the questions in mind."""
     screen = Screen(quiet)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
     cache = _cache(preset, slots)
     text = _read(file)
+    if not all(question.strip() for question in questions):
+        raise InputError("The question is empty: put it in quotes behind the file.")
     with screen.warnings():
-        llm = _open(screen, model, cache, dtype, device, quantization)
+        llm = _open(screen, model, cache, dtype, device, quantization, _sessions_folder() if keep else None)
+        with screen.reading() as progress:
+            probe = None if keep else " ".join(questions)
+            document = llm.read_document(text, name=file.name if keep else None, probe=probe, progress=progress)
         for question in questions:
             if len(questions) > 1:
                 screen.question(question)
-            _answer(screen, llm, _about(text, question), sampling)
+            _answer(screen, llm, [{"role": "user", "content": question}], sampling, session=document)
+
+
+sessions = typer.Typer(cls=_Commands, no_args_is_help=True, help="Conversations and documents that were kept.")
+app.add_typer(sessions, name="sessions")
+Folder = Annotated[Path | None, typer.Option("--dir", help="Their folder.", show_default="that of ask --keep")]
+
+
+@sessions.command("list")
+def list_sessions(folder: Folder = None) -> None:
+    """List the sessions kept in a folder."""
+    screen = Screen()
+    found = _kept(folder)
+    for about, path in found:
+        what = "document" if about["document"] else f"{about['messages']} messages"
+        screen.plain(f"{about['name']}  {about['tokens']:,} tokens, {what}, {path.stat().st_size / 1e6:,.1f} MB")
+    if not found:
+        screen.note(f"There are no sessions in {folder or _sessions_folder()}.")
+
+
+@sessions.command("show")
+def show_session(name: str, folder: Folder = None) -> None:
+    """What is known of one session."""
+    screen = Screen()
+    for about, path in _named(name, folder):
+        screen.plain(f"{path}")
+        for key in ("name", "tokens", "messages", "today"):
+            screen.plain(f"  {key}: {about[key]}")
+        screen.plain(f"  document: {'yes' if about['document'] else 'no'}")
+        screen.plain(f"  cache: {about['fingerprint']['cache']}")
+
+
+@sessions.command("rm")
+def remove_session(name: str, folder: Folder = None) -> None:
+    """Delete one session."""
+    for _, path in _named(name, folder):
+        path.unlink()
+        Screen().note(f"Deleted {path}.")
+
+
+def _sessions_folder() -> Path:
+    from platformdirs import user_data_path
+
+    return user_data_path("zsmerge-llm") / "sessions"
+
+
+def _kept(folder: Path | None) -> list[tuple[dict[str, Any], Path]]:
+    """The sessions in a folder, by name; damaged files are left out."""
+    from zsmerge_llm.files import list_folder
+
+    return sorted(list_folder(folder or _sessions_folder()), key=lambda entry: entry[0]["name"])
+
+
+def _named(name: str, folder: Path | None) -> list[tuple[dict[str, Any], Path]]:
+    """All of that name: several models may have one each. Raises SessionNotFoundError."""
+    every = _kept(folder)
+    found = [entry for entry in every if entry[0]["name"] == name]
+    if not found:
+        known = ", ".join(entry[0]["name"] for entry in every) or "none"
+        raise SessionNotFoundError(f"There is no session {name!r}; there are: {known}.")
+    return found
 
 
 @app.command()
@@ -211,12 +277,28 @@ def _cache(preset: Preset, slots: int | None) -> CacheConfig:
     return CacheConfig(slots=size) if preset is Preset.default else presets[preset.value](size)
 
 
-def _open(screen: Screen, model: str, cache: CacheConfig, dtype: str, device: str, quantization: str | None) -> LLM:
+def _open(
+    screen: Screen,
+    model: str,
+    cache: CacheConfig,
+    dtype: str,
+    device: str,
+    quantization: str | None,
+    sessions_dir: Path | None = None,
+) -> LLM:
     """A model, loaded, with its steps on the screen."""
     with screen.steps(f"Loading {model}") as step:
         from zsmerge_llm import LLM
 
-        llm = LLM(model, cache=cache, dtype=dtype, device=device, quantization=quantization, progress=step)
+        llm = LLM(
+            model,
+            cache=cache,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            sessions_dir=sessions_dir,
+            progress=step,
+        )
         network = llm.engine.model
     screen.loaded(llm.name, str(network.device), str(network.dtype).removeprefix("torch."))
     return llm
@@ -244,8 +326,6 @@ def _read(file: Path) -> str:
 
 def _about(text: str, question: str) -> list[Message]:
     """The question comes last: what a prompt ends with tells the cache what to keep while it reads."""
-    if not question.strip():
-        raise InputError("The question is empty: put it in quotes behind the file.")
     return [{"role": "user", "content": f"{text.rstrip()}\n\n{question}"}]
 
 
@@ -263,12 +343,17 @@ def _turn(screen: Screen, llm: LLM, messages: list[Message], line: str, sampling
 
 
 def _answer(
-    screen: Screen, llm: LLM, messages: list[Message], sampling: SamplingParams, cancel: Event | None = None
+    screen: Screen,
+    llm: LLM,
+    messages: list[Message],
+    sampling: SamplingParams,
+    cancel: Event | None = None,
+    session: Session | None = None,
 ) -> str:
     """Stream one answer to the screen, with what it cost."""
     text, last = "", None
     with screen.answer() as (progress, show):
-        for last in llm.stream(messages, sampling=sampling, cancel=cancel, progress=progress):
+        for last in llm.stream(messages, sampling=sampling, session=session, cancel=cancel, progress=progress):
             text += last.text
             show(last.text)
     assert last is not None

@@ -29,17 +29,18 @@ class Closing:
     """Plans for one tokenizer."""
 
     def __init__(self, tokenizer: LLTokenizer) -> None:
+        self._tokenizer = tokenizer
         self._size = tokenizer.vocab_size
         self._ends = frozenset(tokenizer.eos_tokens)
         texts = [_text(tokenizer, index) for index in range(self._size)]
         brackets = _sorted(texts, r"[\]}]+|\[\]|\{\}")
-        quotes = _sorted(texts, r'""[\]}]*') + _sorted(texts, r'"[\]}]*')
+        quotes = _sorted(texts, r'"[\]}]*')
         digits = [*_single(texts, "0"), *_single(texts, "123456789"), *_sorted(texts, r"[0-9]{2,}")]
         words = _sorted(texts, r"null|true|false") + _sorted(texts, r"[A-Za-z]+")
         self._ascii = _single(texts, "".join(map(chr, range(32, 127))))
         late = set(_single(texts, "-[{"))
         filler = [index for index in self._ascii if index not in late]
-        self._structure = _array([*brackets, *quotes, *digits, *words, *filler, *sorted(late)])
+        self._structure = _array([*brackets, *_sorted(texts, '""?'), *quotes, *digits, *words, *filler, *sorted(late)])
         self._inside = _array([*quotes, *words, *filler, *brackets])
         self._braces = _single(texts, "{}")
         self._choices = [*dict.fromkeys([*quotes[:4], *brackets[:4], *self._ascii])]
@@ -73,6 +74,11 @@ class Closing:
             path = self._search(state, limit)
         return path
 
+    def _in_fewer(self, state: LLMatcher, path: list[int]) -> list[int]:
+        """The same text in the tokenizer's own pieces, where these are fewer."""
+        other = self._tokenizer.tokenize_bytes(self._tokenizer.decode_bytes(path))
+        return other if len(other) < len(path) and self._completes(state, other) else path
+
     def _completes(self, state: LLMatcher, tokens: list[int]) -> bool:
         return state.validate_tokens([*tokens, next(iter(self._ends))]) > len(tokens)
 
@@ -80,13 +86,14 @@ class Closing:
         """What closes most at each step: the plan, if it fits, and all tokens that were tried."""
         state, path = start.deep_copy(), list[int]()
         while not state.is_accepting():
-            if len(path) >= limit:
+            if len(path) >= 2 * limit:  # the same text in the tokenizer's own pieces may still fit
                 return None, path
-            tokens = state.compute_ff_tokens()[: limit - len(path)] or [self._best(state)]
+            tokens = state.compute_ff_tokens() or [self._best(state)]
             if not state.consume_tokens(tokens):
                 return None, path
             path += tokens
-        return path, path
+        plan = self._in_fewer(start, path)
+        return (plan if len(plan) <= limit else None), path
 
     def _best(self, state: LLMatcher) -> int:
         allowed = self._allowed(state)
@@ -119,7 +126,8 @@ class Closing:
         allowed = self._allowed(state)
         taken = state.deep_copy()
         taken.consume_token(token)
-        seen, found = {taken.compute_bitmask()}, []
+        seen = {taken.compute_bitmask()}
+        found: list[tuple[int, LLMatcher]] = []
         for other in self._choices:
             if not allowed[other] or other == token or len(found) == BRANCHES:
                 continue

@@ -6,8 +6,7 @@ forward passes take turns, first come first served.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from threading import Event
 
 import torch
@@ -19,6 +18,7 @@ from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.fairness import FairLock
+from zsmerge_llm.grammar import Constraint
 from zsmerge_llm.sampling import Sampler
 
 Ids = Sequence[int] | Tensor
@@ -177,38 +177,49 @@ class Engine:
         sampling: Sequence[SamplingParams],
         prompts: Sequence[Sequence[int]],
         *,
+        constraints: Sequence[Constraint | None] = (),
         cancel: Event | None = None,
     ) -> Iterator[list[int | None]]:
         """Go on from what the cache has read: yields one list of new ids a step, None for rows that have ended.
 
+        A row ends with the end token, which is not yielded, with `max_tokens`, or where its constraint allows no more.
+        All but the last token are in the cache then; of a row that a constraint ended, and of a stream that is closed
+        early, several may be missing. Tokens that a constraint forces are yielded one by one and read in one pass, if
+        there is one row only; several rows read one token each a pass.
+
         Args:
             sampling: one for each row.
             prompts: the ids that a repetition penalty counts as said, for each row.
+            constraints: what each row may say, fresh ones made with its `max_tokens`; () for no row.
 
         Raises:
             InputError: the cache has read nothing, or the rows do not match. Cancelled: `cancel` was set.
         """
-        if cache.logits is None or len(sampling) != cache.rows:
+        limits = list(constraints) or [None] * len(sampling)
+        if cache.logits is None or not len(sampling) == len(limits) == cache.rows:
             raise InputError("decode goes on from a cache that has read something, with one SamplingParams a row.")
-        samplers = [Sampler(params, prompt, self.device) for params, prompt in zip(sampling, prompts, strict=True)]
-        going = [True] * cache.rows
-        for count in itertools.count(1):
+        rows = [
+            _Row(Sampler(params, prompt, self.device), params, limit, self.stop_ids)
+            for params, prompt, limit in zip(sampling, prompts, limits, strict=True)
+        ]
+        while True:
             _check(cancel)
             logits = cache.logits.float()
-            chosen = torch.stack([sampler(row) for sampler, row in zip(samplers, logits, strict=True)]).tolist()
-            for row, params in enumerate(sampling):
-                if going[row]:
-                    samplers[row].accept(chosen[row])
-                    going[row] = params.ignore_eos or chosen[row] not in self.stop_ids
-            if not any(going):
+            drawn = torch.stack([row.draw(scores) for row, scores in zip(rows, logits, strict=True)]).tolist()
+            chosen = [row.take(token) if row.going else None for row, token in zip(rows, drawn, strict=True)]
+            if all(token is None for token in chosen):
                 return
-            yield [token if alive else None for token, alive in zip(chosen, going, strict=True)]
-            going = [alive and count != params.max_tokens for alive, params in zip(going, sampling, strict=True)]
-            if not any(going):
+            yield chosen
+            ids = [[0 if token is None else token] for token in chosen]
+            for token in rows[0].forced() if len(rows) == 1 else ():
+                _check(cancel)
+                ids[0].append(token)
+                yield [token]
+            if not any(row.going for row in rows):
                 return
-            valid = None if all(going) else torch.tensor(going)[:, None]
+            going = torch.tensor([[row.going] for row in rows])
             with torch.inference_mode():
-                self._pass(cache, torch.tensor(chosen)[:, None].clamp(min=0), valid)
+                self._pass(cache, torch.tensor(ids), None if going.all() else going)
 
     def _pass(
         self,
@@ -259,6 +270,49 @@ class Engine:
                 f"Token ids must lie between 0 and {self.vocab_size - 1}: is this another model's tokenizer?"
             )
         return tokens
+
+
+class _Row:
+    """One row while it decodes: how its tokens are drawn, and whether it goes on."""
+
+    def __init__(
+        self, sampler: Sampler, params: SamplingParams, constraint: Constraint | None, stop_ids: Collection[int]
+    ) -> None:
+        self.going = True
+        self._sampler = sampler
+        self._constraint = constraint
+        self._ends = () if params.ignore_eos else stop_ids
+        self._left = params.max_tokens
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """float32[vocab] → the next token as the model wants it, int64, 0-d."""
+        if self.going and self._constraint is not None:
+            logits = self._constraint.mask(logits)
+        return self._sampler(logits)
+
+    def take(self, token: int) -> int | None:
+        """Settle for `token`, or what the constraint makes of it; None if that ends the row."""
+        ended = False
+        if self._constraint is not None and token >= 0:
+            token = self._constraint.accept(token)
+            ended = self._constraint.ended
+        self._sampler.accept(token)
+        if ended or token in self._ends:
+            self.going = False
+            return None
+        self._said()
+        return token
+
+    def forced(self) -> Iterator[int]:
+        """Tokens that must follow whatever the model says."""
+        for token in self._constraint.forced() if self._constraint is not None and self.going else ():
+            self._sampler.accept(token)
+            self._said()
+            yield token
+
+    def _said(self) -> None:
+        self._left = None if self._left is None else self._left - 1
+        self.going = self._left != 0 and not (self._constraint is not None and self._constraint.done)
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from zsmerge_llm import saving
 from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionError
@@ -204,3 +205,12 @@ class Folder:
 
 def _escaped(letter: str) -> str:
     return "".join(f"%{byte:02x}" for byte in letter.encode(errors="surrogatepass"))
+
+
+def list_folder(path: Path) -> list[tuple[dict[str, Any], Path]]:
+    """What every session in a folder says of itself, whatever model it belongs to; damaged files are left out."""
+    found = []
+    for file in path.glob(f"*{SUFFIX}"):
+        with suppress(SessionError, OSError):
+            found.append((saving.read_about(file), file))
+    return found

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KEPT = 32
 """Compiled grammars that are kept for the next request."""
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
-"""JSON on one line, written as chat templates and json.dumps write it. Free whitespace lets weak models run in place."""
+"""JSON on one line, as chat templates and json.dumps write it. Given free whitespace, weak models run in place."""
 COMBINING = ("allOf", "not", "if", "dependentSchemas", "unevaluatedProperties", "patternProperties")
 
 

@@ -377,6 +377,8 @@ class LLM:
         """Read what is new of the prompt, and keep the points worth going back to."""
         started, ids = time.perf_counter(), answer.prompt[answer.cached :]
         first = turn.prefix if turn is not None else 0
+        if not answer.cache.fits(first):
+            first = 0  # compressed for this question, a beginning would be worth little to the next
         if turn is not None and first:
             self.engine.read(answer.cache, ids[:first], probe=probe, cancel=cancel, progress=progress)
             turn.mark("prefix", int(turn.messages[0]["role"] == "system"), ids[:first])

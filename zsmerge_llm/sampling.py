@@ -8,7 +8,7 @@ before `accept` has seen it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -119,6 +119,7 @@ class TextStream:
         tokenizer: a transformers tokenizer.
         stop: non-empty strings that end the text and are not part of it.
         skip_special_tokens: leave the tokenizer's special tokens out of the text.
+        shown: special tokens that are text all the same, such as those that announce a tool call.
         context: ids before the first token, not part of the text. A completion passes the end of its prompt:
             sentencepiece drops the space before the first word of a text, which this one then is not.
     """
@@ -129,11 +130,12 @@ class TextStream:
         stop: tuple[str, ...] = (),
         skip_special_tokens: bool = True,
         context: Sequence[int] = (),
+        shown: Collection[int] = (),
     ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
-        self._hidden = _special_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._hidden = _special_ids(tokenizer) - frozenset(shown) if skip_special_tokens else frozenset()
         self._window = [token for token in context if token not in self._hidden][-WINDOW_TOKENS:]
         self._settled = len(self._window)  # tokens of the window whose text is complete
         self._given = len(self._decode())  # characters of the window's text already handed on
@@ -188,12 +190,12 @@ class TextStream:
         if ends:
             self.stopped, self._held = True, ""
             return text[: min(ends)[1]]
-        held = _overlap(text, self._stop)
+        held = overlap(text, self._stop)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
 
-def _overlap(text: str, stops: tuple[str, ...]) -> int:
+def overlap(text: str, stops: tuple[str, ...]) -> int:
     """Length of the longest end of `text` that begins one of `stops`."""
     longest = min(len(text), max(map(len, stops), default=1) - 1)
     for length in range(longest, 0, -1):

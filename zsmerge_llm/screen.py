@@ -95,31 +95,45 @@ class Screen:
             yield lambda step: status.update(f"{step} ...")
 
     @contextmanager
+    def reading(self) -> Iterator[Read]:
+        """A function that is told how much is read."""
+        with self._bar() as (progress, _):
+            yield progress
+
+    @contextmanager
     def answer(self) -> Iterator[tuple[Read, Show]]:
         """One answer: a function that is told how much is read, and one that shows the text as it comes."""
+        started, self._waited = time.perf_counter(), 0.0
+        with self._bar() as (progress, stop):
+
+            def show(text: str) -> None:
+                stop()
+                self._waited = self._waited or time.perf_counter() - started
+                self._out.print(text.replace("\x1b", ""), end="", markup=False)  # it cannot steer the terminal
+
+            try:
+                yield progress, show
+            finally:
+                stop()
+                self._out.print()
+
+    @contextmanager
+    def _bar(self) -> Iterator[tuple[Read, Callable[[], None]]]:
+        """A progress bar for reading, and how to stop it."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("Reading"), BarColumn(), TextColumn("{task.fields[words]}, ETA"), TimeRemainingColumn())
         hidden = self.quiet or not self._err.is_terminal
         bar = Progress(*columns, console=self._err, transient=True, disable=hidden)
         task = bar.add_task("", total=None, words="")
-        started, self._waited = time.perf_counter(), 0.0
+        started = time.perf_counter()
 
         def progress(done: int, total: int) -> None:
             rate = done / max(time.perf_counter() - started, 1e-9)
             bar.update(task, completed=done, total=total, words=f"{done:,} of {total:,} tokens, {rate:,.0f}/s")
 
-        def show(text: str) -> None:
-            bar.stop()
-            self._waited = self._waited or time.perf_counter() - started
-            self._out.print(text.replace("\x1b", ""), end="", markup=False)  # what it writes cannot steer the terminal
-
-        bar.start()
-        try:
-            yield progress, show
-        finally:
-            bar.stop()
-            self._out.print()
+        with bar:
+            yield progress, bar.stop
 
     # -- reports -----------------------------------------------------------------------------------------------------
 
