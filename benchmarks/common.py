@@ -15,7 +15,7 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
-BOOK = Path(__file__).parents[1] / "examples" / "data"
+BOOK = Path(__file__).parents[1] / "zsmerge_llm" / "data"
 
 
 def machine() -> dict[str, Any]:
@@ -73,15 +73,19 @@ def plot(
     return path
 
 
-def peak_rss() -> int:
-    """Bytes: the most this process has ever held in memory."""
-    import resource
+def forget_peak() -> None:
+    """Let `peak_rss` count from now on (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def peak_rss() -> int:
+    """Bytes: the most this process has held in memory since `forget_peak` (Linux)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def book(path: str | None = None) -> str:
-    """A long text: the file given, else the one that ships with the examples, repeated as needed by the caller."""
+    """A long text: the file given, else the one that ships for the demo. The caller repeats it as needed."""
     if path is not None:
         return Path(path).read_text(encoding="utf-8")
     return "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(BOOK.glob("*.txt")))

@@ -15,7 +15,7 @@ import sys
 import time
 
 import torch
-from common import book, median_seconds, peak_rss, plot, write
+from common import book, forget_peak, median_seconds, peak_rss, plot, write
 
 from zsmerge_llm import LLM, CacheConfig
 
@@ -69,6 +69,7 @@ def alone(model: str, text: str, length: int) -> dict[str, object]:
     llm = LLM(model, cache=CacheConfig(slots=1024))
     engine, ids, seconds = llm.engine, tokens(llm, text, length), []
     cache = engine.new_cache()
+    forget_peak()
     latest = time.perf_counter()
 
     def note(done: int, total: int) -> None:

@@ -21,7 +21,7 @@ from common import plot, write
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 
 TOPICS = ("the sea", "old maps", "bread", "winter", "a small railway", "bees", "a lighthouse", "rivers", "tea", "chess")
-ANSWER = 24
+ANSWER = 12
 
 
 def question(turn: int) -> str:
@@ -70,7 +70,7 @@ def rereading(llm: LLM, turns: list[int]) -> list[dict[str, float]]:
     """transformers' time to the first token at some turns, re-reading everything; answers are as long as ours."""
     model, tokenizer, rows = llm.engine.model, llm.tokenizer, []
     model.set_attn_implementation("sdpa")
-    filler = tokenizer.decode(tokenizer("Here is one sentence about it, told plainly. " * 9).input_ids[:ANSWER])
+    filler = tokenizer.decode(tokenizer("Here is one sentence about it, told plainly. " * 5).input_ids[:ANSWER])
     for turn in turns:
         messages = []
         for past in range(1, turn):

@@ -23,7 +23,7 @@ class GGUFFiles(dict[str, Path]):
         path = folder / f"{name}.gguf"
         if not path.is_file():
             if not FETCH.is_file():
-                pytest.fail(f"The slow tests need {name}.gguf: put it into a folder and name it in ZSMERGE_TEST_MODELS.")
+                pytest.fail(f"The slow tests need {name}.gguf in the folder that ZSMERGE_TEST_MODELS names.")
             subprocess.run([sys.executable, str(FETCH), name, str(folder)], check=True, stdout=sys.stderr)
         self[name] = path
         return path

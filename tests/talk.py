@@ -71,20 +71,31 @@ def scripted(answers: dict[int, list[int]], parsed: dict[int, dict[str, Any]]) -
     class Script:
         def __init__(self, *_: Any) -> None:
             self.number = next(count)
-            self.ids = iter(answers[self.number])
+            self.ids = answers[self.number]
+            self.at = 0
 
         def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-            return torch.tensor(next(self.ids))
+            return torch.tensor(self.ids[self.at])
 
         def accept(self, token: int) -> None:
-            pass
+            assert token == self.ids[self.at], "a grammar wants it otherwise"
+            self.at += 1
 
     asked = iter(range(10**6))
 
     def committed(self: Conversations, turn: Any, answer: Any, generated: Any) -> Any:
         return commit(self, turn, parsed[next(asked)], generated)
 
-    with mock.patch("zsmerge_llm.engine.Sampler", Script), mock.patch.object(Conversations, "commit", committed):
+    decode = Engine.decode
+
+    def unbound(self: Engine, *given: Any, constraints: Any = None, **named: Any) -> Any:
+        return decode(self, *given, **named)  # the script is stronger than any grammar
+
+    with (
+        mock.patch("zsmerge_llm.engine.Sampler", Script),
+        mock.patch.object(Conversations, "commit", committed),
+        mock.patch.object(Engine, "decode", unbound),
+    ):
         yield
 
 

@@ -127,7 +127,7 @@ def test_other_tools_make_another_conversation() -> None:
 
 
 def test_a_common_beginning_is_read_once_for_all_conversations() -> None:
-    llm = talker("qwen2.5")
+    llm = talker("qwen2.5", cache=ROOMY)
     first = llm.chat([SYSTEM, *said("One")], sampling=SHORT)
     with counted() as passes:
         second = llm.chat([SYSTEM, *said("Two")], sampling=SHORT)
@@ -234,7 +234,7 @@ def test_cancelling_while_reading_changes_nothing() -> None:
 
 
 def test_cancelling_a_new_conversation_while_reading_leaves_its_name_to_whom_it_was() -> None:
-    llm = talker("qwen2.5", chunk=16)
+    llm = talker("qwen2.5", cache=ROOMY, chunk=16)
     Talk(llm, "it").tell("Hello")
     before = llm.session("it").tokens
     cancel = Event()
@@ -303,7 +303,7 @@ def test_a_fork_goes_on_by_itself_under_its_name() -> None:
 
 
 def test_the_date_stays_that_of_the_day_on_which_a_conversation_began() -> None:
-    llm = talker("llama3")
+    llm = talker("llama3", cache=ROOMY)
     object.__setattr__(llm._load().conversations, "today", lambda: day)
     day = date(2024, 5, 1)
     old = Talk(llm, "old", [SYSTEM])
@@ -452,3 +452,16 @@ def test_an_unfinished_stream_that_nobody_reads_leaves_no_trace() -> None:
 
     assert len(llm.store) == 0
     assert isinstance(llm._load().conversations, Conversations)
+
+
+def test_a_template_that_hides_answers_is_no_obstacle() -> None:
+    source = "{% for m in messages if m.role != 'assistant' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    plain = talker()
+    llm = LLM(plain.engine.model, tokenizer=plain.tokenizer, chat_template=source, cache=TIGHT)
+    talk = Talk(llm, "it")
+    talk.tell("Hello")
+    result = talk.tell("Go on")
+    read = llm.session("it").tokens[: result.usage.prompt_tokens]
+
+    assert result.usage.reuse == "restored"
+    assert llm.tokenizer.decode(read) == "<|im_start|>Hello<|im_end|><|im_start|>Go on<|im_end|>"

@@ -25,7 +25,7 @@ from tests.talk import TIGHT, Talk, counted, said, talker
 from zsmerge_llm import SamplingParams, Session
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.errors import ConfigError, SessionNotFoundError, StoreFullError
-from zsmerge_llm.files import Folder
+from zsmerge_llm.files import Folder, list_folder
 from zsmerge_llm.session import load_session
 
 BRIEF = SamplingParams(max_tokens=2)
@@ -399,6 +399,8 @@ def test_a_name_taken_over_leaves_the_old_conversation_its_file(tmp_path: Path) 
     first.session = None
 
     assert len(again.store) == 2
+    listed = [about["name"] for about, _ in list_folder(tmp_path)]
+    assert sorted(listed) == sorted(info.name for info in again.store)
     assert second.tell("Go on").usage.reuse == "continued"
     assert first.tell("Go on").usage.reuse == "continued"
 

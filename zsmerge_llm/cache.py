@@ -150,7 +150,8 @@ class Cache:
         ]
         cache = cls(CacheConfig.from_dict(facts["config"]), specs, rows=0)
         cache.lengths = list(facts["lengths"])
-        cache.logits = tensors.get("logits")
+        logits = tensors.get("logits")
+        cache.logits = logits.to(specs[-1].device) if logits is not None and specs else logits
         for index, (layer, fills) in enumerate(zip(cache.layers, facts["fills"], strict=True)):
             layer.fills = list(fills)
             for name in TENSORS:

@@ -89,7 +89,7 @@ class Template:
             ConfigError: the template is no valid Jinja.
         """
         source = self.source(tools)
-        adapted, listed = _adapt(source, list(messages), _checked_tools(tools))
+        adapted, listed = _adapt(source, _with_notes(messages), checked_tools(tools))
         try:
             return self._apply(source, adapted, listed, add_generation_prompt)
         except InputError:
@@ -185,12 +185,15 @@ class Template:
         Equal digests mean the same conversation. Not part of it: message `id`, `name`, `reasoning_content` and ids of
         tool calls (a result counts as the answer to the k-th call); key order and spacing of JSON; and in the
         assistant's messages a leading <think> block and outer whitespace, which templates and frameworks drop.
+
+        A message's `note` (`forms`) belongs to the request that ends with it: it counts in that prefix's digest, and
+        not in those of longer ones, whose messages come without it. What was read stays read.
         """
-        state = _digest("", [_checked_tools(tools), self.args, extra])
+        state = _digest("", [checked_tools(tools), self.args, extra])
         digests = [state]
-        for item in _canonical(messages):
+        for message, item in zip(messages, _canonical(messages), strict=True):
             state = _digest(state, item)
-            digests.append(state)
+            digests.append(_digest(state, message["note"]) if "note" in message else state)
         return digests
 
 
@@ -211,7 +214,7 @@ def _canonical(messages: Sequence[Message]) -> Iterator[list[Any]]:
         yield [message["role"], content, calls, numbers.get(message.get("tool_call_id", ""))]
 
 
-def _checked_tools(tools: Tools) -> list[dict[str, Any]] | None:
+def checked_tools(tools: Tools) -> list[dict[str, Any]] | None:
     """OpenAI tool definitions; None for an empty list, which some templates would take for tools."""
     for index, tool in enumerate(tools or ()):
         function = tool.get("function") if isinstance(tool, Mapping) else None
@@ -221,17 +224,36 @@ def _checked_tools(tools: Tools) -> list[dict[str, Any]] | None:
     return list(tools) if tools else None
 
 
+def _with_notes(messages: Sequence[Message]) -> list[Message]:
+    """Notes at the end of the messages they belong to."""
+    return [
+        {**{key: value for key, value in message.items() if key != "note"}, "content": _noted(message)}
+        for message in messages
+    ]
+
+
+def _noted(message: Message) -> str:
+    return f"{message['content']}\n\n{message['note']}" if message.get("note") else cast(str, message["content"])
+
+
 def _adapt(
     source: str, messages: list[Message], tools: list[dict[str, Any]] | None
 ) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """Say in plain messages what the template has no words for: its text shows whether it reads tools and calls."""
     if tools and not re.search(r"\btools\b", source):
         guide = TOOL_GUIDE.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-        if messages[0]["role"] == "system":
-            guide = f"{messages[0]['content']}\n\n{guide}"
-            messages = messages[1:]
-        messages, tools = [{"role": "system", "content": guide}, *messages], None
+        first, tools = messages[0], None
+        if first["role"] == "system" or _refuses_system(source):
+            both = [first["content"], guide] if first["role"] == "system" else [guide, first["content"]]
+            messages = [{**first, "content": "\n\n".join(both)}, *messages[1:]]
+        else:
+            messages = [{"role": "system", "content": guide}, *messages]
     return (messages if "tool_calls" in source else _in_words(messages)), tools
+
+
+def _refuses_system(source: str) -> bool:
+    """Whether a template takes no system message (Gemma 2)."""
+    return "system role not supported" in source.lower()
 
 
 def _in_words(messages: list[Message]) -> list[Message]:

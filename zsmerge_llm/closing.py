@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LONGEST = 12
 """Longer pieces of filler look no better, and a tokenizer's longest ones are rules and blanks."""
 BRANCHES = 8
-STEPS = 4000
+STEPS = 1500
 """Steps of a search for a way that fits, in all. One takes about 0.1 ms."""
 BURST, GROWTH = 64, 16
 """A plan is not looked at again as long as its growth by GROWTH tokens a step, and BURST at once, could not matter."""
@@ -69,31 +69,46 @@ class Closing:
             return []
         if known and len(known) <= limit and self._completes(state, known):
             return known
-        path, _ = self._obvious(state, limit)
-        if path is None and thorough:
-            path = self._search(state, limit)
-        return path
-
-    def _in_fewer(self, state: LLMatcher, path: list[int]) -> list[int]:
-        """The same text in the tokenizer's own pieces, where these are fewer."""
-        other = self._tokenizer.tokenize_bytes(self._tokenizer.decode_bytes(path))
-        return other if len(other) < len(path) and self._completes(state, other) else path
+        return self._search(state, limit, STEPS if thorough else 0)
 
     def _completes(self, state: LLMatcher, tokens: list[int]) -> bool:
         return state.validate_tokens([*tokens, next(iter(self._ends))]) > len(tokens)
 
-    def _obvious(self, start: LLMatcher, limit: int) -> tuple[list[int] | None, list[int]]:
-        """What closes most at each step: the plan, if it fits, and all tokens that were tried."""
+    def _search(self, start: LLMatcher, limit: int, steps: int) -> list[int] | None:
+        """The obvious way; then leave it at one point, at two, and so on: limited discrepancy search."""
+        order = count()
+        waiting: list[tuple[int, int, int, list[int], LLMatcher]] = [(0, 0, next(order), [], start)]
+        while waiting:
+            turns, _, _, before, state = heapq.heappop(waiting)
+            path, ended = self._obvious(state, 2 * limit - len(before))
+            if ended and (plan := self._fitting(start, before + path, limit)) is not None:
+                return plan
+            state = state.deep_copy()
+            for token in path[:limit]:
+                if (steps := steps - 1) < 0:
+                    return None
+                for other, child in self._others(state, token):
+                    way = [*before, other]
+                    heapq.heappush(waiting, (turns + 1, len(way), next(order), way, child))
+                state.consume_token(token)
+                before = [*before, token]
+        return None
+
+    def _obvious(self, start: LLMatcher, limit: int) -> tuple[list[int], bool]:
+        """What closes most at each step, and whether that came to an end."""
         state, path = start.deep_copy(), list[int]()
         while not state.is_accepting():
-            if len(path) >= 2 * limit:  # the same text in the tokenizer's own pieces may still fit
-                return None, path
             tokens = state.compute_ff_tokens() or [self._best(state)]
-            if not state.consume_tokens(tokens):
-                return None, path
+            if len(path) >= limit or not state.consume_tokens(tokens):
+                return path, False
             path += tokens
-        plan = self._in_fewer(start, path)
-        return (plan if len(plan) <= limit else None), path
+        return path, True
+
+    def _fitting(self, start: LLMatcher, path: list[int], limit: int) -> list[int] | None:
+        """`path`, if it fits, or else the same text in the tokenizer's own pieces, which are fewer."""
+        if len(path) > limit:
+            path = self._tokenizer.tokenize_bytes(self._tokenizer.decode_bytes(path))
+        return path if len(path) <= limit and self._completes(start, path) else None
 
     def _best(self, state: LLMatcher) -> int:
         allowed = self._allowed(state)
@@ -101,25 +116,6 @@ class Closing:
         ranked = self._inside if inside else self._structure
         at = allowed[ranked].argmax() if len(ranked) else 0
         return int(ranked[at]) if len(ranked) and allowed[ranked[at]] else int(allowed.argmax())
-
-    def _search(self, start: LLMatcher, limit: int) -> list[int] | None:
-        """Leave the obvious way at one point, then at two, and so on: limited discrepancy search."""
-        order, steps = count(), 0
-        waiting: list[tuple[int, int, int, list[int], LLMatcher]] = [(0, 0, next(order), [], start)]
-        while waiting and steps < STEPS:
-            turns, _, _, before, state = heapq.heappop(waiting)
-            path, tried = self._obvious(state, limit - len(before))
-            if path is not None:
-                return before + path
-            state = state.deep_copy()
-            for token in tried:
-                steps += 1
-                for other, child in self._others(state, token):
-                    way = [*before, other]
-                    heapq.heappush(waiting, (turns + 1, len(way), next(order), way, child))
-                state.consume_token(token)
-                before = [*before, token]
-        return None
 
     def _others(self, state: LLMatcher, token: int) -> list[tuple[int, LLMatcher]]:
         """Other next tokens than `token`, one for each set of tokens that could follow."""

@@ -19,8 +19,9 @@ from typing import Any, cast
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
 from zsmerge_llm.errors import InputError, SessionError, SessionNotFoundError
+from zsmerge_llm.files import new_name
 from zsmerge_llm.session import Kind, Session, Snapshot
-from zsmerge_llm.store import Found, Store, new_name
+from zsmerge_llm.store import Found, Store
 from zsmerge_llm.types import Message
 
 Tools = Sequence[dict[str, Any]] | None
@@ -234,6 +235,12 @@ class Conversations:
 
     def _following(self, template: Template, found: Found, messages: list[Message], tools: Tools) -> list[int] | None:
         """The ids that come after a point of the conversation; None where they cannot be known from here."""
+        try:
+            return self._after(template, found, messages, tools)
+        except InputError:  # the whole conversation may still be one that the template takes
+            return None
+
+    def _after(self, template: Template, found: Found, messages: list[Message], tools: Tools) -> list[int] | None:
         point, n = found.snapshot, found.snapshot.messages
         if point.kind == "answer":
             return template.encode(template.delta(messages, n, tools))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,6 +21,7 @@ from zsmerge_llm.session import Fingerprint, Session, load_session
 SUFFIX = ".zsmerge"
 PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 LONGEST = 120
+NAMELESS = re.compile(r"chat-[0-9a-f]{8}")
 ABANDONED = 3600
 """Seconds after which an unfinished file is taken for the rest of a killed process."""
 
@@ -119,19 +122,15 @@ class Folder:
         self.fingerprint = fingerprint
         self.durable = durable
         self.devices = devices
-        kind = json.dumps(asdict(fingerprint), sort_keys=True)
-        self._ending = f".{hashlib.sha256(kind.encode()).hexdigest()[:8]}{SUFFIX}"
+        self._ending = _ending(asdict(fingerprint))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"Sessions cannot be kept in {path}: {error}. Give another folder.") from error
 
     def file(self, name: str) -> Path:
-        """Where the session of that name is saved: a name that is safe, and unique, on every system."""
-        plain = "".join(letter if letter in PLAIN else _escaped(letter) for letter in name)
-        if len(plain) > LONGEST:
-            plain = plain[:LONGEST] + "~" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:16]
-        return self.path / f"{plain}{self._ending}"
+        """Where the session of that name is saved."""
+        return self.path / f"{_plain(name)}{self._ending}"
 
     def save(self, session: Session) -> File:
         """Write a session's newest point. Raises OSError."""
@@ -177,15 +176,14 @@ class Folder:
             except (SessionError, OSError):
                 continue
             if about["fingerprint"] == asdict(self.fingerprint):
-                known = self.file(about["name"]) == path
-                name = about["name"] if known else path.name.removesuffix(self._ending)
+                name = _name(about, path)
                 file = File(
                     path,
                     about["digest"],
                     about["messages"],
                     about["tokens"],
                     tuple(about["chain"]),
-                    about["named"] and known,
+                    about["named"] and not NAMELESS.fullmatch(name),
                     about["document"],
                     about["fixed"],
                     stat.st_size,
@@ -203,8 +201,9 @@ class Folder:
                     path.unlink()
 
 
-def _escaped(letter: str) -> str:
-    return "".join(f"%{byte:02x}" for byte in letter.encode(errors="surrogatepass"))
+def new_name() -> str:
+    """A name for a conversation that nobody named."""
+    return f"chat-{uuid.uuid4().hex[:8]}"
 
 
 def list_folder(path: Path) -> list[tuple[dict[str, Any], Path]]:
@@ -212,5 +211,31 @@ def list_folder(path: Path) -> list[tuple[dict[str, Any], Path]]:
     found = []
     for file in path.glob(f"*{SUFFIX}"):
         with suppress(SessionError, OSError):
-            found.append((saving.read_about(file), file))
+            about = saving.read_about(file)
+            found.append(({**about, "name": _name(about, file)}, file))
     return found
+
+
+def _name(about: dict[str, Any], path: Path) -> str:
+    """The name of a saved session: by its file where that was renamed or copied."""
+    ending = _ending(about["fingerprint"])
+    known = path.name == f"{_plain(about['name'])}{ending}"
+    return about["name"] if known else path.name.removesuffix(ending).removesuffix(SUFFIX)
+
+
+def _ending(fingerprint: dict[str, str]) -> str:
+    """What sets the files of one model, tokenizer, template and cache configuration apart."""
+    kind = json.dumps(fingerprint, sort_keys=True)
+    return f".{hashlib.sha256(kind.encode()).hexdigest()[:8]}{SUFFIX}"
+
+
+def _plain(name: str) -> str:
+    """A name that is safe, and as different from others, on every file system."""
+    plain = "".join(letter if letter in PLAIN else _escaped(letter) for letter in name)
+    if len(plain) > LONGEST:
+        plain = plain[:LONGEST] + "~" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:16]
+    return plain
+
+
+def _escaped(letter: str) -> str:
+    return "".join(f"%{byte:02x}" for byte in letter.encode(errors="surrogatepass"))

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, RLock
 from typing import TYPE_CHECKING, Any
 
-from zsmerge_llm.answer import Answer, collect
-from zsmerge_llm.chat import Template, normalise
+from zsmerge_llm.answer import Answer, check_length, collect, together
+from zsmerge_llm.chat import normalise
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.documents import read_text
-from zsmerge_llm.errors import ConfigError, ContextLimitError, InputError
+from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.forms import Form
+from zsmerge_llm.grammar import Grammar
+from zsmerge_llm.parts import Parts, assemble
 from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe, message_probe
-from zsmerge_llm.types import Chunk, Message, Result
+from zsmerge_llm.types import Chunk, Message, ResponseFormat, Result, ToolChoice
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from zsmerge_llm.conversation import Conversations, Turn
+    from zsmerge_llm.conversation import Turn
     from zsmerge_llm.engine import Engine
     from zsmerge_llm.session import Session
     from zsmerge_llm.store import Store
@@ -31,17 +32,6 @@ Messages = str | Sequence[Message]
 
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What there is once the model is loaded."""
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    engine: Engine
-    template: Template
-    conversations: Conversations
 
 
 class LLM:
@@ -108,7 +98,7 @@ class LLM:
         self._sessions_dir = sessions_dir
         self._session_memory = parse_bytes(session_memory)
         self._lock = RLock()
-        self._parts: _Parts | None = None
+        self._parts: Parts | None = None
 
     # -- what is behind it -------------------------------------------------------------------------------------------
 
@@ -146,29 +136,19 @@ class LLM:
         """All conversations, with their sizes."""
         return self._load().conversations.store
 
-    def _load(self) -> _Parts:
+    def _load(self) -> Parts:
         with self._lock:
             if self._parts is None:
-                self._parts = self._build()
+                self._parts = assemble(
+                    self.model,
+                    self.cache,
+                    self.chunk,
+                    loading=self._loading,
+                    template_args=self._template_args,
+                    sessions_dir=self._sessions_dir,
+                    session_memory=self._session_memory,
+                )
             return self._parts
-
-    def _build(self) -> _Parts:
-        from zsmerge_llm.conversation import Conversations
-        from zsmerge_llm.engine import Engine
-        from zsmerge_llm.fingerprint import fingerprint
-        from zsmerge_llm.loader import load
-        from zsmerge_llm.store import Store
-
-        loaded = load(self.model, **self._loading)
-        tokenizer = loaded.tokenizer
-        engine = Engine(loaded.model, self.cache, self.chunk)
-        template = Template(tokenizer, args=self._template_args)
-        source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
-        mark = fingerprint(loaded.model, tokenizer, source, self.cache)
-        size = engine.new_cache().nbytes
-        devices = [str(spec.device) for spec in engine.specs]
-        store = Store(mark, self._session_memory, size, self._sessions_dir, devices)
-        return _Parts(loaded.name, tokenizer, engine, template, Conversations(store, template, engine.new_cache))
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
@@ -178,6 +158,10 @@ class LLM:
         *,
         sampling: SamplingParams | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: ResponseFormat | None = None,
+        grammar: Grammar | None = None,
         session: str | Session | None = None,
         probe: str | None = None,
         cancel: Event | None = None,
@@ -189,6 +173,10 @@ class LLM:
                 messages,
                 sampling=sampling,
                 tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
+                response_format=response_format,
+                grammar=grammar,
                 session=session,
                 probe=probe,
                 cancel=cancel,
@@ -202,18 +190,28 @@ class LLM:
         *,
         sampling: SamplingParams | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: ResponseFormat | None = None,
+        grammar: Grammar | None = None,
         session: str | Session | None = None,
         probe: str | None = None,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Chunk]:
-        """Answer a conversation, piece by piece; the last chunk has `finish_reason` and `usage`.
+        """Answer a conversation, piece by piece; the last chunk has `finish_reason`, `usage` and tool calls.
 
         What was read or said earlier in this conversation is recognised by its content and not read again.
 
         Args:
             messages: a string (one user message) or a list of dicts in the OpenAI format.
-            tools: definitions in the OpenAI format, shown to the model by its template.
+            tools: definitions in the OpenAI format, shown to the model by its template. Calls always fit their schema
+                and never show in the text; the last chunk has them.
+            tool_choice: "auto" (default), "required", "none", or `{"type": "function", "function": {"name": ...}}`.
+            parallel_tool_calls: whether one answer may hold several calls.
+            response_format: `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"name": ...,
+                "schema": {...}}}`. The model is told, and can write nothing else (but calls, if there are tools).
+            grammar: a form that the answer must have, such as `Grammar.regex("yes|no")`. The model is not told.
             session: a name for the conversation, or a session. It helps to find it and never mixes two; that of a
                 document (`read_document`) asks about the document.
             probe: text that says what matters in this prompt, for the cache to keep; by default the last line of
@@ -223,27 +221,41 @@ class LLM:
             progress: called with (tokens read, tokens to read) while the prompt is read.
 
         Raises:
-            InputError: messages that cannot be used, before anything is read. MissingTemplateError: no chat template.
-            ContextLimitError: more than `max_input_tokens`.
+            InputError: messages, tools or a form that cannot be used, before anything is read.
+            MissingTemplateError: no chat template. ContextLimitError: more than `max_input_tokens`.
         """
         checked, params = normalise(messages), sampling or SamplingParams()
         parts = self._load()
-        turn = parts.conversations.begin(checked, tools, session)
-        self._check_length(len(turn.tokens), params)
+        form = parts.forms.chat(checked, tools, tool_choice, parallel_tool_calls, response_format, grammar)
+        turn = parts.conversations.begin(form.noted(checked), tools, session)
+        check_length(len(turn.tokens), params, self.max_input_tokens, parts.engine.window)
         template = parts.template
         asking = chat_probe(template, probe) if probe else message_probe(template, checked[-1]["content"])
-        answer = Answer(turn.cache, turn.tokens, params, parts.tokenizer, turn.cache.seen, turn.reuse)
+        answer = Answer(turn.cache, turn.tokens, params, parts.tokenizer, turn.cache.seen, turn.reuse, form=form)
         return self._run(turn, answer, asking, cancel, progress)
 
     def batch(
-        self, conversations: Sequence[Messages], *, sampling: SamplingParams | None = None, cancel: Event | None = None
+        self,
+        conversations: Sequence[Messages],
+        *,
+        sampling: SamplingParams | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        tool_choice: ToolChoice | None = None,
+        parallel_tool_calls: bool = True,
+        response_format: ResponseFormat | None = None,
+        grammar: Grammar | None = None,
+        cancel: Event | None = None,
     ) -> list[Result]:
         """Answer several conversations together, in order. Raises as `stream`, before anything is read."""
-        template = self._load().template
+        parts = self._load()
+        template = parts.template
         checked = [normalise(messages) for messages in conversations]
+        wanted = (tools, tool_choice, parallel_tool_calls, response_format, grammar)
+        forms = [parts.forms.chat(each, *wanted) for each in checked]
         probes = [message_probe(template, each[-1]["content"]) for each in checked]
-        prompts = [template.encode(template.render(each)) for each in checked]
-        return self._answer_all(prompts, probes, sampling, cancel, False)
+        noted = [form.noted(each) for form, each in zip(forms, checked, strict=True)]
+        prompts = [template.encode(template.render(each, tools)) for each in noted]
+        return self._answer_all(prompts, probes, forms, sampling, cancel, False)
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
@@ -291,7 +303,7 @@ class LLM:
         text, title = read_text(document)
         turn = parts.conversations.open_document(text, name, title)
         if turn.ids:
-            self._check_length(len(turn.tokens), SamplingParams())
+            check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, parts.engine.window)
             asking = chat_probe(parts.template, probe or GENERIC)
             parts.engine.read(turn.cache, turn.ids, probe=asking, cancel=cancel, progress=progress)
             parts.conversations.keep_document(turn)
@@ -304,35 +316,55 @@ class LLM:
         prompt: str,
         *,
         sampling: SamplingParams | None = None,
+        response_format: ResponseFormat | None = None,
+        grammar: Grammar | None = None,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> Result:
         """Continue a plain text, without a chat template. See `stream_complete`."""
-        return collect(self.stream_complete(prompt, sampling=sampling, cancel=cancel, progress=progress))
+        chunks = self.stream_complete(
+            prompt,
+            sampling=sampling,
+            response_format=response_format,
+            grammar=grammar,
+            cancel=cancel,
+            progress=progress,
+        )
+        return collect(chunks)
 
     def stream_complete(
         self,
         prompt: str,
         *,
         sampling: SamplingParams | None = None,
+        response_format: ResponseFormat | None = None,
+        grammar: Grammar | None = None,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Chunk]:
-        """Continue a plain text, piece by piece. Arguments and errors as for `stream`."""
+        """Continue a plain text, piece by piece. Arguments and errors as for `stream`; the prompt stays as it is."""
         ids, params = self._prompt_ids(prompt), sampling or SamplingParams()
-        self._check_length(len(ids), params)
         parts = self._load()
-        answer = Answer(parts.engine.new_cache(), ids, params, parts.tokenizer, continues=True)
+        check_length(len(ids), params, self.max_input_tokens, parts.engine.window)
+        form = parts.forms.plain(response_format, grammar)
+        answer = Answer(parts.engine.new_cache(), ids, params, parts.tokenizer, continues=True, form=form)
         return self._run(None, answer, completion_probe(parts.template, ids, prompt), cancel, progress)
 
     def batch_complete(
-        self, prompts: Sequence[str], *, sampling: SamplingParams | None = None, cancel: Event | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        sampling: SamplingParams | None = None,
+        response_format: ResponseFormat | None = None,
+        grammar: Grammar | None = None,
+        cancel: Event | None = None,
     ) -> list[Result]:
         """Continue several texts together, in order. Raises as `stream_complete`, before anything is read."""
         ids = [self._prompt_ids(prompt) for prompt in prompts]
-        template = self._load().template
-        probes = [completion_probe(template, *each) for each in zip(ids, prompts, strict=True)]
-        return self._answer_all(ids, probes, sampling, cancel, True)
+        parts = self._load()
+        probes = [completion_probe(parts.template, *each) for each in zip(ids, prompts, strict=True)]
+        forms = [parts.forms.plain(response_format, grammar)] * len(ids)
+        return self._answer_all(ids, probes, forms, sampling, cancel, True)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or not prompt:
@@ -356,14 +388,15 @@ class LLM:
         reply: Message | None = None
         try:
             self._read(turn, answer, probe, cancel, progress)
-            for (token,) in self.engine.decode(answer.cache, [answer.sampling], [answer.prompt], cancel=cancel):
+            sampling, prompt, form = [answer.sampling], [answer.prompt], [answer.constraint]
+            for (token,) in self.engine.decode(answer.cache, sampling, prompt, constraints=form, cancel=cancel):
                 assert token is not None
                 if piece := answer.push(token):
                     yield Chunk(piece)
                 if answer.stopped:
                     break
             last = answer.finish()
-            reply = {"role": "assistant", "content": answer.text}
+            reply = answer.message()
         except Cancelled:
             last = answer.finish(cancelled=True)
         finally:
@@ -392,6 +425,7 @@ class LLM:
         self,
         prompts: list[list[int]],
         probes: list[list[int]],
+        forms: list[Form],
         sampling: SamplingParams | None,
         cancel: Event | None,
         continues: bool,
@@ -399,40 +433,11 @@ class LLM:
         """Several prompts, read one by one and decoded together."""
         if not prompts:
             return []
-        from zsmerge_llm.cache import Cache
-        from zsmerge_llm.engine import Cancelled
-
-        engine, tokenizer, params = self.engine, self.tokenizer, sampling or SamplingParams()
+        parts, params = self._load(), sampling or SamplingParams()
         for ids in prompts:
-            self._check_length(len(ids), params)
-        answers = [Answer(engine.new_cache(), ids, params, tokenizer, continues=continues) for ids in prompts]
-        cancelled = False
-        try:
-            for answer, probe in zip(answers, probes, strict=True):
-                started = time.perf_counter()
-                engine.read(answer.cache, answer.prompt, probe=probe, cancel=cancel)
-                answer.begin(time.perf_counter() - started)
-            batch = Cache.stack([answer.cache for answer in answers])
-            for chosen in engine.decode(batch, [params] * len(prompts), prompts, cancel=cancel):
-                for answer, token in zip(answers, chosen, strict=True):
-                    if token is not None and not answer.stopped:
-                        answer.push(token)
-                if all(answer.stopped for answer in answers):
-                    break
-        except Cancelled:
-            cancelled = True
-        return [collect(iter([Chunk(answer.text), answer.finish(cancelled)])) for answer in answers]
-
-    def _check_length(self, prompt: int, params: SamplingParams) -> None:
-        limit, window = self.max_input_tokens, self.engine.window
-        if limit is not None and prompt > limit:
-            raise ContextLimitError(
-                f"The prompt has {prompt} tokens and max_input_tokens is {limit}: raise it or shorten the prompt."
-            )
-        reach = prompt + (params.max_tokens or 0)
-        if window is not None and reach > window:
-            warnings.warn(
-                f"Prompt and answer may reach {reach} tokens and the model was trained on {window} positions: "
-                "it reads on, but answers beyond get worse.",
-                stacklevel=4,
-            )
+            check_length(len(ids), params, self.max_input_tokens, parts.engine.window)
+        answers = [
+            Answer(parts.engine.new_cache(), ids, params, parts.tokenizer, continues=continues, form=form)
+            for ids, form in zip(prompts, forms, strict=True)
+        ]
+        return together(parts.engine, answers, probes, cancel)

@@ -41,6 +41,11 @@ def normalise(messages: str | Sequence[Message]) -> list[Message]:
     return checked
 
 
+def spoken(content: str, calls: Sequence[Mapping[str, Any]]) -> Message:
+    """The assistant's message with this content and these calls, in the form that `normalise` gives it."""
+    return _message({"role": "assistant", "content": content, "tool_calls": calls}, "The answer")
+
+
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise InputError(f"{where} must be a dict with role and content, not {_kind(message)}.")

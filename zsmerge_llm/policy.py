@@ -131,18 +131,18 @@ def weights(
         sinks: learned logits [H · G] that take part in the softmax and have no value (gpt-oss).
 
     Returns:
-        [B, H, G, n, C] in the query's dtype. A query that sees nothing pays nothing.
+        [B, H, G, n, C] in the query's dtype. What a query that may look at nothing pays is finite and means nothing.
     """
     batch, heads, group, queries, dim = query.shape
-    folded = query.reshape(batch, heads, group * queries, dim)
-    logits = (folded @ key.mT).view(batch, heads, group, queries, -1) * scaling
+    folded = (query * scaling).reshape(batch, heads, group * queries, dim)
+    logits = (folded @ key.mT).view(batch, heads, group, queries, -1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits + bias.to(logits.dtype)
+    logits += bias.clamp(min=torch.finfo(logits.dtype).min).to(logits.dtype)
     if sinks is not None:
         column = sinks.to(logits.dtype).view(1, heads, group, 1, 1).expand(batch, -1, -1, queries, 1)
         logits = torch.cat([logits, column], dim=-1)
-    paid = logits.softmax(-1).nan_to_num(0.0)
+    paid = logits.softmax(-1)
     return paid[..., :-1] if sinks is not None else paid
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from pathlib import Path
 from threading import Condition
 
 from zsmerge_llm.errors import SessionNotFoundError, StoreFullError
-from zsmerge_llm.files import Folder, Kept, SessionInfo
+from zsmerge_llm.files import Folder, Kept, SessionInfo, new_name
 from zsmerge_llm.session import Fingerprint, Session, Snapshot, load_session
 
 
@@ -339,8 +338,3 @@ class Store:
             kept.file = None
             if kept.session is None:
                 del self._kept[name]
-
-
-def new_name() -> str:
-    """A name for a conversation that nobody named."""
-    return f"chat-{uuid.uuid4().hex[:8]}"

@@ -8,7 +8,15 @@ from typing import Any, Literal
 Message = dict[str, Any]
 """One chat message as in the OpenAI format: `role`, `content` (text or text blocks), `tool_calls`, `tool_call_id`."""
 
+ToolChoice = Literal["auto", "required", "none"] | dict[str, Any]
+"""As in the OpenAI format; one tool is named by `{"type": "function", "function": {"name": ...}}`."""
+
+ResponseFormat = dict[str, Any]
+"""`{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}`."""
+
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+"""`length`: cut by `max_tokens`. Where a grammar or a tool call is at work the answer is complete all the same, only
+shorter than the model would have it, if any complete one fits."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +50,17 @@ class Result:
     finish_reason: FinishReason
     usage: Usage
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    """Calls in the OpenAI format, with ids of their own and the arguments as JSON text."""
+    invalid_tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    """Calls that could not be read, in the same form, each with an `error`. Their name may be None."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer. Only the last one carries `finish_reason` and `usage`."""
+    """A piece of an answer. Only the last one carries `finish_reason`, `usage` and calls."""
 
     text: str
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    invalid_tool_calls: list[dict[str, Any]] = field(default_factory=list)

@@ -1,0 +1,64 @@
+"""What stands behind an `LLM` once its model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zsmerge_llm.chat import Template
+from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.forms import Forms
+from zsmerge_llm.grammar import Grammars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from zsmerge_llm.conversation import Conversations
+    from zsmerge_llm.engine import Engine
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One model with everything that works on it."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    template: Template
+    forms: Forms
+    conversations: Conversations
+
+
+def assemble(
+    model: str | Path | PreTrainedModel,
+    cache: CacheConfig,
+    chunk: int,
+    *,
+    loading: dict[str, Any],
+    template_args: dict[str, Any] | None,
+    sessions_dir: str | Path | None,
+    session_memory: int,
+) -> Parts:
+    """Load the model and build what belongs to it. `loading` goes to `loader.load`; the rest is as for `LLM`.
+
+    Raises:
+        LoadError: the model cannot be loaded. StoreFullError: `session_memory` is too small for one conversation.
+    """
+    from zsmerge_llm.conversation import Conversations
+    from zsmerge_llm.engine import Engine
+    from zsmerge_llm.fingerprint import fingerprint
+    from zsmerge_llm.loader import load
+    from zsmerge_llm.store import Store
+
+    loaded = load(model, **loading)
+    tokenizer = loaded.tokenizer
+    engine = Engine(loaded.model, cache, chunk)
+    template = Template(tokenizer, args=template_args)
+    source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
+    mark = fingerprint(loaded.model, tokenizer, source, cache)
+    devices = [str(spec.device) for spec in engine.specs]
+    store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices)
+    forms = Forms(template, Grammars(tokenizer, engine.vocab_size, engine.stop_ids))
+    conversations = Conversations(store, template, engine.new_cache)
+    return Parts(loaded.name, tokenizer, engine, template, forms, conversations)
