@@ -39,3 +39,9 @@ def smollm2() -> LLM:
 def gguf() -> GGUFFiles:
     """GGUF files of other real models, by name."""
     return GGUFFiles()
+
+
+@pytest.fixture(scope="session")
+def qwen_coder(gguf: GGUFFiles) -> LLM:
+    """Qwen2.5-Coder-0.5B-Instruct, with the default cache: the file ZSMERGE_TEST_QWEN, or one of the GGUF files."""
+    return LLM(os.environ.get("ZSMERGE_TEST_QWEN") or gguf["qwen2.5-coder-0.5b-instruct"])

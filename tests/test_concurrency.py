@@ -200,28 +200,22 @@ def test_the_lock_is_granted_in_the_order_of_asking() -> None:
     assert order == list(range(20))
 
 
-def test_nobody_is_inside_the_lock_twice_and_everybody_gets_as_often_to_it() -> None:
-    lock, inside, counts, stop = FairLock(), [], [0] * 4, Event()
+def test_nobody_is_inside_the_lock_twice_and_nobody_comes_again_before_those_who_wait() -> None:
+    lock, inside, turns = FairLock(), [], [(-1, False)]  # who was inside, and whether others waited then
 
     def work(number: int) -> None:
-        while not stop.is_set():
+        for _ in range(100):
             with lock:
                 inside.append(number)
-                assert len(inside) == 1
-                time.sleep(0.0005)
+                time.sleep(0.0002)
+                assert inside == [number]
+                assert turns[-1] != (number, True)
                 inside.pop()
-                counts[number] += 1
+                turns.append((number, bool(lock._waiting)))
 
-    threads = [Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.5)
-    stop.set()
-    for thread in threads:
-        thread.join(LIMIT)
-
-    assert min(counts) > 10
-    assert max(counts) - min(counts) <= 2
+    together([lambda number=number: work(number) for number in range(4)])
+    assert len(turns) == 401
+    assert sum(waited for _, waited in turns) > 100
 
 
 def test_an_error_inside_the_lock_leaves_it_free() -> None:

@@ -113,6 +113,32 @@ def test_tokens_can_be_appended_at_any_time(engine: Engine) -> None:
     assert cache.merged == total - (24 - 3)
 
 
+@pytest.mark.parametrize("config", [SMALL, MERGING, PAPER, CacheConfig.h2o(24), CacheConfig.streaming(24)])
+def test_making_room_between_turns_loses_no_count_and_lets_the_next_tokens_in(
+    engine: Engine, config: CacheConfig
+) -> None:
+    config = config.replace(stage=10)
+    caches = [engine.new_cache(config) for _ in range(2)]
+    for cache, size in zip(caches, (60, 27), strict=True):
+        engine.read(cache, tokens(size))
+        engine.read(cache, tokens(5, seed=1))
+    batch = Cache.stack(caches)
+    for cache in (*caches, batch):
+        cache.make_room()
+        assert cache.fits(9)
+        for layer in cache.layers:
+            accounted = layer.count.sum(-1) + layer.dropped
+            assert (accounted == torch.tensor(cache.lengths)[:, None]).all()
+    engine.read_batch(batch, [tokens(7, seed=2)] * 2)
+    for row, cache in enumerate(caches):
+        close(engine.read(cache, tokens(7, seed=2)), batch.logits[row])
+    roomy = engine.new_cache(CacheConfig(slots=80, recent=6))
+    engine.read(roomy, tokens(60))
+    before = [layer.keys.clone() for layer in roomy.layers]
+    roomy.make_room()
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(roomy.layers, before, strict=True))
+
+
 def test_a_probe_is_read_but_never_held(engine: Engine) -> None:
     ids, probe = tokens(80), tokens(6, seed=9)
     plain, guided = engine.new_cache(), engine.new_cache()

@@ -89,7 +89,8 @@ class Answer:
         rest = self._stream.finish()
         if self._calls is not None:
             rest = self._calls.push(rest)
-            held, self._parsed = self._calls.finish()
+            cut = self.constraint is not None and not self.constraint.complete
+            held, self._parsed = self._calls.finish(broken=cut)
             rest += held
         self.text += rest
         full = not self.stopped and len(self.tokens) == self.sampling.max_tokens

@@ -130,8 +130,6 @@ class Step:
             probe=call.query[:, :, new:] if probing else None,
             probe_position=position[:, new:] if probing else None,
             counts=self.counts,
-            scaling=call.scaling,
-            softcap=call.softcap,
             sinks=call.sinks,
         )
 
@@ -247,4 +245,6 @@ def _spec(call: Call, kind: str | None, config: Any) -> LayerSpec:
         window=window,
         dtype=call.key.dtype,
         device=call.key.device,
+        scaling=call.scaling,
+        softcap=call.softcap,
     )

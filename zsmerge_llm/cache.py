@@ -73,6 +73,13 @@ class Cache:
         """Whether `new` tokens can be read without any full-attention layer compressing."""
         return all(layer.fits(new) for layer in self.layers if layer.spec.window is None)
 
+    def make_room(self) -> None:
+        """Empty the stage of every layer, between two turns rather than while the next one is waited for."""
+        seen = torch.tensor(self.lengths)
+        with torch.inference_mode():
+            for layer in self.layers:
+                layer.make_room(seen)
+
     def clone(self) -> Cache:
         """An independent copy."""
         return Cache.stack([self])

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 LONGEST = 12
 """Longer pieces of filler look no better, and a tokenizer's longest ones are rules and blanks."""
 BRANCHES = 8
-STEPS = 1500
-"""Steps of a search for a way that fits, in all. One takes about 0.1 ms."""
+TRIES = 2000
+"""Tokens tried in a search for a way that fits, in all. One takes about 0.1 ms."""
 BURST, GROWTH = 64, 16
 """A plan is not looked at again as long as its growth by GROWTH tokens a step, and BURST at once, could not matter."""
 
@@ -37,13 +37,13 @@ class Closing:
         quotes = _sorted(texts, r'"[\]}]*')
         digits = [*_single(texts, "0"), *_single(texts, "123456789"), *_sorted(texts, r"[0-9]{2,}")]
         words = _sorted(texts, r"null|true|false") + _sorted(texts, r"[A-Za-z]+")
-        self._ascii = _single(texts, "".join(map(chr, range(32, 127))))
+        single = _single(texts, "".join(map(chr, [*range(32, 127), *range(128, 256)])))  # bytes of UTF-8, the latter
         late = set(_single(texts, "-[{"))
-        filler = [index for index in self._ascii if index not in late]
+        filler = [index for index in single if index not in late]
         self._structure = _array([*brackets, *_sorted(texts, '""?'), *quotes, *digits, *words, *filler, *sorted(late)])
         self._inside = _array([*quotes, *words, *filler, *brackets])
         self._braces = _single(texts, "{}")
-        self._choices = [*dict.fromkeys([*quotes[:4], *brackets[:4], *self._ascii])]
+        self._choices = [*dict.fromkeys([*quotes[:4], *brackets[:4], *single])]
 
     def is_end(self, token: int) -> bool:
         """Whether it ends an answer."""
@@ -69,30 +69,31 @@ class Closing:
             return []
         if known and len(known) <= limit and self._completes(state, known):
             return known
-        return self._search(state, limit, STEPS if thorough else 0)
+        return self._search(state, limit, TRIES if thorough else 0)
 
     def _completes(self, state: LLMatcher, tokens: list[int]) -> bool:
         return state.validate_tokens([*tokens, next(iter(self._ends))]) > len(tokens)
 
-    def _search(self, start: LLMatcher, limit: int, steps: int) -> list[int] | None:
+    def _search(self, start: LLMatcher, limit: int, tries: int) -> list[int] | None:
         """The obvious way; then leave it at one point, at two, and so on: limited discrepancy search."""
         order = count()
         waiting: list[tuple[int, int, int, list[int], LLMatcher]] = [(0, 0, next(order), [], start)]
-        while waiting:
+        while True:
             turns, _, _, before, state = heapq.heappop(waiting)
             path, ended = self._obvious(state, 2 * limit - len(before))
             if ended and (plan := self._fitting(start, before + path, limit)) is not None:
                 return plan
             state = state.deep_copy()
             for token in path[:limit]:
-                if (steps := steps - 1) < 0:
-                    return None
-                for other, child in self._others(state, token):
+                others, tried = self._others(state, token) if tries > 0 else ([], 0)
+                for other, child in others:
                     way = [*before, other]
                     heapq.heappush(waiting, (turns + 1, len(way), next(order), way, child))
+                tries -= tried
                 state.consume_token(token)
                 before = [*before, token]
-        return None
+            if tries <= 0 or not waiting:
+                return None
 
     def _obvious(self, start: LLMatcher, limit: int) -> tuple[list[int], bool]:
         """What closes most at each step, and whether that came to an end."""
@@ -112,26 +113,31 @@ class Closing:
 
     def _best(self, state: LLMatcher) -> int:
         allowed = self._allowed(state)
-        inside = len(self._braces) == 2 and bool(allowed[self._braces].all())  # only a string takes both
-        ranked = self._inside if inside else self._structure
+        ranked = self._inside if self._in_string(allowed) else self._structure
         at = allowed[ranked].argmax() if len(ranked) else 0
         return int(ranked[at]) if len(ranked) and allowed[ranked[at]] else int(allowed.argmax())
 
-    def _others(self, state: LLMatcher, token: int) -> list[tuple[int, LLMatcher]]:
-        """Other next tokens than `token`, one for each set of tokens that could follow."""
+    def _others(self, state: LLMatcher, token: int) -> tuple[list[tuple[int, LLMatcher]], int]:
+        """Other next tokens than `token`, one for each set of tokens that could follow, and how many were tried."""
         allowed = self._allowed(state)
+        found: list[tuple[int, LLMatcher]] = []
+        if allowed.sum() == 1 or self._in_string(allowed):  # its end is the obvious way, and no other is shorter
+            return found, 1
         taken = state.deep_copy()
         taken.consume_token(token)
-        seen = {taken.compute_bitmask()}
-        found: list[tuple[int, LLMatcher]] = []
+        seen, tried = {taken.compute_bitmask()}, 0
         for other in self._choices:
             if not allowed[other] or other == token or len(found) == BRANCHES:
                 continue
-            child = state.deep_copy()
+            child, tried = state.deep_copy(), tried + 1
             if child.consume_token(other) and (follow := child.compute_bitmask()) not in seen:
                 seen.add(follow)
                 found.append((other, child))
-        return found
+        return found, tried
+
+    def _in_string(self, allowed: NDArray[np.bool_]) -> bool:
+        """Whether the next token is part of any text: nothing else takes both braces."""
+        return len(self._braces) == 2 and bool(allowed[self._braces].all())
 
     def _allowed(self, state: LLMatcher) -> NDArray[np.bool_]:
         import numpy as np

@@ -52,7 +52,7 @@ class CacheConfig:
     residual: int = 0
     alpha: float = 0.6
     decay: float = 1.0
-    stage: int = 32
+    stage: int = 128
     scoring: Scoring = "window"
     window: int = 32
     pool: int = 5

@@ -34,6 +34,8 @@ class LayerSpec:
     window: int | None
     dtype: torch.dtype
     device: torch.device
+    scaling: float | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,6 @@ class Arrival:
     probe: Tensor | None
     probe_position: Tensor | None
     counts: list[int]
-    scaling: float
-    softcap: float | None = None
     sinks: Tensor | None = None
 
     @property
@@ -126,6 +126,21 @@ class LayerCache:
         """Whether all rows have used the same number of slots."""
         return self.fills.count(self.fills[0]) == len(self.fills)
 
+    def make_room(self, seen: Tensor) -> None:
+        """Compress now, by the newest queries, what would be compressed while the next tokens are waited for.
+
+        seen: [B], tokens read by each row.
+        """
+        slots, used = self.config.slots, max(self.fills)
+        full = [slots is not None and fill > slots for fill in self.fills]
+        if slots is None or not any(full):
+            return
+        held = Held(**{name: getattr(self, name)[:, :, :used] for name in PER_SLOT}, base=self.fills, in_place=True)
+        if self.config.scoring == "window":
+            self._weigh(held, full, self.queries, self.query_position)
+        self.fills = [slots if due else fill for due, fill in zip(full, self.fills, strict=True)]
+        self._compress(held, full, seen.to(self.spec.device))
+
     def fits(self, new: int) -> bool:
         """Whether every row can take `new` tokens without compressing."""
         return self.config.slots is None or max(self.fills) + new < self.capacity
@@ -164,7 +179,10 @@ class LayerCache:
         else:
             self._remember(arrival)
             if any(full):
-                self._weigh(held, arrival, full)
+                queries, asking = self.queries, self.query_position
+                if arrival.probe is not None and arrival.probe_position is not None:
+                    queries, asking = arrival.probe, arrival.probe_position
+                self._weigh(held, full, queries, asking, arrival.sinks)
 
     def _write(self, slots: Tensor, entry: Tensor) -> None:
         """Put entry [B, H, n, ...] into slots [B, H, P, ...], for each row from its own fill on."""
@@ -198,12 +216,12 @@ class LayerCache:
         # A constant taken from all keys changes no softmax, and keeps half-precision logits small and exact.
         present = held.count[..., None] > 0
         centre = (held.keys.float() * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
-        plain = arrival.sinks is None and arrival.softcap is None
+        plain = arrival.sinks is None and self.spec.softcap is None
         keys = (held.keys.float() - centre).to(held.keys.dtype) if plain else held.keys
         bias = policy.slot_bias(held.count, self.config.alpha)[:, :, None, None, :]
         base = torch.tensor(held.base, device=keys.device)
         causal = policy.causal_bias(base, arrival.keys.shape[2], keys.shape[2], bias.dtype)[:, None, None]
-        paid = _paid(arrival, arrival.queries, keys, bias + causal)
+        paid = self._paid(arrival.queries, keys, bias + causal, arrival.sinks)
         held.score.copy_(policy.contribution(held.score, paid, arrival.valid, self.config.decay))
 
     def _remember(self, arrival: Arrival) -> None:
@@ -217,14 +235,16 @@ class LayerCache:
         self.queries.copy_(queries[:, :, -room:])
         self.query_position.copy_(asking[:, -room:])
 
-    def _weigh(self, held: Held, arrival: Arrival, full: list[bool]) -> None:
-        """What the probe, or the newest queries, pay each slot of a full row; a slot keeps the best it ever got."""
-        queries, asking = self.queries, self.query_position
-        if arrival.probe is not None and arrival.probe_position is not None:
-            queries, asking = arrival.probe, arrival.probe_position
+    def _weigh(
+        self, held: Held, full: list[bool], queries: Tensor, asking: Tensor, sinks: Tensor | None = None
+    ) -> None:
+        """What some queries, the newest or a probe's, pay each slot of a full row; a slot keeps the best it ever got.
+
+        queries: [B, Hq, m, D]; asking: [B, m], their positions, -1 for none.
+        """
         seen = held.position[:, :, None, :] <= asking[:, None, :, None]  # [B, H, m, C]
         bias = policy.slot_bias(held.count, self.config.alpha)[:, :, None, :].masked_fill(~seen, policy.NEVER)
-        paid = _paid(arrival, queries.float(), held.keys.float(), bias[:, :, None])
+        paid = self._paid(queries.float(), held.keys.float(), bias[:, :, None], sinks)
         now = policy.importance(paid, asking >= 0, self.config.pool)
         due = torch.tensor(full, device=now.device)[:, None, None]
         held.score.copy_(torch.where(due, torch.maximum(held.score * self.config.decay, now), held.score))
@@ -278,13 +298,13 @@ class LayerCache:
         self.values[rows, :, :size] = values.to(self.values.dtype)
         self.count[rows, :, :size] = count
 
+    def _paid(self, queries: Tensor, keys: Tensor, bias: Tensor, sinks: Tensor | None) -> Tensor:
+        """Weights [B, H, G, m, C] that queries [B, Hq, m, D] pay to keys [B, H, C, D]."""
+        batch, heads, count, dim = queries.shape
+        grouped = queries.view(batch, keys.shape[1], heads // keys.shape[1], count, dim)
+        scaling = dim**-0.5 if self.spec.scaling is None else self.spec.scaling
+        return policy.weights(grouped, keys, bias, scaling, self.spec.softcap, sinks)
+
     @property
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in TENSORS)
-
-
-def _paid(arrival: Arrival, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-    """Weights [B, H, G, m, C] that queries [B, Hq, m, D] pay to keys [B, H, C, D]."""
-    batch, heads, count, dim = queries.shape
-    grouped = queries.view(batch, keys.shape[1], heads // keys.shape[1], count, dim)
-    return policy.weights(grouped, keys, bias, arrival.scaling, arrival.softcap, arrival.sinks)

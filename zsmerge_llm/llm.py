@@ -395,6 +395,7 @@ class LLM:
                     yield Chunk(piece)
                 if answer.stopped:
                     break
+            answer.cache.make_room()
             last = answer.finish()
             reply = answer.message()
         except Cancelled:

@@ -49,8 +49,10 @@ def importance(attention: Tensor, asking: Tensor, pool: int) -> Tensor:
     Returns:
         float32 [B, H, C]. Pooling keeps whole phrases together (SnapKV, arXiv 2404.14469).
     """
-    share = asking.float() / asking.sum(-1, keepdim=True).clamp(min=1)
-    mean = torch.einsum("bhgnc,bn->bhc", attention, share) / attention.shape[2]
+    batch, heads, group, queries, slots = attention.shape
+    share = asking.float() / (group * asking.sum(-1, keepdim=True)).clamp(min=1)  # [B, n]
+    share = share.repeat(1, group)[:, None, None].expand(-1, heads, -1, -1)  # [B, H, 1, G·n]
+    mean = (share @ attention.reshape(batch, heads, group * queries, slots))[:, :, 0]
     return F.max_pool1d(mean, pool, stride=1, padding=pool // 2)
 
 

@@ -104,9 +104,14 @@ class CallStream:
         end = self._undecided() if start is None else start
         return self._show(len(self._text[:end].rstrip()))
 
-    def finish(self) -> tuple[str, Parsed]:
-        """The text that was kept back and is no call, and the whole answer."""
-        parsed = parse(self._text, self._names)
+    def finish(self, broken: bool = False) -> tuple[str, Parsed]:
+        """The text that was kept back and is no call, and the whole answer.
+
+        `broken`: the answer was cut where it cannot end, so what was kept back is the beginning of a call.
+        """
+        parsed, held = parse(self._text, self._names), self._text[self._shown :].strip()
+        if broken and held and not (parsed.calls or parsed.invalid):
+            return "", Parsed(self._text[: self._shown], invalid=[_invalid(None, held, "The answer was cut here.")])
         return parsed.content[self._shown :], parsed
 
     def _show(self, end: int) -> str:
