@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from zsmerge_llm.cache import Cache
     from zsmerge_llm.config import CacheConfig, SamplingParams
     from zsmerge_llm.engine import Engine
+    from zsmerge_llm.grammar import Grammar
     from zsmerge_llm.llm import LLM
     from zsmerge_llm.session import Session
     from zsmerge_llm.store import Store
@@ -24,6 +25,7 @@ _HOMES = {
     "CacheConfig": "config",
     "SamplingParams": "config",
     "Engine": "engine",
+    "Grammar": "grammar",
     "LLM": "llm",
     "Session": "session",
     "Store": "store",
@@ -39,6 +41,7 @@ __all__ = [
     "CacheConfig",
     "Chunk",
     "Engine",
+    "Grammar",
     "Message",
     "Result",
     "SamplingParams",

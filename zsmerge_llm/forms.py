@@ -21,8 +21,8 @@ from zsmerge_llm.types import Message, ResponseFormat, ToolChoice
 
 JSON_NOTE = "Answer with a JSON object and nothing else."
 SCHEMA_NOTE = "Answer with JSON that follows this schema, and nothing else:\n"
-RESULT_NOTE = "Answer the question in plain words from this result, or make another call if something is missing."
-"""Follows a tool's result. Without it small models repeat the call."""
+RESULT_NOTE = "Answer the question in plain words from this result, unless another call is needed first."
+"""Follows a tool's result where a model's family writes tags. Without it small models repeat the call."""
 SPACE = r"[ \n]{0,16}"
 PLAIN = r" ?[^\s{}\[\]`(<>,](?s:.*)"
 """Text that does not begin like JSON or code."""
@@ -136,7 +136,10 @@ class _Rules:
         return f"start: answer | {self._opening()}calls{bare_call}\nanswer: {answer}\n{self._calls()}"
 
     def calls_or_text(self, begun_plainly: bool) -> str:
-        """Calls, or text that may turn into one. `begun_plainly`: nothing that begins like JSON or code."""
+        """Calls, or text that may turn into one.
+
+        `begun_plainly`: nothing that begins like JSON or code, and calls only as models write them that learnt it.
+        """
         starts = ["TEXT?"]
         text = PLAIN if begun_plainly else "(?s:.+)"
         lines = [f"TEXT: /{text}/"]
@@ -144,7 +147,7 @@ class _Rules:
             token = self._special(self._kind.mark)
             if token is not None:
                 starts.append(f"TEXT? <[{token}]> calls")
-            if token not in self._hidden():
+            if token is None or not (begun_plainly or token in self._hidden()):
                 before = f"({PLAIN})?" if begun_plainly else "(?s:.*)"
                 starts.append("spelled calls")
                 lines.append(f"spelled[lazy]: /{before}{re.escape(self._kind.mark)}/")
