@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from platformdirs import user_cache_dir
 
 from zsmerge_llm import LLM
+
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 FETCH = Path(__file__).parents[2] / "shared" / "models.py"
 

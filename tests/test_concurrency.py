@@ -6,6 +6,7 @@ import _thread
 import asyncio
 import random
 import threading
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -239,12 +240,16 @@ def test_being_interrupted_while_waiting_gives_the_turn_to_the_next() -> None:
         with lock:
             done.set()
 
-    holder = Thread(target=hold)
-    holder.start()
-    while not lock._held:
-        time.sleep(0.001)
-    with pytest.raises(KeyboardInterrupt), lock:
-        pass
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        holder = Thread(target=hold)
+        holder.start()
+        while not lock._held:
+            time.sleep(0.001)
+        with pytest.raises(KeyboardInterrupt), lock:
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
     follower = Thread(target=follow)
     follower.start()
 

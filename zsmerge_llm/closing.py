@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 LONGEST = 12
 """Longer pieces of filler look no better, and a tokenizer's longest ones are rules and blanks."""
 BRANCHES = 8
-TRIES = 2000
-"""Tokens tried in a search for a way that fits, in all. One takes about 0.1 ms."""
+STEPS = 5000
+"""Steps of a search for a way that fits, in all. One takes about 0.1 ms."""
 BURST, GROWTH = 64, 16
 """A plan is not looked at again as long as its growth by GROWTH tokens a step, and BURST at once, could not matter."""
 
@@ -69,31 +69,31 @@ class Closing:
             return []
         if known and len(known) <= limit and self._completes(state, known):
             return known
-        return self._search(state, limit, TRIES if thorough else 0)
+        return self._search(state, limit, STEPS if thorough else 0)
 
     def _completes(self, state: LLMatcher, tokens: list[int]) -> bool:
         return state.validate_tokens([*tokens, next(iter(self._ends))]) > len(tokens)
 
-    def _search(self, start: LLMatcher, limit: int, tries: int) -> list[int] | None:
+    def _search(self, start: LLMatcher, limit: int, steps: int) -> list[int] | None:
         """The obvious way; then leave it at one point, at two, and so on: limited discrepancy search."""
         order = count()
-        waiting: list[tuple[int, int, int, list[int], LLMatcher]] = [(0, 0, next(order), [], start)]
+        points: list[tuple[int, int, int, list[int], LLMatcher, int]] = []  # where to leave a way, and its next token
+        ways, turns = [(list[int](), start)], 0
         while True:
-            turns, _, _, before, state = heapq.heappop(waiting)
-            path, ended = self._obvious(state, 2 * limit - len(before))
-            if ended and (plan := self._fitting(start, before + path, limit)) is not None:
-                return plan
-            state = state.deep_copy()
-            for token in path[:limit]:
-                others, tried = self._others(state, token) if tries > 0 else ([], 0)
-                for other, child in others:
-                    way = [*before, other]
-                    heapq.heappush(waiting, (turns + 1, len(way), next(order), way, child))
-                tries -= tried
-                state.consume_token(token)
-                before = [*before, token]
-            if tries <= 0 or not waiting:
+            for before, state in ways:
+                path, ended = self._obvious(state, 2 * limit - len(before))
+                if ended and (plan := self._fitting(start, before + path, limit)) is not None:
+                    return plan
+                state, steps = state.deep_copy(), steps - len(path)
+                for token in path[:limit] if steps > 0 else ():
+                    heapq.heappush(points, (turns, len(before), next(order), before, state.deep_copy(), token))
+                    state.consume_token(token)
+                    before = [*before, token]
+            if steps <= 0 or not points:
                 return None
+            turns, _, _, before, state, token = heapq.heappop(points)
+            others, tried = self._others(state, token)
+            ways, turns, steps = [([*before, other], child) for other, child in others], turns + 1, steps - tried
 
     def _obvious(self, start: LLMatcher, limit: int) -> tuple[list[int], bool]:
         """What closes most at each step, and whether that came to an end."""
