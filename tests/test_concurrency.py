@@ -5,8 +5,8 @@ from __future__ import annotations
 import _thread
 import asyncio
 import random
-import threading
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -35,12 +35,15 @@ class Closing:
         texts = [_text(tokenizer, index) for index in range(self._size)]
         brackets = _sorted(texts, r"[\]}]+|\[\]|\{\}")
         quotes = _sorted(texts, r'"[\]}]*')
+        breaks = _sorted(texts, r'[,:] ?"?')  # before digits: a number ends as soon as it may
         digits = [*_single(texts, "0"), *_single(texts, "123456789"), *_sorted(texts, r"[0-9]{2,}")]
         words = _sorted(texts, r"null|true|false") + _sorted(texts, r"[A-Za-z]+")
         single = _single(texts, "".join(map(chr, [*range(32, 127), *range(128, 256)])))  # bytes of UTF-8, the latter
         late = set(_single(texts, "-[{"))
         filler = [index for index in single if index not in late]
-        self._structure = _array([*brackets, *_sorted(texts, '""?'), *quotes, *digits, *words, *filler, *sorted(late)])
+        self._structure = _array(
+            [*brackets, *_sorted(texts, '""?'), *quotes, *breaks, *digits, *words, *filler, *sorted(late)]
+        )
         self._inside = _array([*quotes, *words, *filler, *brackets])
         self._braces = _single(texts, "{}")
         self._choices = [*dict.fromkeys([*quotes[:4], *brackets[:4], *single])]
