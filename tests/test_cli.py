@@ -33,7 +33,7 @@ class FakeNetwork:
 class FakeEngine:
     model = FakeNetwork()
 
-    def new_cache(self, config: CacheConfig) -> FakeCache:
+    def new_cache(self, rows: int) -> FakeCache:
         return FakeCache()
 
 

@@ -7,8 +7,9 @@ trace, not guessed from its config, and what the cache cannot carry is refused b
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,16 @@ class Call:
     sinks: Tensor | None
 
 
-class Carrier(Protocol):
+class Carrier(ABC):
     """What the model hands through to each attention layer."""
 
-    def attend(self, call: Call) -> Tensor: ...
+    @abstractmethod
+    def attend(self, call: Call) -> Tensor:
+        """What the layer makes of its call: [B, Hq, T, D]."""
+
+    def get_seq_length(self) -> int:
+        """For models that take this object for a cache of transformers (Falcon)."""
+        return 0
 
 
 def zsmerge_attention(
@@ -84,7 +91,7 @@ AttentionInterface.register(NAME, zsmerge_attention)
 
 
 @dataclass
-class Step:
+class Step(Carrier):
     """One forward pass over `cache`: the tokens to keep and, behind them, the probe's, which only look.
 
     position [B, T] covers all T = n + m tokens, valid [B, n] (False: padding; None: no padding) the n = `new` to keep;
@@ -98,10 +105,6 @@ class Step:
     counts: list[int]
     seen: Tensor
     shared: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-
-    def get_seq_length(self) -> int:
-        """For models that take this object for a cache of transformers (Falcon)."""
-        return 0
 
     def attend(self, call: Call) -> Tensor:
         """Append, attend, observe, compress: [B, Hq, T, D]."""
@@ -188,13 +191,10 @@ def _attend(call: Call, keys: Tensor, values: Tensor, bias: Tensor | None) -> Te
 
 
 @dataclass
-class _Trace:
+class _Trace(Carrier):
     """Sees what each layer asks for in a forward pass without a cache."""
 
     calls: dict[int, Call] = field(default_factory=dict)
-
-    def get_seq_length(self) -> int:
-        return 0
 
     def attend(self, call: Call) -> Tensor:
         self.calls[call.layer] = call

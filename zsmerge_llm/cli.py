@@ -365,8 +365,7 @@ def _report(screen: Screen, llm: LLM, last: Chunk, sampling: SamplingParams) -> 
     """The memory line."""
     usage = last.usage
     assert usage is not None
-    # caches know what an exact one would take; the smallest one does to ask
-    full = llm.engine.new_cache(CacheConfig.streaming(slots=4)).full_nbytes(usage.total_tokens)
+    full = llm.engine.new_cache(rows=0).full_nbytes(usage.total_tokens)
     screen.memory(usage, full)
     if last.finish_reason == "length":
         screen.note(f"The answer was cut at {sampling.max_tokens} tokens: --max-tokens allows more.")

@@ -6,7 +6,7 @@ forward passes take turns, first come first served.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from threading import Event
 
 import torch
@@ -20,9 +20,9 @@ from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.fairness import FairLock
 from zsmerge_llm.grammar import Constraint
 from zsmerge_llm.sampling import Sampler
+from zsmerge_llm.types import Progress
 
 Ids = Sequence[int] | Tensor
-Progress = Callable[[int, int], None]
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
@@ -325,7 +325,7 @@ def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
 
 def _one_row(cache: Cache) -> None:
     if cache.rows != 1:
-        raise InputError(f"This cache holds {cache.rows} rows: use read_batch and stream_batch, or cache.row(i).")
+        raise InputError(f"This cache holds {cache.rows} rows: use read_batch and decode, or cache.row(i).")
 
 
 def _check(cancel: Event | None) -> None:

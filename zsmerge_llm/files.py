@@ -169,27 +169,10 @@ class Folder:
     def saved(self) -> dict[str, File]:
         """What an earlier run left here, the oldest first. Anything that is no session of ours stays untouched."""
         found: list[tuple[str, File]] = []
-        for path in self.path.glob(f"*{self._ending}"):
-            try:
-                about = saving.read_about(path)
-                stat = path.stat()
-            except (SessionError, OSError):
-                continue
+        for about, path in list_folder(self.path, self._ending):
             if about["fingerprint"] == asdict(self.fingerprint):
-                name = _name(about, path)
-                file = File(
-                    path,
-                    about["digest"],
-                    about["messages"],
-                    about["tokens"],
-                    tuple(about["chain"]),
-                    about["named"] and not NAMELESS.fullmatch(name),
-                    about["document"],
-                    about["fixed"],
-                    stat.st_size,
-                    stat.st_mtime,
-                )
-                found.append((name, file))
+                with suppress(OSError):
+                    found.append((about["name"], _file(about, path)))
         return dict(sorted(found, key=lambda entry: entry[1].used))
 
     def sweep(self) -> None:
@@ -206,14 +189,31 @@ def new_name() -> str:
     return f"chat-{uuid.uuid4().hex[:8]}"
 
 
-def list_folder(path: Path) -> list[tuple[dict[str, Any], Path]]:
+def list_folder(path: Path, ending: str = SUFFIX) -> list[tuple[dict[str, Any], Path]]:
     """What every session in a folder says of itself, whatever model it belongs to; damaged files are left out."""
     found = []
-    for file in path.glob(f"*{SUFFIX}"):
+    for file in path.glob(f"*{ending}"):
         with suppress(SessionError, OSError):
             about = saving.read_about(file)
             found.append(({**about, "name": _name(about, file)}, file))
     return found
+
+
+def _file(about: dict[str, Any], path: Path) -> File:
+    """What is known of a session of `list_folder`. Raises OSError where the file is gone meanwhile."""
+    stat = path.stat()
+    return File(
+        path,
+        about["digest"],
+        about["messages"],
+        about["tokens"],
+        tuple(about["chain"]),
+        about["named"] and not NAMELESS.fullmatch(about["name"]),
+        about["document"],
+        about["fixed"],
+        stat.st_size,
+        stat.st_mtime,
+    )
 
 
 def _name(about: dict[str, Any], path: Path) -> str:

@@ -172,11 +172,9 @@ class LayerCache:
     def _observe(self, held: Held, arrival: Arrival, full: list[bool]) -> None:
         if self.config.slots is None:
             return
-        if self.config.scoring == "position":
-            held.score.copy_(held.position)
-        elif self.config.scoring == "attention":
+        if self.config.scoring == "attention":
             self._contribute(held, arrival)
-        else:
+        elif self.config.scoring == "window":
             self._remember(arrival)
             if any(full):
                 queries, asking = self.queries, self.query_position
@@ -263,12 +261,11 @@ class LayerCache:
         if not everyone:
             main = {name: tensor[index] for name, tensor in main.items()}
         due = torch.tensor([full[row] for row in rows], device=seen.device)[:, None, None]
-        ranking = policy.priority(
-            main["score"], main["count"], main["position"], seen[index], config.sink, config.recent
-        )
-        _, lost = policy.split(ranking, config.slots - residual)
-        evicted = {name: policy.take(tensor, lost) for name, tensor in main.items()}
-        evicted["count"] = evicted["count"] * due
+        score = main["position"].float() if config.scoring == "position" else main["score"]
+        ranking = policy.priority(score, main["count"], main["position"], seen[index], config.sink, config.recent)
+        lost = policy.lowest(ranking, config.slots - residual)
+        gone = policy.take(main["count"], lost) * due
+        merged = {name: policy.take(main[name], lost) for name in ("keys", "values", "position") if residual}
         stays = torch.ones_like(main["count"]).scatter(2, lost, (~due).float().expand(lost.shape)) * main["count"]
         order = policy.compact(stays > 0)[..., : self.capacity - residual]
         survivors = {name: policy.take(tensor, order) for name, tensor in {**main, "count": stays}.items()}
@@ -276,10 +273,10 @@ class LayerCache:
         for name, tensor in survivors.items():
             getattr(self, name)[place, :, residual : residual + tensor.shape[2]] = tensor
         if residual:
-            self._absorb(place, evicted)
+            self._absorb(place, {**merged, "count": gone})
             self.score[:, :, :residual] = held.score[:, :, :residual]
         else:
-            self.dropped[place] += evicted["count"].sum(-1)
+            self.dropped[place] += gone.sum(-1)
 
     def _absorb(self, rows: slice | Tensor, evicted: dict[str, Tensor]) -> None:
         """Merge evicted tokens into the residual slots of some rows."""

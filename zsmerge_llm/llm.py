@@ -17,7 +17,7 @@ from zsmerge_llm.forms import Form
 from zsmerge_llm.grammar import Grammar
 from zsmerge_llm.parts import Parts, assemble
 from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe, message_probe
-from zsmerge_llm.types import Chunk, Message, ResponseFormat, Result, ToolChoice
+from zsmerge_llm.types import Chunk, Message, Progress, ResponseFormat, Result, ToolChoice
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from zsmerge_llm.store import Store
 
 Messages = str | Sequence[Message]
-
-
-Progress = Callable[[int, int], None]
 
 
 class LLM:

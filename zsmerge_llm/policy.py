@@ -66,10 +66,9 @@ def priority(score: Tensor, count: Tensor, position: Tensor, seen: Tensor, sink:
     return torch.where(count > 0, torch.where(kept, float("inf"), score), NEVER)
 
 
-def split(ranking: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Indices of the `keep` highest and of the others, each in slot order: [B, H, K], [B, H, L]. Older wins a tie."""
-    order = ranking.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :keep].sort(-1).values, order[..., keep:].sort(-1).values
+def lowest(ranking: Tensor, keep: int) -> Tensor:
+    """Indices of all but the `keep` highest, in slot order: [B, H, L]. Older wins a tie."""
+    return ranking.sort(dim=-1, descending=True, stable=True).indices[..., keep:].sort(-1).values
 
 
 def compact(present: Tensor) -> Tensor:

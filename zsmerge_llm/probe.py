@@ -26,12 +26,13 @@ def completion_probe(template: Template, ids: list[int], prompt: str) -> list[in
 
 def chat_probe(template: Template, question: str) -> list[int]:
     """A question with what the template writes after a user's message, up to the beginning of the answer."""
-    closing = template.render([{"role": "user", "content": "\x1f"}]).rpartition("\x1f")[2]
-    return template.encode(question) + template.encode(closing)
+    return template.encode(question) + _closing(template)
 
 
 def message_probe(template: Template, message: str) -> list[int]:
     """`chat_probe` of the question that a message ends with."""
-    line = template.encode(last_line(message))
-    closing = chat_probe(template, "")
-    return line[-LONGEST:] + closing
+    return template.encode(last_line(message))[-LONGEST:] + _closing(template)
+
+
+def _closing(template: Template) -> list[int]:
+    return template.encode(template.render([{"role": "user", "content": "\x1f"}]).rpartition("\x1f")[2])

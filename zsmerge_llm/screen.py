@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from zsmerge_llm.config import CacheConfig
+    from zsmerge_llm.types import Progress as Read
     from zsmerge_llm.types import Usage
 
-Read = Callable[[int, int], None]
 Show = Callable[[str], None]
 
 

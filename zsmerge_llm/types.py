@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ ToolChoice = Literal["auto", "required", "none"] | dict[str, Any]
 
 ResponseFormat = dict[str, Any]
 """`{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}`."""
+
+Progress = Callable[[int, int], None]
+"""Told (tokens read, tokens to read) while a prompt is read."""
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 """`length`: cut by `max_tokens`. Where a grammar or a tool call is at work the answer is complete all the same, only
