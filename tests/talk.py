@@ -13,6 +13,7 @@ import torch
 from tests.templates import FOLDER, template
 from tests.tiny import tiny_model
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from zsmerge_llm.attention import Step, forward
 from zsmerge_llm.conversation import Conversations
 from zsmerge_llm.engine import Engine
 
@@ -103,11 +104,10 @@ def scripted(answers: dict[int, list[int]], parsed: dict[int, dict[str, Any]]) -
 def counted() -> Iterator[list[int]]:
     """Counts the tokens that go through a model into a cache: a list of the numbers per forward pass."""
     passes: list[int] = []
-    forward = Engine._pass
 
-    def counting(self: Engine, cache: Any, ids: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        passes.append(ids.shape[1])
-        return forward(self, cache, ids, *rest, **named)
+    def counting(model: Any, step: Step, **inputs: Any) -> torch.Tensor:
+        passes.append(step.new)
+        return forward(model, step, **inputs)
 
-    with mock.patch.object(Engine, "_pass", counting):
+    with mock.patch("zsmerge_llm.engine.forward", counting):
         yield passes

@@ -12,17 +12,20 @@ PACKAGE = Path(zsmerge_llm.__file__).parent
 STOREYS = (
     {"errors", "types"},
     {"config", "quiet", "fairness", "documents", "saving", "closing", "toolcalls"},
-    {"policy", "hardware", "messages", "grammar"},
+    {"policy", "rotary", "hardware", "lowbit", "messages", "grammar", "reasoning"},
     {"layer", "gguf", "chat"},
     {"cache", "adapters", "hub", "forms", "probe"},
-    {"attention", "sampling", "loader"},
+    {"attention", "sampling", "loader", "batching"},
+    {"horizon"},
     {"engine", "session", "answer"},
-    {"files", "fingerprint"},
-    {"store"},
-    {"conversation"},
+    {"files", "fingerprint", "memory"},
+    {"store", "memory_text"},
+    {"conversation", "memory_page"},
     {"parts"},
     {"llm"},
-    {"cli", "screen"},
+    {"screen"},
+    {"cli_sessions"},
+    {"cli"},
 )
 
 

@@ -8,6 +8,7 @@ trace, not guessed from its config, and what the cache cannot carry is refused b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from zsmerge_llm import adapters, policy
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.errors import InputError, UnsupportedModelError
 from zsmerge_llm.layer import Arrival, Held, LayerCache, LayerSpec
+from zsmerge_llm.rotary import Rotation, fit
 
 NAME = "zsmerge"
 HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"}
@@ -147,11 +149,11 @@ class Step(Carrier):
     def _bias(self, layer: LayerCache, held: Held, call: Call) -> Tensor | None:
         """What is added to the logits, broadcastable to [B, Hq, T, C + m]; None where nothing is."""
         total, probing, window = call.query.shape[2], call.query.shape[2] - self.new, layer.spec.window
-        if window is None and layer.level and self.valid is None and layer.config.residual == 0:
-            return None if total == 1 else self._causal(held, call)[:1]  # every slot holds just one token
+        if window is None and layer.config.residual == 0:  # every slot in use holds just one token
+            return None if total == 1 and layer.level else self._causal(layer, held, call)
         bias = F.pad(policy.slot_bias(held.count, layer.config.alpha), (0, probing))[:, :, None, :]  # [B, H, 1, C + m]
         if total > 1:
-            bias = bias + self._causal(held, call)
+            bias = bias + self._causal(layer, held, call)
         if window is not None:
             position = self._on(call.key.device, "position")
             keys = torch.cat([held.position[:, 0], position[:, self.new :].to(torch.int32)], dim=1)
@@ -159,15 +161,17 @@ class Step(Carrier):
         group = call.query.shape[1] // call.key.shape[1]
         return bias.to(call.query.dtype).repeat_interleave(group, dim=1)
 
-    def _causal(self, held: Held, call: Call) -> Tensor:
+    def _causal(self, layer: LayerCache, held: Held, call: Call) -> Tensor:
         """[B, 1, T, C + m]; made once for all layers of the same fill. The probe stands behind all slots."""
         total, slots = call.query.shape[2], held.count.shape[2]
-        key = ("causal", tuple(held.base), slots, call.query.dtype, call.query.device)
+        fills, bases = (layer.fills[:1], held.base[:1]) if layer.level else (layer.fills, held.base)
+        key = ("causal", tuple(fills), tuple(bases), slots, call.query.dtype, call.query.device)
         if key not in self.shared:
-            base = torch.tensor(held.base, device=call.query.device)
+            filled, base = torch.tensor([fills, bases], device=call.query.device)
             probing = total - self.new
-            own = policy.causal_bias(base, self.new, slots, call.query.dtype)
-            after = policy.causal_bias(torch.full_like(base, slots), probing, slots + probing, call.query.dtype)
+            own = policy.causal_bias(filled, base, self.new, slots, call.query.dtype)
+            behind = torch.full_like(base, slots)
+            after = policy.causal_bias(behind, behind, probing, slots + probing, call.query.dtype)
             self.shared[key] = torch.cat([F.pad(own, (0, probing), value=policy.NEVER), after], dim=1)[:, None]
         return self.shared[key]
 
@@ -201,6 +205,17 @@ class _Trace(Carrier):
         return _attend(call, call.key, call.value, None)
 
 
+@dataclass
+class _Keys(Carrier):
+    """Sees the keys of each layer, [B, H, D], while every token attends to itself alone, wherever it stands."""
+
+    keys: dict[int, Tensor] = field(default_factory=dict)
+
+    def attend(self, call: Call) -> Tensor:
+        self.keys[call.layer] = call.key[:, :, 0]
+        return call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
+
+
 def forward(model: PreTrainedModel, carrier: Carrier, **inputs: Any) -> Tensor:
     """Logits [B, kept, vocab] of one pass in which `carrier` is handed to every attention layer."""
     keyword = adapters.keyword(model)
@@ -229,6 +244,34 @@ def prepare(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
             "(linear attention or a state space, perhaps): the compressed cache cannot carry them."
         )
     return tuple(_spec(trace.calls[index], kinds[index], config) for index in range(config.num_hidden_layers))
+
+
+@torch.inference_mode()
+def rotations(model: PreTrainedModel, places: Sequence[int]) -> list[Rotation | None]:
+    """How each layer's keys carry their place, as seen at place 0 and at `places`; None where that is not known."""
+    embedding: Any = model.get_input_embeddings()
+    vocab, device = embedding.weight.shape[0], embedding.weight.device
+    tokens = torch.linspace(0, vocab - 1, 8, device=device).long()[:, None]
+
+    def keys(place: int) -> dict[int, Tensor]:
+        seen = _Keys()
+        at = torch.full_like(tokens, place)
+        forward(model, seen, input_ids=tokens, position_ids=at, logits_to_keep=1)
+        return seen.keys
+
+    origin = keys(0)
+    # Read out now: some models change their frequencies with the place.
+    frequencies = [buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    frequencies = [each for index, each in enumerate(frequencies) if not _among(each, frequencies[:index])]
+    moved = {place: keys(place) for place in places}
+    return [
+        fit(origin[layer], {place: keys[layer] for place, keys in moved.items()}, frequencies)
+        for layer in sorted(origin)
+    ]
+
+
+def _among(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    return any(torch.equal(tensor.cpu(), other.cpu()) for other in others)
 
 
 def _spec(call: Call, kind: str | None, config: Any) -> LayerSpec:

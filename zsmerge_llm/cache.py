@@ -15,6 +15,7 @@ from torch import Tensor
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.layer import PER_SLOT, TENSORS, LayerCache, LayerSpec
+from zsmerge_llm.rotary import Places, Rotation
 
 
 class Cache:
@@ -29,6 +30,7 @@ class Cache:
         self.specs = tuple(specs)
         self.layers = [LayerCache(config, spec, rows) for spec in specs]
         self.lengths = [0] * rows
+        self.places = [Places()] * rows  # where each row's tokens stand in the model's window
         self.logits: Tensor | None = None  # [B, vocab] in the model's dtype, after each row's last token
 
     @property
@@ -80,20 +82,37 @@ class Cache:
             for layer in self.layers:
                 layer.make_room(seen)
 
+    def move(self, row: int, places: Places, rotations: Sequence[Rotation]) -> None:
+        """Let the tokens of a row stand elsewhere: every layer's keys are turned to their new places."""
+        old = self.places[row]
+        for layer, rotation in zip(self.layers, rotations, strict=True):
+            layer.move(row, lambda position: places.of(position) - old.of(position), rotation)
+        self.places[row] = places
+
     def clone(self) -> Cache:
         """An independent copy."""
         return Cache.stack([self])
 
     def row(self, index: int) -> Cache:
         """An independent copy of one row, as a cache of its own."""
-        rows = Cache.from_state(*self.state())
-        rows.lengths = [self.lengths[index]]
-        rows.logits = None if self.logits is None else self.logits[index : index + 1].clone()
-        for layer in rows.layers:
-            layer.fills = [layer.fills[index]]
+        return self.pick([index])
+
+    def pick(self, rows: Sequence[int]) -> Cache:
+        """An independent copy of some rows."""
+        some, chosen = Cache.from_state(*self.state()), list(rows)
+        some.lengths = [self.lengths[row] for row in chosen]
+        some.places = [self.places[row] for row in chosen]
+        some.logits = None if self.logits is None else self.logits[chosen]
+        for layer in some.layers:
+            layer.fills = [layer.fills[row] for row in chosen]
             for name in TENSORS:
-                setattr(layer, name, getattr(layer, name)[index : index + 1].clone())
-        return rows
+                setattr(layer, name, getattr(layer, name)[chosen])
+        return some
+
+    def become(self, other: Cache) -> None:
+        """Take over everything `other` holds; it must not be used any more."""
+        self.layers, self.lengths, self.logits = other.layers, other.lengths, other.logits
+        self.places = other.places
 
     @classmethod
     def stack(cls, caches: Sequence[Cache]) -> Cache:
@@ -107,6 +126,7 @@ class Cache:
             raise ConfigError("Only caches of one model and one CacheConfig can be stacked into a batch.")
         batch = cls(first.config, first.specs, rows=0)
         batch.lengths = [length for cache in caches for length in cache.lengths]
+        batch.places = [places for cache in caches for places in cache.places]
         known = [cache.logits for cache in caches if cache.logits is not None]
         batch.logits = torch.cat(known) if len(known) == len(caches) else None
         for index, layer in enumerate(batch.layers):
@@ -138,6 +158,7 @@ class Cache:
             "config": asdict(self.config),
             "specs": specs,
             "lengths": list(self.lengths),
+            "places": [places.knots for places in self.places],
             "fills": [layer.fills for layer in self.layers],
         }
         return tensors, facts
@@ -157,6 +178,7 @@ class Cache:
         ]
         cache = cls(CacheConfig.from_dict(facts["config"]), specs, rows=0)
         cache.lengths = list(facts["lengths"])
+        cache.places = [Places(tuple((at, to) for at, to in knots)) for knots in facts["places"]]
         logits = tensors.get("logits")
         cache.logits = logits.to(specs[-1].device) if logits is not None and specs else logits
         for index, (layer, fills) in enumerate(zip(cache.layers, facts["fills"], strict=True)):

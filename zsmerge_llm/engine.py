@@ -7,18 +7,22 @@ forward passes take turns, first come first served.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention import Step, forward, prepare
+from zsmerge_llm.batching import Batcher
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.fairness import FairLock
 from zsmerge_llm.grammar import Constraint
+from zsmerge_llm.horizon import Horizon
 from zsmerge_llm.sampling import Sampler
 from zsmerge_llm.types import Progress
 
@@ -50,7 +54,9 @@ class Engine:
         self.specs = prepare(model)
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.stop_ids = _stop_ids(model)
+        self.horizon = Horizon(model, self.specs, self.window)
         self._turn = FairLock()
+        self._together = Batcher(self._forward, self._turn)
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +66,12 @@ class Engine:
     @property
     def window(self) -> int | None:
         """The number of positions the model was trained on, where its config says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or None
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens after which answers get worse; None where there is no such number: a compressed cache goes on."""
+        return self.window if self.config.slots is None else None
 
     def new_cache(self, config: CacheConfig | None = None, rows: int = 1) -> Cache:
         """An empty cache for `rows` conversations."""
@@ -199,29 +210,46 @@ class Engine:
         if cache.logits is None or not len(sampling) == len(limits) == cache.rows:
             raise InputError("decode goes on from a cache that has read something, with one SamplingParams a row.")
         rows = [
-            _Row(Sampler(params, prompt, self.device), params, limit, self.stop_ids)
+            _Speaker(Sampler(params, prompt, self.device), params, limit, self.stop_ids)
             for params, prompt, limit in zip(sampling, prompts, limits, strict=True)
         ]
-        while True:
-            _check(cancel)
-            logits = cache.logits.float()
-            drawn = torch.stack([row.draw(scores) for row, scores in zip(rows, logits, strict=True)]).tolist()
-            chosen = [row.take(token) if row.going else None for row, token in zip(rows, drawn, strict=True)]
-            if all(token is None for token in chosen):
-                return
-            yield chosen
-            ids = [[0 if token is None else token] for token in chosen]
-            for token in rows[0].forced() if len(rows) == 1 else ():
+        with self._together.row(cache) if len(rows) == 1 else nullcontext() as alone:
+            while True:
                 _check(cancel)
-                ids[0].append(token)
-                yield [token]
-            if not any(row.going for row in rows):
-                return
-            going = torch.tensor([[row.going] for row in rows])
-            with torch.inference_mode():
-                self._pass(cache, torch.tensor(ids), None if going.all() else going)
+                logits = cache.logits.float()
+                drawn = torch.stack([row.draw(scores) for row, scores in zip(rows, logits, strict=True)]).tolist()
+                chosen = [row.take(token) if row.going else None for row, token in zip(rows, drawn, strict=True)]
+                if all(token is None for token in chosen):
+                    return
+                yield chosen
+                ids = [[0 if token is None else token] for token in chosen]
+                for token in rows[0].forced() if alone is not None else ():
+                    _check(cancel)
+                    ids[0].append(token)
+                    yield [token]
+                if not any(row.going for row in rows):
+                    return
+                if alone is not None:
+                    self._together.step(alone, ids[0])
+                else:
+                    going = torch.tensor([[row.going] for row in rows])
+                    self._pass(cache, torch.tensor(ids), None if going.all() else going)
 
     def _pass(
+        self,
+        cache: Cache,
+        ids: Tensor,
+        valid: Tensor | None = None,
+        *,
+        probe: Tensor | None = None,
+        keep: int | None = None,
+    ) -> Tensor:
+        """`_forward` when it is this thread's turn."""
+        with self._turn:
+            return self._forward(cache, ids, valid, probe=probe, keep=keep)
+
+    @torch.inference_mode()
+    def _forward(
         self,
         cache: Cache,
         ids: Tensor,
@@ -235,8 +263,13 @@ class Engine:
         keep=0 gives them after all tokens instead: [B, n, vocab]. `cache.logits` is brought up to date.
         """
         batch, new = ids.shape
+        ahead = 0 if probe is None else len(probe)
+        room = self.horizon.room(cache, new, ahead)
+        if new > room:
+            return self._in_parts(cache, ids, valid, room, probe=probe, keep=keep)
         lengths = torch.tensor(cache.lengths)
         counts = torch.full((batch,), new) if valid is None else valid.sum(-1)
+        self.horizon.make_way(cache, counts.tolist(), ahead)
         if probe is not None:
             ids = torch.cat([ids, probe[None].to(ids.device)], dim=1)
         position = lengths[:, None] + torch.arange(ids.shape[1])
@@ -244,21 +277,29 @@ class Engine:
             position = torch.minimum(position, (lengths + counts - 1).clamp(min=0)[:, None])
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
+        offset = torch.tensor([places.offset for places in cache.places])
         step = Step(cache, new, position, valid, counts.tolist(), lengths + counts)
-        with self._turn:
-            logits = forward(
-                self.model,
-                step,
-                input_ids=ids.to(self.device),
-                position_ids=position.to(self.device),
-                logits_to_keep=wanted.to(self.device),
-            )
+        logits = forward(
+            self.model,
+            step,
+            input_ids=ids.to(self.device),
+            position_ids=(position - offset[:, None]).to(self.device),
+            logits_to_keep=wanted.to(self.device),
+        )
         cache.lengths = step.seen.tolist()
         last = logits[torch.arange(batch), torch.searchsorted(wanted, ends)]
         if cache.logits is not None:
             last = torch.where((counts > 0).to(last.device)[:, None], last, cache.logits)
         cache.logits = last
         return last[:, None] if keep is None else logits
+
+    def _in_parts(self, cache: Cache, ids: Tensor, valid: Tensor | None, size: int, **how: Any) -> Tensor:
+        """`_forward` in passes of at most `size` tokens, where the model's window is small."""
+        masks = [None] * -(-ids.shape[1] // size) if valid is None else valid.split(size, dim=1)
+        logits = [
+            self._forward(cache, part, mask, **how) for part, mask in zip(ids.split(size, dim=1), masks, strict=True)
+        ]
+        return torch.cat(logits, dim=1) if how["keep"] == 0 else logits[-1]
 
     def _ids(self, ids: Ids) -> Tensor:
         """Token ids as a checked CPU tensor int64 [T]."""
@@ -272,7 +313,7 @@ class Engine:
         return tokens
 
 
-class _Row:
+class _Speaker:
     """One row while it decodes: how its tokens are drawn, and whether it goes on."""
 
     def __init__(

@@ -1,10 +1,23 @@
-"""A lock that is granted in the order in which it was asked for."""
+"""A lock that is granted in the order in which it was asked for, and whose holder may do the work of those who wait."""
 
 from __future__ import annotations
 
 from collections import deque
-from threading import Lock
+from collections.abc import Callable, Iterable
+from threading import Lock, get_ident
 from types import TracebackType
+from typing import Any
+
+
+class Ticket:
+    """A place in the queue. `work` is what the holder of the lock may do for whoever waits; None: nothing."""
+
+    def __init__(self, work: Any = None) -> None:
+        self.work = work
+        self.served = False
+        self._taken = False
+        self._wait = Lock()
+        self._wait.acquire()
 
 
 class FairLock:
@@ -12,38 +25,77 @@ class FairLock:
 
     def __init__(self) -> None:
         self._guard = Lock()
-        self._held = False
-        self._waiting: deque[Lock] = deque()
+        self._holder: int | None = None
+        self._waiting: deque[Ticket] = deque()
+
+    @property
+    def mine(self) -> bool:
+        """Whether the calling thread holds the lock."""
+        return self._holder == get_ident()
 
     def __enter__(self) -> None:
+        self.wait(Ticket())
+
+    def wait(self, ticket: Ticket) -> bool:
+        """Wait for the lock: True when it is held, False when another holder has done this ticket's work."""
         with self._guard:
-            if not self._held:
-                self._held = True
-                return
-            turn = Lock()
-            turn.acquire()
-            self._waiting.append(turn)
+            if self._holder is None:
+                self._holder = get_ident()
+                return True
+            self._waiting.append(ticket)
         try:
-            turn.acquire()  # released by whoever hands over
+            ticket._wait.acquire()  # released by whoever hands over
         except BaseException:  # interrupted: nobody may hand over to a thread that has left
-            self._leave(turn)
+            self._leave(ticket)
             raise
+        if ticket.served:
+            return False
+        self._holder = get_ident()
+        return True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock to the next in the queue."""
         with self._guard:
             self._pass_on()
 
-    def _leave(self, turn: Lock) -> None:
+    def take(self, wanted: Callable[[Any], bool]) -> list[Ticket]:
+        """The holder takes the waiting tickets of the wanted work out of the queue, and must `serve` them."""
         with self._guard:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            else:
+            taken = [ticket for ticket in self._waiting if ticket.work is not None and wanted(ticket.work)]
+            for ticket in taken:
+                ticket._taken = True
+                self._waiting.remove(ticket)
+        return taken
+
+    def waiting(self, wanted: Callable[[Any], bool]) -> int:
+        """How many tickets of the wanted work wait."""
+        with self._guard:
+            return sum(ticket.work is not None and wanted(ticket.work) for ticket in self._waiting)
+
+    def serve(self, tickets: Iterable[Ticket]) -> None:
+        """The work of these tickets is done: their threads go on without ever holding the lock."""
+        for ticket in tickets:
+            ticket.served = True
+            ticket._wait.release()
+
+    def _leave(self, ticket: Ticket) -> None:
+        with self._guard:
+            taken = ticket._taken
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            elif not taken:
                 self._pass_on()
+        if taken and not ticket.served:
+            ticket._wait.acquire()  # its work is being done just now
 
     def _pass_on(self) -> None:
         if self._waiting:
-            self._waiting.popleft().release()
+            self._holder = -1  # nobody's until the next one wakes
+            self._waiting.popleft()._wait.release()
         else:
-            self._held = False
+            self._holder = None

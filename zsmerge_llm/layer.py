@@ -11,6 +11,7 @@ Everything mutates in place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from zsmerge_llm import policy
 from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.rotary import Rotation
 
 PER_SLOT = ("keys", "values", "count", "score", "position")
 TENSORS = (*PER_SLOT, "residual_keys", "residual_values", "dropped", "queries", "query_position")
@@ -145,6 +147,21 @@ class LayerCache:
         """Whether every row can take `new` tokens without compressing."""
         return self.config.slots is None or max(self.fills) + new < self.capacity
 
+    def move(self, row: int, by: Callable[[Tensor], Tensor], rotation: Rotation) -> None:
+        """Turn the keys of one row, and the queries it remembers, to other places.
+
+        A residual slot is turned by its first token's position: nearly right for the others that it merged.
+
+        by: int [...], positions → float [...], by how many places each moves.
+        """
+        step = by(self.position[row])
+        self.keys[row] = rotation.turn(self.keys[row], step)
+        if size := self.config.residual:
+            self.residual_keys[row] = rotation.turn(self.residual_keys[row], step[:, :size])
+            self.keys[row, :, :size] = self.residual_keys[row].to(self.keys.dtype)
+        if self.queries.shape[2]:
+            self.queries[row] = rotation.turn(self.queries[row], by(self.query_position[row])[None])
+
     def append(self, arrival: Arrival) -> Held:
         """Take in the arriving tokens; what to attend to."""
         new, used = arrival.keys.shape[2], max(self.fills)
@@ -218,7 +235,7 @@ class LayerCache:
         keys = (held.keys.float() - centre).to(held.keys.dtype) if plain else held.keys
         bias = policy.slot_bias(held.count, self.config.alpha)[:, :, None, None, :]
         base = torch.tensor(held.base, device=keys.device)
-        causal = policy.causal_bias(base, arrival.keys.shape[2], keys.shape[2], bias.dtype)[:, None, None]
+        causal = policy.causal_bias(base, base, arrival.keys.shape[2], keys.shape[2], bias.dtype)[:, None, None]
         paid = self._paid(arrival.queries, keys, bias + causal, arrival.sinks)
         held.score.copy_(policy.contribution(held.score, paid, arrival.valid, self.config.decay))
 

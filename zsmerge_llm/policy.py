@@ -147,14 +147,15 @@ def weights(
     return paid[..., :-1] if sinks is not None else paid
 
 
-def causal_bias(base: Tensor, new: int, slots: int, dtype: torch.dtype) -> Tensor:
+def causal_bias(filled: Tensor, base: Tensor, new: int, slots: int, dtype: torch.dtype) -> Tensor:
     """[B, new, slots]: 0 where a new token may look, else -inf. New token j of row b stands in slot base[b] + j.
 
-    It may look at every slot before base[b], and at new tokens up to itself.
+    It may look at the first filled[b] slots, and at new tokens up to itself.
     """
     slot = torch.arange(slots, device=base.device)
     own = base[:, None] + torch.arange(new, device=base.device)
-    return torch.zeros(len(base), new, slots, dtype=dtype, device=base.device).masked_fill(slot > own[..., None], NEVER)
+    hidden = (slot > own[..., None]) | ((slot >= filled[:, None]) & (slot < base[:, None]))[:, None]
+    return torch.zeros(len(base), new, slots, dtype=dtype, device=base.device).masked_fill(hidden, NEVER)
 
 
 def window_bias(query_position: Tensor, key_position: Tensor, window: int) -> Tensor:

@@ -1,0 +1,132 @@
+"""Rotary positions as pure functions: where a token stands in the model's window, and moving keys to another place.
+
+A *position* counts the tokens of the text and grows for ever. A *place* is what the model is told instead: it never
+leaves the window that the model was trained on. Rotations add up, so a key that was rotated to one place is turned to
+another by the difference alone, whatever constant scales the frequencies or the cosines (linear, llama3, YaRN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """A map from positions to places: monotone, linear between its knots, and of scale 1 behind the last.
+
+    knots: (position, place), both ascending; (0, 0) is understood. The last place is a whole number. Without knots
+    every token stands at its position.
+    """
+
+    knots: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def offset(self) -> int:
+        """Position minus place of every token behind the last knot."""
+        return self.knots[-1][0] - int(self.knots[-1][1]) if self.knots else 0
+
+    def of(self, position: Tensor) -> Tensor:
+        """Places of positions >= 0 (any shape): float64 of the same shape, on the CPU."""
+        at, to = torch.tensor([(0, 0.0), *self.knots], dtype=torch.float64).T.contiguous()
+        slope = torch.cat([to.diff() / at.diff(), torch.ones(1, dtype=torch.float64)])
+        wanted = position.to("cpu", torch.float64).contiguous()
+        knot = (torch.searchsorted(at, wanted, right=True) - 1).clamp(min=0)
+        return to[knot] + (wanted - at[knot]) * slope[knot]
+
+    def squeezed(self, head: int, near: int, to: int, segments: int) -> Places:
+        """The map in which position `near`, and all behind it with their distances, moves down to place `to`.
+
+        The first `head` positions stay, and what is between `head` and `near` moves together in proportion. Of its
+        linear parts at most `segments` remain; the oldest become one.
+        """
+        end = float(self.of(torch.tensor(near)))
+        scale = (to - head) / (end - head)
+        between = [(at, head + (place - head) * scale) for at, place in self.knots if head < at < near]
+        between = between[max(0, len(between) + 1 - segments) :]
+        first = [(head, float(head))] if head else []
+        return Places((*first, *between, (near, float(to))))
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How a layer's keys carry their place: pairs of dimensions, each turned by place · frequency.
+
+    frequencies: float64 [r / 2] on the CPU, empty for a layer that knows no positions; the r dimensions from `start`
+    on are turned, as pairs (i, i + r / 2) or, `interleaved`, as pairs (2i, 2i + 1).
+    """
+
+    frequencies: Tensor
+    start: int = 0
+    interleaved: bool = False
+
+    def turn(self, keys: Tensor, by: Tensor) -> Tensor:
+        """Move keys [..., D] by so many places each ([...], broadcastable), computed in float32: the keys' dtype."""
+        if not len(self.frequencies):
+            return keys
+        angle = by.to("cpu", torch.float64)[..., None] * self.frequencies
+        cos, sin = (wave.to(keys.device, torch.float32) for wave in (angle.cos(), angle.sin()))
+        first, second = (part.float() for part in self.pairs(keys))
+        turned = first * cos - second * sin, second * cos + first * sin
+        mixed = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
+        end = self.start + 2 * len(self.frequencies)
+        return torch.cat([keys[..., : self.start], mixed.to(keys.dtype), keys[..., end:]], dim=-1)
+
+    def pairs(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Both members of every turned pair of keys [..., D]: twice [..., r / 2]."""
+        size = len(self.frequencies)
+        part = keys[..., self.start : self.start + 2 * size]
+        return (part[..., ::2], part[..., 1::2]) if self.interleaved else (part[..., :size], part[..., size:])
+
+    def rest(self, keys: Tensor) -> Tensor:
+        """The dimensions that are not turned."""
+        return torch.cat([keys[..., : self.start], keys[..., self.start + 2 * len(self.frequencies) :]], dim=-1)
+
+
+def fit(origin: Tensor, moved: Mapping[int, Tensor], frequencies: Sequence[Tensor]) -> Rotation | None:
+    """The rotation that takes keys at place 0 to what the model makes of the same tokens at other places.
+
+    Args:
+        origin: [N, H, D], keys of some tokens at place 0. moved: by place, what they are there.
+        frequencies: the candidates, each [r / 2].
+
+    Returns:
+        None where no candidate explains every pair of dimensions at every place.
+    """
+    dim = origin.shape[-1]
+    candidates = [Rotation(torch.empty(0, dtype=torch.float64))]
+    for given in frequencies:
+        known, size = given.detach().to("cpu", torch.float64).flatten(), 2 * given.numel()
+        starts = {0, dim - size} if 0 < size <= dim else set()
+        candidates += [Rotation(known, start, mixed) for start in sorted(starts) for mixed in (False, True)]
+    errors = [_misfit(candidate, origin.float(), moved) for candidate in candidates]
+    best = min(range(len(candidates)), key=errors.__getitem__)
+    return candidates[best] if errors[best] < 1 else None
+
+
+def _misfit(rotation: Rotation, origin: Tensor, moved: Mapping[int, Tensor]) -> float:
+    """The largest error of any turned pair, or dimension that is not turned, in units of what rounding explains.
+
+    Each is relative to its own size: a large bias in some dimensions must not hide that others are wrong.
+    """
+    worst = 0.0
+    for place, keys in moved.items():
+        rounding = max(1e-3, 8 * torch.finfo(keys.dtype).eps) + 4 * place * 2.0**-24  # the model's angles are float32
+        off = rotation.turn(origin, torch.tensor(float(place))) - keys.float()
+        for part in (_pair_sizes, _rest_sizes):
+            error, size = part(rotation, off), part(rotation, origin)
+            if error.numel():
+                worst = max(worst, float((error / size.clamp(min=1e-6)).max()) / rounding)
+    return worst
+
+
+def _pair_sizes(rotation: Rotation, keys: Tensor) -> Tensor:
+    first, second = (part.flatten(0, -2) for part in rotation.pairs(keys))
+    return (first.square() + second.square()).sum(0).sqrt()
+
+
+def _rest_sizes(rotation: Rotation, keys: Tensor) -> Tensor:
+    return rotation.rest(keys).flatten(0, -2).norm(dim=0)
