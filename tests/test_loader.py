@@ -672,11 +672,18 @@ def _with_weights_of(quantized: Any, exact: Any) -> Any:
     return exact
 
 
-@pytest.mark.parametrize(("quantization", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
-def test_quantized_weights_run_on_a_cpu_with_one_warning_at_most(
-    folder: Path, caplog: pytest.LogCaptureFixture, quantization: str, kind: str
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"quantization": "nf4"}, "Linear4bit"),
+        ({"quantization": "int8", "device": "auto", "device_map": {"": "cpu"}}, "Linear8bitLt"),
+    ],
+    ids=["nf4", "int8"],
+)
+def test_bitsandbytes_weights_run_on_a_cpu_with_one_warning_at_most(
+    folder: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], kind: str
 ) -> None:
-    model = _load(folder, quantization=quantization).model
+    model = _load(folder, **settings).model
     expected = _logits(_with_weights_of(model, _load(folder).model))
     with caplog.at_level(logging.WARNING, logger="bitsandbytes"):
         for _ in range(3):

@@ -20,7 +20,7 @@ DTYPES = {
     "float16": "float16",
     "fp16": "float16",
 }
-QUANTIZATIONS = ("nf4", "int8")
+QUANTIZATIONS = ("nf4", "int8", "int4")
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 
 
@@ -98,6 +98,19 @@ def _gpu_computes_in_bf16(device: torch.device) -> bool:
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     return True
+
+
+def packed_bits(quantization: str | None, device: torch.device, device_map: Any) -> int | None:
+    """4 or 8 where torch's own packed kernels hold the weights, on one CPU; None where bitsandbytes or nobody does.
+
+    Raises:
+        ConfigError: "int4" elsewhere.
+    """
+    alone = device.type == "cpu" and device_map is None
+    if quantization == "int4" and not alone:
+        where = "spread by device_map" if device_map is not None else f"on {device.type}"
+        raise ConfigError(f"quantization='int4' is for a CPU alone, not {where}: set device='cpu', or use 'nf4'.")
+    return {"int4": 4, "int8": 8}.get(quantization or "") if alone else None
 
 
 def quantization_config(quantization: str, dtype: torch.dtype, device: torch.device) -> Any:

@@ -21,7 +21,7 @@ from zsmerge_llm.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
-from zsmerge_llm.hardware import check_settings, pick_device, pick_dtype, quantization_config
+from zsmerge_llm.hardware import check_settings, packed_bits, pick_device, pick_dtype, quantization_config
 from zsmerge_llm.quiet import quiet, say_int8_cast_once
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def load(
         dtype: "auto" is bfloat16 where the hardware computes in it, else float16 on a GPU and float32 on a CPU.
         device: "auto" is cuda, else mps, else cpu. Not together with `device_map`.
         device_map: as in transformers: spreads the layers over several devices.
-        quantization: "nf4" or "int8" through bitsandbytes.
+        quantization: "int4" or "int8" on a CPU: torch's packed kernels. "nf4", and "int8" on a GPU or with a
+            `device_map`: bitsandbytes.
         chat_template: Jinja text, or a file that holds it, in place of the model's own.
         cache_dir: where fetched and converted models are kept; ZSMERGE_CACHE_DIR or the user's cache folder by default.
         progress: is told each step in words.
@@ -100,11 +101,13 @@ def load(
         return _adopt(model, tokenizer, chat_template, changes, say)
     target = pick_device(device)
     width = pick_dtype(dtype, target)
-    options: dict[str, Any] = {"dtype": width, "attn_implementation": "eager"}
-    if quantization is not None:
+    bits = packed_bits(quantization, target, device_map)
+    # in its own dtype a file is mapped into memory, not copied, until each matrix is packed
+    options: dict[str, Any] = {"dtype": width if bits is None else "auto", "attn_implementation": "eager"}
+    if quantization is not None and bits is None:
         options["quantization_config"] = quantization_config(quantization, width, target)
         say_int8_cast_once()
-    if device_map is not None or quantization is not None or target.type != "cpu":
+    if device_map is not None or "quantization_config" in options or target.type != "cpu":
         options["device_map"] = device_map if device_map is not None else {"": target}
     source = _resolve(model, hub.cache_folder(cache_dir), say)
     with quiet():
@@ -112,8 +115,26 @@ def load(
         say("Loading weights")
         network = _read_weights(source, options)
         words = _find_tokenizer(tokenizer, source.folder, say)
+    if bits is not None:
+        from zsmerge_llm.lowbit import pack
+
+        say(f"Packing weights in {bits} bits")
+        pack(network, bits, width)
     network.eval().requires_grad_(False)
     return Loaded(network, _with_template(words, chat_template), source.name, source.path)
+
+
+def load_tokenizer(
+    model: str | Path, *, cache_dir: Path | str | None = None, progress: Say | None = None
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone, without its weights (a GGUF file that was never loaded is converted first).
+
+    Raises:
+        ModelNotFoundError, CorruptModelError: see `errors`.
+    """
+    say = progress or (lambda step: None)
+    with quiet():
+        return _find_tokenizer(None, _resolve(model, hub.cache_folder(cache_dir), say).folder, say)
 
 
 def _resolve(model: str | Path, cache: Path, say: Say) -> _Source:
