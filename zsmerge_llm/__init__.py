@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from zsmerge_llm.engine import Engine
     from zsmerge_llm.grammar import Grammar
     from zsmerge_llm.llm import LLM
+    from zsmerge_llm.memory import MemoryMap, memory_map
+    from zsmerge_llm.memory_page import write_html
     from zsmerge_llm.session import Session
     from zsmerge_llm.store import Store
     from zsmerge_llm.types import Chunk, Message, Result, Usage
@@ -27,6 +29,9 @@ _HOMES = {
     "Engine": "engine",
     "Grammar": "grammar",
     "LLM": "llm",
+    "MemoryMap": "memory",
+    "memory_map": "memory",
+    "write_html": "memory_page",
     "Session": "session",
     "Store": "store",
     "Chunk": "types",
@@ -42,12 +47,15 @@ __all__ = [
     "Chunk",
     "Engine",
     "Grammar",
+    "MemoryMap",
     "Message",
     "Result",
     "SamplingParams",
     "Session",
     "Store",
     "Usage",
+    "memory_map",
+    "write_html",
 ]
 
 

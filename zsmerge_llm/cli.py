@@ -1,4 +1,4 @@
-"""The command line: `zsmerge-llm demo | ask | chat | sessions | models`.
+"""The command line: `zsmerge-llm demo | ask | chat | sessions | inspect | models`.
 
 Answers and what they cost go to stdout; progress, warnings and errors go to stderr (see `screen`).
 """
@@ -16,12 +16,12 @@ from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from zsmerge_llm import __version__
+from zsmerge_llm.cli_sessions import inspect_session, sessions, sessions_folder
 from zsmerge_llm.config import CacheConfig, SamplingParams
-from zsmerge_llm.errors import ConfigError, InputError, SessionNotFoundError, ZSMergeError
-from zsmerge_llm.screen import Screen
+from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.screen import Commands, Screen
 
 if TYPE_CHECKING:
     from zsmerge_llm import LLM, Session
@@ -51,19 +51,8 @@ class Preset(str, Enum):
     full = "full"
 
 
-class _Commands(TyperGroup):
-    """Our own errors end a command with one line and exit code 2; all others are bugs and keep their traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ZSMergeError as error:
-            Screen().error(error)
-            raise typer.Exit(2) from error
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -82,7 +71,8 @@ MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")]
-Quantization = Annotated[str | None, typer.Option(help="nf4 or int8, through bitsandbytes.", show_default="none")]
+QUANTIZATION_HELP = "int4 or int8: torch's kernels on a CPU; nf4, and int8 on a GPU: bitsandbytes."
+Quantization = Annotated[str | None, typer.Option(help=QUANTIZATION_HELP, show_default="none")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="The answers alone.")]
 
 
@@ -147,7 +137,7 @@ def ask(
     if not all(question.strip() for question in questions):
         raise InputError("The question is empty: put it in quotes behind the file.")
     with screen.warnings():
-        llm = _open(screen, model, cache, dtype, device, quantization, _sessions_folder() if keep else None)
+        llm = _open(screen, model, cache, dtype, device, quantization, sessions_folder() if keep else None)
         with screen.reading() as progress:
             probe = None if keep else " ".join(questions)
             document = llm.read_document(text, name=file.name if keep else None, probe=probe, progress=progress)
@@ -157,64 +147,8 @@ def ask(
             _answer(screen, llm, [{"role": "user", "content": question}], sampling, session=document)
 
 
-sessions = typer.Typer(cls=_Commands, no_args_is_help=True, help="Conversations and documents that were kept.")
 app.add_typer(sessions, name="sessions")
-Folder = Annotated[Path | None, typer.Option("--dir", help="Their folder.", show_default="that of ask --keep")]
-
-
-@sessions.command("list")
-def list_sessions(folder: Folder = None) -> None:
-    """List the sessions kept in a folder."""
-    screen = Screen()
-    found = _kept(folder)
-    for about, path in found:
-        what = "document" if about["document"] else f"{about['messages']} messages"
-        screen.plain(f"{about['name']}  {about['tokens']:,} tokens, {what}, {path.stat().st_size / 1e6:,.1f} MB")
-    if not found:
-        screen.note(f"There are no sessions in {folder or _sessions_folder()}.")
-
-
-@sessions.command("show")
-def show_session(name: str, folder: Folder = None) -> None:
-    """What is known of one session."""
-    screen = Screen()
-    for about, path in _named(name, folder):
-        screen.plain(f"{path}")
-        for key in ("name", "tokens", "messages", "today"):
-            screen.plain(f"  {key}: {about[key]}")
-        screen.plain(f"  document: {'yes' if about['document'] else 'no'}")
-        screen.plain(f"  cache: {about['fingerprint']['cache']}")
-
-
-@sessions.command("rm")
-def remove_session(name: str, folder: Folder = None) -> None:
-    """Delete one session."""
-    for _, path in _named(name, folder):
-        path.unlink()
-        Screen().note(f"Deleted {path}.")
-
-
-def _sessions_folder() -> Path:
-    from platformdirs import user_data_path
-
-    return user_data_path("zsmerge-llm") / "sessions"
-
-
-def _kept(folder: Path | None) -> list[tuple[dict[str, Any], Path]]:
-    """The sessions in a folder, by name; damaged files are left out."""
-    from zsmerge_llm.files import list_folder
-
-    return sorted(list_folder(folder or _sessions_folder()), key=lambda entry: entry[0]["name"])
-
-
-def _named(name: str, folder: Path | None) -> list[tuple[dict[str, Any], Path]]:
-    """All of that name: several models may have one each. Raises SessionNotFoundError."""
-    every = _kept(folder)
-    found = [entry for entry in every if entry[0]["name"] == name]
-    if not found:
-        known = ", ".join(entry[0]["name"] for entry in every) or "none"
-        raise SessionNotFoundError(f"There is no session {name!r}; there are: {known}.")
-    return found
+app.command("inspect")(inspect_session)
 
 
 @app.command()

@@ -28,13 +28,17 @@ def fingerprint(
     for name, tensor in sorted(model.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(_sample(tensor))
-    words = _words(tokenizer)
     return Fingerprint(
         weights=weights.hexdigest(),
-        tokenizer=hashlib.sha256(words.encode()).hexdigest(),
+        tokenizer=tokenizer_digest(tokenizer),
         template=hashlib.sha256((template or "").encode()).hexdigest(),
         cache=json.dumps(asdict(cache), sort_keys=True),
     )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells one tokenizer from another in a fingerprint."""
+    return hashlib.sha256(_words(tokenizer).encode()).hexdigest()
 
 
 def _words(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,6 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import typer
+from typer.core import TyperGroup
+
+from zsmerge_llm.errors import ZSMergeError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -20,6 +25,17 @@ if TYPE_CHECKING:
     from zsmerge_llm.types import Usage
 
 Show = Callable[[str], None]
+
+
+class Commands(TyperGroup):
+    """Our own errors end a command with one line and exit code 2; all others are bugs and keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ZSMergeError as error:
+            Screen().error(error)
+            raise typer.Exit(2) from error
 
 
 class Screen:
