@@ -19,6 +19,8 @@ from llama_index.llms.zsmerge import ZSMergeLLM
 
 from zsmerge_llm import CacheConfig
 from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.grammar import Grammar
+from zsmerge_llm.types import Result, Usage
 
 CHAT = ("chat", "stream_chat", "achat", "astream_chat")
 COMPLETE = ("complete", "stream_complete", "acomplete", "astream_complete")
@@ -164,7 +166,7 @@ async def test_a_base_model_continues_plain_text(method, fake):
     assert "Once upon" in engine.calls[0].prompt
 
 
-@pytest.mark.parametrize("option", ["tools", "session", "session_id"])
+@pytest.mark.parametrize("option", ["tools", "session", "session_id", "probe"])
 async def test_plain_text_refuses_what_needs_a_chat(option, fake):
     with pytest.raises(ConfigError, match=f"{option} needs a chat"):
         await ask(ZSMergeLLM(llm=fake()), "complete", formatted=True, **{option: "x"})
@@ -191,7 +193,9 @@ def test_metadata_announces_the_logical_window_without_a_model():
     metadata = ZSMergeLLM(model="no such model").metadata
     assert metadata.context_window == 1_000_000
     assert (metadata.model_name, metadata.is_chat_model, metadata.num_output) == ("no such model", True, 512)
-    assert not metadata.is_function_calling_model
+    assert metadata.is_function_calling_model
+    assert not ZSMergeLLM(is_chat_model=False).metadata.is_function_calling_model
+    assert not ZSMergeLLM(is_function_calling_model=False).metadata.is_function_calling_model
     assert ZSMergeLLM(max_tokens=None).metadata.num_output > 0
 
 
@@ -222,6 +226,8 @@ def test_settings_survive_json_and_pickle(tmp_path):
         cache=CacheConfig.paper(slots=256),
         temperature=0.5,
         stop=["END"],
+        template_args={"enable_thinking": False},
+        session_memory="1GiB",
     )
     for copy in (ZSMergeLLM.from_json(llm.to_json()), pickle.loads(pickle.dumps(llm))):
         assert copy.to_dict() == llm.to_dict()
@@ -242,11 +248,38 @@ def test_a_shared_llm_takes_no_settings_for_loading(settings, fake):
         ZSMergeLLM(llm=fake(), **settings)
 
 
-def test_a_session_on_an_engine_without_sessions_is_refused(fake):
+@pytest.mark.parametrize("method", CHAT + COMPLETE)
+async def test_a_form_reaches_the_engine(method, fake):
+    engine, form, grammar = fake(), {"type": "json_object"}, Grammar.choice("a", "b")
+    llm = ZSMergeLLM(llm=engine)
+    await ask(llm, method, response_format=form)
+    await ask(llm, method, grammar=grammar)
+    assert [(call.response_format, call.grammar) for call in engine.calls] == [(form, None), (None, grammar)]
+
+
+@pytest.mark.parametrize("method", CHAT)
+async def test_what_a_model_thinks_is_a_block_of_its_own(method, fake):
+    engine = fake(Result("Paris.", "stop", Usage(1, 0, 1, 0, 0.0, 0.0, 0), reasoning="France, so Paris."))
+    llm = ZSMergeLLM(llm=engine)
+    seen = await ask(llm, method)
+    last = seen[-1].message
+    assert [block.block_type for block in last.blocks] == ["thinking", "text"]
+    assert (last.blocks[0].content, last.content) == ("France, so Paris.", "Paris.")
+    if "stream" in method:
+        assert [response.additional_kwargs.get("thinking_delta") for response in seen] == [
+            "France, so Paris.",
+            None,
+            None,
+        ]
+    llm.chat([ChatMessage(content="Hello"), last, ChatMessage(content="And Italy?")])
+    said = engine.calls[-1].prompt[1]
+    assert (said["content"], said["reasoning_content"]) == ("Paris.", "France, so Paris.")
+
+
+def test_a_probe_reaches_the_engine(fake):
     engine = fake()
-    engine.chat = lambda messages, *, sampling=None, tools=None, cancel=None: None
-    with pytest.raises(ConfigError, match="takes no session"):
-        ZSMergeLLM(llm=engine).chat([ChatMessage(content="Hello")], session="mine")
+    ZSMergeLLM(llm=engine).chat([ChatMessage(content="Hello")], probe="names")
+    assert engine.calls[0].probe == "names"
 
 
 def test_tokenize_is_the_models_own_tokenizer(fake):

@@ -1,19 +1,25 @@
-"""Tools, agents and structured output as far as they go without enforced grammar."""
+"""Tools and structured output: what reaches the engine, and what comes back."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import inspect
+from typing import Any
 
 import pytest
-from llama_index.core.agent.workflow import AgentWorkflow, FunctionAgent, ReActAgent
+from llama_index.core import Document, SummaryIndex
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage, ChatResponse
+from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
+from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.zsmerge import ZSMergeLLM
 from pydantic import BaseModel
 
-from zsmerge_llm.errors import ConfigError
+from zsmerge_llm.errors import InputError
+from zsmerge_llm.types import Result, Usage
 
 
 def add(a: int, b: int) -> int:
@@ -38,6 +44,18 @@ ADD = {"name": "add", "arguments": {"a": 1, "b": 2}}
 NAME = {"name": "name", "arguments": '{"of": "x"}'}
 PROMPT = PromptTemplate("Describe the city of {what}.")
 REACT_CALL = 'Thought: I need a tool.\nAction: add\nAction Input: {"a": 1, "b": 2}'
+
+
+PREDICT = (
+    "structured_predict",
+    "stream_structured_predict",
+    "astructured_predict",
+    "astream_structured_predict",
+)
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def offered(engine) -> list[str]:
@@ -86,12 +104,23 @@ def test_calls_of_a_foreign_answer_get_ids_too(fake):
     assert len({call.tool_id for call in calls}) == 2
 
 
-@pytest.mark.parametrize("method", ["chat_with_tools", "stream_chat_with_tools"])
-def test_one_call_at_a_time_unless_parallel_calls_are_allowed(method, fake, result):
-    llm = ZSMergeLLM(llm=fake(result("", ADD, NAME)))
-    response = getattr(llm, method)(TOOLS, user_msg="Go!")
-    response = response if method == "chat_with_tools" else list(response)[-1]
-    assert [call.tool_name for call in llm.get_tool_calls_from_response(response)] == ["add"]
+@pytest.mark.parametrize("allowed", [False, True])
+def test_parallel_calls_are_up_to_the_caller(allowed, fake):
+    engine = fake()
+    llm = ZSMergeLLM(llm=engine)
+    llm.chat_with_tools(TOOLS, user_msg="Go!", allow_parallel_tool_calls=allowed)
+    llm.chat_with_tools(TOOLS, user_msg="Go!")
+    assert [call.parallel_tool_calls for call in engine.calls] == [allowed, False]
+
+
+def test_a_call_that_cannot_be_read_is_reported(fake):
+    broken = {"id": "x", "type": "function", "function": {"name": None, "arguments": '{"a'}, "error": "Cut."}
+    usage = Usage(1, 0, 1, 0, 0.0, 0.0, 0)
+    llm = ZSMergeLLM(llm=fake(Result("", "length", usage, invalid_tool_calls=[broken])))
+    for response in (llm.chat_with_tools(TOOLS, user_msg="Go!"), [*llm.stream_chat_with_tools(TOOLS, "Go!")][-1]):
+        assert response.raw["invalid_tool_calls"] == [broken]
+        with pytest.raises(ValueError, match="cannot be read"):
+            llm.get_tool_calls_from_response(response)
 
 
 @pytest.mark.parametrize("written", ["{not json", "[1]", "", None])
@@ -112,88 +141,163 @@ def test_an_answer_without_calls_is_an_error_only_on_demand(fake):
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        (None, ["add", "name"]),
-        ("auto", ["add", "name"]),
-        ("required", ["add", "name"]),
-        ("none", []),
-        ("name", ["name"]),
-        ({"type": "function", "function": {"name": "add"}}, ["add"]),
+        (None, None),
+        ("auto", "auto"),
+        ("required", "required"),
+        ("any", "required"),
+        ("none", "none"),
+        ("name", named("name")),
+        ({"type": "function", "function": {"name": "add"}}, named("add")),
+        ({"type": "tool", "name": "add"}, named("add")),
     ],
 )
-def test_the_tool_choice_decides_what_is_offered(choice, expected, fake):
+def test_the_tool_choice_reaches_the_engine(choice, expected, fake):
     engine = fake()
     ZSMergeLLM(llm=engine).chat_with_tools(TOOLS, user_msg="Go!", tool_choice=choice)
-    assert offered(engine) == expected
+    assert (offered(engine), engine.calls[0].tool_choice) == (["add", "name"], expected)
 
 
-def test_a_choice_that_is_not_offered_is_refused(fake):
-    with pytest.raises(ConfigError, match=r"'multiply', which is not among the tools: add, name"):
-        ZSMergeLLM(llm=fake()).chat_with_tools(TOOLS, user_msg="Go!", tool_choice="multiply")
+def test_a_required_tool_is_required(fake):
+    engine = fake()
+    llm = ZSMergeLLM(llm=engine)
+    llm.chat_with_tools(TOOLS, user_msg="Go!", tool_required=True)
+    llm.chat_with_tools(TOOLS, user_msg="Go!", tool_required=True, tool_choice="add")
+    assert [call.tool_choice for call in engine.calls] == ["required", named("add")]
+
+
+def test_a_choice_without_a_name_is_refused(fake):
+    with pytest.raises(InputError, match="tool_choice must be"):
+        ZSMergeLLM(llm=fake()).chat_with_tools(TOOLS, user_msg="Go!", tool_choice={"type": "function"})
+
+
+def test_a_tool_keeps_its_own_name(fake, result):
+    engine = fake(result("", {"name": "the sum: of two", "arguments": {"a": 1, "b": 2}}))
+    odd = FunctionTool.from_defaults(add, name="the sum: of two")
+    assert ZSMergeLLM(llm=engine).predict_and_call([odd], user_msg="Go!").response == "3"
+    assert offered(engine) == ["the sum: of two"]
 
 
 async def test_predict_and_call_runs_the_tool(fake, result):
-    llm = ZSMergeLLM(llm=fake(result("", ADD)), is_function_calling_model=True)
+    engine = fake(result("", ADD))
+    llm = ZSMergeLLM(llm=engine)
     assert llm.predict_and_call(TOOLS, user_msg="1 + 2?").response == "3"
     assert (await llm.apredict_and_call(TOOLS, user_msg="1 + 2?")).response == "3"
+    assert {call.tool_choice for call in engine.calls} == {"required"}
 
 
-async def test_predict_and_call_works_by_text_without_tool_support(fake):
-    llm = ZSMergeLLM(llm=fake(REACT_CALL))
+async def test_predict_and_call_lets_the_model_answer_where_that_is_no_error(fake):
+    engine = fake("Three.")
+    llm = ZSMergeLLM(llm=engine)
+    options = {"user_msg": "1 + 2?", "error_on_no_tool_call": False}
+    assert llm.predict_and_call(TOOLS, **options).response == "Three."
+    assert (await llm.apredict_and_call(TOOLS, **options)).response == "Three."
+    assert {call.tool_choice for call in engine.calls} == {None}
+
+
+async def test_predict_and_call_works_by_text_where_tools_are_switched_off(fake):
+    llm = ZSMergeLLM(llm=fake(REACT_CALL), is_function_calling_model=False)
     assert (await llm.apredict_and_call(TOOLS, user_msg="1 + 2?")).response == "3"
     assert (await asyncio.to_thread(llm.predict_and_call, TOOLS, user_msg="1 + 2?")).response == "3"
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-async def test_a_function_agent_calls_a_tool_and_answers(streaming, fake, result):
-    engine = fake(result("", ADD), "The sum is 3.")
-    llm = ZSMergeLLM(llm=engine, is_function_calling_model=True)
-    answer = await FunctionAgent(tools=TOOLS, llm=llm, streaming=streaming).run("1 + 2?")
-    assert str(answer) == "The sum is 3."
-    assert [call.tool_name for call in answer.tool_calls] == ["add"]
-    asked, called, returned = engine.calls[1].prompt
-    assert (asked["role"], called["role"], returned["role"]) == ("user", "assistant", "tool")
-    assert called["tool_calls"][0]["id"] == returned["tool_call_id"] == "id_0"
-    assert returned["content"] == "3"
+PARIS = '{"name": "Paris", "country": "France"}'
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-async def test_a_react_agent_calls_a_tool_and_answers(streaming, fake):
-    engine = fake(REACT_CALL, "Thought: I can answer without using any more tools.\nAnswer: The sum is 3.")
-    answer = await ReActAgent(tools=TOOLS, llm=ZSMergeLLM(llm=engine), streaming=streaming).run("1 + 2?")
-    assert str(answer) == "The sum is 3."
-    assert "Observation: 3" in engine.calls[1].prompt[-1]["content"]
+async def every(answer: Any) -> list[Any]:
+    answer = await answer if inspect.isawaitable(answer) else answer
+    if inspect.isasyncgen(answer):
+        return [item async for item in answer]
+    return list(answer) if inspect.isgenerator(answer) else [answer]
 
 
-async def test_an_agent_workflow_picks_the_agent_the_model_can_be(fake, result):
-    react = fake(REACT_CALL, "Thought: I can answer without using any more tools.\nAnswer: The sum is 3.")
-    function = fake(result("", ADD), "The sum is 3.")
-    for engine, capable in ((react, False), (function, True)):
-        llm = ZSMergeLLM(llm=engine, is_function_calling_model=capable)
-        workflow = AgentWorkflow.from_tools_or_functions(TOOLS, llm=llm)
-        assert str(await workflow.run("1 + 2?")) == "The sum is 3."
+@pytest.mark.parametrize("method", PREDICT)
+async def test_structured_predict_asks_for_the_schema(method, fake):
+    engine = fake(PARIS)
+    llm = ZSMergeLLM(llm=engine, system_prompt="Be brief.")
+    options = {"llm_kwargs": {"max_tokens": 9, "tool_choice": "required"}, "what": "Paris"}
+    seen = await every(getattr(llm, method)(City, PROMPT, **options))
+    assert seen[-1] == City(name="Paris", country="France")
+    (call,) = engine.calls
+    assert call.response_format["json_schema"]["name"] == "City"
+    assert call.response_format["json_schema"]["schema"]["required"] == ["name", "country"]
+    assert "title" not in call.response_format["json_schema"]["schema"]["properties"]["name"]
+    assert (call.tools, call.tool_choice, call.sampling.max_tokens) == (None, None, 9)
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Describe the city of Paris."}]
+    assert call.prompt == asked
 
 
-async def test_structured_predict_reads_json_from_the_answer(fake):
-    engine = fake('Here it is: {"name": "Paris", "country": "France"}')
-    llm = ZSMergeLLM(llm=engine)
-    paris = City(name="Paris", country="France")
-    assert llm.structured_predict(City, PROMPT, what="Paris") == paris
-    assert await llm.astructured_predict(City, PROMPT, llm_kwargs={"max_tokens": 9}, what="Paris") == paris
-    engine.answers = ['{"name": "Paris", "country": "France"}']
-    assert list(llm.stream_structured_predict(City, PROMPT, what="Paris"))[-1].name == "Paris"
-    partial = [item async for item in await llm.astream_structured_predict(City, PROMPT, what="Paris")]
-    assert partial[-1].country == "France"
-    assert engine.calls[1].sampling.max_tokens == 9
+@pytest.mark.parametrize("method", ["stream_structured_predict", "astream_structured_predict"])
+async def test_a_streamed_object_grows(method, fake):
+    seen = await every(getattr(ZSMergeLLM(llm=fake(PARIS)), method)(City, PROMPT, what="Paris"))
+    assert [(found.name, getattr(found, "country", None)) for found in seen] == [
+        (None, None),
+        ("Paris", None),
+        ("Paris", "France"),
+    ]
+    assert [type(found) is City for found in seen] == [False, False, True]
 
 
-def test_structured_predict_takes_a_tool_call_where_the_model_has_tools(fake, result):
-    city = {"name": "City", "arguments": json.dumps({"name": "Paris", "country": "France"})}
-    llm = ZSMergeLLM(llm=fake(result("", city)), is_function_calling_model=True)
+@pytest.mark.parametrize("method", PREDICT)
+async def test_an_answer_that_is_no_object_is_an_error(method, fake):
+    with pytest.raises(ValueError, match=r"(?s)no valid City.*max_tokens"):
+        await every(getattr(ZSMergeLLM(llm=fake("Paris is nice.")), method)(City, PROMPT, what="Paris"))
+
+
+@pytest.mark.parametrize("method", PREDICT)
+async def test_structured_prediction_tells_instrumentation(method, fake):
+    seen: list[str] = []
+
+    class Handler(BaseEventHandler):
+        def handle(self, event: Any, **kwargs: Any) -> None:
+            seen.append(type(event).__name__)
+
+    handler = Handler()
+    get_dispatcher().add_event_handler(handler)
+    try:
+        await every(getattr(ZSMergeLLM(llm=fake(PARIS)), method)(City, PROMPT, what="Paris"))
+    finally:
+        get_dispatcher().event_handlers.remove(handler)
+    told = [name for name in seen if name.startswith("LLMStructured")]
+    growing = ["LLMStructuredPredictInProgressEvent"] * (3 if "stream" in method else 0)
+    assert told == ["LLMStructuredPredictStartEvent", *growing, "LLMStructuredPredictEndEvent"]
+
+
+@pytest.mark.parametrize("method", PREDICT)
+async def test_a_base_model_is_told_the_schema_in_its_prompt(method, fake):
+    engine = fake(PARIS)
+    llm = ZSMergeLLM(llm=engine, is_chat_model=False)
+    seen = await every(getattr(llm, method)(City, PROMPT, what="Paris"))
+    assert seen[-1].country == "France"
+    assert engine.calls[0].kind == "complete"
+    assert '"country"' in engine.calls[0].prompt
+    assert engine.calls[0].response_format["type"] == "json_schema"
+
+
+async def test_another_program_mode_is_respected(fake, result):
+    engine = fake(result("", {"name": "City", "arguments": PARIS}))
+    llm = ZSMergeLLM(llm=engine, pydantic_program_mode=PydanticProgramMode.FUNCTION)
     assert llm.structured_predict(City, PROMPT, what="Paris").country == "France"
-    assert llm.as_structured_llm(City).complete("Paris").raw.name == "Paris"
+    assert (await llm.astructured_predict(City, PROMPT, what="Paris")).country == "France"
+    assert [call.tool_choice for call in engine.calls] == ["required", "required"]
+    assert type(llm.as_structured_llm(City)) is StructuredLLM
+    for method in ("stream_structured_predict", "astream_structured_predict"):
+        assert (await every(getattr(llm, method)(City, PROMPT, what="Paris")))[-1].country == "France"
 
 
-def test_structured_predict_says_so_when_the_model_answers_in_words(fake):
-    llm = ZSMergeLLM(llm=fake("Paris is nice."), is_function_calling_model=True)
-    with pytest.raises(ValueError, match="called no tool"):
-        llm.structured_predict(City, PROMPT, what="Paris")
+@pytest.mark.parametrize("method", ["chat", "stream_chat", "achat", "astream_chat"])
+async def test_a_structured_llm_takes_messages_as_they_are(method, fake):
+    engine = fake(PARIS)
+    llm = ZSMergeLLM(llm=engine, system_prompt="Be brief.").as_structured_llm(City)
+    seen = await every(getattr(llm, method)([ChatMessage(content="Use {braces}.")], max_tokens=9))
+    assert (seen[-1].raw.country, seen[-1].message.content) == ("France", PARIS)
+    assert seen[-1].additional_kwargs["completion_tokens"] == 4
+    assert engine.calls[0].prompt[1]["content"] == "Use {braces}."
+    assert engine.calls[0].sampling.max_tokens == 9
+
+
+def test_a_structured_llm_answers_for_a_query_engine(fake):
+    llm = ZSMergeLLM(llm=fake(PARIS)).as_structured_llm(City)
+    index = SummaryIndex.from_documents([Document(text="Paris is in France.")])
+    assert index.as_query_engine(llm=llm).query("Which city?").response == City(name="Paris", country="France")
+    answer = index.as_query_engine(llm=ZSMergeLLM(llm=fake(PARIS)), output_cls=City).query("Which city?")
+    assert answer.response == City(name="Paris", country="France")

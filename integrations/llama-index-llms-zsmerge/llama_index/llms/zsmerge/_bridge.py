@@ -11,7 +11,7 @@ import contextvars
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, closing
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -54,24 +54,53 @@ class _Worker(Generic[T]):
             self.cancel.set()
 
 
-async def stream_in_thread(source: Callable[[threading.Event], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
+class _Stream(AsyncGenerator[T, None]):
+    """The items of a source, as an asynchronous generator that stops its thread as soon as nobody holds it any more.
+
+    A native one would wait for the event loop to finalise it: LlamaIndex's callbacks wrap a stream in a generator that
+    does not close it, and by then the model has said more than one token.
+    """
+
+    def __init__(self, source: Callable[[threading.Event], Generator[T, None, None]]) -> None:
+        self._source = source
+        self._worker: _Worker[T] | None = None
+        self._ended = False
+
+    async def asend(self, value: None) -> T:
+        if self._ended:
+            raise StopAsyncIteration
+        if self._worker is None:
+            self._worker = _Worker(self._source)
+        try:
+            item = await self._worker.queue.get()
+        except BaseException:  # the task is cancelled
+            self._stop()
+            raise
+        if not isinstance(item, _End):
+            return item
+        self._stop()
+        raise item.error or StopAsyncIteration
+
+    async def athrow(self, typ: Any, val: Any = None, tb: Any = None) -> T:
+        self._stop()
+        raise typ
+
+    def _stop(self) -> None:
+        self._ended = True
+        if self._worker is not None:
+            self._worker.cancel.set()
+
+    def __del__(self) -> None:
+        self._stop()
+
+
+def stream_in_thread(source: Callable[[threading.Event], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
     """The items of `source(cancel)`, made in a thread. The thread starts with the first item asked for.
 
-    Closing the generator, or cancelling the task that waits on it, sets `cancel`; the source is to stop soon after.
-    Neither waits for the thread. Errors of the source are raised here.
+    Closing the generator, letting go of it, or cancelling the task that waits on it sets `cancel`; the source is to
+    stop soon after. None of them waits for the thread. Errors of the source are raised here.
     """
-    worker = _Worker(source)
-    try:
-        while True:
-            item = await worker.queue.get()
-            if not isinstance(item, _End):
-                yield item
-            elif item.error is not None:
-                raise item.error
-            else:
-                return
-    finally:
-        worker.cancel.set()
+    return _Stream(source)
 
 
 async def run_in_thread(work: Callable[[threading.Event], T]) -> T:

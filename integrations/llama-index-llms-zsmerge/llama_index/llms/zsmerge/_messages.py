@@ -21,8 +21,8 @@ _ROLES = {
     MessageRole.TOOL: "tool",
     MessageRole.FUNCTION: "tool",
 }
-# What carries nothing a later turn should read: past reasoning, and hints for the caches of hosted models.
-_SILENT = ("thinking", "cache")
+# What is no content: past reasoning and calls, which go beside it, and hints for the caches of hosted models.
+_SILENT = ("thinking", "tool_call", "cache")
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -40,11 +40,18 @@ def _to_message(message: ChatMessage) -> dict[str, Any]:
     converted: dict[str, Any] = {"role": _ROLES[message.role], "content": _content(message.blocks)}
     if calls := tool_calls(message):
         converted["tool_calls"] = calls
+    if converted["role"] == "assistant" and (thought := _thought(message)):
+        converted["reasoning_content"] = thought
     if converted["role"] == "tool":
         converted |= {
             key: message.additional_kwargs[key] for key in ("tool_call_id", "name") if key in message.additional_kwargs
         }
     return converted
+
+
+def _thought(message: ChatMessage) -> str:
+    """What the model thought, for templates that show it within a turn."""
+    return "\n".join(block.content or "" for block in message.blocks if block.block_type == "thinking")
 
 
 def _content(blocks: Iterable[Any]) -> str | list[dict[str, Any]]:
@@ -62,7 +69,7 @@ def _parts(blocks: Iterable[Any]) -> Iterable[dict[str, Any]]:
             yield {"type": "text", "text": block.text}
         elif kind == "citable":
             yield from _parts(block.content)
-        elif kind not in (*_SILENT, "tool_call"):
+        elif kind not in _SILENT:
             yield {"type": kind}
 
 

@@ -16,26 +16,24 @@ from zsmerge_llm.types import Chunk, Result, Usage
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens")
 
 
-def chat_response(result: Result, model: str, parallel: bool = True) -> ChatResponse:
-    """One whole answer. Without `parallel` only the first tool call is kept."""
-    message = _message(result.text, _calls(result.tool_calls, parallel))
+def chat_response(result: Result, model: str) -> ChatResponse:
+    """One whole answer."""
+    message = _message(result.text, result.reasoning, _calls(result.tool_calls))
     return ChatResponse(message=message, raw=_raw(result, model), additional_kwargs=_counts(result.usage))
 
 
-def chat_responses(
-    chunks: Generator[Chunk, None, None], model: str, parallel: bool = True
-) -> Generator[ChatResponse, None, None]:
+def chat_responses(chunks: Generator[Chunk, None, None], model: str) -> Generator[ChatResponse, None, None]:
     """A response per chunk; each holds the whole message so far. Closing it closes `chunks`."""
-    text, calls = "", list[dict[str, Any]]()
+    text = thought = ""
     with closing(chunks):
         for chunk in chunks:
-            text += chunk.text
-            calls = _calls([*calls, *chunk.tool_calls], parallel)
+            text, thought = text + chunk.text, thought + chunk.reasoning
+            thinking = {"thinking_delta": chunk.reasoning} if chunk.reasoning else {}
             yield ChatResponse(
-                message=_message(text, calls),
+                message=_message(text, thought, _calls(chunk.tool_calls)),
                 delta=chunk.text,
                 raw=_raw(chunk, model),
-                additional_kwargs=_counts(chunk.usage),
+                additional_kwargs={**_counts(chunk.usage), **thinking},
             )
 
 
@@ -55,11 +53,18 @@ def completion_responses(chunks: Generator[Chunk, None, None], model: str) -> Ge
             )
 
 
-def _message(text: str, calls: list[dict[str, Any]]) -> ChatMessage:
-    """The calls are in `additional_kwargs` for every version of the core, and in blocks where it has such blocks."""
-    block = getattr(core, "ToolCallBlock", None)
+def usage_of(response: ChatResponse | None) -> dict[str, Any] | None:
+    """What an answer cost, where its model says so."""
+    raw = response.raw if response is not None else None
+    return raw.get("usage") if isinstance(raw, dict) else None
+
+
+def _message(text: str, thought: str, calls: list[dict[str, Any]]) -> ChatMessage:
+    """Thoughts and calls are blocks where the core has such blocks; calls are in `additional_kwargs` too, for all."""
     blocks: list[Any] = [TextBlock(text=text)]
-    if block is not None:
+    if thought and (thinking := getattr(core, "ThinkingBlock", None)):
+        blocks.insert(0, thinking(content=thought))
+    if block := getattr(core, "ToolCallBlock", None):
         blocks += [
             block(tool_call_id=call["id"], tool_name=call["function"]["name"], tool_kwargs=arguments(call))
             for call in calls
@@ -69,12 +74,13 @@ def _message(text: str, calls: list[dict[str, Any]]) -> ChatMessage:
     )
 
 
-def _calls(calls: list[dict[str, Any]], parallel: bool) -> list[dict[str, Any]]:
-    return [with_id(call) for call in (calls if parallel else calls[:1])]
+def _calls(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [with_id(call) for call in calls]
 
 
 def _raw(answer: Result | Chunk, model: str) -> dict[str, Any]:
-    return {"model": model, "finish_reason": answer.finish_reason, "usage": _usage(answer.usage)}
+    broken = {"invalid_tool_calls": answer.invalid_tool_calls} if answer.invalid_tool_calls else {}
+    return {"model": model, "finish_reason": answer.finish_reason, "usage": _usage(answer.usage), **broken}
 
 
 def _usage(usage: Usage | None) -> dict[str, Any] | None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import threading
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llama_index.core.base.llms.types import (
@@ -23,15 +20,17 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.bridge.pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.llms.zsmerge import _responses as responses
 from llama_index.llms.zsmerge._bridge import run_in_thread, stream_in_thread
-from llama_index.llms.zsmerge._messages import arguments, to_messages, tool_calls, with_id
+from llama_index.llms.zsmerge._messages import to_messages
+from llama_index.llms.zsmerge._requests import OPTIONS, Request, message_request, text_request
+from llama_index.llms.zsmerge._structured import StructuredPrediction
+from llama_index.llms.zsmerge._tools import selections, to_tool
+from typing_extensions import Self
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError
-from zsmerge_llm.types import Chunk, Message, Result
 
 if TYPE_CHECKING:
     from llama_index.core.chat_engine.types import AgentChatResponse
@@ -40,14 +39,17 @@ if TYPE_CHECKING:
 LOGICAL_WINDOW = 1_000_000
 """Tokens announced as the context window. The cache reads any length; LlamaIndex only needs a number to pack by."""
 
-_LOADING = ("cache", "dtype", "device", "device_map", "quantization", "chat_template", "sessions_dir")
-_NOT_SAMPLING = (
-    "tools",
-    "tool_choice",
-    "allow_parallel_tool_calls",
-    "session",
-    "session_id",
-    "extra_headers",  # LlamaIndex's DocumentContextExtractor sends HTTP headers to every model
+_LOADING = (
+    "cache",
+    "dtype",
+    "device",
+    "device_map",
+    "quantization",
+    "chat_template",
+    "template_args",
+    "max_input_tokens",
+    "sessions_dir",
+    "session_memory",
 )
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 
@@ -60,34 +62,16 @@ PathText = Annotated[str, BeforeValidator(_text)]
 """A string, or a path kept as one, so that settings remain JSON."""
 
 
-@dataclass(frozen=True)
-class _Request:
-    """One request, ready to run: whole or streamed, in this thread or in another."""
-
-    engine: LLM
-    prompt: str | list[Message]
-    """Plain text to continue, or messages for the chat template."""
-    options: dict[str, Any] = field(default_factory=dict)
-    parallel: bool = True
-
-    def whole(self, cancel: threading.Event | None = None) -> Result:
-        if isinstance(self.prompt, str):
-            return self.engine.complete(self.prompt, cancel=cancel, **self.options)
-        return self.engine.chat(self.prompt, cancel=cancel, **self.options)
-
-    def stream(self, cancel: threading.Event | None = None) -> Generator[Chunk, None, None]:
-        if isinstance(self.prompt, str):
-            yield from self.engine.stream_complete(self.prompt, cancel=cancel, **self.options)
-        else:
-            yield from self.engine.stream(self.prompt, cancel=cancel, **self.options)
-
-
-class ZSMergeLLM(FunctionCallingLLM):
+class ZSMergeLLM(StructuredPrediction):
     """A local model on a KV cache of constant size: whole documents and endless conversations in fixed memory.
 
     Constructing is cheap; the model is loaded with the first request. Sampling settings given to a call
     (`llm.chat(messages, max_tokens=64)`) go before those of the object. `session=` (or `session_id=`), as a field or
-    for a call, is a hint which conversation to continue; what was read before is not read again.
+    for a call, is a hint which conversation to continue; what was read before is not read again. A call also takes
+    `response_format=` (OpenAI's form), `grammar=` (a `zsmerge_llm.grammar.Grammar`) and, in chats, `probe=`, the text
+    that says what matters in the prompt.
+
+    Tool calls and JSON are enforced by grammar, so every chat model has them.
 
     With `is_chat_model` (the default) `complete` sends the prompt as one user message through the model's chat
     template, and `complete(prompt, formatted=True)`, or a `completion_to_prompt` of your own, continues the text as it
@@ -116,9 +100,14 @@ class ZSMergeLLM(FunctionCallingLLM):
     dtype: str = Field(default="auto", description="Type of the weights, such as 'bfloat16'.")
     device: str = Field(default="auto", description="Device of the model, such as 'cpu' or 'cuda:0'.")
     device_map: str | dict[str, Any] | None = Field(default=None, description="Placement as accelerate takes it.")
-    quantization: str | None = Field(default=None, description="None, 'nf4' or 'int8' (bitsandbytes).")
+    quantization: str | None = Field(default=None, description="None, 'nf4', 'int8' or 'int4'.")
     chat_template: str | None = Field(default=None, description="Chat template in place of the model's own.")
+    template_args: dict[str, Any] | None = Field(
+        default=None, description="Variables for the chat template, such as {'enable_thinking': False}."
+    )
+    max_input_tokens: int | None = Field(default=None, description="A longer prompt is an error; None: no limit.")
     sessions_dir: PathText | None = Field(default=None, description="Folder in which sessions are kept.")
+    session_memory: int | str = Field(default="4GiB", description="What all sessions may hold in memory.")
 
     max_tokens: int | None = Field(default=512, description="Longest answer in tokens; None: until it ends.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
@@ -137,7 +126,8 @@ class ZSMergeLLM(FunctionCallingLLM):
     )
     is_chat_model: bool = Field(default=True, description="False for base models without a chat template.")
     is_function_calling_model: bool = Field(
-        default=False, description="Announce tool calling to agents; for models whose chat template takes tools."
+        default=True,
+        description="Announce tool calling to agents (chat models only); False: they prompt in ReAct's way.",
     )
 
     _llm: LLM = PrivateAttr()
@@ -150,13 +140,16 @@ class ZSMergeLLM(FunctionCallingLLM):
             model, settings["cache"] = _name(llm), llm.cache
         if isinstance(settings.get("cache"), dict):
             settings["cache"] = CacheConfig.from_dict(settings["cache"])
-        super().__init__(**({"model": model} if model else {}), **settings)
+        super().__init__(**({"model": model} if model else {}), **settings)  # type: ignore[arg-type]
         self._sampling({})  # refuses bad settings now, not at the first request
         self._llm = llm if llm is not None else self._new_llm()
 
     def _new_llm(self) -> LLM:
-        loading = {name: getattr(self, name) for name in _LOADING if name != "sessions_dir"}
-        return LLM(self.model, **loading, **_given(LLM, sessions_dir=self.sessions_dir))
+        return LLM(self.model, **{name: getattr(self, name) for name in _LOADING})
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy of the settings, on the same model: weights and sessions are shared."""
+        return super().__deepcopy__({**(memo or {}), id(self._llm): self._llm})
 
     @classmethod
     def class_name(cls) -> str:
@@ -169,7 +162,7 @@ class ZSMergeLLM(FunctionCallingLLM):
             context_window=self.context_window,
             num_output=self.max_tokens or DEFAULT_NUM_OUTPUTS,
             is_chat_model=self.is_chat_model,
-            is_function_calling_model=self.is_function_calling_model,
+            is_function_calling_model=self.is_chat_model and self.is_function_calling_model,
             model_name=self.model,
         )
 
@@ -184,36 +177,24 @@ class ZSMergeLLM(FunctionCallingLLM):
 
     # -- Requests --
 
-    def _sampling(self, changes: dict[str, Any]) -> SamplingParams:
+    def _sampling(self, options: dict[str, Any]) -> SamplingParams:
+        """Settings of this object, changed by those of a call. Raises ConfigError on an unknown option or bad value."""
+        changes = {name: value for name, value in options.items() if name not in OPTIONS}
         return SamplingParams().replace(**{**{name: getattr(self, name) for name in _SAMPLING}, **changes})
 
-    def _text_request(self, text: str, options: dict[str, Any]) -> _Request:
-        """A request that continues `text`. Raises ConfigError on an unknown option or one that needs a chat."""
-        for name in ("tools", "session", "session_id"):
-            if options.get(name):
-                raise ConfigError(
-                    f"{name} needs a chat; this continues plain text. Use chat() with is_chat_model=True."
-                )
-        sampling = {name: value for name, value in options.items() if name not in _NOT_SAMPLING}
-        return _Request(self._llm, text, {"sampling": self._sampling(sampling)})
+    def _text_request(self, text: str, options: dict[str, Any]) -> Request:
+        return text_request(self._llm, text, self._sampling(options), options)
 
-    def _message_request(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> _Request:
-        """A request for an answer to `messages`. Raises ConfigError on an unknown option or a bad value."""
-        sampling = {name: value for name, value in options.items() if name not in _NOT_SAMPLING}
-        request = {
-            "sampling": self._sampling(sampling),
-            "tools": _offered(options.get("tools") or [], options.get("tool_choice")) or None,
-            **_given(self._llm.chat, session=options.get("session", options.get("session_id"))),
-        }
-        return _Request(self._llm, to_messages(messages), request, options.get("allow_parallel_tool_calls", True))
+    def _message_request(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Request:
+        return message_request(self._llm, to_messages(messages), self._sampling(options), options)
 
-    def _chat_request(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> _Request:
+    def _chat_request(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Request:
         if self.is_chat_model:
             return self._message_request(messages, {"session_id": self.session, **options})
         assert self.messages_to_prompt is not None  # set by the base class
         return self._text_request(self.messages_to_prompt(messages), options)
 
-    def _complete_request(self, prompt: str, formatted: bool, options: dict[str, Any]) -> _Request:
+    def _complete_request(self, prompt: str, formatted: bool, options: dict[str, Any]) -> Request:
         """Plain text where the prompt is formatted already, or by the user; one user message otherwise.
 
         The `session` of this object stays out of it: a lone prompt does not continue a conversation.
@@ -230,24 +211,22 @@ class ZSMergeLLM(FunctionCallingLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         request = self._chat_request(messages, kwargs)
-        return responses.chat_response(request.whole(), self.model, request.parallel)
+        return responses.chat_response(request.whole(), self.model)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         request = self._chat_request(messages, kwargs)
-        return responses.chat_responses(request.stream(), self.model, request.parallel)
+        return responses.chat_responses(request.stream(), self.model)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         request = self._chat_request(messages, kwargs)
-        return responses.chat_response(await run_in_thread(request.whole), self.model, request.parallel)
+        return responses.chat_response(await run_in_thread(request.whole), self.model)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         request = self._chat_request(messages, kwargs)
-        return stream_in_thread(
-            lambda cancel: responses.chat_responses(request.stream(cancel), self.model, request.parallel)
-        )
+        return stream_in_thread(lambda cancel: responses.chat_responses(request.stream(cancel), self.model))
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -281,7 +260,7 @@ class ZSMergeLLM(FunctionCallingLLM):
         tool_required: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Arguments for `chat`. A required call is asked for, not yet enforced: the model may answer in words."""
+        """Arguments for `chat`. `tool_choice`, among them, goes before `tool_required`; both are enforced."""
         messages = list(chat_history or [])
         if isinstance(user_msg, str):
             user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
@@ -290,24 +269,28 @@ class ZSMergeLLM(FunctionCallingLLM):
         choice = kwargs.pop("tool_choice", None) or ("required" if tool_required else None)
         return {
             "messages": messages,
-            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
+            "tools": [to_tool(tool) for tool in tools],
             "tool_choice": choice,
             "allow_parallel_tool_calls": allow_parallel_tool_calls,
             **kwargs,
         }
 
     def predict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
-        """Choose a tool and run it: by tool calling if the model is said to have it, else by a ReAct prompt."""
-        return super().predict_and_call(tools, *args, **self._react(kwargs))
+        """Have the model choose a tool, and run it.
+
+        A tool is called whatever the model would rather say, unless `error_on_no_tool_call=False`. Where tool calling
+        is switched off, a ReAct prompt takes its place.
+        """
+        return super().predict_and_call(tools, *args, **self._calling(kwargs))
 
     async def apredict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
-        """Choose a tool and run it: by tool calling if the model is said to have it, else by a ReAct prompt."""
-        return await super().apredict_and_call(tools, *args, **self._react(kwargs))
+        """As `predict_and_call`."""
+        return await super().apredict_and_call(tools, *args, **self._calling(kwargs))
 
-    def _react(self, options: dict[str, Any]) -> dict[str, Any]:
-        """`options` with the parts of a ReAct agent where they are needed; the core hands None to it without them."""
-        if self.is_function_calling_model:
-            return options
+    def _calling(self, options: dict[str, Any]) -> dict[str, Any]:
+        """`options` with what makes the model call, or with the parts of a ReAct agent, which the core lacks."""
+        if self.metadata.is_function_calling_model:
+            return {"tool_required": options.get("error_on_no_tool_call", True), **options}
         from llama_index.core.agent.react import ReActChatFormatter, ReActOutputParser
 
         return {"react_chat_formatter": ReActChatFormatter(), "output_parser": ReActOutputParser(), **options}
@@ -316,37 +299,9 @@ class ZSMergeLLM(FunctionCallingLLM):
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
     ) -> list[ToolSelection]:
         """The tools the model chose. Raises ValueError if there is none and `error_on_no_tool_call`."""
-        calls = [with_id(call) for call in tool_calls(response.message)]
-        if not calls and error_on_no_tool_call:
-            raise ValueError(f"The model called no tool; it answered {response.message.content!r}.")
-        return [
-            ToolSelection(tool_id=call["id"], tool_name=call["function"]["name"], tool_kwargs=arguments(call))
-            for call in calls
-        ]
+        return selections(response, error_on_no_tool_call)
 
 
 def _name(llm: LLM) -> str:
     """What to call a shared LLM; `llm.name` would load the model where it is given as an object."""
     return str(llm.model) if isinstance(llm.model, str | os.PathLike) else type(llm.model).__name__
-
-
-def _given(call: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    """The options that are set, for `call`. Raises ConfigError if the installed zsmerge-llm does not take them."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if missing := sorted(set(given) - set(inspect.signature(call).parameters)):
-        raise ConfigError(f"The installed zsmerge-llm takes no {', '.join(missing)}: update it, or leave this out.")
-    return given
-
-
-def _offered(tools: list[dict[str, Any]], choice: str | dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The tools shown to the model under `choice`: None, "auto", "required" or "any", "none", or one tool's name."""
-    if choice in (None, "auto", "required", "any"):
-        return tools
-    if choice == "none":
-        return []
-    name = choice.get("function", {}).get("name") if isinstance(choice, dict) else choice
-    named = [tool for tool in tools if tool["function"]["name"] == name]
-    if not named:
-        known = ", ".join(tool["function"]["name"] for tool in tools) or "no tools"
-        raise ConfigError(f"tool_choice names {name!r}, which is not among the tools: {known}.")
-    return named
