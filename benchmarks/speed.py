@@ -1,0 +1,156 @@
+"""Decoding: tokens per second against the length of the history, the number format, and the number of conversations.
+
+    python benchmarks/speed.py [--model smollm2] [--formats bf16 int8 int4]
+
+One run, one process: transformers with its full cache, and zsmerge-llm with 1,024 slots in each number format, after
+histories of 64 to 32,768 tokens (transformers as far as --full); then several conversations of 4,096 tokens decoding at
+once in threads. `floor` is the bytes of the weights divided by the bandwidth that a plain sum over memory reaches in
+this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import book, plot, write
+from transformers import DynamicCache
+
+from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from zsmerge_llm.cache import Cache
+from zsmerge_llm.engine import Engine
+
+HISTORIES = (64, 1024, 4096, 7168, 32768)
+STEPS = 24
+ROWS = (1, 2, 4, 8)
+FORMATS = {"bf16": None, "int8": "int8", "int4": "int4"}
+
+
+def bandwidth() -> float:
+    """Bytes per second of reading memory, the best of a few sums over 512 MB."""
+    block, times = torch.ones(128 * 1024 * 1024), []
+    for _ in range(5):
+        started = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - started)
+    return block.nbytes / min(times)
+
+
+def history(llm: LLM, text: str, length: int) -> list[int]:
+    ids: list[int] = llm.tokenizer(text).input_ids
+    return (ids * (length // len(ids) + 1))[:length]
+
+
+def steps(run: Any) -> float:
+    """Median seconds of one step, after two unmeasured ones."""
+    times = []
+    for number in range(STEPS + 2):
+        started = time.perf_counter()
+        run(number)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def ours(engine: Engine, ids: list[int]) -> float:
+    """Tokens per second behind `ids`, by the decode loop that every answer goes through."""
+    cache = engine.new_cache()
+    engine.read(cache, ids)
+    cache.make_room()
+    params = SamplingParams(max_tokens=STEPS + 3, ignore_eos=True)
+    stream = engine.decode(cache, [params], [[]])
+    return 1 / steps(lambda _: next(stream))
+
+
+@torch.inference_mode()
+def theirs(engine: Engine, ids: list[int]) -> float:
+    """The same for transformers' full cache and SDPA."""
+    model, cache = engine.model, DynamicCache(config=engine.model.config)
+    last = torch.tensor([0])
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        last[0] = tokens.shape[1] - 1
+        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=last).logits.argmax(-1)
+
+    model.set_attn_implementation("sdpa")
+    token = step(torch.tensor([ids]))
+
+    def follow(_: int) -> None:
+        nonlocal token
+        token = step(token)
+        token.item()
+
+    rate = 1 / steps(follow)
+    model.set_attn_implementation("zsmerge")
+    return rate
+
+
+def at_once(engine: Engine, base: Cache, rows: int) -> float:
+    """Tokens per second of `rows` conversations that decode in threads of their own."""
+    params = SamplingParams(max_tokens=STEPS + 8, ignore_eos=True)
+    caches = [base.clone() for _ in range(rows)]
+
+    def talk(cache: Cache) -> list[float]:
+        return [time.perf_counter() for _ in engine.decode(cache, [params], [[]])]
+
+    with ThreadPoolExecutor(rows) as pool:
+        ticks = list(pool.map(talk, caches))
+    begin, end = max(times[3] for times in ticks), min(times[-1] for times in ticks)
+    return sum(sum(begin <= tick <= end for tick in times) for times in ticks) / (end - begin)
+
+
+def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
+    result: dict[str, Any] = {"bandwidth": bandwidth(), "rates": {}, "rows": {}, "weight_bytes": {}}
+    for name in arguments.formats:
+        llm = LLM(arguments.model, cache=CacheConfig(slots=1024), quantization=FORMATS[name])
+        engine = llm.engine
+        tensors = [*engine.model.parameters(), *engine.model.buffers()]
+        result["weight_bytes"][name] = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+        result["rates"][f"zsmerge {name}"] = rates = {}
+        full = result["rates"].setdefault("transformers bf16", {}) if name == "bf16" else None
+        for length in HISTORIES:
+            ids = history(llm, text, length)
+            rates[length] = ours(engine, ids)
+            if full is not None and length <= arguments.full:
+                full[length] = theirs(engine, ids)
+            print(name, length, round(rates[length], 1), round((full or {}).get(length, 0), 1), flush=True)
+        base = engine.new_cache()
+        engine.read(base, history(llm, text, 4096))
+        result["rows"][name] = {rows: at_once(engine, base, rows) for rows in ROWS}
+        print(
+            name, "conversations at once", {n: round(rate, 1) for n, rate in result["rows"][name].items()}, flush=True
+        )
+        del llm, engine, base
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--full", type=int, default=7168, help="the longest history for transformers' full cache")
+    parser.add_argument("--text", help="a text file for the history; repeated where it is too short")
+    arguments = parser.parse_args()
+    name = Path(arguments.model).stem
+    result = measure(arguments, book(arguments.text))
+    floor = {kind: size / result["bandwidth"] for kind, size in result["weight_bytes"].items()}
+    summary = {
+        "floor_tokens_per_second": {kind: 1 / seconds for kind, seconds in floor.items()},
+        "rate_at_32768_over_1024": {
+            kind: rates[32768] / rates[1024] for kind, rates in result["rates"].items() if 32768 in rates
+        },
+        "batch_8_over_1": {kind: rates[8] / rates[1] for kind, rates in result["rows"].items()},
+    }
+    print(json.dumps(summary, indent=1))
+    write(f"speed-{name}", {"model": name, "summary": summary, **result})
+    lines = {kind: (list(rates), list(rates.values())) for kind, rates in result["rates"].items()}
+    plot(f"speed-{name}", f"Decoding with {name}", "tokens of history", "tokens per second", lines)
+
+
+if __name__ == "__main__":
+    main()
