@@ -36,8 +36,9 @@ class CacheConfig:
     `scoring` is the rule:
 
     - `"attention"`: contribution scores of Eq. 5, s ← decay · s + a, from every query;
-    - `"window"`: the attention paid by the prompt's probe, or by the newest `window` queries where there is none,
-      max-pooled over `pool` neighbours; a slot keeps the best it ever got;
+    - `"window"`: the attention a paid by the prompt's probe, or by the newest `window` queries where there is none:
+      their mean, max-pooled over `pool` neighbours; a slot keeps the best it ever got. Slots rank by
+      (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None;
     - `"position"`: newest first (sliding window with sinks).
 
     `slots=None` is the exact, growing cache of `CacheConfig.full()`.
@@ -56,12 +57,15 @@ class CacheConfig:
     scoring: Scoring = "window"
     window: int = 32
     pool: int = 5
+    floor: float | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("sink", 0), ("recent", 1), ("residual", 0), ("stage", 1), ("window", 1), ("pool", 1)):
             _integer(name, getattr(self, name), low)
         _number("alpha", self.alpha, 0.0, 1.0)  # Theorem 3.1 needs alpha <= 1
         _number("decay", self.decay, 0.0, 1.0)
+        if self.floor is not None:
+            _number("floor", self.floor, 0.0, 1.0)
         if self.scoring not in ("attention", "window", "position"):
             raise ConfigError(f"scoring must be 'attention', 'window' or 'position', not {self.scoring!r}.")
         if self.pool % 2 == 0:
@@ -80,6 +84,13 @@ class CacheConfig:
     def context(self) -> int:
         """B_c, the slots of tokens kept for their score. 0 for the exact cache."""
         return 0 if self.slots is None else self.slots - self.sink - self.recent - self.residual
+
+    def ahead(self) -> CacheConfig:
+        """The same budget for a text that is read before any question about it is known.
+
+        Who asks is then a guess, and the size of what a slot holds tells as much: slots rank by (a + 0.02) · ‖v‖.
+        """
+        return self.replace(pool=1, floor=0.02) if self.scoring == "window" else self
 
     @classmethod
     def full(cls) -> CacheConfig:

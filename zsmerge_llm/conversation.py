@@ -72,6 +72,7 @@ class Conversations:
     store: Store
     template: Template
     new_cache: Callable[[], Cache]
+    new_document_cache: Callable[[], Cache]
     today: Callable[[], date] = date.today
 
     def begin(self, messages: list[Message], tools: Tools = None, session: str | Session | None = None) -> Turn:
@@ -149,7 +150,7 @@ class Conversations:
         if name is None:
             name = title if title not in self.store else f"{title}-{digest[:8]}"
         session = Session(name, self.store.fingerprint, template.today, document=text)
-        return Turn([], None, [digest], template, session, True, None, self.new_cache(), tokens, 0, "new")
+        return Turn([], None, [digest], template, session, True, None, self.new_document_cache(), tokens, 0, "new")
 
     def keep_document(self, turn: Turn) -> None:
         """Keep a document that has been read, under its session's name."""

@@ -278,8 +278,8 @@ class LayerCache:
         if not everyone:
             main = {name: tensor[index] for name, tensor in main.items()}
         due = torch.tensor([full[row] for row in rows], device=seen.device)[:, None, None]
-        score = main["position"].float() if config.scoring == "position" else main["score"]
-        ranking = policy.priority(score, main["count"], main["position"], seen[index], config.sink, config.recent)
+        worth = self._worth(main)
+        ranking = policy.priority(worth, main["count"], main["position"], seen[index], config.sink, config.recent)
         lost = policy.lowest(ranking, config.slots - residual)
         gone = policy.take(main["count"], lost) * due
         merged = {name: policy.take(main[name], lost) for name in ("keys", "values", "position") if residual}
@@ -294,6 +294,14 @@ class LayerCache:
             self.score[:, :, :residual] = held.score[:, :, :residual]
         else:
             self.dropped[place] += gone.sum(-1)
+
+    def _worth(self, slots: dict[str, Tensor]) -> Tensor:
+        """float32 [B, H, C]: by what the slots are ranked."""
+        if self.config.scoring == "position":
+            return slots["position"].float()
+        if self.config.scoring == "window" and self.config.floor is not None:
+            return policy.worth(slots["score"], slots["values"], self.config.floor)
+        return slots["score"]
 
     def _absorb(self, rows: slice | Tensor, evicted: dict[str, Tensor]) -> None:
         """Merge evicted tokens into the residual slots of some rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,5 +61,5 @@ def assemble(
     devices = [str(spec.device) for spec in engine.specs]
     store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices)
     forms = Forms(template, Grammars(tokenizer, engine.vocab_size, engine.stop_ids))
-    conversations = Conversations(store, template, engine.new_cache)
+    conversations = Conversations(store, template, engine.new_cache, partial(engine.new_cache, cache.ahead()))
     return Parts(loaded.name, tokenizer, engine, template, forms, conversations)

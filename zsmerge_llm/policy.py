@@ -56,6 +56,15 @@ def importance(attention: Tensor, asking: Tensor, pool: int) -> Tensor:
     return F.max_pool1d(mean, pool, stride=1, padding=pool // 2)
 
 
+def worth(attention: Tensor, values: Tensor, floor: float) -> Tensor:
+    """(a + floor) · ‖v‖: what a slot can add to an answer, even one that nobody has asked for yet.
+
+    Args:
+        attention: float32 [B, H, C], what the slot was paid; values: [B, H, C, D].
+    """
+    return (attention + floor) * torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+
+
 def priority(score: Tensor, count: Tensor, position: Tensor, seen: Tensor, sink: int, recent: int) -> Tensor:
     """Who stays, as a number: +inf for sinks and the `recent` newest tokens, -inf for empty slots, else the score.
 
