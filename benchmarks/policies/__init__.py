@@ -1,0 +1,78 @@
+"""The policies that quality.py compares, by name. Each is a few lines on one seam (`policies.base`)."""
+
+from __future__ import annotations
+
+from policies.attention_based import TOVA, CaM, SnapKV, pyramid
+from policies.base import STAGE, Policy, plain, probed, rope_of
+from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
+from policies.ours import MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
+from zsmerge_llm.config import CacheConfig
+
+__all__ = ["POLICIES", "Policy", "rope_of"]
+
+
+def _streaming(slots: int) -> CacheConfig:
+    return CacheConfig.streaming(slots).replace(stage=STAGE)
+
+
+def _h2o(slots: int) -> CacheConfig:
+    return CacheConfig.h2o(slots).replace(stage=STAGE)
+
+
+def _cam(slots: int) -> CacheConfig:
+    return _h2o(slots).replace(recent=64)
+
+
+def _paper(slots: int) -> CacheConfig:
+    return CacheConfig.paper(slots).replace(stage=STAGE)
+
+
+def _tova(slots: int) -> CacheConfig:
+    return plain(slots).replace(sink=0, recent=1)
+
+
+def _pooled(slots: int) -> CacheConfig:
+    return CacheConfig(slots=slots, stage=STAGE, window=8)
+
+
+def _ahead(slots: int) -> CacheConfig:
+    return _pooled(slots).ahead()
+
+
+def _full(slots: int) -> CacheConfig:
+    return CacheConfig.full()
+
+
+_ALL = (
+    Policy("full", _full, chunk=None),
+    Policy("truncate", _full, newest_only=True),
+    Policy("streaming", _streaming),
+    Policy("lm-infinite", _streaming, LMInfinite),
+    Policy("h2o", _h2o),
+    Policy("snapkv", plain, SnapKV),
+    Policy("snapkv-whole", plain, SnapKV, chunk=None),
+    Policy("pyramidkv", plain, SnapKV, budgets=pyramid),
+    Policy("tova", _tova, TOVA),
+    Policy("keydiff", plain, KeyDiff),
+    Policy("knorm", plain, Knorm),
+    Policy("expected", plain, ExpectedAttention),
+    Policy("cam", _cam, CaM),
+    Policy("paper", _paper),
+    Policy("paper-whole", _paper, chunk=None),
+    Policy("ours-question", _pooled, probe="question"),
+    Policy("ours-generic", _ahead, probe="generic"),
+    Policy("pooled-generic", _pooled, probe="generic"),
+    Policy("profile-question", _pooled, probe="question", profiled=True),
+    Policy("profile-generic", _pooled, probe="generic", profiled=True),
+    Policy("profile-generic-whole", _pooled, probe="generic", profiled=True, chunk=None),
+    Policy("sharpest-generic", probed, Sharpest, probe="generic", profiled=True),
+    Policy("valued-generic", probed, Valued, probe="generic", profiled=True),
+    Policy("valued-question", probed, Valued, probe="question", profiled=True),
+    Policy("valued-mean", probed, ValuedMean, probe="generic", profiled=True),
+    Policy("valued-mean-question", probed, ValuedMean, probe="question", profiled=True),
+    Policy("valued-more", probed, MostlyValued, probe="generic", profiled=True),
+    Policy("valued-expected", probed, ValuedExpected, probe="generic", profiled=True),
+    Policy("profile-h2o", _h2o, profiled=True),
+    Policy("profile-expected", plain, ExpectedAttention, profiled=True),
+)
+POLICIES = {policy.name: policy for policy in _ALL}

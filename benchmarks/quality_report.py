@@ -1,0 +1,150 @@
+"""Tables, paired bootstrap intervals and plots of a results file of quality.py."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import machine
+
+Key = tuple[Any, ...]
+Rows = dict[Key, dict[str, Any]]
+DRAWS = 2000
+DEPTHS = 5
+
+
+def interval(differences: Sequence[float], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean of paired differences."""
+    draw, size = random.Random(seed), len(differences)
+    means = sorted(sum(draw.choices(differences, k=size)) / size for _ in range(draws))
+    return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
+
+
+def groups(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Rows]]:
+    """(task, setting, budget) → policy → question → line. What has no budget, or ignores questions, is in each."""
+    found: dict[tuple[str, str, str], dict[str, Rows]] = defaultdict(lambda: defaultdict(dict))
+    for line in lines:
+        asked = (line["item"], line["question"], line.get("after"))
+        found[line["task"], line["setting"], line["budget"]][line["policy"]][asked] = line
+    unbounded = {key: policies for key, policies in found.items() if key[2] == "full"}
+    for (task, setting, _), policies in unbounded.items():
+        for key in found:
+            if key[:2] == (task, setting) and key[2] != "full":
+                found[key].update(policies)
+    for (task, setting, budget), policies in found.items():
+        if setting == "known":
+            for name, rows in found.get((task, "unknown", budget), {}).items():
+                policies.setdefault(name, rows)
+    return {key: policies for key, policies in sorted(found.items()) if key[2] != "full"}
+
+
+def summarise(policies: dict[str, Rows], ours: str) -> list[dict[str, Any]]:
+    """One row for each policy, best first, over the questions that all policies share with `ours`."""
+    table = []
+    for name, rows in policies.items():
+        shared = sorted(set(rows) & set(policies.get(ours, rows)), key=str)
+        if not shared:
+            continue
+        lines = [rows[asked] for asked in shared]
+        result = {
+            "policy": name,
+            "n": len(lines),
+            "documents": len({line["item"] for line in lines}),
+            "nll": _mean([line["nll"] for line in lines]),
+            "exact": _mean([line["exact"] for line in lines]),
+            "cache_mb": _mean([line["cache_bytes"] for line in lines]) / 1e6,
+            "reading_mb": _mean([line["reading_bytes"] for line in lines]) / 1e6,
+            "depths": by_depth(lines),
+        }
+        for score in ("rouge1", "rouge2", "rougeL"):
+            if score in lines[0]:
+                result[score] = _mean([line[score] for line in lines])
+        if name != ours and ours in policies:
+            gaps = [rows[asked]["nll"] - policies[ours][asked]["nll"] for asked in shared]
+            result["against_ours"] = {"mean": _mean(gaps), "interval": interval(gaps)}
+        table.append(result)
+    return sorted(table, key=lambda result: result["nll"])
+
+
+def by_depth(lines: Sequence[dict[str, Any]]) -> list[float | None]:
+    """Mean NLL of the answers in each fifth of the document."""
+    bins: list[list[float]] = [[] for _ in range(DEPTHS)]
+    for line in lines:
+        bins[min(int(line["depth"] * DEPTHS), DEPTHS - 1)].append(line["nll"])
+    return [_mean(values) if values else None for values in bins]
+
+
+def report(path: Path, ours: str) -> str:
+    """Write PATH.json, PATH.md and the plots beside a results file; the tables as text."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    tables = {" / ".join(key): summarise(policies, ours) for key, policies in groups(lines).items()}
+    path.with_suffix(".json").write_text(json.dumps({"machine": machine(), "ours": ours, "tables": tables}, indent=1))
+    text = "\n\n".join(f"### {title}\n\n{as_text(table)}" for title, table in tables.items())
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    plots(path, tables)
+    return text
+
+
+def as_text(table: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    extra = [score for score in ("rouge1", "rouge2", "rougeL") if score in table[0]]
+    titles = ["policy", "n", "NLL", "exact", "against ours", "cache MB", "reading MB", *extra]
+    rows = [titles, ["---"] * len(titles)]
+    for result in table:
+        gap = result.get("against_ours")
+        against = "" if gap is None else f"{gap['mean']:+.2f} [{gap['interval'][0]:+.2f}, {gap['interval'][1]:+.2f}]"
+        figures = [f"{result['nll']:.2f}", f"{result['exact']:.0%}", against]
+        figures += [f"{result['cache_mb']:.1f}", f"{result['reading_mb']:.0f}"]
+        rows.append([result["policy"], str(result["n"]), *figures, *(f"{100 * result[score]:.1f}" for score in extra)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def plots(path: Path, tables: dict[str, list[dict[str, Any]]]) -> None:
+    """PATH-memory.png: NLL against cache bytes; PATH-depth.png: NLL by where the answer stands."""
+    series: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for title, table in tables.items():
+        for result in table:
+            series[title.rpartition(" / ")[0]][result["policy"]].append((result["cache_mb"], result["nll"]))
+    _panels(path.with_name(f"{path.stem}-memory.png"), "cache, MB", {
+        title: {name: sorted(set(points)) for name, points in lines.items()} for title, lines in series.items()
+    })  # fmt: skip
+    depths = {
+        title: {
+            result["policy"]: [
+                ((place + 0.5) / DEPTHS, nll) for place, nll in enumerate(result["depths"]) if nll is not None
+            ]
+            for result in table
+        }
+        for title, table in tables.items()
+        if "summary" not in title
+    }
+    _panels(path.with_name(f"{path.stem}-depth.png"), "where the answer stands (0: start)", depths)
+
+
+def _panels(path: Path, x_label: str, panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if not panels:
+        return
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, 4 * len(panels)), squeeze=False)
+    for (title, lines), panel in zip(panels.items(), axes[:, 0], strict=True):
+        for name, points in lines.items():
+            style = "-" if name.startswith(("ours", "full")) else "--"
+            panel.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
+        panel.set(title=title, xlabel=x_label, ylabel="NLL of the answer, per token")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,176 @@
+"""How quality.py fills a cache by a policy and scores answers from it: the settings, one function each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import psutil
+import torch
+from common import book, forget_peak, peak_rss
+from policies.base import STAGE, Policy, plain, rope_of
+from policies.profile import recall_curves, share_out, weighted
+from quality_ask import Score, ask
+from quality_rouge import rouge
+from quality_tasks import Item, Question
+
+from zsmerge_llm.cache import Cache
+from zsmerge_llm.chat import Template
+from zsmerge_llm.config import SamplingParams
+from zsmerge_llm.engine import Engine
+from zsmerge_llm.probe import GENERIC, chat_probe
+
+FOLLOW_UPS = 2
+PASSAGE = 768
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number of slots, or a percentage of the document's tokens."""
+
+    amount: float
+    percent: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}%" if self.percent else f"{self.amount:g}"
+
+    def slots(self, tokens: int) -> int:
+        return max(80, round(tokens * self.amount / 100)) if self.percent else int(self.amount)
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        return cls(float(text.rstrip("%")), text.endswith("%"))
+
+
+@dataclass
+class Reader:
+    """A model on which every policy reads at the bytes of a plain cache of `budget` slots."""
+
+    engine: Engine
+    template: Template
+
+    @cached_property
+    def profile(self) -> list[float]:
+        """What each layer's budget is worth to this model, from reciting a passage of the demo's text."""
+        text = self.template.encode(book())[:PASSAGE]
+        asking = self.template.encode("\n\nRepeat the text above.") + chat_probe(self.template, "")
+        recite = asking + text[PASSAGE // 8 : PASSAGE // 8 + PASSAGE // 3]
+        curves = recall_curves(self.engine, text, chat_probe(self.template, GENERIC), recite)
+        return share_out(curves)
+
+    def new_cache(self, policy: Policy, budget: Budget, tokens: int) -> Cache:
+        specs = self.engine.specs
+        slots = budget.slots(tokens)
+        if policy.profiled:
+            policy = replace(policy, budgets=weighted(self.profile))
+        if policy.config(1024).slots is not None:
+            slots = policy.slots_for(specs, plain_bytes(self.engine, slots))
+        return policy.new_cache(specs, slots, rope_of(self.engine))
+
+    def read(self, cache: Cache, policy: Policy, ids: list[int], probe: list[int]) -> None:
+        """Read in passes of equal length, so that each of them ends with a compression once the slots are full."""
+        most = policy.chunk or len(ids)
+        self.engine.chunk = -(-len(ids) // -(-len(ids) // most))
+        self.engine.read(cache, ids, probe=probe or None)
+
+    def fill(self, policy: Policy, budget: Budget, item: Item, asked: Question | None = None) -> Cache:
+        """A cache that has read the item; with `asked`, the question too, but for its last token."""
+        cache = self.new_cache(policy, budget, item.tokens)
+        tail = asked.asking[:-1] if asked is not None else []
+        if policy.newest_only or policy.chunk is None or len(item.parts) == 1:
+            parts = [([token for ids, _ in item.parts for token in ids] + tail, item.parts[-1][1])]
+            if policy.newest_only:
+                parts = [(parts[0][0][-budget.slots(item.tokens) :], [])]
+        else:
+            parts = [*item.parts, *([(tail, [])] if tail else [])]
+        for ids, own in parts:
+            self.read(cache, policy, ids, self._probe(policy, asked.probe if asked is not None else own))
+        return cache
+
+    def _probe(self, policy: Policy, question: list[int]) -> list[int]:
+        if policy.probe == "generic":
+            return chat_probe(self.template, GENERIC)
+        return question if policy.probe == "question" else []
+
+    # -- the settings ------------------------------------------------------------------------------------------------
+
+    def unknown(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
+        """Read once; every question is asked of the same cache."""
+        cache, facts = self._measured(policy, budget, item, None)
+        scores = ask(self.engine, cache, [(each.asking, each.answer) for each in item.questions])
+        for asked, score in zip(item.questions, scores, strict=True):
+            yield row(asked, score, facts)
+
+    def known(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
+        """Document and question are one prompt; then two other questions follow in the same chat."""
+        for number, asked in enumerate(item.questions):
+            cache, facts = self._measured(policy, budget, item, asked)
+            (score,) = ask(self.engine, cache, [(asked.asking[-1:], asked.answer)])
+            yield row(asked, score, facts)
+            others = [item.questions[(number + 1 + step) % len(item.questions)] for step in range(FOLLOW_UPS)]
+            self.engine.chunk = 512
+            self.engine.read(cache, [asked.asking[-1], *asked.answer])
+            scores = ask(self.engine, cache, [(other.following, other.answer) for other in others])
+            for other, later in zip(others, scores, strict=True):
+                yield {**row(other, later, facts), "setting": "followup", "after": asked.index}
+
+    def summary(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
+        """A plain prompt: NLL of the reference, and ROUGE of a greedy continuation up to the stop text."""
+        (asked,) = item.questions
+        cache, facts = self._measured(policy, budget, item, asked)
+        (score,) = ask(self.engine, cache, [(asked.asking, asked.answer)])
+        self.engine.chunk = 512
+        self.engine.read(cache, asked.asking)
+        said: list[int] = []
+        with torch.inference_mode():
+            for (token,) in self.engine.decode(cache, [SamplingParams(max_tokens=64)], [asked.asking]):
+                said.append(token or 0)
+                if asked.text in self.template.tokenizer.decode(said):
+                    break
+        text = self.template.tokenizer.decode(said, skip_special_tokens=True).split(asked.text)[0].strip()
+        reference = self.template.tokenizer.decode(asked.answer)
+        yield {**row(asked, score, facts), "said": text, **rouge(text, reference)}
+
+    def _measured(
+        self, policy: Policy, budget: Budget, item: Item, asked: Question | None
+    ) -> tuple[Cache, dict[str, Any]]:
+        """A filled cache, and what it cost."""
+        forget_peak()
+        before, started = psutil.Process().memory_info().rss, time.perf_counter()
+        cache = self.fill(policy, budget, item, asked)
+        return cache, {
+            "slots": cache.slots,
+            "cache_bytes": cache.full_nbytes(cache.lengths[0]) if cache.slots is None else cache.nbytes,
+            "reading_bytes": reading_bytes(policy, cache, self.engine.chunk),
+            "peak_rss_growth": peak_rss() - before,
+            "seconds": round(time.perf_counter() - started, 2),
+            "tokens_read": cache.lengths[0],
+        }
+
+
+def row(asked: Question, score: Score, facts: dict[str, Any]) -> dict[str, Any]:
+    """One line of the results."""
+    return {
+        "question": asked.index,
+        "depth": asked.depth,
+        **{name: round(value, 5) if name == "nll" else value for name, value in asdict(score).items()},
+        **facts,
+    }
+
+
+def plain_bytes(engine: Engine, slots: int) -> int:
+    """The budget: bytes of a cache of `slots` and its stage, without any buffer."""
+    return Policy("plain", plain).nbytes(engine.specs, slots)
+
+
+def reading_bytes(policy: Policy, cache: Cache, chunk: int) -> int:
+    """Bytes of keys and values at the peak of reading: a policy that ranks a finished prefill holds the full cache
+    first; one that compresses as it reads holds its cache, and one layer's copy of it with a chunk."""
+    full = cache.full_nbytes(cache.lengths[0])
+    if policy.whole:
+        return full + (0 if cache.slots is None else cache.nbytes)
+    layers = len(cache.layers)
+    return cache.nbytes + cache.nbytes // layers + cache.full_nbytes(min(chunk, STAGE * 4)) // layers

@@ -1,0 +1,139 @@
+"""Tasks for quality.py: JSON lines of documents or chats with questions, as token ids that a policy reads and is asked.
+
+One line: `{id, task, context | messages | prompt, qa: [{q, a: [accepted answers], depth}], metric, max_new_tokens}`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zsmerge_llm.chat import Template
+from zsmerge_llm.probe import chat_probe, last_line
+
+GUIDE = "Answer with a few words from the text above.\nQuestion: "
+MARK = "@@question@@"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: `asking` ids follow the document, `following` ids follow an answer; `answer` is the gold answer,
+    and `probe` what a prompt that ends so has as its probe."""
+
+    index: int
+    text: str
+    asking: list[int]
+    following: list[int]
+    answer: list[int]
+    probe: list[int]
+    depth: float
+
+
+@dataclass(frozen=True)
+class Item:
+    """One document or chat: `parts` are read one after another (a document is one part), each with the last line of
+    its user's message as its own probe."""
+
+    id: str
+    task: str
+    parts: list[tuple[list[int], list[int]]]
+    questions: list[Question]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(ids) for ids, _ in self.parts)
+
+
+def load(paths: Sequence[str | Path], limit: int | None) -> Iterator[dict[str, Any]]:
+    """The first `limit` records of each file, with the file's stem as `file`."""
+    for path in map(Path, paths):
+        with path.open(encoding="utf-8") as lines:
+            for count, line in enumerate(lines):
+                if limit is not None and count >= limit:
+                    break
+                yield {**json.loads(line), "file": path.stem}
+
+
+def item(template: Template, record: dict[str, Any], most: int) -> Item:
+    """One record with at most `most` of its questions, spread evenly over the document."""
+    if "messages" in record:
+        parts, closing = _chat(template, record["messages"])
+    else:
+        parts, closing = _document(template, record["context"])
+    asked, between = record["qa"], _between(template)
+    step = max(1.0, len(asked) / most)
+    picked = [int(number * step) for number in range(min(most, len(asked)))]
+    complete = "messages" in record or record.get("task", "").startswith(("kv_", "longchat"))
+    guide = "" if complete else GUIDE  # those questions say themselves what is wanted
+    questions = [
+        Question(
+            index,
+            asked[index]["q"],
+            template.encode(closing.replace(MARK, guide + asked[index]["q"])),
+            template.encode(between.replace(MARK, guide + asked[index]["q"])),
+            template.encode(asked[index]["a"][0]),
+            chat_probe(template, last_line(asked[index]["q"])),
+            float(asked[index].get("depth", 0.0)),
+        )
+        for index in picked
+    ]
+    return Item(str(record["id"]), record["file"], parts, questions)
+
+
+def _between(template: Template) -> str:
+    """What the template writes from an assistant's answer to the next one, with MARK where the question stands."""
+    turns = [("user", "?"), ("assistant", "@@answer@@"), ("user", MARK)]
+    return template.render([{"role": role, "content": text} for role, text in turns]).rpartition("@@answer@@")[2]
+
+
+def _document(template: Template, context: str) -> tuple[list[tuple[list[int], list[int]]], str]:
+    """The document as one part, and what follows it, with MARK where the question stands."""
+    head, _, tail = template.render([{"role": "user", "content": f"{context}\n\n{MARK}"}]).partition(MARK)
+    return [(template.encode(head), [])], MARK + tail
+
+
+def _chat(template: Template, messages: list[dict[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], str]:
+    """A chat, each message as its own part; a user's with the probe that the product would take."""
+    parts, before = [], ""
+    for count, message in enumerate(messages, start=1):
+        after = template.render(messages[:count], add_generation_prompt=False)
+        probe = chat_probe(template, last_line(message["content"])) if message["role"] == "user" else []
+        parts.append((template.encode(after.removeprefix(before)), probe))
+        before = after
+    marked = template.render([*messages, {"role": "user", "content": MARK}])
+    return parts, marked.removeprefix(before)
+
+
+def summary(template: Template, record: dict[str, Any]) -> Item:
+    """A plain prompt and its reference, as one question about nothing but the prompt."""
+    ids = template.encode_prompt(record["prompt"])
+    reference = template.encode(" " + record["reference"].strip())
+    asked = Question(0, record["stop"], ids[-1:], [], reference, template.encode(last_line(record["prompt"])), 0.0)
+    return Item(str(record["id"]), record["file"], [(ids[:-1], asked.probe)], [asked])
+
+
+def needles(book: Path, tokens_of: Template, documents: int, tokens: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Records made of a long text: six secret codes in sentences at even depths of each of `documents` excerpts."""
+    draw = random.Random(seed)
+    text = book.read_text(encoding="utf-8")
+    places = ("harbour", "library", "garden", "station", "kitchen", "tower", "cellar", "chapel", "bakery", "archive")
+    words = ("amber", "falcon", "violet", "copper", "meadow", "winter", "saddle", "harvest", "lantern", "pepper")
+    per_token = len(text[:40_000]) / len(tokens_of.encode(text[:40_000]))
+    size, records = int(tokens * per_token), []
+    for number in range(documents):
+        start = (number * 7 + 3) * len(text) // (7 * documents + 5)
+        paragraphs = text[start : start + size].split("\n\n")[1:-1]
+        qa, chosen, before = [], draw.sample(places, 6), len(paragraphs)
+        for order, place in enumerate(chosen):
+            code = f"{draw.choice(words)} {draw.randint(100, 999)}"
+            depth = (order + 0.5) / 6
+            at = int(depth * before) + order
+            paragraphs.insert(at, f"The secret code of the {place} is {code}.")
+            qa.append({"q": f"What is the secret code of the {place}?", "a": [code], "depth": depth})
+        context = "\n\n".join(paragraphs)
+        records.append({"id": f"needles-{number}", "task": "needles", "file": "needles", "context": context, "qa": qa})
+    return records

@@ -1,0 +1,211 @@
+"""benchmarks/quality.py on tiny random models: equal bytes, what each policy keeps, scoring, resuming, figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.talk import ROOMY, talker
+from tests.templates import template
+from tests.tiny import tiny_model, tokens
+from zsmerge_llm.engine import Engine
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import quality  # noqa: E402
+import quality_report  # noqa: E402
+import quality_run  # noqa: E402
+import quality_tasks  # noqa: E402
+from policies import POLICIES, rope_of  # noqa: E402
+from policies.attention_based import pyramid  # noqa: E402
+from policies.profile import share_out, weighted  # noqa: E402
+from quality_ask import ask  # noqa: E402
+from quality_rouge import rouge  # noqa: E402
+
+BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.config(1024).slots is not None)
+RECORD = {
+    "id": "d1",
+    "file": "toy",
+    "context": "The cat is called Bishop. " * 30 + "\n\n" + "The dog sleeps. " * 30,
+    "qa": [{"q": "What is the cat called?", "a": ["Bishop"], "depth": 0.1}, {"q": "Who sleeps?", "a": ["The dog"]}],
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(tiny_model("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def reader() -> quality_run.Reader:
+    llm = talker(cache=ROOMY)
+    return quality_run.Reader(llm.engine, template("smollm2"))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral-sliding", "gemma2-softcap", "gpt_oss-sinks"])
+def test_asking_together_scores_as_asking_one_by_one(family: str) -> None:
+    engine = Engine(tiny_model(family), POLICIES["paper"].config(200))
+    cache = engine.new_cache()
+    engine.read(cache, tokens(700))
+    asked = [(tokens(5 + n, seed=n), tokens(3 + n, seed=9 + n)) for n in range(3)]
+    before = [layer.keys.clone() for layer in cache.layers]
+    for (question, answer), score in zip(asked, ask(engine, cache, asked), strict=True):
+        alone = cache.clone()
+        engine.read(alone, question)
+        assert score.nll == pytest.approx(-engine.logprobs(alone, answer).mean().item(), abs=1e-3)
+        assert score.tokens == len(answer)
+    assert all(torch.equal(old, layer.keys) for old, layer in zip(before, cache.layers, strict=True))
+
+
+def test_an_answer_is_exact_iff_greedy_decoding_says_it(engine: Engine) -> None:
+    cache = engine.new_cache()
+    engine.read(cache, tokens(50))
+    question = tokens(4, seed=1)
+    said = list(engine.stream(cache.clone(), question))[:3]
+    other = [*said[:-1], said[-1] % 90 + 3]
+    right, wrong = ask(engine, cache, [(question, said), (question, other)])
+    assert right.exact
+    assert not wrong.exact
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_every_policy_reads_within_the_same_bytes(name: str, engine: Engine) -> None:
+    policy, budget = POLICIES[name], quality_run.plain_bytes(engine, 200)
+    slots = policy.slots_for(engine.specs, budget)
+    cache = policy.new_cache(engine.specs, slots, rope_of(engine))
+    engine.chunk = policy.chunk or 700
+    engine.read(cache, tokens(700), probe=tokens(5, seed=1) if policy.probe else None)
+    logits = cache.logits
+    held, cache.logits = cache.nbytes, None
+    slot = engine.specs[0].kv_heads * len(engine.specs) * 100
+    assert budget - slot * 4 < cache.nbytes <= budget, "as much as fits, and no more"
+    assert held == cache.nbytes + logits.nbytes
+    for layer in cache.layers:
+        assert max(layer.fills) <= layer.capacity
+        seen = layer.count.sum(-1) + layer.dropped
+        assert torch.equal(seen, torch.full_like(seen, 700.0)), "every token is accounted for"
+    assert all(torch.isfinite(logits).flatten())
+
+
+@pytest.mark.parametrize("name", ["keydiff", "knorm", "tova", "snapkv", "expected", "cam", "lm-infinite"])
+def test_policies_differ_from_heavy_hitters(name: str, engine: Engine) -> None:
+    def kept(which: str) -> list[Any]:
+        cache = POLICIES[which].new_cache(engine.specs, 200, rope_of(engine))
+        engine.chunk = 350
+        engine.read(cache, tokens(700), probe=tokens(5, seed=1) if POLICIES[which].probe else None)
+        return [cache.layers[0].position[0, 0, :200].tolist(), cache.layers[0].values[0, 0, :200].sum().item()]
+
+    assert kept(name) != kept("h2o")
+
+
+def test_lm_infinite_puts_no_key_further_away_than_its_slots(engine: Engine) -> None:
+    cache = POLICIES["lm-infinite"].new_cache(engine.specs, 200, rope_of(engine))
+    exact = engine.new_cache(POLICIES["full"].config(0))
+    engine.chunk = 350
+    for each in (cache, exact):
+        engine.read(each, tokens(700))
+    rope = rope_of(engine)
+    assert rope is not None
+    expected = rope.rotate(exact.layers[0].keys[:, :, :4], torch.tensor([500.0]))
+    assert torch.allclose(cache.layers[0].keys[:, :, :4], expected, atol=1e-3)
+
+
+def test_a_pyramid_keeps_the_total() -> None:
+    budgets = pyramid(512, 24)
+    assert sum(budgets) == 512 * 24
+    assert budgets == sorted(budgets, reverse=True)
+    assert min(budgets) == 96
+
+
+def test_a_profile_gives_more_to_layers_that_look_things_up() -> None:
+    fraction = torch.linspace(0, 1, 21)
+    steady, sudden, quick = fraction, fraction**4, fraction.clamp(max=0.1) * 10
+    weights = share_out(torch.stack([quick, sudden, quick, steady]) / 4, total=0.25)
+    assert sum(weights) / 4 == pytest.approx(1)
+    assert max(weights) == max(weights[1], weights[3])
+    assert min(weights) >= 0.4
+    assert sum(weighted(weights)(333, 4)) == 333 * 4
+
+
+def test_reciting_finds_a_profile_and_layers_get_their_budgets(reader: quality_run.Reader) -> None:
+    weights = reader.profile
+    assert len(weights) == len(reader.engine.specs)
+    assert sum(weights) / len(weights) == pytest.approx(1)
+    cache = reader.new_cache(POLICIES["valued-generic"], quality_run.Budget(300), 0)
+    slots = [layer.config.slots for layer in cache.layers]
+    assert sum(slots) == pytest.approx(cache.config.slots * len(slots), abs=1)
+    assert slots == [pytest.approx(cache.config.slots * weight, abs=1) for weight in weights]
+
+
+def test_follow_ups_are_asked_after_each_known_question(reader: quality_run.Reader) -> None:
+    read = quality_tasks.item(reader.template, RECORD, 5)
+    budget = quality_run.Budget.parse("30%")
+    rows = list(reader.known(POLICIES["ours-question"], budget, read))
+    assert [row.get("setting") for row in rows] == [None, "followup", "followup"] * 2
+    assert {row["question"] for row in rows} == {0, 1}
+    assert all(row["cache_bytes"] > 0 and row["nll"] > 0 for row in rows)
+
+
+def test_a_chat_is_read_message_by_message(reader: quality_run.Reader) -> None:
+    said = [{"role": ("user", "assistant")[n % 2], "content": f"Message {n} about the sea."} for n in range(9)]
+    record = {"id": "c", "file": "toy", "messages": said, "qa": [{"q": "What about?", "a": ["the sea"], "depth": 0.0}]}
+    read = quality_tasks.item(reader.template, record, 3)
+    whole = reader.template.render([*said, {"role": "user", "content": "What about?"}])
+    ids = [token for part, _ in read.parts for token in part] + read.questions[0].asking
+    assert reader.template.tokenizer.decode(ids) == whole
+    assert [bool(probe) for _, probe in read.parts] == [True, False] * 4 + [True]
+    (row,) = reader.unknown(POLICIES["ours-question"], quality_run.Budget(96), read)
+    assert row["tokens_read"] == read.tokens
+
+
+def test_needles_stand_in_their_documents(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("\n\n".join(f"Paragraph {n}. It was a quiet day at sea." for n in range(4000)))
+    for record in quality_tasks.needles(book, template("smollm2"), 2, 600):
+        for asked in record["qa"]:
+            at = record["context"].index(asked["a"][0]) / len(record["context"])
+            assert at == pytest.approx(asked["depth"], abs=0.12)
+
+
+def test_a_restart_skips_what_is_done_and_drops_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "quality-x.jsonl"
+    line = {"policy": "h2o", "budget": "512", "setting": "followup", "task": "t", "item": "1", "asked": 3}
+    path.write_text(json.dumps(line) + '\n{"policy": "sn')
+    assert quality.done(path) == {("h2o", "512", "known", "t", "1", 3)}
+    assert path.read_text() == json.dumps(line) + "\n"
+
+
+def test_intervals_hold_the_mean_and_shrink_with_the_noise() -> None:
+    low, high = quality_report.interval([0.5, 1.5] * 50)
+    assert low < 1.0 < high
+    assert quality_report.interval([1.0] * 10) == (1.0, 1.0)
+
+
+def test_the_report_compares_the_same_questions(tmp_path: Path) -> None:
+    path = tmp_path / "quality-x.jsonl"
+    facts = {"setting": "unknown", "task": "t", "item": "1", "exact": True, "cache_bytes": 1, "reading_bytes": 1}
+    rows = [("ours", "512", 0, 1.0), ("ours", "512", 1, 2.0), ("h2o", "512", 1, 3.0), ("full", "full", 1, 0.5)]
+    lines = [{**facts, "policy": p, "budget": b, "question": q, "nll": n, "depth": 0.5} for p, b, q, n in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = quality_report.report(path, "ours")
+    assert "| h2o | 1 | 3.00 | 100% | +1.00 [+1.00, +1.00]" in text
+    assert "| full | 1 | 0.50 | 100% | -1.50" in text
+    tables = json.loads(path.with_suffix(".json").read_text())["tables"]
+    assert list(tables) == ["t / unknown / 512"]
+    assert path.with_name("quality-x-depth.png").stat().st_size > 0
+
+
+def test_rouge_counts_common_words_pairs_and_subsequences() -> None:
+    figures = rouge("the cat sat", "The cat is sat.")
+    assert figures == {
+        "rouge1": pytest.approx(6 / 7, abs=1e-3),
+        "rouge2": 0.4,
+        "rougeL": pytest.approx(6 / 7, abs=1e-3),
+    }
+    assert rouge("", "a") == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
