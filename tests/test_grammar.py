@@ -200,21 +200,16 @@ def test_forced_tokens_are_read_in_one_pass() -> None:
     )
     grammars = Grammars(llm.tokenizer, engine.vocab_size, engine.stop_ids)
     passes: list[int] = []
-    forward = engine._pass
-
-    def counting(cache: Cache, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
-        passes.append(ids.shape[1])
-        return forward(cache, ids, *rest)
-
     params = SamplingParams(max_tokens=32)
     ids = llm.tokenizer("Say it.")["input_ids"]
     held = engine.new_cache()
     engine.read(held, ids)
-    engine._pass = counting  # type: ignore[method-assign]
-    try:
+
+    def note(model: torch.nn.Module, inputs: tuple[()], names: dict[str, Any]) -> None:
+        passes.append(names["input_ids"].shape[1])
+
+    with engine.model.register_forward_pre_hook(note, with_kwargs=True):
         said = [t for (t,) in engine.decode(held, [params], [ids], constraints=[grammars.constraint(grammar, 32)])]
-    finally:
-        del engine._pass
     json.loads(llm.tokenizer.decode(said))
     assert max(passes) > 3
     assert held.seen == len(ids) + sum(passes) <= len(ids) + len(said)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.saying import saying
 from tests.talk import ROOMY, Talk, said, talker
 from tests.templates import ENDS, FOLDER, TOOLS
 from zsmerge_llm import LLM, Result, SamplingParams
@@ -239,6 +240,17 @@ def test_tools_and_a_response_format_together_give_the_one_or_the_other() -> Non
             assert set(json.loads(result.text)) <= {"x"}
 
 
+def test_an_answer_in_json_may_begin_as_a_call_does() -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    llm = talker("qwen2.5", cache=ROOMY)
+    with saying(llm, '{"name": "Ann"}'):
+        result = llm.chat("Hello", tools=BOTH, response_format=wanted)
+    assert (result.text, result.tool_calls) == ('{"name": "Ann"}', [])
+    with saying(llm, CALL):
+        assert made(llm.chat("Hello", tools=BOTH, response_format=wanted).tool_calls) == [WEATHER]
+
+
 @pytest.mark.parametrize(
     ("wanted", "error", "part"),
     [
@@ -262,9 +274,9 @@ def test_requests_that_contradict_themselves_are_refused(wanted: dict[str, Any],
 # -- what the conversation remembers ---------------------------------------------------------------------------------
 
 
-def with_results(messages: list[dict[str, Any]], result: Result) -> list[dict[str, Any]]:
+def with_results(messages: list[dict[str, Any]], result: Result, content: str = "18 degrees") -> list[dict[str, Any]]:
     """The conversation as callers go on with it."""
-    answers = [{"role": "tool", "tool_call_id": call["id"], "content": "18 degrees"} for call in result.tool_calls]
+    answers = [{"role": "tool", "tool_call_id": call["id"], "content": content} for call in result.tool_calls]
     reply = {"role": "assistant", "content": result.text or None, "tool_calls": result.tool_calls}
     return [*messages, reply, *answers]
 
@@ -334,6 +346,82 @@ def test_after_a_result_the_model_is_asked_for_words() -> None:
     assert llm.tokenizer.decode(llm.session("it").tokens).count(RESULT_NOTE) == 1
 
 
+def asked_and_told() -> list[dict[str, Any]]:
+    """A question, the call for it, and its result."""
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Zürich"}'}}
+    reply = {"role": "assistant", "content": None, "tool_calls": [call]}
+    return [*said("Is it warm in Zürich?"), reply, {"role": "tool", "tool_call_id": "c1", "content": "18 degrees"}]
+
+
+def test_after_a_result_another_call_may_follow() -> None:
+    llm = talker("qwen2.5", cache=ROOMY)
+    for text in ('{"name": "now", "arguments": {}}', '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'):
+        with saying(llm, text):
+            assert made(llm.chat(asked_and_told(), tools=BOTH).tool_calls) == [("now", {})]
+    elsewhere = CALL.replace("Zürich", "Bern")
+    with saying(llm, elsewhere):
+        assert made(llm.chat(asked_and_told(), tools=BOTH).tool_calls) == [("weather", {"place": "Bern"})]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "smollm2", "llama3"])
+def test_a_call_that_was_just_made_gives_way_to_words(name: str) -> None:
+    llm = talker(name, cache=ROOMY)
+    spaced = '{"name": "weather",  "arguments":  {"place":  "Zürich"}}'
+    for text in (CALL, spaced):
+        with saying(llm, text, "It is 18 degrees."):
+            *pieces, last = llm.stream(asked_and_told(), tools=BOTH, session="it")
+        assert "".join(piece.text for piece in pieces) + last.text == "It is 18 degrees."
+        assert (last.tool_calls, last.finish_reason) == ([], "stop")
+        tokens = llm.session("it").tokens
+        assert llm.tokenizer.decode(tokens[last.usage.prompt_tokens :]) == "It is 18 degrees."
+        reply = {"role": "assistant", "content": "It is 18 degrees."}
+        further = [*asked_and_told(), reply, *said("Thanks")]
+        going_on = llm.chat(further, tools=BOTH, sampling=WARM.replace(max_tokens=2))
+        assert going_on.usage.reuse == "continued"
+
+
+def test_after_two_calls_only_tagged_ones_may_follow_where_a_family_writes_tags() -> None:
+    llm = talker("qwen2.5", cache=ROOMY)
+    call = {"id": "c2", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    again = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages = [*asked_and_told(), *again, {"role": "tool", "tool_call_id": "c2", "content": "noon"}]
+    third = CALL.replace("Zürich", "Bern")
+    with saying(llm, third, "It is 18 degrees."):
+        result = llm.chat(messages, tools=BOTH)
+    assert (result.text, result.tool_calls) == ("It is 18 degrees.", [])
+    with saying(llm, f"<tool_call>\n{third}\n</tool_call>"):
+        assert made(llm.chat(messages, tools=BOTH).tool_calls) == [("weather", {"place": "Bern"})]
+
+
+def test_no_call_is_made_where_none_may_be_whatever_the_text_looks_like() -> None:
+    llm = talker("qwen2.5", cache=ROOMY)
+    text = 'You can use this:\n\n```json\n{\n  "name": "John",\n\n\n  "of": [{"name": "weath"}]}\n```\n\n\nOr not.'
+    with saying(llm, text):
+        assert llm.chat("Hello", tools=BOTH, tool_choice="none").text == text
+
+
+def test_a_repeated_call_behind_words_leaves_the_words() -> None:
+    llm = talker("qwen2.5", cache=ROOMY)
+    with saying(llm, f"It is warm.\n{CALL}"):
+        result = llm.chat(asked_and_told(), tools=BOTH)
+    assert (result.text, result.tool_calls, result.finish_reason) == ("It is warm.", [], "stop")
+
+
+def test_a_call_of_an_earlier_turn_may_be_made_again() -> None:
+    llm = talker("qwen2.5", cache=ROOMY)
+    reply = {"role": "assistant", "content": "It is."}
+    with saying(llm, CALL):
+        result = llm.chat([*asked_and_told(), reply, *said("And now?")], tools=BOTH)
+    assert made(result.tool_calls) == [WEATHER]
+
+
+def test_in_a_batch_repeated_calls_give_way_to_words_too() -> None:
+    llm = talker("qwen2.5", cache=ROOMY)
+    with saying(llm, CALL, CALL, "It is 18 degrees.", "It is 18 degrees."):
+        results = llm.batch([asked_and_told(), asked_and_told()], tools=BOTH)
+    assert [(result.text, result.tool_calls) for result in results] == [("It is 18 degrees.", [])] * 2
+
+
 def test_a_template_without_system_messages_is_told_of_tools_by_the_user() -> None:
     text = talker("gemma2")._load().template.render(said("Hello"), TOOLS)
     assert text.index("# Tools") < text.index("Hello")
@@ -371,12 +459,31 @@ def test_qwen_chooses_the_right_tool_and_answers_in_words_after_the_result(
     ((called, arguments),) = made(first.tool_calls)
     assert called == name
     assert argument in next(iter(arguments.values()))
-    messages.append({"role": "assistant", "content": None, "tool_calls": first.tool_calls})
-    messages.append({"role": "tool", "tool_call_id": first.tool_calls[0]["id"], "content": result})
-    second = qwen_coder.chat(messages, tools=REAL, sampling=SamplingParams(max_tokens=60))
-    assert second.tool_calls == []
-    assert answer in second.text
-    assert second.usage.reuse == "continued"
+    last, calls = first, 1
+    while last.tool_calls and calls < 4:  # it has the calculator calculate its own result, too
+        messages = with_results(messages, last, result)
+        last, calls = qwen_coder.chat(messages, tools=REAL, sampling=SamplingParams(max_tokens=60)), calls + 1
+        assert last.usage.reuse == "continued"
+    assert last.tool_calls == []
+    assert answer in last.text
+
+
+@pytest.mark.slow
+def test_qwen_makes_all_the_calls_a_question_needs_and_then_answers_in_words(qwen_coder: LLM) -> None:
+    results = {"get_weather": "18 degrees, sunny", "calculator": "391"}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather in Paris, and what is 17 * 23?"}]
+    calls: list[str] = []
+    for _ in range(4):
+        answer = qwen_coder.chat(messages, tools=REAL, sampling=SamplingParams(max_tokens=100))
+        if not answer.tool_calls:
+            break
+        messages.append({"role": "assistant", "content": answer.text, "tool_calls": answer.tool_calls})
+        for call in answer.tool_calls:
+            calls.append(call["function"]["name"])
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": results[calls[-1]]})
+    assert calls[:2] == ["get_weather", "calculator"]
+    assert answer.text
+    assert answer.usage.reuse == "continued"
 
 
 @pytest.mark.slow

@@ -131,6 +131,15 @@ class Template:
             "list[int]", self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         )
 
+    def count(self, messages: Sequence[Message], tools: Tools = None) -> int:
+        """Tokens of these messages as a prompt, or, where the template takes no such part, of their plain text."""
+        answered = messages[-1]["role"] == "assistant"
+        try:
+            text = self.render(messages, tools, add_generation_prompt=not answered)
+        except InputError:
+            text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return len(self.encode(text))
+
     def delta(
         self, messages: Sequence[Message], n: int, tools: Tools = None, add_generation_prompt: bool = True
     ) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from llguidance import LLMatcher, LLTokenizer
     from numpy.typing import NDArray
+    from torch import Tensor
 
 LONGEST = 12
 """Longer pieces of filler look no better, and a tokenizer's longest ones are rules and blanks."""
@@ -51,6 +52,13 @@ class Closing:
     def is_end(self, token: int) -> bool:
         """Whether it ends an answer."""
         return token in self._ends
+
+    def without_ends(self, logits: Tensor) -> Tensor:
+        """float32[vocab] with -inf for the tokens that end an answer."""
+        import torch
+
+        ends = torch.tensor(sorted(self._ends), device=logits.device)
+        return logits.index_fill(0, ends, -torch.inf)
 
     @staticmethod
     def pause(slack: int) -> int:

@@ -2,6 +2,10 @@
 
 What the model is free to do stays free: with `tool_choice="auto"` it may answer in text, but once it begins a call, in
 its family's form or in another known one, it can only write a complete one that fits the tool's schema.
+
+After a result it may go on calling. Small models find no end there. So an answer that only repeats calls of this turn
+gives way to another one without calls (`Form.instead`). So does, after `BARE_CALLS` calls, one that lacks the tags its
+family writes: only small models of it forget them.
 """
 
 from __future__ import annotations
@@ -9,34 +13,51 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 from zsmerge_llm.chat import Template, checked_tools
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.grammar import Constraint, Grammar, Grammars, json_rule
-from zsmerge_llm.toolcalls import BARE, END_MARK, HERMES, LLAMA, MISTRAL, CallStream, Family, family
+from zsmerge_llm.reasoning import CLOSE, OPEN, Thinking, Thoughtful, ThoughtStream, own_token, thinking
+from zsmerge_llm.toolcalls import BARE, END_MARK, HERMES, LLAMA, MISTRAL, CallStream, Family, canonical, family
 from zsmerge_llm.types import Message, ResponseFormat, ToolChoice
 
 JSON_NOTE = "Answer with a JSON object and nothing else."
 SCHEMA_NOTE = "Answer with JSON that follows this schema, and nothing else:\n"
-RESULT_NOTE = "Answer the question in plain words from this result, unless another call is needed first."
-"""Follows a tool's result where a model's family writes tags. Without it small models repeat the call."""
+RESULT_NOTE = "Answer the question in a full sentence, or make the next call if one is still needed."
+"""Follows a tool's first result in a turn, where a family writes tags. Without it small models repeat the call."""
+RESULTS_NOTE = "Now answer the question in a full sentence, from the results, unless another call is needed first."
+"""Follows the later ones. It makes another call less likely: small models find no end."""
+BARE_CALLS = 2
 SPACE = r"[ \n]{0,16}"
+NARROW = r"[ \n]{0,6}"
+ANY = r"[ \n]*"
+"""White space where calls are looked for behind any text: counting would need too many states."""
 PLAIN = r" ?[^\s{}\[\]`(<>,](?s:.*)"
 """Text that does not begin like JSON or code."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """The form of one answer. `shown` are special tokens that belong to its text."""
+    """The form of one answer.
+
+    names: of the tools that may be called. shown: special tokens that belong to its text. made: calls that were made in
+    this turn already. marked: only calls with the family's mark are wanted. instead: the form for an answer that does
+    nothing but repeat calls, or make them without the mark. thinking: what may come before it.
+    """
 
     grammar: Grammar | None = None
     note: str = ""
     names: tuple[str, ...] = ()
     shown: frozenset[int] = frozenset()
     grammars: Grammars | None = None
+    made: frozenset[str] = frozenset()
+    marked: bool = False
+    instead: Form | None = None
+    thinking: Thinking = "never"
 
     def noted(self, messages: Sequence[Message]) -> list[Message]:
         """The messages, the last of them with what the model must be told about the form."""
@@ -46,11 +67,18 @@ class Form:
         """The state of one answer of this form. Raises as `Grammars.constraint`."""
         if self.grammar is None or self.grammars is None:
             return None
-        return self.grammars.constraint(self.grammar, sampling.max_tokens)
+        if self.thinking == "never":
+            return self.grammars.constraint(self.grammar, sampling.max_tokens)
+        kind = partial(Thoughtful, tokenizer=self.grammars.tokenizer, begun=self.thinking == "begun")
+        return self.grammars.constraint(self.grammar, sampling.max_tokens, kind)
 
     def calls(self) -> CallStream | None:
         """A reader of the calls in one answer; None where there can be none."""
         return CallStream(self.names) if self.names else None
+
+    def thoughts(self) -> ThoughtStream | None:
+        """A reader of the thought in one answer; None where there can be none."""
+        return None if self.thinking == "never" else ThoughtStream(begun=self.thinking == "begun")
 
 
 FREE = Form()
@@ -90,28 +118,58 @@ class Forms:
         Raises:
             InputError: tools, a choice or a response format that cannot be used. ConfigError: two forms at once.
         """
-        choice = _choice(tools, tool_choice)
-        if not tools:
-            form = self.plain(response_format, grammar)
-            found = _response(response_format)
-            return Form(form.grammar, _unless_said(found[1], messages), grammars=form.grammars) if found else form
-        if grammar is not None:
+        choice, found = _choice(tools, tool_choice), _response(response_format)
+        if tools and grammar is not None:
             raise ConfigError("Give either grammar or tools, not both.")
-        found, kind = _response(response_format), family(self._template.source(tools))
-        answered = messages[-1]["role"] == "tool"
+        form = self.plain(response_format, grammar)
+        if tools:
+            form = self._with_tools(messages, tools, choice, parallel_tool_calls, found and found[0])
+        if found:
+            form = replace(form, note=_unless_said(found[1], messages))
+        return self._thoughtful(form)
+
+    def _with_tools(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        choice: str,
+        parallel: bool,
+        answer: str | None,
+    ) -> Form:
+        """The form of an answer that may hold calls; `answer` is the rule for one that holds none."""
+        kind = family(self._template.source(tools))
         offered = [tool["function"] for tool in tools if choice in ("auto", "required", "none", _name(tool))]
-        rules = _Rules(self._template, kind, offered, parallel_tool_calls)
-        note = _unless_said(found[1], messages) if found else ""
+        rules = _Rules(self._template, kind, offered, parallel)
         if choice == "none":
-            return Form(Grammar(rules.no_call(found and found[0])), note, grammars=self._grammars)
+            return Form(Grammar(rules.no_call(answer)), grammars=self._grammars)
+        form = Form(None, "", tuple(_name(tool) for tool in tools), rules.shown, self._grammars)
         if choice != "auto":
-            source = rules.calls_only()
-        elif found:
-            source, note = rules.calls_or(found[0], bare=not answered), note
-        else:
-            guided = answered and kind is HERMES
-            source, note = rules.calls_or_text(begun_plainly=guided), RESULT_NOTE if guided else ""
-        return Form(Grammar(source), note, tuple(_name(tool) for tool in tools), rules.shown, self._grammars)
+            return replace(form, grammar=Grammar(rules.calls_only()))
+        answered = messages[-1]["role"] == "tool"
+        guided, made = answered and kind is HERMES, _made(messages)
+        source = rules.calls_or(answer) if answer else rules.calls_or_text(plainly=guided)
+        form = replace(form, grammar=Grammar(source))
+        if not answered:
+            return form
+        enough = guided and len(made) >= BARE_CALLS
+        note = "" if answer or not guided else RESULTS_NOTE if enough else RESULT_NOTE
+        instead = Form(Grammar(rules.no_call(answer)), note, grammars=self._grammars)
+        return replace(form, note=note, made=made, marked=enough, instead=self._thoughtful(instead))
+
+    def _thoughtful(self, form: Form) -> Form:
+        """The same form, where the model thinks before it answers."""
+        if self._thinking == "never":
+            return form
+        marks = (own_token(self._grammars.tokenizer, mark) for mark in (OPEN, CLOSE))
+        shown = form.shown | {mark for mark in marks if mark is not None}
+        return replace(form, thinking=self._thinking, shown=shown)
+
+    @cached_property
+    def _thinking(self) -> Thinking:
+        question: Message = {"role": "user", "content": "?"}
+        template = self._template
+        whole, before = template.render([question]), template.render([question], add_generation_prompt=False)
+        return thinking(template.source(), whole.removeprefix(before))
 
 
 class _Rules:
@@ -125,36 +183,32 @@ class _Rules:
         self._names = [function["name"] for function in functions]
         self._schemas = [_parameters(function) for function in functions]
         self._several = parallel and kind.parallel
-        self.shown = frozenset(token for mark in (kind.mark, END_MARK) if (token := self._special(mark)) is not None)
+        marks = (own_token(self._tokenizer, mark) for mark in (kind.mark, END_MARK))
+        self.shown = frozenset(mark for mark in marks if mark is not None)
 
     def calls_only(self) -> str:
         return f"start: {self._opening()}calls\n{self._calls()}"
 
-    def calls_or(self, answer: str, bare: bool) -> str:
-        """Calls, or an answer by another rule. `bare`: calls without the family's mark too."""
-        bare_call = " | call" if bare or self._kind in (LLAMA, BARE) else ""
-        return f"start: answer | {self._opening()}calls{bare_call}\nanswer: {answer}\n{self._calls()}"
+    def calls_or(self, answer: str) -> str:
+        """Calls, with or without the family's mark, or an answer by another rule."""
+        return f"start: answer | {self._opening()}calls | call\nanswer: {answer}\n{self._calls()}"
 
-    def calls_or_text(self, begun_plainly: bool) -> str:
+    def calls_or_text(self, plainly: bool) -> str:
         """Calls, or text that may turn into one.
 
-        `begun_plainly`: nothing that begins like JSON or code, and calls only as models write them that learnt it.
+        `plainly`: text that does not begin like JSON or code; bare calls can only stand at the beginning then.
         """
-        starts = ["TEXT?"]
-        text = PLAIN if begun_plainly else "(?s:.+)"
-        lines = [f"TEXT: /{text}/"]
+        text = PLAIN if plainly else "(?s:.+)"
+        starts, lines = ["TEXT?"], [f"TEXT: /{text}/"]
         if self._kind.mark:
-            token = self._special(self._kind.mark)
+            token = own_token(self._tokenizer, self._kind.mark)
             if token is not None:
                 starts.append(f"TEXT? <[{token}]> calls")
-            if token is None or not (begun_plainly or token in self._hidden()):
-                before = f"({PLAIN})?" if begun_plainly else "(?s:.*)"
+            if token is None or token not in self._hidden():
                 starts.append("spelled calls")
-                lines.append(f"spelled[lazy]: /{before}{re.escape(self._kind.mark)}/")
-        if not begun_plainly:
-            found, rules = self._found()
-            starts, lines = starts + found, lines + rules
-        return f"start: {' | '.join(starts)}\n" + "\n".join(lines) + f"\n{self._calls()}"
+                lines.append(f"spelled[lazy]: /({text})?{re.escape(self._kind.mark)}/")
+        found, rules = self._found("" if plainly else r"((?s:.*)\n)?")
+        return f"start: {' | '.join([*starts, *found])}\n" + "\n".join([*lines, *rules]) + f"\n{self._calls()}"
 
     def no_call(self, answer: str | None) -> str:
         """An answer by another rule, or text without any call."""
@@ -162,14 +216,14 @@ class _Rules:
             return f"start: {answer}\n"
         names = "|".join(map(_pattern, self._names))
         banned = [re.escape(self._kind.mark)] if self._kind.mark else []
-        banned.append(rf"\n{SPACE}(```(json)?{SPACE})?\{{{SPACE}\"name\"{SPACE}:{SPACE}({names})")
+        banned.append(rf"\n{ANY}(```(json)?{ANY})?\{{{ANY}\"name\"{ANY}:{ANY}({names})")
         without = "".join(f" & ~/(?s:.*){each}(?s:.*)/" for each in banned)
         return f"start: TEXT\nTEXT: /{PLAIN}/{without}\n"
 
     def _calls(self) -> str:
         """What follows the mark that announces calls, in the family's own writing."""
         kind = self._kind
-        heads = [_text(f'{{"name": {_text(name)}, "{kind.key}": ') for name in self._names]
+        heads = [_head(name, kind.key) for name in self._names]
         ident = """ (", \\"id\\": \\"" /[a-zA-Z0-9]{9}/ "\\"")?""" if kind is MISTRAL else ""  # its templates show them
         single = [f'call_{at}: {head} args_{at}{ident} "}}"' for at, head in enumerate(heads)]
         args = [f"args_{at}: {json_rule(schema, lenient=True)}" for at, schema in enumerate(self._schemas)]
@@ -187,13 +241,13 @@ class _Rules:
     def _again(self, rule: str) -> str:
         return f" ({rule})*" if self._several else ""
 
-    def _found(self) -> tuple[list[str], list[str]]:
-        """Bare and fenced calls, in any spacing: what starts them, and their rules."""
+    def _found(self, before: str) -> tuple[list[str], list[str]]:
+        """Bare and fenced calls, in any spacing: what starts them, and their rules. `before`: a pattern."""
         starts, lines = [], [f"SPACE: /{SPACE.replace('0', '1')}/", 'key: "\\"arguments\\"" | "\\"parameters\\""']
         for at, (name, schema) in enumerate(zip(self._names, self._schemas, strict=True)):
-            head = rf"\{{{SPACE}\"name\"{SPACE}:{SPACE}{_pattern(name)}"
-            lines.append(rf"bare_{at}[lazy]: /((?s:.*)\n)?{SPACE}{head}/")
-            lines.append(rf"fenced_{at}[lazy]: /((?s:.*)\n)?{SPACE}```(json)?{SPACE}{head}/")
+            head = rf"\{{{NARROW}\"name\"{NARROW}:{NARROW}{_pattern(name)}"
+            lines.append(rf"bare_{at}[lazy]: /{before}{NARROW}{head}/")
+            lines.append(rf"fenced_{at}[lazy]: /{before}{NARROW}```(json)?{NARROW}{head}/")
             loose = json_rule(schema, lenient=True, whitespace_flexible=True, whitespace_pattern=SPACE)
             lines.append(f'rest_{at}: SPACE? "," SPACE? key SPACE? ":" SPACE? {loose} SPACE? "}}"')
             starts += [f"bare_{at} rest_{at}", f'fenced_{at} rest_{at} SPACE? "```"']
@@ -204,18 +258,19 @@ class _Rules:
         return "" if self._kind in (LLAMA, BARE) else self._mark(self._kind.mark) + " "
 
     def _mark(self, text: str) -> str:
-        token = self._special(text)
+        token = own_token(self._tokenizer, text)
         if token is None:
             return _text(text)
         return f"<[{token}]>" if token in self._hidden() else f"(<[{token}]> | {_text(text)})"
 
-    def _special(self, text: str) -> int | None:
-        """The token of its own that a mark has, if any."""
-        added = self._tokenizer.added_tokens_decoder
-        return next((index for index, token in added.items() if token.content == text), None)
-
     def _hidden(self) -> set[int]:
         return {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _head(name: str, key: str) -> str:
+    """The beginning of a call, in the pieces that JSON has: so an answer in JSON may begin with the same ones."""
+    pieces = ("{", '"name"', ": ", _text(name), ", ", f'"{key}"', ": ")
+    return " ".join(map(_text, pieces))
 
 
 def _text(text: str) -> str:
@@ -281,6 +336,12 @@ def _response(wanted: ResponseFormat | None) -> tuple[str, str] | None:
         raise InputError(f'response_format must be {{"type": "json_object"}} or {form}, not {wanted!r:.80}.')
     rule = json_rule(schema, lenient=described.get("strict") is False)
     return rule, SCHEMA_NOTE + json.dumps(schema, ensure_ascii=False)
+
+
+def _made(messages: Sequence[Message]) -> frozenset[str]:
+    """The calls since the user's last words."""
+    last = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=0)
+    return frozenset(canonical(call) for message in messages[last:] for call in message.get("tool_calls", ()))
 
 
 def _unless_said(note: str, messages: Sequence[Message]) -> str:

@@ -8,7 +8,7 @@ Nothing heavy is imported before a grammar is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -113,8 +113,12 @@ class Grammars:
         self._compiled: dict[Grammar, LLMatcher] = {}
         self._lock = Lock()
 
-    def constraint(self, grammar: Grammar, max_tokens: int | None = None) -> Constraint:
+    def constraint(
+        self, grammar: Grammar, max_tokens: int | None = None, kind: Callable[..., Constraint] | None = None
+    ) -> Constraint:
         """The state of one answer of that form, complete after at most `max_tokens` where that is possible at all.
+
+        `kind` makes it instead of `Constraint`, of the same arguments.
 
         Raises:
             InputError: the grammar, schema or pattern is wrong, or has parts that cannot be enforced.
@@ -125,7 +129,7 @@ class Grammars:
             self._compiled[grammar] = matcher
             if len(self._compiled) > KEPT:
                 del self._compiled[next(iter(self._compiled))]
-        return Constraint(matcher.deep_copy(), self._closing, self.stop_ids[0], max_tokens)
+        return (kind or Constraint)(matcher.deep_copy(), self._closing, self.stop_ids[0], max_tokens)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         from llguidance import LLMatcher

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from threading import Event, RLock
 from typing import TYPE_CHECKING, Any
 
-from zsmerge_llm.answer import Answer, check_length, collect, together
+from zsmerge_llm.answer import Answer, check_length, collect, speak, together
 from zsmerge_llm.chat import normalise
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.documents import read_text
@@ -39,7 +40,7 @@ class LLM:
         cache: the cache's budget and rule.
         dtype: "auto" (bfloat16 where the hardware has it), a name such as "float32", or a torch dtype.
         device: "auto", "cpu", "cuda", ...; device_map: as in transformers, instead of `device`.
-        quantization: None, "nf4" or "int8" (bitsandbytes).
+        quantization: "int4" or "int8" on a CPU, "nf4" or "int8" on a GPU (bitsandbytes); None keeps `dtype`.
         tokenizer: for a model object whose tokenizer cannot be found by its name.
         chat_template: Jinja text instead of the model's own.
         template_args: variables for the chat template, such as {"enable_thinking": False}.
@@ -74,8 +75,8 @@ class LLM:
     ) -> None:
         if cache is not None and not isinstance(cache, CacheConfig):
             raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
-        if quantization not in (None, "nf4", "int8"):
-            raise ConfigError(f"quantization must be None, 'nf4' or 'int8', not {quantization!r}.")
+        if quantization not in (None, "nf4", "int8", "int4"):
+            raise ConfigError(f"quantization must be None, 'nf4', 'int8' or 'int4', not {quantization!r}.")
         if device_map is not None and device != "auto":
             raise ConfigError("Give either device or device_map, not both.")
         self.model = model
@@ -127,6 +128,13 @@ class LLM:
     def count_tokens(self, text: str) -> int:
         """Tokens of a plain text, without special tokens."""
         return len(self._load().template.encode(text))
+
+    def count_prompt_tokens(self, messages: Messages, tools: Sequence[dict[str, Any]] | None = None) -> int:
+        """Tokens of a prompt made of these messages: `usage.prompt_tokens` of a new conversation.
+
+        Parts of a conversation count too, such as one that ends with an answer. Raises InputError as `stream`.
+        """
+        return self._load().template.count(normalise(messages, partial=True), tools)
 
     @property
     def store(self) -> Store:
@@ -225,7 +233,7 @@ class LLM:
         parts = self._load()
         form = parts.forms.chat(checked, tools, tool_choice, parallel_tool_calls, response_format, grammar)
         turn = parts.conversations.begin(form.noted(checked), tools, session)
-        check_length(len(turn.tokens), params, self.max_input_tokens, parts.engine.window)
+        check_length(len(turn.tokens), params, self.max_input_tokens, parts.engine.reach)
         template = parts.template
         asking = chat_probe(template, probe) if probe else message_probe(template, checked[-1]["content"])
         answer = Answer(turn.cache, turn.tokens, params, parts.tokenizer, turn.cache.seen, turn.reuse, form=form)
@@ -300,7 +308,7 @@ class LLM:
         text, title = read_text(document)
         turn = parts.conversations.open_document(text, name, title)
         if turn.ids:
-            check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, parts.engine.window)
+            check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, parts.engine.reach)
             asking = chat_probe(parts.template, probe or GENERIC)
             parts.engine.read(turn.cache, turn.ids, probe=asking, cancel=cancel, progress=progress)
             parts.conversations.keep_document(turn)
@@ -342,7 +350,7 @@ class LLM:
         """Continue a plain text, piece by piece. Arguments and errors as for `stream`; the prompt stays as it is."""
         ids, params = self._prompt_ids(prompt), sampling or SamplingParams()
         parts = self._load()
-        check_length(len(ids), params, self.max_input_tokens, parts.engine.window)
+        check_length(len(ids), params, self.max_input_tokens, parts.engine.reach)
         form = parts.forms.plain(response_format, grammar)
         answer = Answer(parts.engine.new_cache(), ids, params, parts.tokenizer, continues=True, form=form)
         return self._run(None, answer, completion_probe(parts.template, ids, prompt), cancel, progress)
@@ -385,13 +393,8 @@ class LLM:
         reply: Message | None = None
         try:
             self._read(turn, answer, probe, cancel, progress)
-            sampling, prompt, form = [answer.sampling], [answer.prompt], [answer.constraint]
-            for (token,) in self.engine.decode(answer.cache, sampling, prompt, constraints=form, cancel=cancel):
-                assert token is not None
-                if piece := answer.push(token):
-                    yield Chunk(piece)
-                if answer.stopped:
-                    break
+            with closing(speak(self.engine, answer, cancel)) as pieces:
+                yield from pieces
             answer.cache.make_room()
             last = answer.finish()
             reply = answer.message()
@@ -433,7 +436,7 @@ class LLM:
             return []
         parts, params = self._load(), sampling or SamplingParams()
         for ids in prompts:
-            check_length(len(ids), params, self.max_input_tokens, parts.engine.window)
+            check_length(len(ids), params, self.max_input_tokens, parts.engine.reach)
         answers = [
             Answer(parts.engine.new_cache(), ids, params, parts.tokenizer, continues=continues, form=form)
             for ids, form in zip(prompts, forms, strict=True)

@@ -13,12 +13,13 @@ ROLES = ("system", "user", "assistant", "tool")
 CALL_SHAPE = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}'
 
 
-def normalise(messages: str | Sequence[Message]) -> list[Message]:
+def normalise(messages: str | Sequence[Message], partial: bool = False) -> list[Message]:
     """Check messages and bring them into one form: text content, tool calls with ids and parsed arguments.
 
     A string is one user message. Text blocks are joined by newlines. Arguments that are no JSON object stay the string
     they are. Calls without id get one by their order; a tool result finds its call by `tool_call_id`, else by `name`.
-    Keys that no template reads (`id`, `refusal`, ...) are dropped.
+    Keys that no template reads (`id`, `refusal`, ...) are dropped. `partial`: a part of a conversation, which may end
+    with an answer.
 
     Raises:
         InputError: no messages, an unknown role, content or tool calls of a wrong shape, or nothing to answer: the
@@ -33,7 +34,7 @@ def normalise(messages: str | Sequence[Message]) -> list[Message]:
         raise InputError("There are no messages: give at least one, such as {'role': 'user', 'content': 'Hello'}.")
     checked = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     _link_results(checked)
-    if checked[-1]["role"] == "assistant":
+    if checked[-1]["role"] == "assistant" and not partial:
         raise InputError(
             "The last message is the assistant's, so there is nothing to answer: end with a user or tool message. "
             "To have a text continued, use LLM.complete."

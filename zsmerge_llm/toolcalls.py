@@ -12,6 +12,7 @@ import json
 import re
 import uuid
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,11 +61,15 @@ def family(template: str) -> Family:
 
 @dataclass
 class Parsed:
-    """An answer taken apart: text, calls in the OpenAI format, and calls that could not be read, with their `error`."""
+    """An answer taken apart: text, calls in the OpenAI format, and calls that could not be read, with their `error`.
+
+    bare: whether a call stood there without any mark.
+    """
 
     content: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
     invalid: list[dict[str, Any]] = field(default_factory=list)
+    bare: bool = False
 
 
 def parse(text: str, names: Collection[str]) -> Parsed:
@@ -72,6 +77,7 @@ def parse(text: str, names: Collection[str]) -> Parsed:
     parsed, at, heads = Parsed(), 0, _heads(names)
     while (start := _find(text, heads, at)) is not None:
         parsed.content += text[at:start].rstrip()
+        parsed.bare = parsed.bare or not text.startswith(MARKS, start)
         body, at = _body(text, start)
         for call in _calls(body):
             (parsed.invalid if "error" in call else parsed.calls).append(call)
@@ -132,6 +138,16 @@ class CallStream:
             if any(head.startswith(beginning) for head in self._heads):
                 return min(at, line)
         return at
+
+
+def canonical(call: dict[str, Any]) -> str:
+    """A text that is the same for calls of the same function with the same arguments."""
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        with suppress(ValueError):  # one that cannot be read is the same as itself only
+            arguments = json.loads(arguments)
+    return json.dumps([function["name"], arguments], sort_keys=True)
 
 
 def _heads(names: Collection[str]) -> list[str]:

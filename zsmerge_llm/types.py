@@ -40,6 +40,8 @@ class Usage:
     cache_bytes: int
     reuse: str = "new"
     """Where the conversation was taken up: `new`, `continued`, `restored` or `reread: <reason>`."""
+    reasoning_tokens: int = 0
+    """The part of `completion_tokens` in which a reasoning model thought."""
 
     @property
     def total_tokens(self) -> int:
@@ -57,14 +59,17 @@ class Result:
     """Calls in the OpenAI format, with ids of their own and the arguments as JSON text."""
     invalid_tool_calls: list[dict[str, Any]] = field(default_factory=list)
     """Calls that could not be read, in the same form, each with an `error`. Their name may be None."""
+    reasoning: str = ""
+    """What a reasoning model thought before it answered (`<think>...</think>`); no part of the text."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer. Only the last one carries `finish_reason`, `usage` and calls."""
+    """A piece of an answer, thought or said. Only the last one carries `finish_reason`, `usage` and calls."""
 
     text: str
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     invalid_tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    reasoning: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, closing
@@ -50,6 +51,37 @@ class Call:
         self.cancel.set()
 
 
+class _Starter:
+    """Starts threads from a thread of its own.
+
+    `Thread.start` waits until the new thread runs, which takes a while where others compute; an event loop must not.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: queue.SimpleQueue[tuple[threading.Thread, Callable[[RuntimeError], None]]] = queue.SimpleQueue()
+        self._own: threading.Thread | None = None
+
+    def start(self, thread: threading.Thread, failed: Callable[[RuntimeError], None]) -> None:
+        """Start `thread` soon; where that is not possible `failed` is told why."""
+        with self._lock:
+            if self._own is None or not self._own.is_alive():  # the latter behind a fork
+                self._own = threading.Thread(target=self._run, name="zsmerge-starter", daemon=True)
+                self._own.start()
+        self._waiting.put((thread, failed))
+
+    def _run(self) -> None:
+        while True:
+            thread, failed = self._waiting.get()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                failed(error)
+
+
+_STARTER = _Starter()
+
+
 async def stream_in_thread(
     produce: Callable[[], Generator[T, None, None]], cancel: threading.Event
 ) -> AsyncGenerator[T, None]:
@@ -59,11 +91,11 @@ async def stream_in_thread(
     of the loop's executor threads: requests that wait for the model would keep those from everybody else.
     """
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[tuple[list[T], BaseException | None]] = asyncio.Queue()
+    pieces: asyncio.Queue[tuple[list[T], BaseException | None]] = asyncio.Queue()
 
     def post(items: list[T], error: BaseException | None = None) -> None:
         try:
-            loop.call_soon_threadsafe(queue.put_nowait, (items, error))
+            loop.call_soon_threadsafe(pieces.put_nowait, (items, error))
         except RuntimeError:  # the loop was closed: nobody listens any more
             cancel.set()
 
@@ -80,10 +112,11 @@ async def stream_in_thread(
         post([], failure)
 
     # the context carries tracing and the runnable config into the thread, as LangChain's own executor does
-    threading.Thread(target=contextvars.copy_context().run, args=(work,), name="zsmerge-call").start()
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="zsmerge-call")
+    _STARTER.start(thread, lambda error: post([], error))
     try:
         while True:
-            items, failure = await queue.get()
+            items, failure = await pieces.get()
             if failure is not None:
                 raise failure
             if not items:

@@ -16,13 +16,14 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import InvalidToolCall, ToolCall, invalid_tool_call, tool_call, tool_call_chunk
 
 from zsmerge_llm import Chunk, Message, Result, Usage
 from zsmerge_llm.errors import InputError
 
 PROVIDER = "zsmerge"
+MARK = "<tool_call>"
 
 _ROLES = {
     "human": "user",
@@ -62,8 +63,11 @@ def to_messages(messages: Sequence[BaseMessage]) -> list[Message]:
 
 def _to_message(message: BaseMessage) -> Message:
     converted: Message = {"role": _role(message), "content": _content(message)}
-    if isinstance(message, AIMessage) and (calls := _calls_of(message)):
-        converted["tool_calls"] = calls
+    if isinstance(message, AIMessage):
+        if calls := _calls_of(message):
+            converted["tool_calls"] = calls
+        if reasoning := _reasoning_of(message):
+            converted["reasoning_content"] = reasoning
     if isinstance(message, ToolMessage):
         converted["tool_call_id"] = message.tool_call_id
     return converted
@@ -102,6 +106,13 @@ def _block(block: str | dict[str, Any]) -> dict[str, Any]:
     return block
 
 
+def _reasoning_of(message: AIMessage) -> str:
+    """What a reasoning model thought before it answered; some templates show it again within a turn."""
+    blocks = [block for block in message.content if isinstance(block, dict)]
+    written = "".join(str(block.get("reasoning", "")) for block in blocks if block.get("type") == "reasoning")
+    return written or str(message.additional_kwargs.get("reasoning_content") or "")
+
+
 def _calls_of(message: AIMessage) -> list[dict[str, Any]]:
     """The calls of an assistant's message, in the OpenAI form: arguments as JSON text, malformed ones as written."""
     calls = [_call(call["id"], call["name"], _json(call["args"])) for call in message.tool_calls]
@@ -121,11 +132,11 @@ def _call(call_id: str | None, name: str, arguments: str) -> dict[str, Any]:
 
 def to_ai_message(result: Result, model: str) -> AIMessage:
     """A whole answer as a message, with usage and response metadata; malformed calls in `invalid_tool_calls`."""
-    calls, invalid = _parse_calls(result.tool_calls)
     return AIMessage(
         content=result.text,
-        tool_calls=calls,
-        invalid_tool_calls=invalid,
+        additional_kwargs=_extra(result),
+        tool_calls=[_parsed(call) for call in result.tool_calls],
+        invalid_tool_calls=[_invalid(call) for call in result.invalid_tool_calls],
         usage_metadata=usage_metadata(result.usage),
         response_metadata=response_metadata(result, model),
     )
@@ -133,24 +144,27 @@ def to_ai_message(result: Result, model: str) -> AIMessage:
 
 def to_ai_message_chunk(chunk: Chunk, model: str, first_call: int) -> AIMessageChunk:
     """A piece of an answer; `first_call` is the number of tool calls already streamed."""
+    read = [(call["function"]["name"], call["function"]["arguments"], call["id"]) for call in chunk.tool_calls]
+    broken = [(call["name"], call["args"], call["id"]) for call in map(_invalid, chunk.invalid_tool_calls)]
     calls = [
-        tool_call_chunk(
-            name=call["function"]["name"],
-            args=_arguments(call),
-            id=call.get("id"),
-            index=first_call + index,
-        )
-        for index, call in enumerate(chunk.tool_calls)
+        tool_call_chunk(name=name, args=arguments, id=call_id, index=first_call + index)
+        for index, (name, arguments, call_id) in enumerate([*read, *broken])
     ]
     if chunk.finish_reason is None:
-        return AIMessageChunk(content=chunk.text, tool_call_chunks=calls)
+        return AIMessageChunk(content=chunk.text, additional_kwargs=_extra(chunk), tool_call_chunks=calls)
     return AIMessageChunk(
         content=chunk.text,
+        additional_kwargs=_extra(chunk),
         tool_call_chunks=calls,
         usage_metadata=None if chunk.usage is None else usage_metadata(chunk.usage),
         response_metadata=response_metadata(chunk, model),
         chunk_position="last",
     )
+
+
+def _extra(answer: Result | Chunk) -> dict[str, Any]:
+    """The thought of a reasoning model, where LangChain looks for it (`content_blocks` of type reasoning)."""
+    return {"reasoning_content": answer.reasoning} if answer.reasoning else {}
 
 
 def response_metadata(answer: Result | Chunk, model: str) -> dict[str, Any]:
@@ -161,33 +175,27 @@ def response_metadata(answer: Result | Chunk, model: str) -> dict[str, Any]:
 
 def usage_metadata(usage: Usage) -> UsageMetadata:
     """Tokens in LangChain's terms: `input_tokens` is the logical prompt, `cache_read` what earlier turns had read."""
-    return UsageMetadata(
+    tokens = UsageMetadata(
         input_tokens=usage.prompt_tokens,
         output_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,
         input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
     )
+    if usage.reasoning_tokens:
+        tokens["output_token_details"] = OutputTokenDetails(reasoning=usage.reasoning_tokens)
+    return tokens
 
 
-def _parse_calls(raw_calls: Sequence[dict[str, Any]]) -> tuple[list[ToolCall], list[InvalidToolCall]]:
-    calls: list[ToolCall] = []
-    invalid: list[InvalidToolCall] = []
-    for raw in raw_calls:
-        name, text, call_id = raw["function"]["name"], _arguments(raw), raw.get("id")
-        try:
-            arguments = json.loads(text or "{}")
-            if not isinstance(arguments, dict):
-                raise ValueError(f"arguments must be a JSON object, not {type(arguments).__name__}")
-        except ValueError as error:
-            invalid.append(invalid_tool_call(name=name, args=text, id=call_id, error=str(error)))
-        else:
-            calls.append(tool_call(name=name, args=arguments, id=call_id))
-    return calls, invalid
+def _parsed(call: dict[str, Any]) -> ToolCall:
+    function = call["function"]
+    return tool_call(name=function["name"], args=json.loads(function["arguments"]), id=call["id"])
 
 
-def _arguments(raw: dict[str, Any]) -> str:
-    arguments = raw["function"]["arguments"]
-    return arguments if isinstance(arguments, str) else _json(arguments)
+def _invalid(call: dict[str, Any]) -> InvalidToolCall:
+    """A malformed call as it was written. LangChain mends half an object that is streamed; the mark prevents that."""
+    name, text = call["function"]["name"], call["function"]["arguments"]
+    written = MARK + text if text.lstrip().startswith("{") else text
+    return invalid_tool_call(name=name, args=written, id=call["id"], error=call["error"])
 
 
 def _json(value: Any) -> str:

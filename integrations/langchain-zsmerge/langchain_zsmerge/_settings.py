@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from langchain_core.utils import from_env
 from pydantic import (
@@ -42,6 +42,14 @@ _LOADING = (
     "session_memory",
 )
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+
+
+class Request(NamedTuple):
+    """One call: what answers it, under which name, and the keywords for it."""
+
+    core: LLM
+    model: str
+    settings: dict[str, Any]
 
 
 class _Shared:
@@ -89,7 +97,7 @@ class ZSMergeSettings(BaseModel):
     dtype: str = Field(default="auto", frozen=True)
     device: str = Field(default_factory=from_env("ZSMERGE_DEVICE", default="auto"), frozen=True)
     device_map: str | dict[str, Any] | None = Field(default=None, frozen=True)
-    quantization: Literal["nf4", "int8"] | None = Field(default=None, frozen=True)
+    quantization: Literal["nf4", "int8", "int4"] | None = Field(default=None, frozen=True)
     chat_template: str | None = Field(default=None, frozen=True)
     """A Jinja template in place of the model's own."""
     template_args: dict[str, Any] | None = Field(default=None, frozen=True)
@@ -123,6 +131,7 @@ class ZSMergeSettings(BaseModel):
     """One of LangChain's standard parameters; a local model needs no key."""
 
     _llm: Any = PrivateAttr(default=None)
+    _others: dict[str, LLM] = PrivateAttr(default_factory=dict)
 
     if TYPE_CHECKING:
         custom_get_token_ids: Callable[[str], list[int]] | None
@@ -190,18 +199,46 @@ class ZSMergeSettings(BaseModel):
         """The sampling settings among the keywords of one call; `extra` names those the caller looks after.
 
         Raises:
-            ConfigError: a keyword of another name, or another model than this object's.
+            ConfigError: a keyword of another name.
         """
         known = (*_SAMPLING, *extra, "model", "stream")
         if unknown := sorted(options.keys() - set(known)):
             raise ConfigError(
                 f"A call of {type(self).__name__} has no option {', '.join(unknown)}; it has {', '.join(known)}."
             )
-        if options.get("model") not in (None, self.model):
-            raise ConfigError(
-                f"This object runs {self.model!r}: create {type(self).__name__}(model={options['model']!r}) instead."
-            )
         return {name: options[name] for name in _SAMPLING if name in options}
+
+    def _core(self, model: str) -> LLM:
+        """What runs `model`, this object's or another one that a call names; that stays loaded as long as this object.
+
+        Raises:
+            ConfigError: another model, where this object was given its own as `llm`.
+        """
+        if model == self.model:
+            return self.core
+        if self.llm is not None:
+            raise ConfigError(
+                f"This object was given {self.model!r} as llm: create {type(self).__name__}(model={model!r}) instead."
+            )
+        self._others[model] = _SHARED.get({**self._loading(), "model": model})
+        return self._others[model]
+
+    @property
+    def core(self) -> LLM:
+        """The `zsmerge_llm.LLM` behind it: its sessions, its documents, its tokenizer. Not loaded before it is used."""
+        llm: LLM = self._llm
+        return llm
+
+    def warm_up(self) -> Self:
+        """Load the model and what grammars need now, rather than at the first use.
+
+        Importing PyTorch, reading weights and the vocabulary run in native code that lets no other thread run for up to
+        a second or so. A server calls this before its event loop has others to serve; later calls leave the loop free.
+        """
+        from zsmerge_llm import Grammar
+
+        self.core.complete("a", grammar=Grammar.choice("a"), sampling=SamplingParams(max_tokens=1))
+        return self
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a text by the model's own tokenizer, without special tokens around it. Loads the model."""
@@ -229,7 +266,7 @@ class ZSMergeSettings(BaseModel):
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        return {**state, "__pydantic_private__": {"_llm": None}}
+        return {**state, "__pydantic_private__": {"_llm": None, "_others": {}}}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         super().__setstate__(state)
@@ -237,5 +274,6 @@ class ZSMergeSettings(BaseModel):
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         memo = {} if memo is None else memo
-        memo[id(self._llm)] = self._llm  # settings are copied, weights never
+        for llm in (self._llm, *self._others.values()):
+            memo[id(llm)] = llm  # settings are copied, weights never
         return super().__deepcopy__(memo)

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, get_buffer_string
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
-from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from langchain_zsmerge._calls import Call, run_in_thread, stream_in_thread
 from langchain_zsmerge._messages import to_ai_message, to_ai_message_chunk, to_messages
-from langchain_zsmerge._settings import ZSMergeSettings
-from zsmerge_llm import Result
-from zsmerge_llm.errors import ConfigError
+from langchain_zsmerge._settings import Request, ZSMergeSettings
+from langchain_zsmerge._tools import as_choice, as_tools, structured
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
     from langchain_core.language_models.base import LangSmithParams
     from langchain_core.tools import BaseTool
+
+    from zsmerge_llm import Chunk
+
+
+_FORM = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "grammar")
+"""Options of a call that say what its answer may look like."""
 
 
 class ChatZSMerge(ZSMergeSettings, BaseChatModel):
@@ -66,8 +70,11 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
             "audio_inputs": False,
             "video_inputs": False,
             "text_outputs": True,
-            "tool_choice": False,
-            "structured_output": False,
+            "tool_calling": True,
+            "tool_choice": True,
+            "tool_call_streaming": True,
+            "structured_output": True,
+            **({} if self.max_input_tokens is None else {"max_input_tokens": self.max_input_tokens}),
         }
 
     def _note_window(self) -> None:
@@ -171,80 +178,109 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
 
-    def _request(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords of one call as those of `LLM.chat`. Raises ConfigError."""
-        changes = self._options(kwargs, ("session_id", "tools"))
-        hints = {"tools": kwargs.get("tools"), "session": kwargs.get("session_id")}
-        return {"sampling": self._sampling(stop, changes), **{name: hint for name, hint in hints.items() if hint}}
+    def _request(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Request:
+        """One call with the keywords of `LLM.chat`. Raises ConfigError."""
+        changes = self._options(kwargs, ("session_id", *_FORM))
+        tools = as_tools(kwargs.get("tools") or ())
+        choice = as_choice(kwargs.get("tool_choice"), tools) if tools else None
+        hints = {"tools": tools, "tool_choice": choice, "session": kwargs.get("session_id")}
+        given = {name: hint for name, hint in hints.items() if hint}
+        for name in ("parallel_tool_calls", "response_format", "grammar"):
+            if kwargs.get(name) is not None:
+                given[name] = kwargs[name]
+        model = kwargs.get("model") or self.model
+        return Request(self._core(model), model, {"sampling": self._sampling(stop, changes), **given})
 
-    def _answer(self, call: Call, messages: list[BaseMessage], request: dict[str, Any]) -> ChatResult:
+    def _answer(self, call: Call, messages: list[BaseMessage], request: Request) -> ChatResult:
         with call:
-            result: Result = self._llm.chat(to_messages(messages), cancel=call.cancel, **request)
+            result = request.core.chat(to_messages(messages), cancel=call.cancel, **request.settings)
             call.check(result.finish_reason)
         self._note_window()
-        message = to_ai_message(result, self.model)
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        return ChatResult(generations=[ChatGeneration(message=to_ai_message(result, request.model))])
 
     def _pieces(
-        self, call: Call, messages: list[BaseMessage], request: dict[str, Any]
+        self, call: Call, messages: list[BaseMessage], request: Request
     ) -> Generator[ChatGenerationChunk, None, None]:
         calls = 0
-        with call, closing(self._llm.stream(to_messages(messages), cancel=call.cancel, **request)) as chunks:
+        stream = request.core.stream(to_messages(messages), cancel=call.cancel, **request.settings)
+        with call, closing(cast("Generator[Chunk]", stream)) as chunks:
             for chunk in chunks:
                 call.check(chunk.finish_reason)
                 if chunk.finish_reason is not None:
                     self._note_window()
-                yield ChatGenerationChunk(message=to_ai_message_chunk(chunk, self.model, calls))
-                calls += len(chunk.tool_calls)
+                yield ChatGenerationChunk(message=to_ai_message_chunk(chunk, request.model, calls))
+                calls += len(chunk.tool_calls) + len(chunk.invalid_tool_calls)
 
-    # Tools
+    # Tools and forms of answers
 
     def bind_tools(
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
-        tool_choice: str | None = None,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """The model with tools in its prompt: pydantic classes, functions, LangChain tools or OpenAI dicts.
+        """The model with tools: pydantic classes, functions, LangChain tools or dicts of the usual formats.
 
-        The model decides whether to call one.
+        The calls come back as `tool_calls`. Their arguments always fit the tool's schema: a grammar lets nothing else
+        through.
+
+        Args:
+            tool_choice: "auto" (the default: the model decides), "any" or "required" or True (some tool must be
+                called), "none", or the name of the one that must be.
+            parallel_tool_calls: whether one answer may hold several calls; they may by default.
+            strict: True refuses schemas with keywords that cannot be enforced, which else are ignored.
+            kwargs: options of the calls, such as `temperature` or `response_format`.
 
         Raises:
-            ConfigError: any `tool_choice` but "auto".
+            ConfigError: a `tool_choice` that is none of these.
         """
-        if tool_choice not in (None, "auto"):
-            raise ConfigError(
-                f"tool_choice={tool_choice!r} is not supported yet: leave it out and ask for the call in the prompt."
-            )
-        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **kwargs)
-
-    def with_structured_output(self, schema: dict[str, Any] | type, **kwargs: Any) -> Any:
-        """Not supported yet. Raises ConfigError."""
-        raise ConfigError(
-            "with_structured_output is not supported yet: put an output parser behind the model, "
-            "as in `prompt | chat | PydanticOutputParser(pydantic_object=...)`."
+        definitions = as_tools(tools, strict)
+        choice = as_choice(tool_choice, definitions)
+        given = {"tool_choice": choice, "parallel_tool_calls": parallel_tool_calls}
+        return self.bind(
+            tools=definitions, **{name: value for name, value in given.items() if value is not None}, **kwargs
         )
 
-    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Tokens of a prompt made of these messages: `usage_metadata["input_tokens"]` of a new conversation.
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """The model with answers of a schema: a pydantic class gives its instances, all others dicts.
 
-        Parts of a conversation that the model's template refuses (an answer without its question, as `trim_messages`
-        tries them) are counted as plain text. Loads the model.
+        A grammar enforces the form; a constraint that no grammar can express is still checked by a pydantic class.
+
+        Args:
+            schema: a pydantic class, a TypedDict, a JSON schema, or a tool in the OpenAI format.
+            method: "json_schema" writes the answer as JSON of the schema, "function_calling" as the call of a tool;
+                "json_mode" enforces JSON alone, and the prompt must tell the schema.
+            include_raw: answer with a dict of `raw` (the message), `parsed`, and `parsing_error` instead of raising.
+            strict: as for `bind_tools`; by default a schema for JSON is strict, one of a tool is not.
+            kwargs: options of the calls, such as `temperature`.
+
+        Raises:
+            ConfigError: an unknown method, or `strict` without a schema to enforce.
         """
-        from jinja2 import TemplateError
+        model = self.bind(**kwargs) if kwargs else self
+        return structured(model, schema, method, include_raw, strict)
 
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """Tokens of a prompt made of these messages and tools, as the model's template writes it. Loads the model.
+
+        For messages that can be answered it is `usage_metadata["input_tokens"]` of a new conversation. Parts that the
+        template refuses by themselves, as `trim_messages` tries them, are counted as plain text.
+        """
         if not messages:
             return 0
-        formatted = [convert_to_openai_tool(tool) for tool in tools or ()]
-        tokenizer = self._llm.tokenizer
-        try:
-            text = tokenizer.apply_chat_template(
-                to_messages(messages), tools=formatted or None, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError:
-            return sum(self.get_num_tokens(get_buffer_string([message])) for message in messages)
-        return len(self.get_token_ids(text))
+        count: int = self._llm.count_prompt_tokens(to_messages(messages), as_tools(tools or ()) or None)
+        return count
 
 
 def _with_session(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
@@ -12,12 +12,17 @@ from pydantic import ConfigDict
 
 from langchain_zsmerge._calls import Call, run_in_thread, stream_in_thread
 from langchain_zsmerge._messages import response_metadata
-from langchain_zsmerge._settings import ZSMergeSettings
-from zsmerge_llm import Chunk, Result, SamplingParams
+from langchain_zsmerge._settings import Request, ZSMergeSettings
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
     from langchain_core.language_models.base import LangSmithParams
+
+    from zsmerge_llm import Chunk, Result
+
+
+_FORM = ("response_format", "grammar")
+"""Options of a call that say what its text may look like."""
 
 
 class ZSMergeLLM(ZSMergeSettings, BaseLLM):
@@ -27,7 +32,9 @@ class ZSMergeLLM(ZSMergeSettings, BaseLLM):
     settings share one model, with `ChatZSMerge` too.
 
     ```python
-    ZSMergeLLM(model="smollm2", max_tokens=32).invoke("The capital of France is")
+    llm = ZSMergeLLM(model="smollm2", max_tokens=32)
+    llm.invoke("The capital of France is")
+    llm.bind(grammar=Grammar.choice("Paris", "Lyon")).invoke("The capital of France is ")
     ```
     """
 
@@ -47,7 +54,7 @@ class ZSMergeLLM(ZSMergeSettings, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return self._answers(Call(self.timeout), prompts, self._sampling(stop, self._options(kwargs)))
+        return self._answers(Call(self.timeout), prompts, self._request(stop, kwargs))
 
     async def _agenerate(
         self,
@@ -56,8 +63,8 @@ class ZSMergeLLM(ZSMergeSettings, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        call, sampling = Call(self.timeout), self._sampling(stop, self._options(kwargs))
-        return await run_in_thread(lambda: self._answers(call, prompts, sampling), call.cancel)
+        call, request = Call(self.timeout), self._request(stop, kwargs)
+        return await run_in_thread(lambda: self._answers(call, prompts, request), call.cancel)
 
     def _stream(
         self,
@@ -66,8 +73,7 @@ class ZSMergeLLM(ZSMergeSettings, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        sampling = self._sampling(stop, self._options(kwargs))
-        for chunk in self._pieces(Call(self.timeout), prompt, sampling):
+        for chunk in self._pieces(Call(self.timeout), prompt, self._request(stop, kwargs)):
             if run_manager is not None:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -79,37 +85,47 @@ class ZSMergeLLM(ZSMergeSettings, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        call, sampling = Call(self.timeout), self._sampling(stop, self._options(kwargs))
-        async with aclosing(stream_in_thread(lambda: self._pieces(call, prompt, sampling), call.cancel)) as chunks:
+        call, request = Call(self.timeout), self._request(stop, kwargs)
+        async with aclosing(stream_in_thread(lambda: self._pieces(call, prompt, request), call.cancel)) as chunks:
             async for chunk in chunks:
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
 
-    def _answers(self, call: Call, prompts: Sequence[str], sampling: SamplingParams) -> LLMResult:
+    def _request(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Request:
+        """One call with the keywords of `LLM.complete`. Raises ConfigError."""
+        changes = self._options(kwargs, _FORM)
+        given = {name: kwargs[name] for name in _FORM if kwargs.get(name) is not None}
+        model = kwargs.get("model") or self.model
+        return Request(self._core(model), model, {"sampling": self._sampling(stop, changes), **given})
+
+    def _answers(self, call: Call, prompts: Sequence[str], request: Request) -> LLMResult:
+        core, settings = request.core, request.settings
         with call:
-            results: list[Result] = (
-                [self._llm.complete(prompts[0], sampling=sampling, cancel=call.cancel)]
+            results = (
+                [core.complete(prompts[0], cancel=call.cancel, **settings)]
                 if len(prompts) == 1
-                else self._llm.batch_complete(list(prompts), sampling=sampling, cancel=call.cancel)
+                else core.batch_complete(list(prompts), cancel=call.cancel, **settings)
             )
             for result in results:
                 call.check(result.finish_reason)
-        generations = [[Generation(text=result.text, generation_info=self._info(result))] for result in results]
-        return LLMResult(generations=generations, llm_output=self._totals(results))
+        infos = [response_metadata(result, request.model) for result in results]
+        generations = [
+            [Generation(text=result.text, generation_info=info)] for result, info in zip(results, infos, strict=True)
+        ]
+        return LLMResult(generations=generations, llm_output=_totals(results, request.model))
 
-    def _pieces(self, call: Call, prompt: str, sampling: SamplingParams) -> Generator[GenerationChunk, None, None]:
-        with call, closing(self._llm.stream_complete(prompt, sampling=sampling, cancel=call.cancel)) as chunks:
+    def _pieces(self, call: Call, prompt: str, request: Request) -> Generator[GenerationChunk, None, None]:
+        stream = request.core.stream_complete(prompt, cancel=call.cancel, **request.settings)
+        with call, closing(cast("Generator[Chunk]", stream)) as chunks:
             for chunk in chunks:
                 call.check(chunk.finish_reason)
-                info = None if chunk.finish_reason is None else self._info(chunk)
+                info = None if chunk.finish_reason is None else response_metadata(chunk, request.model)
                 yield GenerationChunk(text=chunk.text, generation_info=info)
 
-    def _info(self, answer: Result | Chunk) -> dict[str, Any]:
-        return response_metadata(answer, self.model)
 
-    def _totals(self, results: Sequence[Result]) -> dict[str, Any]:
-        prompt = sum(result.usage.prompt_tokens for result in results)
-        completion = sum(result.usage.completion_tokens for result in results)
-        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        return {"model_name": self.model, "token_usage": usage}
+def _totals(results: Sequence[Result], model: str) -> dict[str, Any]:
+    prompt = sum(result.usage.prompt_tokens for result in results)
+    completion = sum(result.usage.completion_tokens for result in results)
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {"model_name": model, "token_usage": usage}

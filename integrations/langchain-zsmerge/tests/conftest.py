@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+from platformdirs import user_cache_dir
 
 from zsmerge_llm import Chunk, Result, SamplingParams, Usage
 
 
 class FakeTokenizer:
-    """One token per word; a template that writes roles and contents, and refuses to start with an answer."""
+    """One token per word."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [len(word) for word in text.split()] + [0] * add_special_tokens
 
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        tokenize: bool = True,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        from jinja2 import TemplateError
 
-        if messages[0]["role"] == "assistant":
-            raise TemplateError("a conversation starts with the user")
-        lines = [f"{message['role']} {message['content']}" for message in messages]
-        return " ".join([*(["tools"] * len(tools or [])), *lines, *["assistant"] * add_generation_prompt])
+@dataclass
+class FakeSession:
+    name: str
 
 
 @dataclass
@@ -41,33 +37,32 @@ class FakeLLM:
     words: list[str] = field(default_factory=lambda: ["The", " sky", " is", " blue."])
     delay: float = 0.0
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    invalid_tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
     context_window: int | None = 2048
     model: str = "fake"
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     requests: list[dict[str, Any]] = field(default_factory=list)
     decoded: int = 0
     closed: int = 0
+    documents: dict[str, str] = field(default_factory=dict)
+    reads: int = 0
 
     def stream(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        sampling: SamplingParams | None = None,
-        tools: list[dict[str, Any]] | None = None,
-        session: str | None = None,
-        cancel: threading.Event | None = None,
+        self, messages: list[dict[str, Any]], *, cancel: threading.Event | None = None, **request: Any
     ) -> Iterator[Chunk]:
-        self.requests.append({"messages": messages, "sampling": sampling, "tools": tools, "session": session})
-        return self._decode(sampling, cancel, self.tool_calls)
+        known = {"sampling", "tools", "tool_choice", "parallel_tool_calls", "response_format", "grammar", "session"}
+        assert request.keys() <= known
+        self.requests.append({"messages": messages, "tools": None, "session": None, **request})
+        return self._decode(request.get("sampling"), cancel, request.get("tools") is not None)
 
     def chat(self, messages: list[dict[str, Any]], **request: Any) -> Result:
         return self._whole(self.stream(messages, **request))
 
-    def stream_complete(
-        self, prompt: str, *, sampling: SamplingParams | None = None, cancel: threading.Event | None = None
-    ) -> Iterator[Chunk]:
-        self.requests.append({"prompt": prompt, "sampling": sampling})
-        return self._decode(sampling, cancel, [])
+    def stream_complete(self, prompt: str, *, cancel: threading.Event | None = None, **request: Any) -> Iterator[Chunk]:
+        assert request.keys() <= {"sampling", "response_format", "grammar"}
+        self.requests.append({"prompt": prompt, **request})
+        return self._decode(request.get("sampling"), cancel, False)
 
     def complete(self, prompt: str, **request: Any) -> Result:
         return self._whole(self.stream_complete(prompt, **request))
@@ -76,14 +71,30 @@ class FakeLLM:
         self, prompts: list[str], *, sampling: SamplingParams | None = None, cancel: threading.Event | None = None
     ) -> list[Result]:
         self.requests.append({"prompts": prompts, "sampling": sampling})
-        return [self._whole(self._decode(sampling, cancel, [])) for _ in prompts]
+        return [self._whole(self._decode(sampling, cancel, False)) for _ in prompts]
+
+    def count_prompt_tokens(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> int:
+        """A word is a token; a role, a tool and the beginning of the answer are one each."""
+        words = [word for message in messages for word in [message["role"], *message["content"].split()]]
+        return len(words) + len(tools or ()) + (messages[-1]["role"] != "assistant")
+
+    def read_document(
+        self, document: str, *, name: str | None, probe: str | None, cancel: threading.Event | None
+    ) -> FakeSession:
+        if document not in self.documents.values():
+            time.sleep(self.delay)
+            self.reads += 1
+        self.documents[name or "document"] = document
+        return FakeSession(name or "document")
 
     def _decode(
-        self, sampling: SamplingParams | None, cancel: threading.Event | None, tool_calls: list[dict[str, Any]]
+        self, sampling: SamplingParams | None, cancel: threading.Event | None, calling: bool
     ) -> Iterator[Chunk]:
         try:
             count = 0
             limit = sampling.max_tokens if sampling and sampling.max_tokens else len(self.words)
+            for thought in self.thoughts:
+                yield Chunk("", reasoning=thought)
             for word in self.words[:limit]:
                 if cancel is not None and cancel.is_set():
                     yield Chunk("", "cancelled", _usage(count))
@@ -92,15 +103,16 @@ class FakeLLM:
                 self.decoded += 1
                 count += 1
                 yield Chunk(word)
-            reason = "tool_calls" if tool_calls else "stop"
-            yield Chunk("", reason, _usage(count), tool_calls)
+            calls = self.tool_calls if calling else []
+            yield Chunk("", "tool_calls" if calls else "stop", _usage(count), calls, self.invalid_tool_calls)
         finally:
             self.closed += 1
 
     def _whole(self, chunks: Iterator[Chunk]) -> Result:
         parts = list(chunks)
         last = parts[-1]
-        return Result("".join(part.text for part in parts), last.finish_reason, last.usage, last.tool_calls)
+        text, thought = "".join(part.text for part in parts), "".join(part.reasoning for part in parts)
+        return Result(text, last.finish_reason, last.usage, last.tool_calls, last.invalid_tool_calls, thought)
 
 
 def _usage(completion: int) -> Usage:
@@ -133,3 +145,16 @@ def call_threads() -> Any:
         return [thread.name for thread in threading.enumerate() if thread.name == "zsmerge-call"]
 
     return names
+
+
+@pytest.fixture(scope="session")
+def qwen_file() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct as GGUF: in the folder ZSMERGE_TEST_MODELS, or fetched into the cache."""
+    name, fetch = "qwen2.5-coder-0.5b-instruct", Path(__file__).parents[4] / "shared" / "models.py"
+    folder = Path(os.environ.get("ZSMERGE_TEST_MODELS") or Path(user_cache_dir("zsmerge-llm")) / "test-models")
+    path = folder / f"{name}.gguf"
+    if not path.is_file():
+        if not fetch.is_file():
+            pytest.fail(f"The slow tests need {name}.gguf in the folder that ZSMERGE_TEST_MODELS names.")
+        subprocess.run([sys.executable, str(fetch), name, str(folder)], check=True, stdout=sys.stderr)
+    return path

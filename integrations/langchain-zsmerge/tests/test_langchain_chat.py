@@ -24,7 +24,7 @@ from langchain_core.tools import tool
 from langchain_zsmerge import ChatZSMerge
 from pydantic import ValidationError
 
-from zsmerge_llm import CacheConfig
+from zsmerge_llm import CacheConfig, Grammar
 from zsmerge_llm.errors import ConfigError
 
 
@@ -133,10 +133,15 @@ def test_an_unknown_option_of_a_call_is_refused(chat: ChatZSMerge) -> None:
         chat.invoke("hi", temperature=-2)
 
 
-def test_another_model_in_a_call_is_refused(chat: ChatZSMerge) -> None:
+def test_a_call_may_name_another_model_unless_the_model_was_given(chat: ChatZSMerge, llm: Any) -> None:
     assert chat.invoke("hi", model="fake").text
     with pytest.raises(ConfigError, match=r"ChatZSMerge\(model='gpt'\)"):
         chat.invoke("hi", model="gpt")
+    own = ChatZSMerge(model="smollm2", temperature=0)
+    other = own._request(None, {"model": "other"})
+    assert (other.model, other.core.model) == ("other", "other")
+    assert other.core is ChatZSMerge(model="other").core
+    assert own._request(None, {}).core is own.core
 
 
 def test_a_chain_of_prompt_model_and_parser_streams(chat: ChatZSMerge, llm: Any) -> None:
@@ -252,6 +257,13 @@ def test_a_message_history_keeps_the_session(chat: ChatZSMerge, llm: Any) -> Non
     assert [message["role"] for message in llm.requests[1]["messages"]] == ["user", "assistant", "user"]
 
 
+def test_warming_up_loads_before_the_first_call(llm: Any) -> None:
+    chat = ChatZSMerge(llm=llm)
+    assert chat.warm_up() is chat
+    assert llm.requests[0]["sampling"].max_tokens == 1
+    assert llm.requests[0]["grammar"] == Grammar.choice("a")
+
+
 # tools
 
 
@@ -271,11 +283,57 @@ def test_bound_tools_reach_the_model_and_its_calls_come_back(llm: Any) -> None:
     assert [call["args"] for chunk in streamed for call in chunk.tool_calls] == [{"city": "X"}]
 
 
-def test_what_needs_a_grammar_is_refused_by_name(chat: ChatZSMerge) -> None:
-    with pytest.raises(ConfigError, match="tool_choice='any'"):
-        chat.bind_tools([weather], tool_choice="any")
-    with pytest.raises(ConfigError, match="output parser"):
-        chat.with_structured_output({"title": "a", "type": "object", "properties": {}})
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        (None, None),
+        (False, None),
+        ("auto", "auto"),
+        ("none", "none"),
+        ("any", "required"),
+        ("required", "required"),
+        (True, "required"),
+        ("weather", {"type": "function", "function": {"name": "weather"}}),
+        ({"type": "function", "function": {"name": "weather"}}, {"type": "function", "function": {"name": "weather"}}),
+        ({"type": "tool", "name": "weather"}, {"type": "function", "function": {"name": "weather"}}),
+        ({"type": "any"}, "required"),
+    ],
+)
+def test_every_way_to_choose_a_tool_is_understood(llm: Any, choice: Any, wanted: Any) -> None:
+    ChatZSMerge(llm=llm).bind_tools([weather], tool_choice=choice).invoke("hi")
+    assert llm.requests[0].get("tool_choice") == wanted
+    ChatZSMerge(llm=llm).invoke("hi", tools=[weather], tool_choice=choice)
+    assert llm.requests[1].get("tool_choice") == wanted
+
+
+def test_an_unknown_choice_is_refused(chat: ChatZSMerge) -> None:
+    with pytest.raises(ConfigError, match="none of the tools"):
+        chat.bind_tools([weather], tool_choice="wether")
+
+
+def test_options_of_calls_reach_the_model(llm: Any) -> None:
+    tools = ChatZSMerge(llm=llm).bind_tools([weather], parallel_tool_calls=False, strict=True, temperature=0.5)
+    tools.invoke("hi")
+    assert llm.requests[0]["parallel_tool_calls"] is False
+    assert llm.requests[0]["tools"][0]["function"]["strict"] is True
+    assert llm.requests[0]["sampling"].temperature == 0.5
+    yes = Grammar.choice("yes", "no")
+    ChatZSMerge(llm=llm).invoke("hi", grammar=yes)
+    assert llm.requests[1]["grammar"] is yes
+
+
+def test_malformed_calls_are_kept_apart_in_answers_and_streams(llm: Any) -> None:
+    function = {"name": None, "arguments": '{"name": "weather", "argu'}
+    llm.invalid_tool_calls = [{"id": "c1", "type": "function", "function": function, "error": "cut"}]
+    chat = ChatZSMerge(llm=llm).bind_tools([weather])
+    chunks = list(chat.stream("hi"))
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole = whole + chunk
+    assert isinstance(whole, AIMessageChunk)
+    for answer in (chat.invoke("hi"), whole):
+        assert answer.tool_calls == []
+        assert [call["id"] for call in answer.invalid_tool_calls] == ["c1"]
 
 
 # counting, profile
@@ -290,8 +348,8 @@ def test_tokens_are_counted_by_the_models_tokenizer_and_template(chat: ChatZSMer
     assert chat.get_num_tokens_from_messages([]) == 0
 
 
-def test_a_part_that_the_template_refuses_is_counted_as_text(chat: ChatZSMerge) -> None:
-    assert chat.get_num_tokens_from_messages([AIMessage("hello there")]) == 3  # AI: hello there
+def test_a_part_that_ends_with_an_answer_is_counted(chat: ChatZSMerge) -> None:
+    assert chat.get_num_tokens_from_messages([AIMessage("hello there")]) == 3  # assistant hello there
 
 
 def test_trim_messages_counts_with_the_model(chat: ChatZSMerge) -> None:
@@ -306,7 +364,11 @@ def test_the_profile_knows_the_window_once_the_model_is_used(llm: Any) -> None:
     assert "max_input_tokens" not in chat.profile
     chat.invoke("hi")
     assert chat.profile["max_input_tokens"] == 2048
+    assert {"tool_calling", "tool_choice", "structured_output"} <= {key for key, can in chat.profile.items() if can}
     assert ChatZSMerge(llm=llm, profile={"max_input_tokens": 9}).profile == {"max_input_tokens": 9}
+    limited = ChatZSMerge(max_input_tokens=100).profile
+    assert limited is not None
+    assert limited["max_input_tokens"] == 100
 
 
 def test_tracing_parameters_name_provider_model_and_stops(llm: Any) -> None:

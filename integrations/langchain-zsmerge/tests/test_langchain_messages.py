@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -111,25 +112,43 @@ def test_an_answer_carries_usage_and_response_metadata() -> None:
     assert message.response_metadata["token_usage"]["reuse"] == "continued"
 
 
-def calls() -> list[dict[str, Any]]:
-    return [
-        {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
-        {"id": "b", "type": "function", "function": {"name": "g", "arguments": {"y": "ü"}}},
-        {"id": "c", "type": "function", "function": {"name": "h", "arguments": "oops"}},
-    ]
+CALLS = [
+    {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
+    {"id": "b", "type": "function", "function": {"name": "g", "arguments": '{"y": "ü"}'}},
+]
+BROKEN = [
+    {"id": "c", "type": "function", "function": {"name": "h", "arguments": "oops"}, "error": "no JSON"},
+    {"id": "d", "type": "function", "function": {"name": None, "arguments": '{"name": "f", "ar'}, "error": "cut"},
+]
 
 
 def test_calls_of_an_answer_are_parsed_and_malformed_ones_kept_apart() -> None:
-    message = to_ai_message(Result("", "tool_calls", USAGE, calls()), "m")
+    message = to_ai_message(Result("", "tool_calls", USAGE, CALLS, BROKEN), "m")
     assert [(call["name"], call["args"]) for call in message.tool_calls] == [("f", {"x": 1}), ("g", {"y": "ü"})]
-    assert [call["id"] for call in message.invalid_tool_calls] == ["c"]
+    assert [(call["id"], call["error"]) for call in message.invalid_tool_calls] == [("c", "no JSON"), ("d", "cut")]
 
 
 def test_streamed_calls_add_up_to_the_same_message() -> None:
-    first = to_ai_message_chunk(Chunk("", tool_calls=calls()[:1]), "m", 0)
-    last = to_ai_message_chunk(Chunk("", "tool_calls", USAGE, calls()[1:]), "m", 1)
+    first = to_ai_message_chunk(Chunk("", tool_calls=CALLS[:1]), "m", 0)
+    last = to_ai_message_chunk(Chunk("", "tool_calls", USAGE, CALLS[1:], BROKEN), "m", 1)
     whole = AIMessageChunk(content="") + first + last
     assert [(call["name"], call["args"]) for call in whole.tool_calls] == [("f", {"x": 1}), ("g", {"y": "ü"})]
-    assert [call["id"] for call in whole.invalid_tool_calls] == ["c"]
+    assert [call["id"] for call in whole.invalid_tool_calls] == ["c", "d"]  # half an object is not mended
     assert whole.usage_metadata is not None
     assert json.loads(whole.model_dump_json())["response_metadata"]["finish_reason"] == "tool_calls"
+
+
+def test_a_thought_is_a_reasoning_block_and_goes_back_as_one() -> None:
+    usage = dataclasses.replace(USAGE, reasoning_tokens=2)
+    whole = to_ai_message(Result("4", "stop", usage, reasoning="2 and 2"), "m")
+    streamed = to_ai_message_chunk(Chunk("", reasoning="2 and"), "m", 0)
+    streamed += to_ai_message_chunk(Chunk("", reasoning=" 2"), "m", 0)
+    streamed += to_ai_message_chunk(Chunk("4", "stop", usage), "m", 0)
+    for message in (whole, streamed):
+        assert message.text == "4"
+        assert [block["type"] for block in message.content_blocks] == ["reasoning", "text"]
+        assert message.content_blocks[0].get("reasoning") == "2 and 2"
+        assert message.usage_metadata is not None
+        assert message.usage_metadata["output_token_details"] == {"reasoning": 2}
+        assert one(message) == {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
+    assert one(AIMessage(whole.content_blocks))["reasoning_content"] == "2 and 2"

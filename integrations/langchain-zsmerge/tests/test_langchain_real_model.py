@@ -1,16 +1,20 @@
-"""Both classes on SmolLM2-135M-Instruct itself."""
+"""Both classes on SmolLM2-135M-Instruct itself, and an agent on Qwen2.5-Coder-0.5B-Instruct."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain.agents import create_agent
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.tools import tool
 from langchain_zsmerge import ChatZSMerge, ZSMergeLLM
+from langgraph.checkpoint.memory import InMemorySaver
 
 from zsmerge_llm.errors import UnsupportedContentError
 
@@ -109,3 +113,43 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone() -> None:
     prompts = ["The capital of France is", "One, two, three, four,"]
     assert llm.batch(prompts) == [llm.invoke(prompt) for prompt in prompts]
     assert "".join(llm.stream(prompts[1])) == llm.invoke(prompts[1])
+
+
+def test_an_agent_on_qwen_calls_three_tools_over_six_turns_and_reads_every_token_once(qwen_file: Path) -> None:
+    @tool
+    def get_weather(city: str) -> str:
+        """Get the current weather of a city."""
+        return {"Paris": "18 degrees, sunny", "London": "12 degrees, rain"}[city]
+
+    @tool
+    def get_population(city: str) -> str:
+        """Get the number of people who live in a city."""
+        return {"Paris": "2,100,000", "London": "8,900,000"}[city]
+
+    @tool
+    def multiply(a: int, b: int) -> str:
+        """Multiply two whole numbers."""
+        return str(a * b)
+
+    turns = {
+        "What is the weather in Paris?": ("get_weather", "18"),
+        "How many people live in London?": ("get_population", "8,900,000"),
+        "What is 17 * 23?": ("multiply", "391"),
+        "What is the weather in London?": ("get_weather", "12"),
+        "How many people live in Paris?": ("get_population", "2,100,000"),
+        "What is 12 * 12?": ("multiply", "144"),
+    }
+    model = ChatZSMerge(model=str(qwen_file), max_tokens=100)
+    agent = create_agent(model, [get_weather, get_population, multiply], checkpointer=InMemorySaver())
+    said: list[AIMessage] = []
+    for question, (name, result) in turns.items():
+        state = agent.invoke({"messages": [("user", question)]}, {"configurable": {"thread_id": "ann"}})
+        new = [message for message in state["messages"] if isinstance(message, AIMessage)][len(said) :]
+        said += new
+        assert [call["name"] for call in new[0].tool_calls] == [name]
+        assert result in new[-1].text
+    held = 0
+    for message in said:
+        usage: Any = message.usage_metadata
+        assert held - 2 <= usage["input_token_details"]["cache_read"] <= held
+        held = usage["total_tokens"]

@@ -13,8 +13,6 @@ from langchain_zsmerge import ChatZSMerge
 
 
 class TestChatZSMergeStandard(ChatModelUnitTests):
-    """Tools and structured output are switched off: `tool_choice` and schemas need grammar-constrained decoding."""
-
     @pytest.fixture(autouse=True)
     def _allow_loading(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """LangChain's `allowed_objects="all"`, which `test_serdes` passes, admits its own list of partners only."""
@@ -32,12 +30,12 @@ class TestChatZSMergeStandard(ChatModelUnitTests):
         return {"model": "smollm2"}
 
     @property
-    def has_tool_calling(self) -> bool:
-        return False
+    def supports_json_mode(self) -> bool:
+        return True
 
     @property
-    def has_structured_output(self) -> bool:
-        return False
+    def supports_anthropic_inputs(self) -> bool:
+        return True
 
     @property
     def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:

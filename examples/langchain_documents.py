@@ -1,0 +1,47 @@
+"""LangChain: read a document once, ask it many questions, and have facts extracted from it in the form of a schema.
+
+    python langchain_documents.py
+    python langchain_documents.py --model Qwen/Qwen2.5-0.5B-Instruct --file report.txt "Who signed it?" "When?"
+
+Each question is asked on a copy of what was read: only the question itself is read anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from langchain_zsmerge import ChatZSMerge, ZSMergeDocuments
+from pydantic import BaseModel, Field
+
+QUESTIONS = ["Who is the captain of the Marigold?", "Who is the keeper of the lighthouse?"]
+
+
+class Log(BaseModel):
+    """Who keeps the log."""
+
+    captain: str = Field(description="the name of the captain", max_length=40)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ask a document that is read once.")
+    parser.add_argument("questions", nargs="*", default=QUESTIONS)
+    parser.add_argument("--model", default="smollm2", help="built-in name, Hub id, model folder or .gguf file")
+    parser.add_argument("--file", type=Path, help="a text file")
+    arguments = parser.parse_args()
+
+    with as_file(files("zsmerge_llm") / "data" / "marigold.txt") as own:
+        log = ZSMergeDocuments(
+            model=ChatZSMerge(model=arguments.model, max_tokens=100), documents=[arguments.file or own]
+        )
+        for question in arguments.questions:
+            answer = log.invoke(question)
+            usage = answer.usage_metadata
+            new = usage["input_tokens"] - usage["input_token_details"]["cache_read"]
+            print(f"> {question}\n{answer.text}\n[{usage['input_tokens']} tokens, {new} of them new]\n")
+        print(repr(log.with_structured_output(Log).invoke("Who is the captain of the Marigold?")))
+
+
+if __name__ == "__main__":
+    main()
