@@ -7,7 +7,6 @@ forward passes take turns, first come first served.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from threading import Event
@@ -104,7 +103,7 @@ class Engine:
         tokens, asking = self._ids(ids), self._ids(probe) if probe is not None and len(probe) else None
         _one_row(cache)
         done = 0
-        for chunk in self._pieces(tokens):
+        for chunk in tokens.split(self.chunk):
             _check(cancel)
             looking = asking if not cache.fits(len(chunk)) and cache.config.scoring == "window" else None
             logits = self._pass(cache, chunk[None], probe=looking)
@@ -127,7 +126,7 @@ class Engine:
         if len(tokens) != cache.rows:
             raise InputError(f"{len(tokens)} prompts for a cache of {cache.rows} rows: give one prompt a row.")
         empty = tokens[0][:0]
-        for parts in itertools.zip_longest(*(self._pieces(row) for row in tokens), fillvalue=empty):
+        for parts in itertools.zip_longest(*(row.split(self.chunk) for row in tokens), fillvalue=empty):
             _check(cancel)
             size = max(len(part) for part in parts)
             valid = torch.tensor([[at < len(part) for at in range(size)] for part in parts])
@@ -302,11 +301,6 @@ class Engine:
             self._forward(cache, part, mask, **how) for part, mask in zip(ids.split(size, dim=1), masks, strict=True)
         ]
         return torch.cat(logits, dim=1) if how["keep"] == 0 else logits[-1]
-
-    def _pieces(self, tokens: Tensor) -> Sequence[Tensor]:
-        """[T] in as few passes as `chunk` allows, of equal length: none is too short to compress by the probe."""
-        passes = math.ceil(len(tokens) / self.chunk)
-        return tokens.split(math.ceil(len(tokens) / passes))
 
     def _ids(self, ids: Ids) -> Tensor:
         """Token ids as a checked CPU tensor int64 [T]."""
