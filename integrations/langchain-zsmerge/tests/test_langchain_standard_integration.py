@@ -17,10 +17,11 @@ class TestChatZSMergeStandardIntegration(ChatModelIntegrationTests):
     qwen: ClassVar[str]
 
     @pytest.fixture(scope="class", autouse=True)
-    def _loaded(self, qwen_file: Path) -> list[ChatZSMerge]:
+    @classmethod
+    def _loaded(cls, qwen_file: Path) -> list[ChatZSMerge]:
         """Models stay loaded from test to test as long as something uses them."""
-        type(self).qwen = str(qwen_file)
-        return [ChatZSMerge(model=self.qwen), ChatZSMerge(model="smollm2")]
+        cls.qwen = str(qwen_file)
+        return [ChatZSMerge(model=cls.qwen), ChatZSMerge(model="smollm2")]
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
