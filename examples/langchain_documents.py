@@ -1,4 +1,4 @@
-"""LangChain: read a document once, ask it many questions, and have facts extracted from it in the form of a schema.
+"""LangChain: read a document once and ask it many questions.
 
     python langchain_documents.py
     python langchain_documents.py --model Qwen/Qwen2.5-0.5B-Instruct --file report.txt "Who signed it?" "When?"
@@ -13,15 +13,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from langchain_zsmerge import ChatZSMerge, ZSMergeDocuments
-from pydantic import BaseModel, Field
 
 QUESTIONS = ["Who is the captain of the Marigold?", "Who is the keeper of the lighthouse?"]
-
-
-class Log(BaseModel):
-    """Who keeps the log."""
-
-    captain: str = Field(description="the name of the captain", max_length=40)
 
 
 def main() -> None:
@@ -40,7 +33,6 @@ def main() -> None:
             usage = answer.usage_metadata
             new = usage["input_tokens"] - usage["input_token_details"]["cache_read"]
             print(f"> {question}\n{answer.text}\n[{usage['input_tokens']} tokens, {new} of them new]\n")
-        print(repr(log.with_structured_output(Log).invoke("Who is the captain of the Marigold?")))
 
 
 if __name__ == "__main__":
