@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import quality
+import quality_report
+import quality_run
+import quality_tasks
 import torch
+from policies import POLICIES, rope_of
+from policies.attention_based import pyramid
+from policies.profile import share_out, weighted
+from quality_ask import ask
+from quality_rouge import rouge
 
 from tests.talk import ROOMY, talker
 from tests.templates import template
 from tests.tiny import tiny_model, tokens
 from zsmerge_llm.engine import Engine
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import quality  # noqa: E402
-import quality_report  # noqa: E402
-import quality_run  # noqa: E402
-import quality_tasks  # noqa: E402
-from policies import POLICIES, rope_of  # noqa: E402
-from policies.attention_based import pyramid  # noqa: E402
-from policies.profile import share_out, weighted  # noqa: E402
-from quality_ask import ask  # noqa: E402
-from quality_rouge import rouge  # noqa: E402
 
 BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.config(1024).slots is not None)
 RECORD = {

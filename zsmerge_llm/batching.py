@@ -63,6 +63,7 @@ class Batcher:
             if not self._turn.mine:  # else a generator is being collected within a pass: the next pass cleans up
                 with self._turn:
                     self._part([row])
+                    self._catch_up(row)
                     self._latest = [other for other in self._latest if other is not row]
 
     def step(self, row: Row, ids: Sequence[int]) -> None:
@@ -85,6 +86,7 @@ class Batcher:
         joined = self._gather(row)
         rows: list[Row] = [row, *(ticket.work for ticket in joined)]
         try:
+            self._catch_up(row)
             if len(rows) == 1 and row not in self._rows:
                 self._forward(row.cache, torch.tensor([row.ids]), None)
             else:
@@ -102,7 +104,7 @@ class Batcher:
             return []
 
         def fits(other: Row) -> bool:
-            return other.cache.config == config
+            return other.cache.config == config and (other in self._rows or not other.since)
 
         expected = sum(not other.gone and other is not row and fits(other) for other in self._latest)
         deadline = time.perf_counter() + PATIENCE
@@ -122,11 +124,9 @@ class Batcher:
         coming = [row.ids if row in rows else [] for row in self._rows]
         ids = torch.tensor([[*part, *[0] * (longest - len(part))] for part in coming])
         valid = torch.tensor([[at < len(part) for at in range(longest)] for part in coming])
-        try:
-            self._forward(self._batch, ids, None if valid.all() else valid)
-        except BaseException:
-            self._dissolve()
-            raise
+        batch, members, self._batch, self._rows = self._batch, self._rows, None, []
+        self._forward(batch, ids, None if valid.all() else valid)  # one that fails leaves nothing to be trusted
+        self._batch, self._rows = batch, members
         assert self._batch.logits is not None
         for index, row in enumerate(self._rows):
             if row in rows:
@@ -153,10 +153,8 @@ class Batcher:
         self._batch = self._batch.pick([self._rows.index(row) for row in staying]) if staying else None
         self._rows = staying
 
-    def _dissolve(self) -> None:
-        """A pass has failed and the batch is not to be trusted: its rows read again what their own caches missed."""
-        members, self._rows, self._batch = self._rows, [], None
-        for row in members:
-            for ids in row.since:
-                self._forward(row.cache, torch.tensor([ids]), None)
-            row.since.clear()
+    def _catch_up(self, row: Row) -> None:
+        """Read again what the row's own cache missed, where the batch that knew it was lost in a pass that failed."""
+        while row.since and row not in self._rows:
+            self._forward(row.cache, torch.tensor([row.since[0]]), None)
+            row.since.pop(0)

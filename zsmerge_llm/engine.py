@@ -106,7 +106,8 @@ class Engine:
         for chunk in tokens.split(self.chunk):
             _check(cancel)
             looking = asking if not cache.fits(len(chunk)) and cache.config.scoring == "window" else None
-            logits = self._pass(cache, chunk[None], probe=looking)
+            with self._turn:
+                logits = self._forward(cache, chunk[None], probe=looking)
             done += len(chunk)
             if progress is not None:
                 progress(done, len(tokens))
@@ -131,7 +132,8 @@ class Engine:
             size = max(len(part) for part in parts)
             valid = torch.tensor([[at < len(part) for at in range(size)] for part in parts])
             padded = torch.stack([torch.nn.functional.pad(part, (0, size - len(part))) for part in parts])
-            self._pass(cache, padded, None if valid.all() else valid)
+            with self._turn:
+                self._forward(cache, padded, None if valid.all() else valid)
         assert cache.logits is not None
         return cache.logits.float()
 
@@ -147,7 +149,8 @@ class Engine:
             _check(cancel)
             chunk = tokens[start : start + self.chunk]
             before = cache.logits
-            logits = self._pass(cache, chunk[None], keep=0)[0]
+            with self._turn:
+                logits = self._forward(cache, chunk[None], keep=0)[0]
             rows = torch.cat([logits[:1] if before is None else before, logits[:-1]])
             picked = [
                 part.float()
@@ -234,20 +237,8 @@ class Engine:
                     self._together.step(alone, ids[0])
                 else:
                     going = torch.tensor([[row.going] for row in rows])
-                    self._pass(cache, torch.tensor(ids), None if going.all() else going)
-
-    def _pass(
-        self,
-        cache: Cache,
-        ids: Tensor,
-        valid: Tensor | None = None,
-        *,
-        probe: Tensor | None = None,
-        keep: int | None = None,
-    ) -> Tensor:
-        """`_forward` when it is this thread's turn."""
-        with self._turn:
-            return self._forward(cache, ids, valid, probe=probe, keep=keep)
+                    with self._turn:
+                        self._forward(cache, torch.tensor(ids), None if going.all() else going)
 
     @torch.inference_mode()
     def _forward(

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
-from platformdirs import user_cache_dir
 
 from zsmerge_llm import Chunk, Result, SamplingParams, Usage
 
@@ -145,16 +140,3 @@ def call_threads() -> Any:
         return [thread.name for thread in threading.enumerate() if thread.name == "zsmerge-call"]
 
     return names
-
-
-@pytest.fixture(scope="session")
-def qwen_file() -> Path:
-    """Qwen2.5-Coder-0.5B-Instruct as GGUF: in the folder ZSMERGE_TEST_MODELS, or fetched into the cache."""
-    name, fetch = "qwen2.5-coder-0.5b-instruct", Path(__file__).parents[4] / "shared" / "models.py"
-    folder = Path(os.environ.get("ZSMERGE_TEST_MODELS") or Path(user_cache_dir("zsmerge-llm")) / "test-models")
-    path = folder / f"{name}.gguf"
-    if not path.is_file():
-        if not fetch.is_file():
-            pytest.fail(f"The slow tests need {name}.gguf in the folder that ZSMERGE_TEST_MODELS names.")
-        subprocess.run([sys.executable, str(fetch), name, str(folder)], check=True, stdout=sys.stderr)
-    return path

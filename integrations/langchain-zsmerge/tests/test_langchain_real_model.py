@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone() -> None:
     assert "".join(llm.stream(prompts[1])) == llm.invoke(prompts[1])
 
 
-def test_an_agent_on_qwen_calls_three_tools_over_six_turns_and_reads_every_token_once(qwen_file: Path) -> None:
+def test_an_agent_on_qwen_calls_three_tools_over_six_turns_and_reads_every_token_once(gguf: Mapping[str, Path]) -> None:
     @tool
     def get_weather(city: str) -> str:
         """Get the current weather of a city."""
@@ -139,7 +140,7 @@ def test_an_agent_on_qwen_calls_three_tools_over_six_turns_and_reads_every_token
         "How many people live in Paris?": ("get_population", "2,100,000"),
         "What is 12 * 12?": ("multiply", "144"),
     }
-    model = ChatZSMerge(model=str(qwen_file), max_tokens=100)
+    model = ChatZSMerge(model=str(gguf["qwen2.5-coder-0.5b-instruct"]), max_tokens=100)
     agent = create_agent(model, [get_weather, get_population, multiply], checkpointer=InMemorySaver())
     said: list[AIMessage] = []
     for question, (name, result) in turns.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,9 +19,9 @@ class TestChatZSMergeStandardIntegration(ChatModelIntegrationTests):
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
-    def _loaded(cls, qwen_file: Path) -> list[ChatZSMerge]:
+    def _loaded(cls, gguf: Mapping[str, Path]) -> list[ChatZSMerge]:
         """Models stay loaded from test to test as long as something uses them."""
-        cls.qwen = str(qwen_file)
+        cls.qwen = str(gguf["qwen2.5-coder-0.5b-instruct"])
         return [ChatZSMerge(model=cls.qwen), ChatZSMerge(model="smollm2")]
 
     @property

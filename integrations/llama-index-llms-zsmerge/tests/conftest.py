@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
-from platformdirs import user_cache_dir
 
 from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.types import Chunk, Result, Usage
@@ -257,13 +254,3 @@ def tiny(tiny_parts: tuple[Any, Any]) -> LLM:
     """The random model, with a cache that nothing here uses up, and without memories of other tests."""
     model, tokenizer = tiny_parts
     return LLM(model, tokenizer=tokenizer, chat_template=TEMPLATE, cache=CacheConfig(slots=8192))
-
-
-@pytest.fixture(scope="session")
-def qwen_coder() -> LLM:
-    """Qwen2.5-Coder-0.5B-Instruct, from the folder ZSMERGE_TEST_MODELS or the cache that the core's slow tests fill."""
-    folder = Path(os.environ.get("ZSMERGE_TEST_MODELS") or Path(user_cache_dir("zsmerge-llm")) / "test-models")
-    path = folder / "qwen2.5-coder-0.5b-instruct.gguf"
-    if not path.is_file():
-        pytest.fail(f"The slow tests need {path.name} in the folder that ZSMERGE_TEST_MODELS names.")
-    return LLM(path)

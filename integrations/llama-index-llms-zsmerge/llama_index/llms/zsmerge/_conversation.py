@@ -135,39 +135,26 @@ class ConversationEngine(BaseChatEngine):
 
     def _kept(self, turn: Turn, answers: Any, stream: ConversationStream) -> Generator[ChatResponse, None, None]:
         """`answers`, after which the conversation holds the message and what was said, whole or not."""
-        events, last = _Events(), None
+        record = _Record(stream)
         try:
-            with closing(answers):
+            with record, closing(answers):
                 for answer in answers:
-                    last = answer
-                    yield events.told(answer)
-            events.ended()
-        except Exception as error:
-            last = None
-            events.failed(error)
-            raise
+                    yield record.told(answer)
         finally:
-            stream.metadata["usage"] = usage_of(last)
-            if last is not None:
-                self._memory.put_messages([turn.message, last.message])
+            if record.latest is not None:
+                self._memory.put_messages([turn.message, record.latest.message])
 
     async def _akept(self, turn: Turn, answers: Any, stream: ConversationStream) -> AsyncGenerator[ChatResponse, None]:
         """As `_kept`."""
-        events, last = _Events(), None
+        record = _Record(stream)
         try:
-            async with aclosing(answers):
-                async for answer in answers:
-                    last = answer
-                    yield events.told(answer)
-            events.ended()
-        except Exception as error:
-            last = None
-            events.failed(error)
-            raise
+            with record:
+                async with aclosing(answers):
+                    async for answer in answers:
+                        yield record.told(answer)
         finally:
-            stream.metadata["usage"] = usage_of(last)
-            if last is not None:
-                await self._memory.aput_messages([turn.message, last.message])
+            if record.latest is not None:
+                await self._memory.aput_messages([turn.message, record.latest.message])
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -179,23 +166,30 @@ class ConversationEngine(BaseChatEngine):
         return self._memory.get_all()
 
 
-class _Events:
-    """LlamaIndex's events of one streamed answer."""
+class _Record:
+    """What was said of one streamed answer, with LlamaIndex's events. Of one that failed, nothing counts as said."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: ConversationStream) -> None:
+        self.latest: ChatResponse | None = None
+        self._stream = stream
         self._tell = instrumentation.get_dispatcher(__name__).event
+
+    def __enter__(self) -> None:
         self._tell(StreamChatStartEvent())
 
     def told(self, answer: ChatResponse) -> ChatResponse:
+        self.latest = answer
         if answer.delta:
             self._tell(StreamChatDeltaReceivedEvent(delta=answer.delta))
         return answer
 
-    def ended(self) -> None:
-        self._tell(StreamChatEndEvent())
-
-    def failed(self, error: Exception) -> None:
-        self._tell(StreamChatErrorEvent(exception=error))
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self._tell(StreamChatEndEvent())
+        elif isinstance(error, Exception):
+            self.latest = None
+            self._tell(StreamChatErrorEvent(exception=error))
+        self._stream.metadata["usage"] = usage_of(self.latest)
 
 
 def new_memory(llm: LLM, chat_history: list[ChatMessage] | None) -> Memory:

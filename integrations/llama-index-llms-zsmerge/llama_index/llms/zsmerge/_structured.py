@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llama_index.core import instrumentation
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
@@ -61,22 +61,23 @@ def parse(output_cls: type[M], text: str) -> M:
         ) from error
 
 
-class Partial:
+class Partial(Generic[M]):
     """Objects from the beginnings of an answer: of the class as soon as they are valid, before that with any fields."""
 
-    def __init__(self, output_cls: type[BaseModel]) -> None:
+    def __init__(self, output_cls: type[M]) -> None:
         from llama_index.core.program.utils import create_flexible_model
 
         self._output_cls = output_cls
         self._flexible = create_flexible_model(output_cls)
 
-    def __call__(self, text: str) -> BaseModel | None:
+    def __call__(self, text: str) -> M | FlexibleModel | None:
         """What `text` spells so far; None if that is nothing yet."""
         try:
             values = from_json(text, allow_partial="trailing-strings")
         except ValueError:
             return None
-        for kind in (self._output_cls, self._flexible):
+        kinds: tuple[type[M | FlexibleModel], ...] = (self._output_cls, self._flexible)
+        for kind in kinds:
             try:
                 return kind.model_validate(values)
             except ValidationError:
@@ -168,8 +169,8 @@ class StructuredPrediction(FunctionCallingLLM):
         with closing(getattr(self, f"stream_{method}")(question, **options)) as answers:
             for answer in answers:
                 if (found := growing.grown(text_of(answer))) is not None:
-                    yield found  # type: ignore[misc]
-        yield from growing.ended()  # type: ignore[misc]
+                    yield found
+        yield from growing.ended()
 
     async def astream_structured_predict(
         self,
@@ -188,9 +189,9 @@ class StructuredPrediction(FunctionCallingLLM):
             async with aclosing(await getattr(self, f"astream_{method}")(question, **options)) as answers:
                 async for answer in answers:
                     if (found := growing.grown(text_of(answer))) is not None:
-                        yield found  # type: ignore[misc]
+                        yield found
             for found in growing.ended():
-                yield found  # type: ignore[misc]
+                yield found
 
         return objects()
 
@@ -203,16 +204,16 @@ class StructuredPrediction(FunctionCallingLLM):
         return ZSMergeStructuredLLM(llm=self, output_cls=output_cls, **kwargs)
 
 
-class _Growing:
+class _Growing(Generic[M]):
     """One object that is streamed."""
 
-    def __init__(self, output_cls: type[BaseModel]) -> None:
+    def __init__(self, output_cls: type[M]) -> None:
         self._output_cls = output_cls
         self._partial = Partial(output_cls)
         self._latest: BaseModel | None = None
         self._text = ""
 
-    def grown(self, text: str) -> BaseModel | None:
+    def grown(self, text: str) -> M | FlexibleModel | None:
         """The object so far, if `text` adds to it."""
         self._text, found = text, self._partial(text)
         if found is None or found == self._latest:
@@ -221,7 +222,7 @@ class _Growing:
         instrumentation.get_dispatcher(__name__).event(LLMStructuredPredictInProgressEvent(output=found))
         return found
 
-    def ended(self) -> list[BaseModel]:
+    def ended(self) -> list[M]:
         """The object that the whole text spells, unless it was the latest already. Raises as `parse`."""
         whole = _ended(parse(self._output_cls, self._text))
         return [] if whole == self._latest else [whole]

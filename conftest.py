@@ -17,7 +17,7 @@ settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
-FETCH = Path(__file__).parents[2] / "shared" / "models.py"
+FETCH = Path(__file__).parents[1] / "shared" / "models.py"
 
 
 class GGUFFiles(dict[str, Path]):
