@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +22,15 @@ from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.fairness import FairLock
+from zsmerge_llm.fusion import Fusion
 from zsmerge_llm.grammar import Constraint
 from zsmerge_llm.horizon import Horizon
 from zsmerge_llm.sampling import Sampler
 from zsmerge_llm.types import Progress
 
 Ids = Sequence[int] | Tensor
+FUSE_AFTER = 512
+"""Tokens decoded before the layers are compiled of their own accord: that takes about as long."""
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
@@ -41,12 +44,20 @@ class Engine:
         model: a decoder of transformers; from now on it can only be called through this engine.
         cache: configuration of the caches that `new_cache` makes.
         chunk: tokens read in one forward pass. Peak memory grows with it.
+        compile: whether decode steps run through compiled layers (`fusion`): at once, never, or, with "auto", once so
+            many tokens have been decoded that it pays.
 
     Raises:
         UnsupportedModelError: an architecture or feature the cache cannot carry.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: CacheConfig | None = None, chunk: int = 512) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: CacheConfig | None = None,
+        chunk: int = 512,
+        compile: bool | Literal["auto"] = "auto",
+    ) -> None:
         if chunk < 1:
             raise ConfigError(f"chunk must be at least 1 token, not {chunk}.")
         self.model = model.eval()
@@ -56,8 +67,12 @@ class Engine:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.stop_ids = _stop_ids(model)
         self.horizon = Horizon(model, self.specs, self.window)
+        self.fusion = Fusion(model, len(self.specs), after=FUSE_AFTER if compile == "auto" else None)
         self._turn = FairLock()
         self._together = Batcher(self._forward, self._turn)
+        if compile is True:
+            self.fusion.start()
+            self.read(self.new_cache(), [0])
 
     @property
     def device(self) -> torch.device:
@@ -271,6 +286,7 @@ class Engine:
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
         offset = torch.tensor([places.offset for places in cache.places])
         step = Step(cache, new, position, valid, counts.tolist(), lengths + counts)
+        self.fusion.count(ids.numel())
         logits = forward(
             self.model,
             step,

@@ -1,0 +1,106 @@
+"""Decode steps through compiled layers say what the layers of transformers say."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tests.tiny import FAMILIES, tiny_model
+
+from zsmerge_llm import CacheConfig, SamplingParams
+from zsmerge_llm.engine import FUSE_AFTER, Engine
+
+CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, window=4)
+PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
+STEPS = 30
+
+
+def said(engine: Engine, config: CacheConfig = CONFIG) -> torch.Tensor:
+    """float32 [STEPS, vocab]: logits after a prompt and after each of some tokens, past several compressions."""
+    cache = engine.new_cache(config)
+    engine.read(cache, PROMPT)
+    return torch.stack([engine.read(cache, [token % 97]) for token in range(7, 7 + STEPS)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_layers_give_the_same_logits_in_every_family(family: str) -> None:
+    engine = Engine(tiny_model(family), compile=False)
+    expected = said(engine)
+
+    engine.fusion.start()
+    given = said(engine)
+
+    if family == "gpt_oss-sinks":  # its experts choose by what they see
+        assert engine.fusion.trouble is not None
+    else:
+        assert engine.fusion.on, engine.fusion.trouble
+    assert torch.allclose(given, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [CacheConfig.paper(16), CacheConfig.h2o(16), CacheConfig.full()])
+def test_compiled_layers_work_with_every_rule_of_the_cache(config: CacheConfig) -> None:
+    engine = Engine(tiny_model(), compile=False)
+    expected = said(engine, config)
+    engine.fusion.start()
+
+    assert torch.allclose(said(engine, config), expected, atol=1e-4)
+    assert engine.fusion.on
+
+
+def test_layers_of_one_kind_are_compiled_once() -> None:
+    engine = Engine(tiny_model("gemma3"), compile=True)
+
+    assert engine.fusion.on
+    assert len(engine.fusion.graphs) < len(engine.specs)
+
+
+def test_compiling_begins_by_itself_after_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_model())
+    cache = engine.new_cache(CONFIG)
+    params = SamplingParams(max_tokens=FUSE_AFTER - 1, ignore_eos=True)
+
+    list(engine.stream(cache, PROMPT, params))
+    assert not engine.fusion.on
+    list(engine.stream(cache, PROMPT, SamplingParams(max_tokens=4, ignore_eos=True)))
+    assert engine.fusion.on
+
+
+def test_compiling_can_be_turned_off() -> None:
+    engine = Engine(tiny_model(), compile=False)
+    cache = engine.new_cache(CONFIG)
+
+    list(engine.stream(cache, PROMPT, SamplingParams(max_tokens=FUSE_AFTER + 2, ignore_eos=True)))
+
+    assert not engine.fusion.on
+
+
+def test_a_model_that_cannot_be_compiled_says_so_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no working C++ compiler")
+
+    engine = Engine(tiny_model(), compile=False)
+    expected = said(engine)
+    monkeypatch.setattr("torch._inductor.compile", broken)
+    with caplog.at_level(logging.WARNING):
+        engine.fusion.start()
+        given = said(engine)
+
+    assert torch.equal(given, expected)
+    assert engine.fusion.trouble is not None
+    assert "no working C++ compiler" in caplog.text
+    assert caplog.text.count("without compiled layers") == 1
+
+
+def test_batches_and_reading_are_not_changed_by_compiled_layers() -> None:
+    engine = Engine(tiny_model(), compile=True)
+    cache = engine.new_cache(CONFIG, rows=2)
+    engine.read_batch(cache, [PROMPT, PROMPT[:5]])
+    params = [SamplingParams(max_tokens=20, ignore_eos=True)] * 2
+
+    together = [list(row) for row in zip(*engine.decode(cache, params, [[], []]), strict=True)]
+
+    for prompt, answer in zip([PROMPT, PROMPT[:5]], together, strict=True):
+        assert list(engine.stream(engine.new_cache(CONFIG), prompt, params[0])) == answer

@@ -1,0 +1,235 @@
+"""Decode steps of one token through decoder layers that TorchInductor has fused.
+
+A layer is traced with its weights as inputs and attention as one opaque operator. Layers with the same graph share the
+compiled code, usually one for the whole model, and attention, cache and compression stay what they are. Everything
+else, such as reading or several conversations in one pass, runs the layers as transformers wrote them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+
+from zsmerge_llm.attention import Call, Carrier, Step
+from zsmerge_llm.errors import UnsupportedModelError
+
+log = logging.getLogger(__name__)
+
+OPTIONS = {"size_asserts": False}
+
+_HERE: ContextVar[tuple[Step, int]] = ContextVar("zsmerge_here")  # where the running layer attends: its step and number
+_COMPILER = Lock()  # TorchInductor is not made for several threads
+
+Compiled = Callable[..., Sequence[Tensor]]
+
+torch.library.define(
+    "zsmerge::attend",
+    "(Tensor query, Tensor key, Tensor value, float scaling, float? softcap, Tensor? sinks) -> Tensor",
+)
+
+
+@torch.library.impl("zsmerge::attend", "default")
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    step, layer = _HERE.get()
+    return step.attend(Call(layer, query, key, value, scaling, None, softcap, sinks)).contiguous()
+
+
+@torch.library.register_fake("zsmerge::attend")
+def _shape(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+class _Opaque(Carrier):
+    """Attention while a layer is traced: one operator, whatever is behind it."""
+
+    def attend(self, call: Call) -> Tensor:
+        attend: Any = torch.ops.zsmerge.attend
+        return attend(call.query, call.key, call.value, call.scaling, call.softcap, call.sinks)
+
+
+class Fusion:
+    """The compiled layers of one model. Off until `start`; a layer is compiled when it first decodes after that.
+
+    A model that cannot be compiled goes on as it was, and `trouble` says why.
+
+    Args:
+        layers: how many the model has.
+        after: steps of one token before it starts by itself; None: never.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: int, after: int | None) -> None:
+        self.trouble: str | None = None
+        self.seconds = 0.0
+        self.graphs: dict[str, Compiled] = {}
+        self._model = model
+        self._expected = layers
+        self._left = after
+        self._layers: list[FusedLayer] = []
+
+    @property
+    def on(self) -> bool:
+        """Whether decode steps go through compiled layers."""
+        return bool(self._layers) and self.trouble is None
+
+    def start(self) -> None:
+        """From now on, compile. Where that is known not to work, `trouble` says why."""
+        if self._layers or self.trouble is not None:
+            return
+        try:
+            layers = _decoder_layers(self._model, self._expected)
+        except UnsupportedModelError as error:
+            self.give_up(error)
+            return
+        self._layers = [FusedLayer(self, layer, index) for index, layer in enumerate(layers)]
+
+    def count(self, tokens: int) -> None:
+        """Take note of a pass of so many tokens: those of one token count."""
+        if self._left is None or tokens != 1:
+            return
+        self._left -= 1
+        if self._left == 0:
+            self._left = None
+            log.info("Compiling the decoder layers, which takes some seconds.")
+            self.start()
+
+    def give_up(self, why: Exception) -> None:
+        """Run every layer as it is, and say so once."""
+        self.trouble = f"{type(why).__name__}: {why}"
+        for layer in self._layers:
+            layer.remove()
+        log.warning("Decoding goes on without compiled layers: %s", self.trouble)
+
+    def compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Compiled:
+        """The code for a graph, compiled once however many layers have it."""
+        constants = [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
+        key = "\n".join([graph.code, *(str(each.tolist()) for each in constants)])
+        if key not in self.graphs:
+            self.graphs[key] = torch._inductor.compile(graph, list(inputs), options=OPTIONS)  # type: ignore[assignment]
+        return self.graphs[key]
+
+
+class FusedLayer:
+    """Stands in for the forward of one decoder layer."""
+
+    def __init__(self, fusion: Fusion, layer: nn.Module, index: int) -> None:
+        self.fusion = fusion
+        self.layer = layer
+        self.index = index
+        named = [*layer.named_parameters(), *layer.named_buffers()]
+        self.names = [name for name, _ in named]
+        self.weights = [weight for _, weight in named]
+        self.eager = layer.forward
+        self.code: Compiled | None = None
+        self.constants: list[Any] = []
+        self.form: pytree.TreeSpec | None = None
+        layer.forward = self  # type: ignore[method-assign, assignment]
+
+    def remove(self) -> None:
+        """Put the layer's own forward back."""
+        self.layer.forward = self.eager  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One pass: compiled if it is one token of one conversation, else as the model has it."""
+        step = next((value for value in kwargs.values() if isinstance(value, Step)), None)
+        if step is None or step.position.shape != (1, 1):
+            return self.eager(*args, **kwargs)
+        tensors, constants = _flat((*args, *kwargs.values()))
+        if self.code is None:
+            try:
+                self._prepare(args, kwargs, tensors, constants)
+            except Exception as error:  # whatever a compiler throws, the model works without it
+                self.fusion.give_up(error)
+        if self.code is None or constants != self.constants:
+            return self.eager(*args, **kwargs)
+        _HERE.set((step, self.index))
+        made = self.code(*tensors, *self.weights)
+        assert self.form is not None
+        return pytree.tree_unflatten(list(made), self.form)
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], rest: list[Any]) -> None:
+        """Trace the layer and find its compiled code."""
+        strange = [type(value).__name__ for value in rest if not isinstance(value, (bool, int, float, str, type(None)))]
+        if strange:
+            raise UnsupportedModelError(f"{type(self.layer).__name__} is given a {strange[0]} in each pass.")
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            given, weights = iter(inputs), inputs[len(tensors) :]
+            positional = tuple(_refill(value, given) for value in args)
+            named = {name: _refill(value, given) for name, value in kwargs.items()}
+            own = dict(zip(self.names, weights, strict=True))
+            made, self.form = pytree.tree_flatten(torch.func.functional_call(self.layer, own, positional, named))
+            return made
+
+        inputs, started = [*tensors, *self.weights], time.perf_counter()
+        self.remove()
+        with _COMPILER:
+            self.code = self.fusion.compile(make_fx(run, tracing_mode="fake")(*inputs), inputs)
+        self.layer.forward = self  # type: ignore[method-assign, assignment]
+        self.constants = rest
+        self.fusion.seconds += time.perf_counter() - started
+
+
+def _flat(values: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors among the values of a call, those in tuples included, and the other values but the step."""
+    tensors: list[Tensor] = []
+    rest: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif _is_tensors(value):
+            tensors.extend(value)
+        elif not isinstance(value, Step):
+            rest.append(value)
+    return tensors, rest
+
+
+def _refill(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """`value` with other tensors in the places that `_flat` took them from, and opaque attention for the step."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if _is_tensors(value):
+        return tuple(next(tensors) for _ in value)
+    return _Opaque() if isinstance(value, Step) else value
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(each, Tensor) for each in value)
+
+
+def _decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
+    """The model's decoder layers, in order.
+
+    Raises:
+        UnsupportedModelError: layers that cannot be told, or whose weights are not all plain tensors in their place.
+    """
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    stacks = [stack for stack in stacks if all(_attends(layer) for layer in stack)]
+    if len(stacks) != 1:
+        raise UnsupportedModelError(f"{type(model).__name__} has no list of its {count} decoder layers.")
+    layers = list(stacks[0])
+    for layer in layers:
+        if any(hasattr(module, "_hf_hook") for module in layer.modules()):
+            raise UnsupportedModelError("Layers that accelerate moves between devices are not compiled.")
+        kinds = {type(weight) for weight in (*layer.parameters(), *layer.buffers())} - {nn.Parameter, Tensor}
+        if kinds:
+            raise UnsupportedModelError(f"Weights of type {kinds.pop().__name__} are not compiled.")
+    return layers
+
+
+def _attends(layer: nn.Module) -> bool:
+    return sum(hasattr(module, "layer_idx") for module in layer.children()) == 1
