@@ -16,7 +16,7 @@ STOREYS = (
     {"layer", "gguf", "chat"},
     {"cache", "adapters", "hub", "forms", "probe"},
     {"attention", "sampling", "loader", "batching"},
-    {"horizon"},
+    {"horizon", "fusion"},
     {"engine", "session", "answer"},
     {"files", "fingerprint", "memory"},
     {"store", "memory_text"},

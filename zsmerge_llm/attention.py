@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,17 +123,18 @@ class Step(Carrier):
 
     def _arrival(self, call: Call) -> Arrival:
         new, device = self.new, call.key.device
-        position = self._on(device, "position")
         probing = call.query.shape[2] > new
         return Arrival(
             queries=call.query[:, :, :new],
             keys=call.key[:, :, :new],
             values=call.value[:, :, :new],
-            position=position[:, :new],
+            position=self._on(device, "kept"),
             valid=self._on(device, "valid"),
+            present=self._on(device, "present"),
+            asking=self._on(device, "asking"),
             seen=self._on(device, "seen"),
             probe=call.query[:, :, new:] if probing else None,
-            probe_position=position[:, new:] if probing else None,
+            probe_position=self._on(device, "position")[:, new:] if probing else None,
             counts=self.counts,
             sinks=call.sinks,
         )
@@ -142,9 +143,14 @@ class Step(Carrier):
         """One of this step's small tensors, on a layer's device."""
         key = (name, device)
         if key not in self.shared:
-            value = self.position[:, : self.new] >= 0 if name == "valid" and self.valid is None else getattr(self, name)
-            self.shared[key] = value.to(device)
+            self.shared[key] = self._small(name).to(device)
         return self.shared[key]
+
+    def _small(self, name: str) -> Tensor:
+        kept = self.position[:, : self.new].to(torch.int32)
+        valid = kept >= 0 if self.valid is None else self.valid
+        derived = {"kept": kept, "valid": valid, "present": valid.float(), "asking": kept.masked_fill(~valid, -1)}
+        return derived[name] if name in derived else cast("Tensor", getattr(self, name))
 
     def _bias(self, layer: LayerCache, held: Held, call: Call) -> Tensor | None:
         """What is added to the logits, broadcastable to [B, Hq, T, C + m]; None where nothing is."""

@@ -119,7 +119,7 @@ class Fusion:
         constants = [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
         key = "\n".join([graph.code, *(str(each.tolist()) for each in constants)])
         if key not in self.graphs:
-            self.graphs[key] = torch._inductor.compile(graph, list(inputs), options=OPTIONS)  # type: ignore[assignment]
+            self.graphs[key] = torch._inductor.compile(graph, list(inputs), options=OPTIONS)
         return self.graphs[key]
 
 
@@ -137,11 +137,11 @@ class FusedLayer:
         self.code: Compiled | None = None
         self.constants: list[Any] = []
         self.form: pytree.TreeSpec | None = None
-        layer.forward = self  # type: ignore[method-assign, assignment]
+        layer.forward = self
 
     def remove(self) -> None:
         """Put the layer's own forward back."""
-        self.layer.forward = self.eager  # type: ignore[method-assign]
+        self.layer.forward = self.eager
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One pass: compiled if it is one token of one conversation, else as the model has it."""
@@ -179,7 +179,7 @@ class FusedLayer:
         self.remove()
         with _COMPILER:
             self.code = self.fusion.compile(make_fx(run, tracing_mode="fake")(*inputs), inputs)
-        self.layer.forward = self  # type: ignore[method-assign, assignment]
+        self.layer.forward = self
         self.constants = rest
         self.fusion.seconds += time.perf_counter() - started
 

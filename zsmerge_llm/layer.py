@@ -44,8 +44,9 @@ class LayerSpec:
 class Arrival:
     """The tokens of one forward pass as a layer receives them.
 
-    queries [B, Hq, n, D], keys and values [B, H, n, D]: the tokens to keep; position, valid: [B, n]; counts: how many
-    of them are no padding, for each row; seen: [B], tokens read by each row, these included. probe [B, Hq, m, D],
+    queries [B, Hq, n, D], keys and values [B, H, n, D]: the tokens to keep. position int32 [B, n]; valid bool [B, n],
+    and the same as present float32 [B, n]; asking int32 [B, n]: the position, or -1 for padding. counts: how many of
+    them are no padding, for each row; seen: [B], tokens read by each row, these included. probe [B, Hq, m, D],
     probe_position [B, m]: queries that only look, if any.
     """
 
@@ -54,6 +55,8 @@ class Arrival:
     values: Tensor
     position: Tensor
     valid: Tensor
+    present: Tensor
+    asking: Tensor
     seen: Tensor
     probe: Tensor | None
     probe_position: Tensor | None
@@ -212,10 +215,9 @@ class LayerCache:
     def _entries(self, arrival: Arrival) -> dict[str, Tensor]:
         """The arriving tokens as slots: count 1 (0 for padding), score 0."""
         shape = arrival.keys.shape[:3]
-        count = arrival.valid[:, None, :].expand(shape).float()
-        position = arrival.position[:, None, :].expand(shape)
-        values = (arrival.keys, arrival.values, count, torch.zeros_like(count), position.to(torch.int32))
-        return dict(zip(PER_SLOT, values, strict=True))
+        count, position = (each[:, None].expand(shape) for each in (arrival.present, arrival.position))
+        score = self.score.new_zeros(()).expand(shape)
+        return dict(zip(PER_SLOT, (arrival.keys, arrival.values, count, score, position), strict=True))
 
     def _grow(self, needed: int) -> None:
         """The exact cache only: double the room until `needed` entries fit."""
@@ -242,8 +244,8 @@ class LayerCache:
     def _remember(self, arrival: Arrival) -> None:
         """Keep the newest queries: they decide at the next compression, unless a probe does."""
         room = self.config.window
-        asking = arrival.position.masked_fill(~arrival.valid, -1).to(torch.int32)
-        queries, asking = torch.cat([self.queries, arrival.queries], dim=2), torch.cat([self.query_position, asking], 1)
+        queries = torch.cat([self.queries, arrival.queries], dim=2)
+        asking = torch.cat([self.query_position, arrival.asking], dim=1)
         if arrival.padded:  # padding must not push a row's own queries out
             asking, order = asking.sort(dim=1, stable=True)
             queries = policy.take(queries, order[:, None].expand(-1, queries.shape[1], -1))

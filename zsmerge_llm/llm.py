@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Event, RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.answer import Answer, check_length, collect, speak, together
 from zsmerge_llm.chat import normalise
@@ -45,6 +45,8 @@ class LLM:
         chat_template: Jinja text instead of the model's own.
         template_args: variables for the chat template, such as {"enable_thinking": False}.
         chunk: tokens read in one forward pass.
+        compile: whether decode steps run through compiled layers: True compiles while loading; "auto" later, once
+            enough was decoded for it to pay; False never. Where it is not possible, that is logged, and nothing else.
         max_input_tokens: a longer prompt raises ContextLimitError; None sets no limit. Nothing is ever truncated.
         sessions_dir: where conversations are kept for good, to go on after a restart; None keeps them for this process.
         session_memory: bytes that all conversations together may hold in memory, such as "4GiB"; the least recently
@@ -68,6 +70,7 @@ class LLM:
         chat_template: str | None = None,
         template_args: dict[str, Any] | None = None,
         chunk: int = 512,
+        compile: bool | Literal["auto"] = "auto",
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",
@@ -77,11 +80,14 @@ class LLM:
             raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
         if quantization not in (None, "nf4", "int8", "int4"):
             raise ConfigError(f"quantization must be None, 'nf4', 'int8' or 'int4', not {quantization!r}.")
+        if compile not in (True, False, "auto"):
+            raise ConfigError(f"compile must be True, False or 'auto', not {compile!r}.")
         if device_map is not None and device != "auto":
             raise ConfigError("Give either device or device_map, not both.")
         self.model = model
         self.cache = cache or CacheConfig()
         self.chunk = chunk
+        self.compile = compile
         self.max_input_tokens = max_input_tokens
         self._loading: dict[str, Any] = {
             "tokenizer": tokenizer,
@@ -148,6 +154,7 @@ class LLM:
                     self.model,
                     self.cache,
                     self.chunk,
+                    self.compile,
                     loading=self._loading,
                     template_args=self._template_args,
                     sessions_dir=self._sessions_dir,

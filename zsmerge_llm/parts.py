@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.chat import Template
 from zsmerge_llm.config import CacheConfig
@@ -35,6 +35,7 @@ def assemble(
     model: str | Path | PreTrainedModel,
     cache: CacheConfig,
     chunk: int,
+    compile: bool | Literal["auto"],
     *,
     loading: dict[str, Any],
     template_args: dict[str, Any] | None,
@@ -54,7 +55,7 @@ def assemble(
 
     loaded = load(model, **loading)
     tokenizer = loaded.tokenizer
-    engine = Engine(loaded.model, cache, chunk)
+    engine = Engine(loaded.model, cache, chunk, compile)
     template = Template(tokenizer, args=template_args)
     source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
     mark = fingerprint(loaded.model, tokenizer, source, cache)

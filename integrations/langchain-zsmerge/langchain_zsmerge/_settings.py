@@ -35,6 +35,7 @@ _LOADING = (
     "device",
     "device_map",
     "quantization",
+    "compile",
     "chat_template",
     "template_args",
     "max_input_tokens",
@@ -98,6 +99,8 @@ class ZSMergeSettings(BaseModel):
     device: str = Field(default_factory=from_env("ZSMERGE_DEVICE", default="auto"), frozen=True)
     device_map: str | dict[str, Any] | None = Field(default=None, frozen=True)
     quantization: Literal["nf4", "int8", "int4"] | None = Field(default=None, frozen=True)
+    compile: bool | Literal["auto"] = Field(default="auto", frozen=True)
+    """Whether decode steps run through compiled layers; `"auto"` begins once enough was decoded for it to pay."""
     chat_template: str | None = Field(default=None, frozen=True)
     """A Jinja template in place of the model's own."""
     template_args: dict[str, Any] | None = Field(default=None, frozen=True)

@@ -45,6 +45,7 @@ _LOADING = (
     "device",
     "device_map",
     "quantization",
+    "compile",
     "chat_template",
     "template_args",
     "max_input_tokens",
@@ -101,6 +102,7 @@ class ZSMergeLLM(StructuredPrediction):
     device: str = Field(default="auto", description="Device of the model, such as 'cpu' or 'cuda:0'.")
     device_map: str | dict[str, Any] | None = Field(default=None, description="Placement as accelerate takes it.")
     quantization: str | None = Field(default=None, description="None, 'nf4', 'int8' or 'int4'.")
+    compile: bool | str = Field(default="auto", description="Compiled decode steps: True, False or 'auto'.")
     chat_template: str | None = Field(default=None, description="Chat template in place of the model's own.")
     template_args: dict[str, Any] | None = Field(
         default=None, description="Variables for the chat template, such as {'enable_thinking': False}."
