@@ -13,9 +13,9 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
-from langchain_zsmerge._calls import run_in_thread
 from langchain_zsmerge._tools import structured
 from langchain_zsmerge.chat_models import ChatZSMerge
+from zsmerge_llm import aio
 from zsmerge_llm.errors import ConfigError, InputError
 
 
@@ -67,8 +67,7 @@ class ZSMergeDocuments(RunnableSerializable[LanguageModelInput, AIMessage]):
 
     async def aread(self) -> str:
         """As `read`, in a thread. Cancelling the task stops the reading after the current chunk."""
-        cancel = threading.Event()
-        return await run_in_thread(lambda: self.read(cancel), cancel)
+        return await aio.call(self.read)
 
     def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
         return self.model.invoke(input, config, **{**kwargs, "session_id": self.read()})

@@ -18,7 +18,7 @@ LONG = " ".join(str(number) for number in range(1000))
 @pytest.fixture(autouse=True)
 def no_thread_is_left(wait) -> Iterator[None]:
     yield
-    wait(lambda: not [thread for thread in threading.enumerate() if thread.name == "zsmerge-llm"])
+    wait(lambda: not [thread for thread in threading.enumerate() if thread.name == "zsmerge-call"])
 
 
 def slow(fake):

@@ -213,7 +213,7 @@ async def test_cancelling_a_query_stops_the_reading(tiny: LLM) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     end = time.monotonic() + 10
-    while [thread for thread in threading.enumerate() if thread.name == "zsmerge-llm"]:
+    while [thread for thread in threading.enumerate() if thread.name == "zsmerge-call"]:
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
     assert "log" not in tiny.store

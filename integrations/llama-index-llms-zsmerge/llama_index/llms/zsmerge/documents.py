@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
-from llama_index.llms.zsmerge._bridge import run_in_thread
 from llama_index.llms.zsmerge.base import ZSMergeLLM
 
+from zsmerge_llm import aio
 from zsmerge_llm.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class DocumentReader:
 
     async def aread(self, nodes: Sequence[NodeWithScore]) -> str:
         """As `read`, in a thread. Cancelling the task stops the reading after the current chunk."""
-        return await run_in_thread(lambda cancel: self.read(nodes, cancel))
+        return await aio.call(lambda cancel: self.read(nodes, cancel))
 
 
 def as_sources(documents: Sequence[BaseNode | NodeWithScore | str]) -> list[NodeWithScore]:
