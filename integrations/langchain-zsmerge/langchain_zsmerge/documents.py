@@ -61,8 +61,8 @@ class ZSMergeDocuments(RunnableSerializable[LanguageModelInput, AIMessage]):
             InputError: a file that cannot be read as text, or no text at all.
         """
         text = _joined(self.documents)
-        with self._lock:  # with a line break at its end, a text is never taken for the name of a file
-            session = self.model.core.read_document(f"{text}\n", name=self.session_id, probe=self.probe, cancel=cancel)
+        with self._lock:
+            session = self.model.core.read_document(text=text, name=self.session_id, probe=self.probe, cancel=cancel)
         return str(session.name)
 
     async def aread(self) -> str:

@@ -154,7 +154,7 @@ def test_the_name_and_the_probe_reach_the_model(fake) -> None:
     engine = fake()
     llm = ZSMergeLLM(llm=engine, system_prompt="Be brief.")
     ZSMergeDocumentQueryEngine(["A text."], llm, name="log", probe="names").query("Who?")
-    assert (engine.documents, engine.probe) == ({"log": "A text.\n"}, "names")
+    assert (engine.documents, engine.probe) == ({"log": "A text."}, "names")
     assert [message["role"] for message in engine.calls[0].prompt] == ["system", "user"]
 
 

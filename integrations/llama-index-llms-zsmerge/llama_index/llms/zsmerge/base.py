@@ -174,6 +174,11 @@ class ZSMergeLLM(StructuredPrediction):
         """Token ids of `text`, without special tokens. Loads the model. For `Settings.tokenizer = llm.tokenize`."""
         return list(self._llm.tokenizer.encode(text, add_special_tokens=False))
 
+    def warm_up(self) -> Self:
+        """Load the model now rather than at the first use, before an event loop has others to serve."""
+        self._llm.warm_up()
+        return self
+
     # -- Requests --
 
     def _sampling(self, options: dict[str, Any]) -> SamplingParams:

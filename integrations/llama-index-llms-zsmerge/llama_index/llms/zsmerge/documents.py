@@ -43,8 +43,8 @@ class DocumentReader:
         text = "\n\n".join(node.node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes)
         if not text.strip():
             raise InputError("The documents hold no text: give some to read.")
-        with self._lock:  # with a line break at its end, a text is never taken for the name of a file
-            session = self.llm.llm.read_document(f"{text}\n", name=self._name, probe=self._probe, cancel=cancel)
+        with self._lock:
+            session = self.llm.llm.read_document(text=text, name=self._name, probe=self._probe, cancel=cancel)
         return session.name
 
     async def aread(self, nodes: Sequence[NodeWithScore]) -> str:
