@@ -95,7 +95,7 @@ def main() -> None:
     llm = LLM(given.model)
     llm.warm_up()
     gc.collect()
-    gc.freeze()  # as a server does: else the collector's walk over PyTorch's modules is in some rounds and not in others
+    gc.freeze()  # else the collector's walk over PyTorch's modules falls into some rounds and not into others
 
     def gathered(ask: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
         return lambda: asyncio.gather(*(ask() for _ in range(given.calls)))

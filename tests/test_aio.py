@@ -179,11 +179,10 @@ async def test_errors_of_the_work_are_raised_where_it_is_waited_for() -> None:
         yield 1
         raise ValueError("no luck")
 
-    seen = []
+    stream = aio.stream(broken)
+    assert await anext(stream) == 1
     with pytest.raises(ValueError, match="no luck"):
-        async for item in aio.stream(broken):
-            seen.append(item)
-    assert seen == [1]
+        await anext(stream)
     with pytest.raises(ValueError, match="no luck"):
         await aio.call(lambda cancel: [*broken(cancel)])
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 async def call(work: Callable[[Event], T]) -> T:
-    """`work(cancel)`, done in a thread. Cancelling the task that waits sets `cancel`, and does not wait for the work."""
+    """`work(cancel)`, done in a thread. Cancelling the task that waits sets `cancel`; it does not wait for the work."""
 
     def once(cancel: Event) -> Generator[T, None, None]:
         yield work(cancel)
