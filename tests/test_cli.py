@@ -54,7 +54,7 @@ class FakeLLM:
     def count_tokens(self, text: str) -> int:
         return len(text.split())
 
-    def read_document(self, text: str, *, name: str | None, probe: str | None, progress: Any) -> str:
+    def read_document(self, *, text: str, name: str | None, probe: str | None, progress: Any) -> str:
         self.documents.append((text, name, probe))
         progress(3000, 3000)
         return text

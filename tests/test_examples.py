@@ -24,6 +24,11 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+def counts_in(printed: str) -> list[tuple[int, int]]:
+    """The tokens of each prompt, and how many of them were new."""
+    return [(int(total), int(new)) for total, new in re.findall(r"\[(\d+) tokens, (\d+) of them new", printed)]
+
+
 def test_the_langchain_chain_answers_over_the_whole_document() -> None:
     assert "Stone" in run("langchain_document_chain.py")
 
@@ -33,7 +38,7 @@ def test_the_llamaindex_engine_answers_over_the_whole_document() -> None:
 
 
 def test_the_chat_loop_reads_only_what_is_new() -> None:
-    counts = [tuple(map(int, found)) for found in re.findall(r"\[(\d+) tokens, (\d+) of them new", run("chat_loop.py"))]
+    counts = counts_in(run("chat_loop.py"))
     assert len(counts) == 3
     assert counts[0][0] == counts[0][1]
     assert all(total > 2 * new for total, new in counts[1:])
@@ -48,9 +53,33 @@ def test_an_example_takes_a_file_of_the_users_own(tmp_path: Path) -> None:
 def test_the_function_agent_calls_its_tools_and_reads_nothing_twice(gguf: Mapping[str, Path]) -> None:
     printed = run("llamaindex_function_agent.py", "--model", str(gguf["qwen2.5-coder-0.5b-instruct"]))
     assert all(call in printed for call in ("weather({'city': 'Paris'})", "population({'city': 'Rome'})", "-> 42"))
-    counts = [tuple(map(int, found)) for found in re.findall(r"\[(\d+) tokens, (\d+) of them new", printed)]
+    counts = counts_in(printed)
     assert len(counts) == 6
     assert sum(new for _, new in counts) <= counts[-1][0]
+
+
+def test_the_langchain_agent_calls_its_tools_and_reads_only_what_is_new(gguf: Mapping[str, Path]) -> None:
+    printed = run("langchain_agent.py", "--model", str(gguf["qwen2.5-coder-0.5b-instruct"]))
+    assert all(result in printed for result in ("391", "8,900,000", "144"))
+    first, *others = counts_in(printed)
+    assert first[0] == first[1]
+    assert len(others) >= 11
+    assert all(new < 60 for _, new in others)
+
+
+def test_documents_are_asked_for_the_price_of_the_question() -> None:
+    printed = run("langchain_documents.py")
+    assert "Stone" in printed
+    assert len(counts_in(printed)) == 2
+    assert all(new < 30 for _, new in counts_in(printed))
+
+
+def test_a_chatbot_goes_on_where_another_process_stopped(tmp_path: Path) -> None:
+    once = counts_in(run("langchain_long_memory_chatbot.py", "--folder", str(tmp_path)))
+    again = counts_in(run("langchain_long_memory_chatbot.py", "--folder", str(tmp_path)))
+    assert len(once) == len(again) == 3
+    assert again[0][0] > once[-1][0]  # the whole conversation so far
+    assert all(new < 40 for _, new in [*once, *again])
 
 
 def test_objects_are_extracted_from_a_long_document() -> None:

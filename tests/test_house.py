@@ -10,7 +10,7 @@ import zsmerge_llm
 PACKAGE = Path(zsmerge_llm.__file__).parent
 # Each module may import those of earlier lines, and of its own line.
 STOREYS = (
-    {"errors", "types"},
+    {"errors", "types", "aio"},
     {"config", "quiet", "fairness", "documents", "saving", "closing", "toolcalls"},
     {"policy", "rotary", "hardware", "lowbit", "messages", "grammar", "reasoning"},
     {"layer", "gguf", "chat"},

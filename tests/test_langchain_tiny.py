@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.callbacks import UsageMetadataCallbackHandler
+from langchain_core.chat_history import InMemoryChatMessageHistory
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, trim_messages
 from langchain_core.output_parsers import StrOutputParser
+from langchain_core.runnables import RunnableWithMessageHistory
 from langchain_core.tools import tool
+from langchain_core.tracers import LangChainTracer
 from langchain_zsmerge import ChatZSMerge, ZSMergeDocuments, ZSMergeLLM
 from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel, Field, TypeAdapter
@@ -160,6 +164,39 @@ def test_usage_of_a_conversation_adds_up() -> None:
             assert usage["input_tokens"] == counted_before
         held = usage["total_tokens"]
         history += [answer, HumanMessage(question)]
+
+
+def test_usage_adds_up_in_the_metadata_that_langsmith_gets() -> None:
+    model, history = chat(temperature=1.0, seed=4), [SystemMessage("Be brief."), HumanMessage("Hello")]
+    client = mock.MagicMock()
+    tracer = LangChainTracer(client=client, project_name="test")
+    answers, held, asked = [], [], model.get_num_tokens_from_messages(history)
+    for question in ("And?", "Well?", "So?"):
+        answers.append(model.invoke(history, {"callbacks": [tracer]}, max_tokens=6, session_id="ann"))
+        history += [answers[-1], HumanMessage(question)]
+        held.append(len(model.core.session("ann").tokens))
+    tracer.wait_for_futures()
+    ended = [sent.kwargs["extra"]["metadata"]["usage_metadata"] for sent in client.update_run.call_args_list]
+    assert ended == [answer.usage_metadata for answer in answers]
+    assert ended[0]["input_tokens"] == asked
+    before = 0
+    for cost, answer, tokens in zip(ended, answers, held, strict=True):
+        assert answer.response_metadata["finish_reason"] == "length"
+        assert cost["output_tokens"] == 6
+        assert tokens <= cost["input_tokens"] + cost["output_tokens"] <= tokens + 1  # the logical prompt and the answer
+        assert before - 1 <= cost["input_token_details"]["cache_read"] <= before  # of it, what was held before
+        before = tokens
+
+
+def test_a_message_history_reads_each_turn_once() -> None:
+    model, kept = chat(temperature=1.0, seed=4), InMemoryChatMessageHistory()
+    talk = RunnableWithMessageHistory(model, lambda name: kept)
+    with counted() as passes:
+        for question in ("One?", "Two?", "Three?"):
+            answer = talk.invoke([HumanMessage(question)], {"configurable": {"session_id": "ann"}})
+    assert answer.response_metadata["token_usage"]["reuse"] == "continued"
+    assert len(kept.messages) == 6
+    assert sum(passes) <= len(model.core.session("ann").tokens)
 
 
 def test_messages_are_trimmed_by_the_models_own_count() -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 from datetime import date
+from pathlib import Path
 from threading import Event
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from tests.talk import ROOMY, SHORT, TIGHT, Talk, counted, said, scripted, talker
 from tests.templates import ENDS, TOOLS, long_chat, written
-from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from zsmerge_llm import LLM, CacheConfig, Grammar, SamplingParams
 from zsmerge_llm.chat import normalise
 from zsmerge_llm.conversation import Conversations
+from zsmerge_llm.errors import InputError
 
 SYSTEM = {
     "role": "system",
@@ -385,6 +388,32 @@ def test_a_documents_fork_is_a_named_conversation_about_it() -> None:
     assert llm.session("alice").head.messages == 4
     assert llm.session("island").tokens == document.tokens
     assert len(llm.store) == 2
+
+
+def test_a_text_that_is_also_the_name_of_a_file_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("Odile").write_text("The keeper of the lighthouse.", encoding="utf-8")
+    llm = talker()
+
+    assert llm.read_document("Odile").document == "The keeper of the lighthouse."
+    assert llm.read_document(text="Odile").document == "Odile"
+    wrongs: list[dict[str, Any]] = [{}, {"document": "Odile", "text": "Odile"}]
+    for wrong in wrongs:
+        with pytest.raises(InputError, match="text="):
+            llm.read_document(**wrong)
+    with pytest.raises(InputError, match="empty"):
+        llm.read_document("")
+    with pytest.raises(InputError, match="empty"):
+        llm.read_document(text=" ")
+
+
+def test_warming_up_loads_the_model_and_reads_its_vocabulary() -> None:
+    llm = talker()
+    llm.warm_up()
+    assert llm.loaded
+    with mock.patch("llguidance.hf.from_tokenizer", side_effect=AssertionError("read again")):
+        llm.complete("a", grammar=Grammar.choice("b"), sampling=SHORT)
+    assert len(llm.store) == 0
 
 
 def test_the_same_document_is_not_read_twice_and_another_does_not_take_its_place() -> None:

@@ -222,11 +222,30 @@ def speak(engine: Engine, answer: Answer, cancel: Event | None) -> Generator[Chu
 
 
 def together(
-    engine: Engine, answers: Sequence[Answer], probes: Sequence[Sequence[int]], cancel: Event | None
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    probes: Sequence[Sequence[int]],
+    forms: Sequence[Form],
+    params: SamplingParams,
+    limit: int | None,
+    cancel: Event | None,
+    continues: bool = False,
 ) -> list[Result]:
-    """Read the prompts of these answers one by one, each with its probe, and decode them together."""
+    """Read several prompts one by one, each with its probe, and decode their answers together.
+
+    limit: tokens that a prompt may have. Raises as `Answer` and `check_length`, before anything is read.
+    """
     from zsmerge_llm.engine import Cancelled
 
+    if not prompts:
+        return []
+    for ids in prompts:
+        check_length(len(ids), params, limit, engine.reach)
+    answers = [
+        Answer(engine.new_cache(), ids, params, tokenizer, continues=continues, form=form)
+        for ids, form in zip(prompts, forms, strict=True)
+    ]
     cancelled = False
     try:
         for answer, probe in zip(answers, probes, strict=True):

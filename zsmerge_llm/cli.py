@@ -140,7 +140,7 @@ def ask(
         llm = _open(screen, model, cache, dtype, device, quantization, sessions_folder() if keep else None)
         with screen.reading() as progress:
             probe = None if keep else " ".join(questions)
-            document = llm.read_document(text, name=file.name if keep else None, probe=probe, progress=progress)
+            document = llm.read_document(text=text, name=file.name if keep else None, probe=probe, progress=progress)
         for question in questions:
             if len(questions) > 1:
                 screen.question(question)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +38,18 @@ def fingerprint(
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """What tells one tokenizer from another in a fingerprint."""
-    return hashlib.sha256(_words(tokenizer).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for piece in json.JSONEncoder(sort_keys=True).iterencode(_words(tokenizer)):
+        digest.update(piece.encode())  # all of it in one call of json.dumps would keep other threads waiting
+    return digest.hexdigest()
 
 
-def _words(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer as text, without the settings that mere use changes."""
+def _words(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer as data, without the settings that mere use changes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return json.dumps(sorted(tokenizer.get_vocab().items()))
-    return json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None}, sort_keys=True)
+        return sorted(tokenizer.get_vocab().items())
+    return {**json.loads(backend.to_str()), "truncation": None, "padding": None}
 
 
 def _sample(tensor: Tensor) -> bytes:

@@ -14,7 +14,6 @@ from zsmerge_llm.chat import normalise
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.documents import read_text
 from zsmerge_llm.errors import ConfigError, InputError
-from zsmerge_llm.forms import Form
 from zsmerge_llm.grammar import Grammar
 from zsmerge_llm.parts import Parts, assemble
 from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe, message_probe
@@ -147,6 +146,14 @@ class LLM:
         """All conversations, with their sizes."""
         return self._load().conversations.store
 
+    def warm_up(self) -> None:
+        """Load the model and what grammars need now, rather than at the first use.
+
+        Importing PyTorch, and reading weights and the vocabulary, run in native code that lets no other thread run for
+        up to half a second at a time. A server calls this before its event loop has others to serve.
+        """
+        self.complete("a", grammar=Grammar.choice("a"), sampling=SamplingParams(max_tokens=1))
+
     def _load(self) -> Parts:
         with self._lock:
             if self._parts is None:
@@ -267,7 +274,8 @@ class LLM:
         probes = [message_probe(template, each[-1]["content"]) for each in checked]
         noted = [form.noted(each) for form, each in zip(forms, checked, strict=True)]
         prompts = [template.encode(template.render(each, tools)) for each in noted]
-        return self._answer_all(prompts, probes, forms, sampling, cancel, False)
+        params, limit = sampling or SamplingParams(), self.max_input_tokens
+        return together(parts.engine, parts.tokenizer, prompts, probes, forms, params, limit, cancel)
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
@@ -294,8 +302,9 @@ class LLM:
 
     def read_document(
         self,
-        document: str | Path,
+        document: str | Path | None = None,
         *,
+        text: str | None = None,
         name: str | None = None,
         probe: str | None = None,
         cancel: Event | None = None,
@@ -305,15 +314,16 @@ class LLM:
 
         Args:
             document: the text, or a path to a text file (a `Path`, or a string that names an existing file).
+            text: the text, in place of `document`, where it must never be taken for the name of a file.
             name: the session's name; a document read under that name before, with the same text, is taken up.
             probe: what will be asked, as far as it is known; decides what is kept. cancel, progress: as for `stream`.
 
         Raises:
             InputError: no text, or a file that is no text. Cancelled: `cancel` was set; nothing is kept.
         """
+        read, title = read_text(document, text)
         parts = self._load()
-        text, title = read_text(document)
-        turn = parts.conversations.open_document(text, name, title)
+        turn = parts.conversations.open_document(read, name, title)
         if turn.ids:
             check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, parts.engine.reach)
             asking = chat_probe(parts.template, probe or GENERIC)
@@ -376,7 +386,8 @@ class LLM:
         parts = self._load()
         probes = [completion_probe(parts.template, *each) for each in zip(ids, prompts, strict=True)]
         forms = [parts.forms.plain(response_format, grammar)] * len(ids)
-        return self._answer_all(ids, probes, forms, sampling, cancel, True)
+        params, limit = sampling or SamplingParams(), self.max_input_tokens
+        return together(parts.engine, parts.tokenizer, ids, probes, forms, params, limit, cancel, continues=True)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or not prompt:
@@ -428,24 +439,3 @@ class LLM:
         if turn is not None:
             turn.mark("prompt", len(turn.messages), answer.prompt)
         answer.begin(time.perf_counter() - started)
-
-    def _answer_all(
-        self,
-        prompts: list[list[int]],
-        probes: list[list[int]],
-        forms: list[Form],
-        sampling: SamplingParams | None,
-        cancel: Event | None,
-        continues: bool,
-    ) -> list[Result]:
-        """Several prompts, read one by one and decoded together."""
-        if not prompts:
-            return []
-        parts, params = self._load(), sampling or SamplingParams()
-        for ids in prompts:
-            check_length(len(ids), params, self.max_input_tokens, parts.engine.reach)
-        answers = [
-            Answer(parts.engine.new_cache(), ids, params, parts.tokenizer, continues=continues, form=form)
-            for ids, form in zip(prompts, forms, strict=True)
-        ]
-        return together(parts.engine, answers, probes, cancel)

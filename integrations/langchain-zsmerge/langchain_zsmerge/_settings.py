@@ -233,14 +233,8 @@ class ZSMergeSettings(BaseModel):
         return llm
 
     def warm_up(self) -> Self:
-        """Load the model and what grammars need now, rather than at the first use.
-
-        Importing PyTorch, reading weights and the vocabulary run in native code that lets no other thread run for up to
-        a second or so. A server calls this before its event loop has others to serve; later calls leave the loop free.
-        """
-        from zsmerge_llm import Grammar
-
-        self.core.complete("a", grammar=Grammar.choice("a"), sampling=SamplingParams(max_tokens=1))
+        """Load the model now rather than at the first use, before an event loop has others to serve."""
+        self.core.warm_up()
         return self
 
     def get_token_ids(self, text: str) -> list[int]:

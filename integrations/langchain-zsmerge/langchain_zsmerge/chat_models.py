@@ -12,10 +12,11 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import BaseModel, ConfigDict
 
-from langchain_zsmerge._calls import Call, run_in_thread, stream_in_thread
+from langchain_zsmerge._calls import Call
 from langchain_zsmerge._messages import to_ai_message, to_ai_message_chunk, to_messages
 from langchain_zsmerge._settings import Request, ZSMergeSettings
 from langchain_zsmerge._tools import as_choice, as_tools, structured
+from zsmerge_llm import aio
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -149,8 +150,8 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call, request = Call(self.timeout), self._request(stop, kwargs)
-        return await run_in_thread(lambda: self._answer(call, messages, request), call.cancel)
+        request = self._request(stop, kwargs)
+        return await aio.call(lambda cancel: self._answer(Call(self.timeout, cancel), messages, request))
 
     def _stream(
         self,
@@ -171,8 +172,9 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call, request = Call(self.timeout), self._request(stop, kwargs)
-        async with aclosing(stream_in_thread(lambda: self._pieces(call, messages, request), call.cancel)) as chunks:
+        request = self._request(stop, kwargs)
+        pieces = aio.stream(lambda cancel: self._pieces(Call(self.timeout, cancel), messages, request))
+        async with aclosing(pieces) as chunks:
             async for chunk in chunks:
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)

@@ -13,9 +13,9 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
-from langchain_zsmerge._calls import run_in_thread
 from langchain_zsmerge._tools import structured
 from langchain_zsmerge.chat_models import ChatZSMerge
+from zsmerge_llm import aio
 from zsmerge_llm.errors import ConfigError, InputError
 
 
@@ -61,14 +61,13 @@ class ZSMergeDocuments(RunnableSerializable[LanguageModelInput, AIMessage]):
             InputError: a file that cannot be read as text, or no text at all.
         """
         text = _joined(self.documents)
-        with self._lock:  # with a line break at its end, a text is never taken for the name of a file
-            session = self.model.core.read_document(f"{text}\n", name=self.session_id, probe=self.probe, cancel=cancel)
+        with self._lock:
+            session = self.model.core.read_document(text=text, name=self.session_id, probe=self.probe, cancel=cancel)
         return str(session.name)
 
     async def aread(self) -> str:
         """As `read`, in a thread. Cancelling the task stops the reading after the current chunk."""
-        cancel = threading.Event()
-        return await run_in_thread(lambda: self.read(cancel), cancel)
+        return await aio.call(self.read)
 
     def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
         return self.model.invoke(input, config, **{**kwargs, "session_id": self.read()})

@@ -10,9 +10,10 @@ from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import ConfigDict
 
-from langchain_zsmerge._calls import Call, run_in_thread, stream_in_thread
+from langchain_zsmerge._calls import Call
 from langchain_zsmerge._messages import response_metadata
 from langchain_zsmerge._settings import Request, ZSMergeSettings
+from zsmerge_llm import aio
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -63,8 +64,8 @@ class ZSMergeLLM(ZSMergeSettings, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        call, request = Call(self.timeout), self._request(stop, kwargs)
-        return await run_in_thread(lambda: self._answers(call, prompts, request), call.cancel)
+        request = self._request(stop, kwargs)
+        return await aio.call(lambda cancel: self._answers(Call(self.timeout, cancel), prompts, request))
 
     def _stream(
         self,
@@ -85,8 +86,9 @@ class ZSMergeLLM(ZSMergeSettings, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        call, request = Call(self.timeout), self._request(stop, kwargs)
-        async with aclosing(stream_in_thread(lambda: self._pieces(call, prompt, request), call.cancel)) as chunks:
+        request = self._request(stop, kwargs)
+        pieces = aio.stream(lambda cancel: self._pieces(Call(self.timeout, cancel), prompt, request))
+        async with aclosing(pieces) as chunks:
             async for chunk in chunks:
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)

@@ -42,6 +42,10 @@ class FakeLLM:
     closed: int = 0
     documents: dict[str, str] = field(default_factory=dict)
     reads: int = 0
+    warm: bool = False
+
+    def warm_up(self) -> None:
+        self.warm = True
 
     def stream(
         self, messages: list[dict[str, Any]], *, cancel: threading.Event | None = None, **request: Any
@@ -74,12 +78,12 @@ class FakeLLM:
         return len(words) + len(tools or ()) + (messages[-1]["role"] != "assistant")
 
     def read_document(
-        self, document: str, *, name: str | None, probe: str | None, cancel: threading.Event | None
+        self, *, text: str, name: str | None, probe: str | None, cancel: threading.Event | None
     ) -> FakeSession:
-        if document not in self.documents.values():
+        if text not in self.documents.values():
             time.sleep(self.delay)
             self.reads += 1
-        self.documents[name or "document"] = document
+        self.documents[name or "document"] = text
         return FakeSession(name or "document")
 
     def _decode(

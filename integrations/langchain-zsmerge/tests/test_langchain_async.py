@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from langchain_zsmerge import ChatZSMerge, ZSMergeLLM
-from langchain_zsmerge._calls import Call, stream_in_thread
 
 Threads = Callable[[], list[str]]
 
@@ -102,26 +100,6 @@ async def test_an_error_in_the_model_reaches_the_caller() -> None:
         await chat.ainvoke("hi")
     with pytest.raises(RuntimeError, match="no luck"):
         _ = [chunk async for chunk in chat.astream("hi")]
-
-
-async def test_a_thread_that_cannot_be_started_is_an_error(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    await ChatZSMerge(llm=llm).ainvoke("hi")  # what starts threads runs
-    monkeypatch.setattr(threading.Thread, "start", start)
-    with pytest.raises(RuntimeError, match="can't start"):
-        await ChatZSMerge(llm=llm).ainvoke("hi")
-
-
-def test_a_closed_loop_ends_the_thread(slow_llm: Any, call_threads: Threads) -> None:
-    call = Call()
-    loop = asyncio.new_event_loop()
-    stream = stream_in_thread(lambda: slow_llm._decode(None, call.cancel, False), call.cancel)
-    loop.run_until_complete(anext(stream))
-    loop.close()  # without closing the stream first
-    asyncio.run(until(lambda: not call_threads()))
-    assert slow_llm.decoded < 10
 
 
 async def test_v2_and_v3_events_stream_the_answer(llm: Any) -> None:

@@ -35,7 +35,7 @@ def test_questions_of_every_kind_go_to_the_session_of_the_documents(llm: Any) ->
     assert len(asked.batch(["a", "b"])) == 2
     asyncio.run(asked.ainvoke("Which?"))
     assert {request["session"] for request in llm.requests} == {"sky"}
-    assert llm.documents == {"sky": "The sky is blue.\n"}
+    assert llm.documents == {"sky": "The sky is blue."}
     assert llm.reads == 1
 
 
@@ -62,9 +62,9 @@ def test_documents_are_texts_paths_and_documents_under_their_titles(llm: Any, tm
     path.write_text("Grass is green.", encoding="utf-8")
     titled = Document("Snow is white.", metadata={"title": "Winter"})
     report(llm, "The sky is blue.", path, titled).read()
-    assert llm.documents["document"] == ("The sky is blue.\n\ngrass\n\nGrass is green.\n\nWinter\n\nSnow is white.\n")
+    assert llm.documents["document"] == ("The sky is blue.\n\ngrass\n\nGrass is green.\n\nWinter\n\nSnow is white.")
     report(llm, path).read()
-    assert llm.documents["document"] == "Grass is green.\n"
+    assert llm.documents["document"] == "Grass is green."
 
 
 def test_what_cannot_be_read_is_refused(llm: Any, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class FakeLLM:
         self.closed = 0
         self.documents: dict[str, str] = {}
         self.read = 0
+        self.warm = False
         self.probe: str | None = None
         self.error: Exception | None = None
         self.tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: list(range(len(text.split()))))
@@ -72,12 +73,15 @@ class FakeLLM:
     ) -> Iterator[Chunk]:
         return self._stream(SimpleNamespace(kind="complete", **_without(locals(), "self")))
 
-    def read_document(self, document: str, *, name=None, probe=None, cancel=None) -> SimpleNamespace:
+    def warm_up(self) -> None:
+        self.warm = True
+
+    def read_document(self, *, text: str, name=None, probe=None, cancel=None) -> SimpleNamespace:
         with self._lock:
-            name = name or f"document-{abs(hash(document)):x}"
+            name = name or f"document-{abs(hash(text)):x}"
             if name not in self.documents:
                 time.sleep(self.delay)
-                self.documents[name] = document
+                self.documents[name] = text
                 self.read += 1
             self.probe = probe
             return SimpleNamespace(name=name)

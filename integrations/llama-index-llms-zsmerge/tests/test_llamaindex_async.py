@@ -18,15 +18,21 @@ LONG = " ".join(str(number) for number in range(1000))
 @pytest.fixture(autouse=True)
 def no_thread_is_left(wait) -> Iterator[None]:
     yield
-    wait(lambda: not [thread for thread in threading.enumerate() if thread.name == "zsmerge-llm"])
+    wait(lambda: not [thread for thread in threading.enumerate() if thread.name == "zsmerge-call"])
 
 
 def slow(fake):
     return fake(LONG, delay=0.005)
 
 
-async def test_twenty_calls_leave_the_loop_free(fake):
-    llm = ZSMergeLLM(llm=fake("One two three four five.", delay=0.005))
+async def test_twenty_calls_leave_the_loop_free(tiny):
+    llm = ZSMergeLLM(llm=tiny, max_tokens=8).warm_up()
+    longest = [await longest_gap(llm) for _ in range(3)]
+    assert min(longest) < 0.05  # others use the machine too: one quiet attempt shows that it is not us
+
+
+async def longest_gap(llm: ZSMergeLLM) -> float:
+    """Seconds for which the loop was held while twenty calls were answered."""
     gaps: list[float] = []
 
     async def ticker() -> None:
@@ -41,8 +47,8 @@ async def test_twenty_calls_leave_the_loop_free(fake):
     answers = await asyncio.gather(*(llm.achat(QUESTION) for _ in range(20)))
     task.cancel()
     assert len(answers) == 20
-    assert len(gaps) > 50
-    assert sorted(gaps)[int(len(gaps) * 0.9)] < 0.05  # the rest is the machine's, not ours
+    assert len(gaps) > 20
+    return max(gaps)
 
 
 @pytest.mark.parametrize("method", ["astream_chat", "astream_complete"])

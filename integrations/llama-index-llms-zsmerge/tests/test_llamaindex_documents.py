@@ -154,7 +154,7 @@ def test_the_name_and_the_probe_reach_the_model(fake) -> None:
     engine = fake()
     llm = ZSMergeLLM(llm=engine, system_prompt="Be brief.")
     ZSMergeDocumentQueryEngine(["A text."], llm, name="log", probe="names").query("Who?")
-    assert (engine.documents, engine.probe) == ({"log": "A text.\n"}, "names")
+    assert (engine.documents, engine.probe) == ({"log": "A text."}, "names")
     assert [message["role"] for message in engine.calls[0].prompt] == ["system", "user"]
 
 
@@ -213,7 +213,7 @@ async def test_cancelling_a_query_stops_the_reading(tiny: LLM) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     end = time.monotonic() + 10
-    while [thread for thread in threading.enumerate() if thread.name == "zsmerge-llm"]:
+    while [thread for thread in threading.enumerate() if thread.name == "zsmerge-call"]:
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
     assert "log" not in tiny.store

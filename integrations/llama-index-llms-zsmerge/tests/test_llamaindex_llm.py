@@ -47,6 +47,12 @@ def test_it_is_a_llama_index_llm():
     assert ZSMergeLLM.class_name() == "ZSMergeLLM"
 
 
+def test_warming_up_loads_before_the_first_call(fake):
+    llm = ZSMergeLLM(llm=fake())
+    assert llm.warm_up() is llm
+    assert llm.llm.warm
+
+
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
 async def test_each_method_answers(method, fake):
     llm = ZSMergeLLM(llm=fake())

@@ -22,14 +22,13 @@ from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.llms.zsmerge import _responses as responses
-from llama_index.llms.zsmerge._bridge import run_in_thread, stream_in_thread
 from llama_index.llms.zsmerge._messages import to_messages
 from llama_index.llms.zsmerge._requests import OPTIONS, Request, message_request, text_request
 from llama_index.llms.zsmerge._structured import StructuredPrediction
 from llama_index.llms.zsmerge._tools import selections, to_tool
 from typing_extensions import Self
 
-from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from zsmerge_llm import LLM, CacheConfig, SamplingParams, aio
 from zsmerge_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -177,6 +176,11 @@ class ZSMergeLLM(StructuredPrediction):
         """Token ids of `text`, without special tokens. Loads the model. For `Settings.tokenizer = llm.tokenize`."""
         return list(self._llm.tokenizer.encode(text, add_special_tokens=False))
 
+    def warm_up(self) -> Self:
+        """Load the model now rather than at the first use, before an event loop has others to serve."""
+        self._llm.warm_up()
+        return self
+
     # -- Requests --
 
     def _sampling(self, options: dict[str, Any]) -> SamplingParams:
@@ -223,12 +227,12 @@ class ZSMergeLLM(StructuredPrediction):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         request = self._chat_request(messages, kwargs)
-        return responses.chat_response(await run_in_thread(request.whole), self.model)
+        return responses.chat_response(await aio.call(request.whole), self.model)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         request = self._chat_request(messages, kwargs)
-        return stream_in_thread(lambda cancel: responses.chat_responses(request.stream(cancel), self.model))
+        return aio.stream(lambda cancel: responses.chat_responses(request.stream(cancel), self.model))
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -243,12 +247,12 @@ class ZSMergeLLM(StructuredPrediction):
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         request = self._complete_request(prompt, formatted, kwargs)
-        return responses.completion_response(await run_in_thread(request.whole), self.model)
+        return responses.completion_response(await aio.call(request.whole), self.model)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         request = self._complete_request(prompt, formatted, kwargs)
-        return stream_in_thread(lambda cancel: responses.completion_responses(request.stream(cancel), self.model))
+        return aio.stream(lambda cancel: responses.completion_responses(request.stream(cancel), self.model))
 
     # -- Tools --
 

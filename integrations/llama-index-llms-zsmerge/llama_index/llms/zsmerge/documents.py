@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
-from llama_index.llms.zsmerge._bridge import run_in_thread
 from llama_index.llms.zsmerge.base import ZSMergeLLM
 
+from zsmerge_llm import aio
 from zsmerge_llm.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ class DocumentReader:
         text = "\n\n".join(node.node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes)
         if not text.strip():
             raise InputError("The documents hold no text: give some to read.")
-        with self._lock:  # with a line break at its end, a text is never taken for the name of a file
-            session = self.llm.llm.read_document(f"{text}\n", name=self._name, probe=self._probe, cancel=cancel)
+        with self._lock:
+            session = self.llm.llm.read_document(text=text, name=self._name, probe=self._probe, cancel=cancel)
         return session.name
 
     async def aread(self, nodes: Sequence[NodeWithScore]) -> str:
         """As `read`, in a thread. Cancelling the task stops the reading after the current chunk."""
-        return await run_in_thread(lambda cancel: self.read(nodes, cancel))
+        return await aio.call(lambda cancel: self.read(nodes, cancel))
 
 
 def as_sources(documents: Sequence[BaseNode | NodeWithScore | str]) -> list[NodeWithScore]:

@@ -1,0 +1,246 @@
+"""The way from threads to asyncio: the loop never waits, and whoever stops listening stops the work."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from threading import Event
+from typing import Any
+
+import pytest
+
+from tests.talk import ROOMY, counted, talker
+from zsmerge_llm import SamplingParams, aio
+
+LIMIT = 0.05
+"""Seconds for which nothing of ours may hold the loop."""
+ATTEMPTS = 5
+"""A machine that others use has gaps of its own: one quiet attempt shows that ours are none."""
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    until(lambda: not calls())
+
+
+def calls() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "zsmerge-call"]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true within 10 seconds"
+        time.sleep(0.002)
+
+
+@asynccontextmanager
+async def ticking() -> AsyncIterator[list[float]]:
+    """The gaps between the ticks of a task that wants to run every two milliseconds."""
+    gaps: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.002)
+            gaps.append(time.perf_counter() - before)
+
+    task = asyncio.create_task(tick())
+    await asyncio.sleep(0.01)
+    yield gaps
+    task.cancel()
+
+
+class Counter:
+    """Counts up, a number each two milliseconds, until it is cancelled or closed."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.closed = False
+
+    def __call__(self, cancel: Event) -> Iterator[int]:
+        try:
+            while not cancel.is_set():
+                time.sleep(0.002)
+                self.made += 1
+                yield self.made
+        finally:
+            self.closed = True
+
+
+async def test_results_and_items_come_in_order() -> None:
+    assert await aio.call(lambda cancel: (threading.current_thread().name, cancel.is_set())) == ("zsmerge-call", False)
+    assert [item async for item in aio.stream(lambda cancel: iter([1, None, 3]))] == [1, None, 3]
+
+
+async def test_twenty_calls_of_a_model_never_hold_the_loop() -> None:
+    llm, params = talker(cache=ROOMY), SamplingParams(max_tokens=12)
+    llm.chat("Hello", sampling=params)  # loaded
+    worst = []
+    for _ in range(ATTEMPTS):
+        async with ticking() as gaps:
+            ask = lambda cancel: llm.chat("Hello", sampling=params, cancel=cancel)  # noqa: E731
+            assert len(await asyncio.gather(*(aio.call(ask) for _ in range(20)))) == 20
+        assert len(gaps) > 20
+        worst.append(max(gaps))
+        if worst[-1] < LIMIT:
+            break
+    print(f"longest gaps {[round(gap * 1000) for gap in worst]} ms")
+    assert min(worst) < LIMIT
+
+
+async def test_a_thread_that_is_slow_to_start_does_not_hold_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def slowly(thread: threading.Thread) -> None:
+        if thread.name == "zsmerge-call":
+            time.sleep(4 * LIMIT)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    async with ticking() as gaps:
+        assert await asyncio.gather(*(aio.call(lambda cancel: 1) for _ in range(3))) == [1, 1, 1]
+    assert max(gaps) < 4 * LIMIT
+    assert len(gaps) > 20
+
+
+async def test_breaking_out_of_a_stream_stops_a_model_within_one_token() -> None:
+    llm = talker(cache=ROOMY)
+    with counted() as passes:
+        chunks = aio.stream(
+            lambda cancel: llm.stream("Hello", sampling=SamplingParams(max_tokens=500, ignore_eos=True), cancel=cancel)
+        )
+        async for _ in chunks:
+            break
+        await chunks.aclose()
+        made = len(passes)
+        await asyncio.to_thread(until, lambda: not calls())
+    assert len(passes) <= made + 1
+
+
+@pytest.mark.parametrize("leave", ["close", "drop", "throw"])
+async def test_leaving_a_stream_closes_its_source(leave: str) -> None:
+    counter = Counter()
+    stream = aio.stream(counter)
+    assert await anext(stream) == 1
+    if leave == "close":
+        await stream.aclose()
+    elif leave == "throw":
+        with pytest.raises(KeyError):
+            await stream.athrow(KeyError("enough"))
+    del stream
+    made = counter.made
+    await asyncio.to_thread(until, lambda: counter.closed)
+    assert counter.made <= made + 1
+
+
+async def test_a_stream_that_was_left_is_over() -> None:
+    stream = aio.stream(Counter())
+    await anext(stream)
+    await stream.aclose()
+    assert [item async for item in stream] == []
+
+
+async def test_a_stream_nobody_reads_does_not_start() -> None:
+    counter = Counter()
+    stream = aio.stream(counter)
+    await asyncio.sleep(0.02)
+    assert counter.made == 0
+    await stream.aclose()
+
+
+async def test_cancelling_a_task_stops_the_work_and_does_not_wait_for_it() -> None:
+    cancelled, go = Event(), Event()
+
+    def work(cancel: Event) -> None:
+        assert cancel.wait(10)
+        cancelled.set()
+        assert go.wait(10)
+
+    task = asyncio.create_task(aio.call(work))
+    await asyncio.to_thread(until, lambda: bool(calls()))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(cancelled.wait, 10)
+    assert calls()  # the task is over, its work not yet
+    go.set()
+
+
+async def test_errors_of_the_work_are_raised_where_it_is_waited_for() -> None:
+    def broken(cancel: Event) -> Iterator[int]:
+        yield 1
+        raise ValueError("no luck")
+
+    stream = aio.stream(broken)
+    assert await anext(stream) == 1
+    with pytest.raises(ValueError, match="no luck"):
+        await anext(stream)
+    with pytest.raises(ValueError, match="no luck"):
+        await aio.call(lambda cancel: [*broken(cancel)])
+
+
+async def test_a_thread_that_cannot_be_started_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    await aio.call(lambda cancel: None)  # what starts threads runs
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"):
+        await aio.call(lambda cancel: None)
+
+
+async def test_the_work_sees_the_context_of_its_caller_and_changes_none() -> None:
+    place: contextvars.ContextVar[str] = contextvars.ContextVar("place", default="nowhere")
+
+    def work(cancel: Event) -> str:
+        seen = place.get()
+        place.set("elsewhere")
+        return seen
+
+    place.set("here")
+    assert await aio.call(work) == "here"
+    assert place.get() == "here"
+
+
+def test_a_loop_that_is_closed_ends_the_work() -> None:
+    counter = Counter()
+    loop = asyncio.new_event_loop()
+    stream = aio.stream(counter)
+    loop.run_until_complete(anext(stream))
+    loop.close()  # without closing the stream first
+    until(lambda: counter.closed)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_calls_work_in_a_forked_process() -> None:
+    program = """
+import asyncio, os
+from zsmerge_llm import aio
+asyncio.run(aio.call(lambda cancel: None))
+child = os.fork()
+if child == 0:
+    os._exit(asyncio.run(aio.call(lambda cancel: 7)))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "7"
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    program = "import sys, zsmerge_llm.aio; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_call_needs_a_running_loop() -> None:
+    coroutine: Any = aio.call(lambda cancel: None)
+    with pytest.raises(RuntimeError):
+        coroutine.send(None)
