@@ -11,12 +11,12 @@ PACKAGE = Path(zsmerge_llm.__file__).parent
 # Each module may import those of earlier lines, and of its own line.
 STOREYS = (
     {"errors", "types", "aio"},
-    {"config", "quiet", "fairness", "documents", "saving", "closing", "toolcalls"},
+    {"config", "quiet", "fairness", "documents", "saving", "closing", "toolcalls", "lookup"},
     {"policy", "rotary", "hardware", "lowbit", "messages", "grammar", "reasoning"},
     {"layer", "gguf", "chat"},
     {"cache", "adapters", "hub", "forms", "probe"},
     {"attention", "sampling", "loader", "batching"},
-    {"horizon", "fusion"},
+    {"horizon", "fusion", "speaker"},
     {"engine", "session", "answer"},
     {"files", "fingerprint", "memory"},
     {"store", "memory_text"},

@@ -118,8 +118,11 @@ class Step(Carrier):
             keys = torch.cat([keys, call.key[:, :, self.new :]], dim=2)
             values = torch.cat([values, call.value[:, :, self.new :]], dim=2)
         output = _attend(call, keys, values, self._bias(layer, held, call))
-        layer.settle(held, arrival)
+        self._settle(layer, held, arrival)
         return output
+
+    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
+        layer.settle(held, arrival)
 
     def _arrival(self, call: Call) -> Arrival:
         new, device = self.new, call.key.device
@@ -180,6 +183,26 @@ class Step(Carrier):
             after = policy.causal_bias(behind, behind, probing, slots + probing, call.query.dtype)
             self.shared[key] = torch.cat([F.pad(own, (0, probing), value=policy.NEVER), after], dim=1)[:, None]
         return self.shared[key]
+
+
+@dataclass
+class Draft(Step):
+    """A pass over tokens of which only a beginning may stay: no layer takes them in before `keep`.
+
+    One row, in a cache that they fit into without compressing.
+    """
+
+    pending: list[tuple[LayerCache, Held, Arrival]] = field(default_factory=list)
+
+    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
+        self.pending.append((layer, held, arrival))
+
+    def keep(self, count: int) -> None:
+        """Take in the first `count` tokens and forget the others."""
+        self.seen = self.seen - (self.new - count)
+        for layer, held, arrival in self.pending:
+            layer.settle_first(count, held, arrival)
+        self.pending.clear()
 
 
 def _attend(call: Call, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:

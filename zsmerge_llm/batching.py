@@ -66,6 +66,11 @@ class Batcher:
                     self._catch_up(row)
                     self._latest = [other for other in self._latest if other is not row]
 
+    def alone(self, row: Row) -> bool:
+        """Whether nobody else is decoding, as far as one can see: the row's own cache is up to date then."""
+        shared = row in self._rows or row.since or any(other is not row for other in self._latest)
+        return not shared and not self._turn.waiting(lambda _: True)
+
     def step(self, row: Row, ids: Sequence[int]) -> None:
         """Read `ids` into the row; `row.cache.logits` [1, vocab] is what follows.
 

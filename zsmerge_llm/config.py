@@ -144,7 +144,8 @@ class SamplingParams:
 
     `temperature=0` is greedy. `max_tokens=None` goes on until the model ends its answer. `stop` strings end the answer
     and are not part of it, also where they span several tokens. `seed` makes sampling repeatable. `ignore_eos` goes
-    on past the model's end token (benchmarks).
+    on past the model's end token (benchmarks). `lookup` lets a greedy answer that repeats the prompt be decoded several
+    tokens at a time; the answer is the same.
 
     Raises:
         ConfigError: a value out of range.
@@ -159,6 +160,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    lookup: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:

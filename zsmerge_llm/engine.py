@@ -7,7 +7,7 @@ forward passes take turns, first come first served.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from threading import Event
 from typing import Any, Literal
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention import Step, forward, prepare
-from zsmerge_llm.batching import Batcher
+from zsmerge_llm.attention import Draft, Step, forward, prepare
+from zsmerge_llm.batching import Batcher, Row
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
@@ -26,6 +26,7 @@ from zsmerge_llm.fusion import Fusion
 from zsmerge_llm.grammar import Constraint
 from zsmerge_llm.horizon import Horizon
 from zsmerge_llm.sampling import Sampler
+from zsmerge_llm.speaker import Speaker
 from zsmerge_llm.types import Progress
 
 Ids = Sequence[int] | Tensor
@@ -229,7 +230,7 @@ class Engine:
         if cache.logits is None or not len(sampling) == len(limits) == cache.rows:
             raise InputError("decode goes on from a cache that has read something, with one SamplingParams a row.")
         rows = [
-            _Speaker(Sampler(params, prompt, self.device), params, limit, self.stop_ids)
+            Speaker(Sampler(params, prompt, self.device), params, limit, self.stop_ids, prompt)
             for params, prompt, limit in zip(sampling, prompts, limits, strict=True)
         ]
         with self._together.row(cache) if len(rows) == 1 else nullcontext() as alone:
@@ -249,11 +250,48 @@ class Engine:
                 if not any(row.going for row in rows):
                     return
                 if alone is not None:
-                    self._together.step(alone, ids[0])
+                    if guess := self._guess(alone, rows[0], len(ids[0])):
+                        for token in self._try(cache, rows[0], ids[0], guess):
+                            yield [token]
+                        if not rows[0].going:
+                            return
+                    else:
+                        self._together.step(alone, ids[0])
                 else:
                     going = torch.tensor([[row.going] for row in rows])
                     with self._turn:
                         self._forward(cache, torch.tensor(ids), None if going.all() else going)
+
+    def _guess(self, row: Row, speaker: Speaker, ahead: int) -> list[int]:
+        """What may follow, where it costs no other row its turn and everything fits without compressing."""
+        guess = speaker.guess() if self._together.alone(row) else []
+        new = ahead + len(guess)
+        fits = all(layer.fits(new) for layer in row.cache.layers) and new <= self.horizon.room(row.cache, new, 0)
+        return guess if fits else []
+
+    def _try(self, cache: Cache, speaker: Speaker, ids: list[int], guess: list[int]) -> Iterator[int]:
+        """Read `ids` and a guess behind them: of the guess stays, and is yielded, what the row says itself."""
+        with self._turn, torch.inference_mode():
+            self.horizon.make_way(cache, [len(ids) + len(guess)], 0)
+            tokens = torch.tensor([[*ids, *guess]])
+            new = tokens.shape[1]
+            seen = torch.tensor(cache.lengths)
+            draft = Draft(cache, new, seen[:, None] + torch.arange(new), None, [new], seen + new)
+            logits = self._run(draft, tokens, torch.arange(new))[0]
+            own = torch.stack([speaker.draw(scores) for scores in logits[len(ids) - 1 : -1].float()]).tolist()
+        kept = len(ids)
+        try:
+            for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(guess, own, strict=True)):
+                kept += 1
+                speaker.take(token)
+                yield token
+                if not speaker.going:
+                    return
+        finally:
+            with torch.inference_mode():
+                draft.keep(kept)
+                cache.lengths = draft.seen.tolist()
+                cache.logits = logits[kept - 1 : kept].clone()
 
     @torch.inference_mode()
     def _forward(
@@ -284,22 +322,26 @@ class Engine:
             position = torch.minimum(position, (lengths + counts - 1).clamp(min=0)[:, None])
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
-        offset = torch.tensor([places.offset for places in cache.places])
         step = Step(cache, new, position, valid, counts.tolist(), lengths + counts)
         self.fusion.count(ids.numel())
-        logits = forward(
-            self.model,
-            step,
-            input_ids=ids.to(self.device),
-            position_ids=(position - offset[:, None]).to(self.device),
-            logits_to_keep=wanted.to(self.device),
-        )
+        logits = self._run(step, ids, wanted)
         cache.lengths = step.seen.tolist()
         last = logits[torch.arange(batch), torch.searchsorted(wanted, ends)]
         if cache.logits is not None:
             last = torch.where((counts > 0).to(last.device)[:, None], last, cache.logits)
         cache.logits = last
         return last[:, None] if keep is None else logits
+
+    def _run(self, step: Step, ids: Tensor, wanted: Tensor) -> Tensor:
+        """The model over ids [B, T]: logits [B, K, vocab] behind the K tokens at `wanted`."""
+        offset = torch.tensor([places.offset for places in step.cache.places])
+        return forward(
+            self.model,
+            step,
+            input_ids=ids.to(self.device),
+            position_ids=(step.position - offset[:, None]).to(self.device),
+            logits_to_keep=wanted.to(self.device),
+        )
 
     def _in_parts(self, cache: Cache, ids: Tensor, valid: Tensor | None, size: int, **how: Any) -> Tensor:
         """`_forward` in passes of at most `size` tokens, where the model's window is small."""
@@ -319,49 +361,6 @@ class Engine:
                 f"Token ids must lie between 0 and {self.vocab_size - 1}: is this another model's tokenizer?"
             )
         return tokens
-
-
-class _Speaker:
-    """One row while it decodes: how its tokens are drawn, and whether it goes on."""
-
-    def __init__(
-        self, sampler: Sampler, params: SamplingParams, constraint: Constraint | None, stop_ids: Collection[int]
-    ) -> None:
-        self.going = True
-        self._sampler = sampler
-        self._constraint = constraint
-        self._ends = () if params.ignore_eos else stop_ids
-        self._left = params.max_tokens
-
-    def draw(self, logits: Tensor) -> Tensor:
-        """float32[vocab] → the next token as the model wants it, int64, 0-d."""
-        if self.going and self._constraint is not None:
-            logits = self._constraint.mask(logits)
-        return self._sampler(logits)
-
-    def take(self, token: int) -> int | None:
-        """Settle for `token`, or what the constraint makes of it; None if that ends the row."""
-        ended = False
-        if self._constraint is not None and token >= 0:
-            token = self._constraint.accept(token)
-            ended = self._constraint.ended
-        self._sampler.accept(token)
-        if ended or token in self._ends:
-            self.going = False
-            return None
-        self._said()
-        return token
-
-    def forced(self) -> Iterator[int]:
-        """Tokens that must follow whatever the model says."""
-        for token in self._constraint.forced() if self._constraint is not None and self.going else ():
-            self._sampler.accept(token)
-            self._said()
-            yield token
-
-    def _said(self) -> None:
-        self._left = None if self._left is None else self._left - 1
-        self.going = self._left != 0 and not (self._constraint is not None and self._constraint.done)
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -12,7 +12,7 @@ Everything mutates in place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,12 @@ class Arrival:
     @property
     def padded(self) -> bool:
         return min(self.counts) < self.keys.shape[2]
+
+    def first(self, count: int) -> Arrival:
+        """The first `count` tokens, of one row without padding or probe."""
+        tokens = {name: getattr(self, name)[:, :, :count] for name in ("queries", "keys", "values")}
+        marks = {name: getattr(self, name)[:, :count] for name in ("position", "valid", "present", "asking")}
+        return replace(self, **tokens, **marks, seen=self.seen - (self.keys.shape[2] - count), counts=[count])
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,13 @@ class LayerCache:
         self.fills = [self.config.slots or 0 if due else end for due, end in zip(full, used, strict=True)]
         if any(full) or not held.in_place:
             self._compress(held, full, arrival.seen)
+
+    def settle_first(self, count: int, held: Held, arrival: Arrival) -> None:
+        """`settle` for the first `count` tokens of one row, as if the others had never come. They must all fit."""
+        new, used = arrival.keys.shape[2], self.fills[0]
+        self.count[:, :, used + count : used + new] = 0
+        slots = {name: getattr(held, name)[:, :, : used + count] for name in PER_SLOT}
+        self.settle(replace(held, **slots), arrival.first(count))
 
     def _observe(self, held: Held, arrival: Arrival, full: list[bool]) -> None:
         if self.config.slots is None:
