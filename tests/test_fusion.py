@@ -10,6 +10,7 @@ import torch
 from tests.tiny import FAMILIES, tiny_model
 from zsmerge_llm import CacheConfig, SamplingParams
 from zsmerge_llm.engine import FUSE_AFTER, Engine
+from zsmerge_llm.fusion import WIDTHS
 
 CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, window=4)
 PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
@@ -17,10 +18,11 @@ STEPS = 30
 
 
 def said(engine: Engine, config: CacheConfig = CONFIG) -> torch.Tensor:
-    """float32 [STEPS, vocab]: logits after a prompt and after each of some tokens, past several compressions."""
+    """float32 [STEPS, vocab]: logits after a prompt and after each of some passes, past several compressions."""
     cache = engine.new_cache(config)
     engine.read(cache, PROMPT)
-    return torch.stack([engine.read(cache, [token % 97]) for token in range(7, 7 + STEPS)])
+    widths = [WIDTHS[step % 4 == 3] for step in range(STEPS)]
+    return torch.stack([engine.read(cache, list(range(step, step + width))) for step, width in enumerate(widths)])
 
 
 def in_every_run(family: str) -> bool:
@@ -64,7 +66,7 @@ def test_layers_of_one_kind_are_compiled_once() -> None:
 def test_compiling_begins_by_itself_after_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny_model())
     cache = engine.new_cache(CONFIG)
-    params = SamplingParams(max_tokens=FUSE_AFTER - 1, ignore_eos=True)
+    params = SamplingParams(max_tokens=FUSE_AFTER - 1, ignore_eos=True, lookup=False)
 
     list(engine.stream(cache, PROMPT, params))
     assert not engine.fusion.on
@@ -76,7 +78,7 @@ def test_compiling_can_be_turned_off() -> None:
     engine = Engine(tiny_model(), compile=False)
     cache = engine.new_cache(CONFIG)
 
-    list(engine.stream(cache, PROMPT, SamplingParams(max_tokens=FUSE_AFTER + 2, ignore_eos=True)))
+    list(engine.stream(cache, PROMPT, SamplingParams(max_tokens=FUSE_AFTER + 2, ignore_eos=True, lookup=False)))
 
     assert not engine.fusion.on
 

@@ -323,7 +323,6 @@ class Engine:
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
         step = Step(cache, new, position, valid, counts.tolist(), lengths + counts)
-        self.fusion.count(ids.numel())
         logits = self._run(step, ids, wanted)
         cache.lengths = step.seen.tolist()
         last = logits[torch.arange(batch), torch.searchsorted(wanted, ends)]
@@ -334,6 +333,7 @@ class Engine:
 
     def _run(self, step: Step, ids: Tensor, wanted: Tensor) -> Tensor:
         """The model over ids [B, T]: logits [B, K, vocab] behind the K tokens at `wanted`."""
+        self.fusion.count(ids.numel())
         offset = torch.tensor([places.offset for places in step.cache.places])
         return forward(
             self.model,

@@ -1,4 +1,4 @@
-"""Decode steps of one token through decoder layers that TorchInductor has fused.
+"""Decode steps of one conversation through decoder layers that TorchInductor has fused.
 
 A layer is traced with its weights as inputs and attention as one opaque operator. Layers with the same graph share the
 compiled code, usually one for the whole model, and attention, cache and compression stay what they are. Everything
@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -23,10 +24,13 @@ from transformers import PreTrainedModel
 
 from zsmerge_llm.attention import Call, Carrier, Step
 from zsmerge_llm.errors import UnsupportedModelError
+from zsmerge_llm.lookup import AHEAD
 
 log = logging.getLogger(__name__)
 
 OPTIONS = {"size_asserts": False}
+WIDTHS = (1, 1 + AHEAD)
+"""Tokens of the passes that are compiled: one, and one with a whole guess behind it."""
 
 _HERE: ContextVar[tuple[Step, int]] = ContextVar("zsmerge_here")  # where the running layer attends: its step and number
 _COMPILER = Lock()  # TorchInductor is not made for several threads
@@ -69,7 +73,7 @@ class Fusion:
 
     Args:
         layers: how many the model has.
-        after: steps of one token before it starts by itself; None: never.
+        after: decode steps before it starts by itself; None: never.
     """
 
     def __init__(self, model: PreTrainedModel, layers: int, after: int | None) -> None:
@@ -98,8 +102,8 @@ class Fusion:
         self._layers = [FusedLayer(self, layer, index) for index, layer in enumerate(layers)]
 
     def count(self, tokens: int) -> None:
-        """Take note of a pass of so many tokens: those of one token count."""
-        if self._left is None or tokens != 1:
+        """Take note of a pass of so many tokens, if it is one that compiling would make faster."""
+        if self._left is None or tokens not in WIDTHS:
             return
         self._left -= 1
         if self._left == 0:
@@ -123,6 +127,15 @@ class Fusion:
         return self.graphs[key]
 
 
+@dataclass(frozen=True)
+class Code:
+    """The compiled code of a layer for passes of one width; the constants it was made for, and its result's form."""
+
+    run: Compiled
+    constants: list[Any]
+    form: pytree.TreeSpec
+
+
 class FusedLayer:
     """Stands in for the forward of one decoder layer."""
 
@@ -134,9 +147,7 @@ class FusedLayer:
         self.names = [name for name, _ in named]
         self.weights = [weight for _, weight in named]
         self.eager = layer.forward
-        self.code: Compiled | None = None
-        self.constants: list[Any] = []
-        self.form: pytree.TreeSpec | None = None
+        self.codes: dict[int, Code] = {}
         layer.forward = self
 
     def remove(self) -> None:
@@ -144,25 +155,26 @@ class FusedLayer:
         self.layer.forward = self.eager
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One pass: compiled if it is one token of one conversation, else as the model has it."""
+        """One pass: compiled if it is a decode step of one conversation, else as the model has it."""
         step = next((value for value in kwargs.values() if isinstance(value, Step)), None)
-        if step is None or step.position.shape != (1, 1):
+        rows, width = (0, 0) if step is None else step.position.shape
+        if step is None or rows != 1 or width not in WIDTHS:
             return self.eager(*args, **kwargs)
         tensors, constants = _flat((*args, *kwargs.values()))
-        if self.code is None:
+        if width not in self.codes:
             try:
-                self._prepare(args, kwargs, tensors, constants)
+                self.codes[width] = self._prepare(args, kwargs, tensors, constants)
             except Exception as error:  # whatever a compiler throws, the model works without it
                 self.fusion.give_up(error)
-        if self.code is None or constants != self.constants:
+        code = self.codes.get(width)
+        if code is None or constants != code.constants:
             return self.eager(*args, **kwargs)
         _HERE.set((step, self.index))
-        made = self.code(*tensors, *self.weights)
-        assert self.form is not None
-        return pytree.tree_unflatten(list(made), self.form)
+        return pytree.tree_unflatten(list(code.run(*tensors, *self.weights)), code.form)
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], rest: list[Any]) -> None:
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], rest: list[Any]) -> Code:
         """Trace the layer and find its compiled code."""
+        form: list[pytree.TreeSpec] = []
         strange = [type(value).__name__ for value in rest if not isinstance(value, (bool, int, float, str, type(None)))]
         if strange:
             raise UnsupportedModelError(f"{type(self.layer).__name__} is given a {strange[0]} in each pass.")
@@ -172,16 +184,17 @@ class FusedLayer:
             positional = tuple(_refill(value, given) for value in args)
             named = {name: _refill(value, given) for name, value in kwargs.items()}
             own = dict(zip(self.names, weights, strict=True))
-            made, self.form = pytree.tree_flatten(torch.func.functional_call(self.layer, own, positional, named))
+            made, spec = pytree.tree_flatten(torch.func.functional_call(self.layer, own, positional, named))
+            form.append(spec)
             return made
 
         inputs, started = [*tensors, *self.weights], time.perf_counter()
         self.remove()
         with _COMPILER:
-            self.code = self.fusion.compile(make_fx(run, tracing_mode="fake")(*inputs), inputs)
+            compiled = self.fusion.compile(make_fx(run, tracing_mode="fake")(*inputs), inputs)
         self.layer.forward = self
-        self.constants = rest
         self.fusion.seconds += time.perf_counter() - started
+        return Code(compiled, rest, form[-1])
 
 
 def _flat(values: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
