@@ -2,8 +2,8 @@
 
     python benchmarks/grammar.py [--model smollm2] [--tokens 256] [--answers 4]
 
-`to begin` is what a form costs once per answer: compiling, and a plan for ending in time. Where no such plan exists (the form
-needs more than `max_tokens`) the search for one takes up to half a second.
+`to begin` is what a form costs once per answer: compiling, and a plan for ending in time. Where there is no such plan
+(the form needs more than `max_tokens`) the search for one takes up to half a second.
 """
 
 from __future__ import annotations
