@@ -69,7 +69,7 @@ def test_the_langchain_agent_calls_its_tools_and_reads_only_what_is_new(gguf: Ma
 
 def test_documents_are_asked_for_the_price_of_the_question() -> None:
     printed = run("langchain_documents.py")
-    assert "Stone" in printed
+    assert "Agnes Hill" in printed  # the captain's name is lost where a third is kept and no question known
     assert len(counts_in(printed)) == 2
     assert all(new < 30 for _, new in counts_in(printed))
 
@@ -78,8 +78,8 @@ def test_a_chatbot_goes_on_where_another_process_stopped(tmp_path: Path) -> None
     once = counts_in(run("langchain_long_memory_chatbot.py", "--folder", str(tmp_path)))
     again = counts_in(run("langchain_long_memory_chatbot.py", "--folder", str(tmp_path)))
     assert len(once) == len(again) == 3
-    assert again[0][0] > once[-1][0]  # the whole conversation so far
-    assert all(new < 40 for _, new in [*once, *again])
+    assert again[0][0] > once[-1][0] > 100  # the whole conversation so far
+    assert all(new < 30 for _, new in [*once[1:], *again])
 
 
 def test_objects_are_extracted_from_a_long_document() -> None:
