@@ -10,9 +10,8 @@ from typing import Any
 
 import psutil
 import torch
-from common import book, forget_peak, peak_rss
-from policies.base import STAGE, Policy, plain, rope_of
-from policies.profile import recall_curves, share_out, weighted
+from common import forget_peak, peak_rss
+from policies.base import STAGE, Policy, plain, rope_of, weighted
 from quality_ask import Score, ask
 from quality_rouge import rouge
 from quality_tasks import Item, Question
@@ -22,9 +21,9 @@ from zsmerge_llm.chat import Template
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.engine import Engine
 from zsmerge_llm.probe import GENERIC, chat_probe
+from zsmerge_llm.profile import Profile
 
 FOLLOW_UPS = 2
-PASSAGE = 768
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,9 @@ class Reader:
     template: Template
 
     @cached_property
-    def profile(self) -> list[float]:
-        """What each layer's budget is worth to this model, from reciting a passage of the demo's text."""
-        text = self.template.encode(book())[:PASSAGE]
-        asking = self.template.encode("\n\nRepeat the text above.") + chat_probe(self.template, "")
-        recite = asking + text[PASSAGE // 8 : PASSAGE // 8 + PASSAGE // 3]
-        curves = recall_curves(self.engine, text, chat_probe(self.template, GENERIC), recite)
-        return share_out(curves)
+    def profile(self) -> tuple[float, ...]:
+        """What each layer's budget is worth to this model."""
+        return Profile(self.engine, self.template).shares
 
     def new_cache(self, policy: Policy, budget: Budget, tokens: int) -> Cache:
         specs = self.engine.specs

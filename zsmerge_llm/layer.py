@@ -11,7 +11,7 @@ Everything mutates in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,21 +81,32 @@ class Held:
     in_place: bool
 
 
-def layer_config(config: CacheConfig, spec: LayerSpec) -> CacheConfig:
-    """A sliding-window layer keeps exactly its window, whatever the budget; any other layer keeps `config`."""
-    if spec.window is None or config.slots is None:
-        return config
+def layer_configs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[CacheConfig]:
+    """What each layer keeps: a sliding-window layer exactly its window, whatever the budget, any other its share.
+
+    Raises:
+        ConfigError: `config.shares` for another number of full-attention layers.
+    """
+    if config.slots is None:
+        return [config] * len(specs)
+    slots = iter(config.layer_slots(sum(spec.window is None for spec in specs)))
+    plain = config.replace(shares=None)
+    return [plain.replace(slots=next(slots)) if spec.window is None else _sliding(plain, spec.window) for spec in specs]
+
+
+def _sliding(config: CacheConfig, window: int) -> CacheConfig:
     stage = max(config.stage, 32)  # compressing a window at each step gains nothing
-    return config.replace(
-        slots=spec.window + 1, sink=0, recent=spec.window, residual=0, stage=stage, scoring="position"
-    )
+    return config.replace(slots=window + 1, sink=0, recent=window, residual=0, stage=stage, scoring="position")
 
 
 class LayerCache:
-    """The slots of one layer. See the module's text for the layout and `Arrival` for the shapes."""
+    """The slots of one layer, by its own config (`layer_configs`).
+
+    See the module's text for the layout and `Arrival` for the shapes.
+    """
 
     def __init__(self, config: CacheConfig, spec: LayerSpec, rows: int) -> None:
-        self.config = layer_config(config, spec)
+        self.config = config
         self.spec = spec
         self.fills = [self.config.residual] * rows
         budget = self.config.slots

@@ -62,6 +62,7 @@ _ALL = (
     Policy("ours-question", _pooled, probe="question"),
     Policy("ours-generic", _ahead, probe="generic"),
     Policy("pooled-generic", _pooled, probe="generic"),
+    Policy("ours-profile", _ahead, probe="generic", profiled=True),
     Policy("profile-question", _pooled, probe="question", profiled=True),
     Policy("profile-generic", _pooled, probe="generic", profiled=True),
     Policy("profile-generic-whole", _pooled, probe="generic", profiled=True, chunk=None),
