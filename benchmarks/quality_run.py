@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 from common import forget_peak, peak_rss
-from policies.base import STAGE, Policy, plain, rope_of, weighted
+from policies.base import STAGE, Policy, PolicyLayer, plain, rope_of, weighted
 from quality_ask import Score, ask
 from quality_rouge import rouge
 from quality_tasks import Item, Question
@@ -56,6 +56,11 @@ class Reader:
         """What each layer's budget is worth to this model."""
         return Profile(self.engine, self.template).shares
 
+    @cached_property
+    def generic(self) -> list[int]:
+        """The probe that stands for any question."""
+        return chat_probe(self.template, GENERIC)
+
     def new_cache(self, policy: Policy, budget: Budget, tokens: int) -> Cache:
         specs = self.engine.specs
         slots = budget.slots(tokens)
@@ -63,7 +68,11 @@ class Reader:
             policy = replace(policy, budgets=weighted(self.profile))
         if policy.config(1024).slots is not None:
             slots = policy.slots_for(specs, plain_bytes(self.engine, slots))
-        return policy.new_cache(specs, slots, rope_of(self.engine))
+        cache = policy.new_cache(specs, slots, rope_of(self.engine))
+        for layer in cache.layers:
+            assert isinstance(layer, PolicyLayer)
+            layer.generic = len(self.generic)
+        return cache
 
     def read(self, cache: Cache, policy: Policy, ids: list[int], probe: list[int]) -> None:
         """Read in passes of equal length, so that each of them ends with a compression once the slots are full."""
@@ -86,9 +95,8 @@ class Reader:
         return cache
 
     def _probe(self, policy: Policy, question: list[int]) -> list[int]:
-        if policy.probe == "generic":
-            return chat_probe(self.template, GENERIC)
-        return question if policy.probe == "question" else []
+        generic = self.generic if policy.probe in ("generic", "both") else []
+        return generic + (question if policy.probe in ("question", "both") else [])
 
     # -- the settings ------------------------------------------------------------------------------------------------
 

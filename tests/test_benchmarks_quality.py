@@ -127,6 +127,17 @@ def test_layers_get_their_budgets_from_the_profile(reader: quality_run.Reader) -
     assert slots == [pytest.approx(cache.config.slots * weight, abs=1) for weight in weights]
 
 
+def test_a_question_behind_the_generic_probe_only_adds_to_what_is_wanted(reader: quality_run.Reader) -> None:
+    read = quality_tasks.item(reader.template, RECORD, 1)
+    both, generic = (
+        reader.fill(POLICIES[name], quality_run.Budget(96), read, read.questions[0])
+        for name in ("both-max", "valued-mean")
+    )
+    assert both.seen == generic.seen
+    kept = [[set(layer.position[0, 0].tolist()) for layer in cache.layers] for cache in (both, generic)]
+    assert kept[0] != kept[1]
+
+
 def test_follow_ups_are_asked_after_each_known_question(reader: quality_run.Reader) -> None:
     read = quality_tasks.item(reader.template, RECORD, 5)
     budget = quality_run.Budget.parse("30%")

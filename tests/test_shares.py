@@ -171,3 +171,16 @@ def test_conversations_go_on_and_are_saved_with_shares(tmp_path: Path) -> None:
     loaded = again.load_session(tmp_path / "ann.zsmerge")
     for mine, theirs in zip(loaded.cache.layers, llm.session("ann").cache.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys)
+
+
+def test_positions_are_mapped_anew_once_the_smallest_layer_has_lost_something() -> None:
+    model = tiny_model("qwen2")
+    model.config.max_position_embeddings = 43
+    moved = {}
+    for shares in (None, (0.5, 1.5)):
+        engine = Engine(model, UNEVEN.replace(shares=shares))
+        cache = engine.new_cache()
+        for token in tokens(40):
+            engine.read(cache, [token])
+        moved[shares] = cache.places[0].offset > 0
+    assert moved == {None: False, (0.5, 1.5): True}

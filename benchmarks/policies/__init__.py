@@ -5,7 +5,7 @@ from __future__ import annotations
 from policies.attention_based import TOVA, CaM, SnapKV, pyramid
 from policies.base import STAGE, Policy, plain, probed, rope_of
 from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
-from policies.ours import MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
+from policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
 from zsmerge_llm.config import CacheConfig
 
 __all__ = ["POLICIES", "Policy", "rope_of"]
@@ -73,6 +73,8 @@ _ALL = (
     Policy("valued-mean-question", probed, ValuedMean, probe="question", profiled=True),
     Policy("valued-more", probed, MostlyValued, probe="generic", profiled=True),
     Policy("valued-expected", probed, ValuedExpected, probe="generic", profiled=True),
+    Policy("both-max", probed, BothMax, probe="both", profiled=True),
+    Policy("both-mean", _ahead, probe="both", profiled=True),
     Policy("profile-h2o", _h2o, profiled=True),
     Policy("profile-expected", plain, ExpectedAttention, profiled=True),
 )

@@ -39,9 +39,10 @@ class Rope:
 
 
 class PolicyLayer(LayerCache):
-    """A layer that knows the model's rotation."""
+    """A layer that knows the model's rotation, and how many tokens of its probe are a generic one's."""
 
     rope: Rope | None = None
+    generic = 0
 
 
 class RankedLayer(PolicyLayer):
@@ -72,7 +73,8 @@ class RankedLayer(PolicyLayer):
 class Policy:
     """How a cache is filled.
 
-    config: from the number of slots. layer: what ranks them. probe: whose attention decides, handed to the engine.
+    config: from the number of slots. layer: what ranks them. probe: whose attention decides, handed to the engine;
+    "both" is a question behind a generic one.
     chunk: tokens a pass; None reads everything in one pass and compresses each layer then, as policies do that need
     the full cache first. budgets: slots of each full-attention layer, from the mean and the number of these;
     profiled: they follow from the model (`zsmerge_llm.profile`). newest_only: the text is cut to its end instead.
@@ -81,7 +83,7 @@ class Policy:
     name: str
     config: Callable[[int], CacheConfig]
     layer: type[PolicyLayer] = PolicyLayer
-    probe: Literal["question", "generic"] | None = None
+    probe: Literal["question", "generic", "both"] | None = None
     chunk: int | None = CHUNK
     budgets: Callable[[int, int], list[int]] | None = None
     profiled: bool = False
