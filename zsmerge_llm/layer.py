@@ -180,8 +180,7 @@ class LayerCache:
             self._grow(used + new)
         entries = self._entries(arrival)
         if used + new > self.capacity:
-            both = {name: torch.cat([getattr(self, name)[:, :, :used], entries[name]], dim=2) for name in PER_SLOT}
-            return Held(**both, base=[used] * len(self.fills), in_place=False)
+            return Held(**self._beside(entries, used), base=self.fills, in_place=False)
         for name, entry in entries.items():
             self._write(getattr(self, name), entry)
         return Held(
@@ -209,6 +208,19 @@ class LayerCache:
                 if arrival.probe is not None and arrival.probe_position is not None:
                     queries, asking = arrival.probe, arrival.probe_position
                 self._weigh(held, full, queries, asking, arrival.sinks)
+
+    def _beside(self, entries: dict[str, Tensor], used: int) -> dict[str, Tensor]:
+        """Copies of the first `used` slots with the arriving tokens behind those of each row.
+
+        No empty slots between: pooling over neighbours would see them, and a row in a batch differ from one alone.
+        """
+        held = {name: getattr(self, name)[:, :, :used] for name in PER_SLOT}
+        if self.level:
+            return {name: torch.cat([held[name], entries[name]], dim=2) for name in PER_SLOT}
+        both = {name: torch.cat([held[name], torch.zeros_like(entries[name])], dim=2) for name in PER_SLOT}
+        for name, entry in entries.items():
+            self._write(both[name], entry)
+        return both
 
     def _write(self, slots: Tensor, entry: Tensor) -> None:
         """Put entry [B, H, n, ...] into slots [B, H, P, ...], for each row from its own fill on."""
