@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ class GGUFFiles(dict[str, Path]):
             subprocess.run([sys.executable, str(FETCH), name, str(folder)], check=True, stdout=sys.stderr)
         self[name] = path
         return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is found out about the tests' models is not kept on this machine."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zsmerge_llm.profile.cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

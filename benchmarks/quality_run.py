@@ -10,9 +10,8 @@ from typing import Any
 
 import psutil
 import torch
-from common import book, forget_peak, peak_rss
-from policies.base import STAGE, Policy, plain, rope_of
-from policies.profile import recall_curves, share_out, weighted
+from common import forget_peak, peak_rss
+from policies.base import STAGE, Policy, PolicyLayer, plain, rope_of, weighted
 from quality_ask import Score, ask
 from quality_rouge import rouge
 from quality_tasks import Item, Question
@@ -22,9 +21,9 @@ from zsmerge_llm.chat import Template
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.engine import Engine
 from zsmerge_llm.probe import GENERIC, chat_probe
+from zsmerge_llm.profile import Profile
 
 FOLLOW_UPS = 2
-PASSAGE = 768
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,14 @@ class Reader:
     template: Template
 
     @cached_property
-    def profile(self) -> list[float]:
-        """What each layer's budget is worth to this model, from reciting a passage of the demo's text."""
-        text = self.template.encode(book())[:PASSAGE]
-        asking = self.template.encode("\n\nRepeat the text above.") + chat_probe(self.template, "")
-        recite = asking + text[PASSAGE // 8 : PASSAGE // 8 + PASSAGE // 3]
-        curves = recall_curves(self.engine, text, chat_probe(self.template, GENERIC), recite)
-        return share_out(curves)
+    def profile(self) -> tuple[float, ...]:
+        """What each layer's budget is worth to this model."""
+        return Profile(self.engine, self.template).shares
+
+    @cached_property
+    def generic(self) -> list[int]:
+        """The probe that stands for any question."""
+        return chat_probe(self.template, GENERIC)
 
     def new_cache(self, policy: Policy, budget: Budget, tokens: int) -> Cache:
         specs = self.engine.specs
@@ -68,7 +68,11 @@ class Reader:
             policy = replace(policy, budgets=weighted(self.profile))
         if policy.config(1024).slots is not None:
             slots = policy.slots_for(specs, plain_bytes(self.engine, slots))
-        return policy.new_cache(specs, slots, rope_of(self.engine))
+        cache = policy.new_cache(specs, slots, rope_of(self.engine))
+        for layer in cache.layers:
+            assert isinstance(layer, PolicyLayer)
+            layer.generic = len(self.generic)
+        return cache
 
     def read(self, cache: Cache, policy: Policy, ids: list[int], probe: list[int]) -> None:
         """Read in passes of equal length, so that each of them ends with a compression once the slots are full."""
@@ -91,9 +95,8 @@ class Reader:
         return cache
 
     def _probe(self, policy: Policy, question: list[int]) -> list[int]:
-        if policy.probe == "generic":
-            return chat_probe(self.template, GENERIC)
-        return question if policy.probe == "question" else []
+        generic = self.generic if policy.probe in ("generic", "both") else []
+        return generic + (question if policy.probe in ("question", "both") else [])
 
     # -- the settings ------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ import quality_tasks
 import torch
 from policies import POLICIES, rope_of
 from policies.attention_based import pyramid
-from policies.profile import share_out, weighted
 from quality_ask import ask
 from quality_rouge import rouge
 
@@ -118,17 +117,7 @@ def test_a_pyramid_keeps_the_total() -> None:
     assert min(budgets) == 96
 
 
-def test_a_profile_gives_more_to_layers_that_look_things_up() -> None:
-    fraction = torch.linspace(0, 1, 21)
-    steady, sudden, quick = fraction, fraction**4, fraction.clamp(max=0.1) * 10
-    weights = share_out(torch.stack([quick, sudden, quick, steady]) / 4, total=0.25)
-    assert sum(weights) / 4 == pytest.approx(1)
-    assert max(weights) == max(weights[1], weights[3])
-    assert min(weights) >= 0.4
-    assert sum(weighted(weights)(333, 4)) == 333 * 4
-
-
-def test_reciting_finds_a_profile_and_layers_get_their_budgets(reader: quality_run.Reader) -> None:
+def test_layers_get_their_budgets_from_the_profile(reader: quality_run.Reader) -> None:
     weights = reader.profile
     assert len(weights) == len(reader.engine.specs)
     assert sum(weights) / len(weights) == pytest.approx(1)
@@ -136,6 +125,17 @@ def test_reciting_finds_a_profile_and_layers_get_their_budgets(reader: quality_r
     slots = [layer.config.slots for layer in cache.layers]
     assert sum(slots) == pytest.approx(cache.config.slots * len(slots), abs=1)
     assert slots == [pytest.approx(cache.config.slots * weight, abs=1) for weight in weights]
+
+
+def test_a_question_behind_the_generic_probe_only_adds_to_what_is_wanted(reader: quality_run.Reader) -> None:
+    read = quality_tasks.item(reader.template, RECORD, 1)
+    both, generic = (
+        reader.fill(POLICIES[name], quality_run.Budget(96), read, read.questions[0])
+        for name in ("both-max", "valued-mean")
+    )
+    assert both.seen == generic.seen
+    kept = [[set(layer.position[0, 0].tolist()) for layer in cache.layers] for cache in (both, generic)]
+    assert kept[0] != kept[1]
 
 
 def test_follow_ups_are_asked_after_each_known_question(reader: quality_run.Reader) -> None:

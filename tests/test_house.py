@@ -18,7 +18,7 @@ STOREYS = (
     {"attention", "sampling", "loader", "batching"},
     {"horizon", "fusion", "speaker"},
     {"engine", "session", "answer"},
-    {"files", "fingerprint", "memory"},
+    {"files", "fingerprint", "memory", "profile"},
     {"store", "memory_text"},
     {"conversation", "memory_page"},
     {"parts"},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError
-from zsmerge_llm.layer import PER_SLOT, TENSORS, LayerCache, LayerSpec
+from zsmerge_llm.layer import PER_SLOT, TENSORS, LayerCache, LayerSpec, layer_configs
 from zsmerge_llm.rotary import Places, Rotation
 
 
@@ -28,7 +28,8 @@ class Cache:
     def __init__(self, config: CacheConfig, specs: Sequence[LayerSpec], rows: int = 1) -> None:
         self.config = config
         self.specs = tuple(specs)
-        self.layers = [LayerCache(config, spec, rows) for spec in specs]
+        configs = layer_configs(config, self.specs)
+        self.layers = [LayerCache(own, spec, rows) for own, spec in zip(configs, self.specs, strict=True)]
         self.lengths = [0] * rows
         self.places = [Places()] * rows  # where each row's tokens stand in the model's window
         self.logits: Tensor | None = None  # [B, vocab] in the model's dtype, after each row's last token
@@ -44,8 +45,14 @@ class Cache:
 
     @property
     def slots(self) -> int | None:
-        """The budget in slots per KV head; None for the exact cache."""
+        """The budget in slots per KV head, mean over the full-attention layers; None for the exact cache."""
         return self.config.slots
+
+    @property
+    def lossless(self) -> int | None:
+        """Tokens up to which no full-attention layer loses any; None for the exact cache."""
+        slots = [layer.config.slots for layer in self.layers if layer.spec.window is None]
+        return min((each for each in slots if each is not None), default=self.config.slots)
 
     @property
     def nbytes(self) -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from zsmerge_llm.errors import ConfigError
 
 Scoring = Literal["attention", "window", "position"]
+
+ROUNDING = 1e-6
+"""What a number of slots may be off by before it counts as another."""
 
 
 def _integer(name: str, value: Any, low: int) -> None:
@@ -41,6 +45,10 @@ class CacheConfig:
       (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None;
     - `"position"`: newest first (sliding window with sinks).
 
+    `shares` are weights of the full-attention layers, first layer first, with mean 1: layer i holds about
+    shares[i] · `slots` entries a head, all layers together as many as without them, and no layer fewer than its sinks,
+    recent and residual slots and one more. Nothing is lost up to the slots of the smallest layer then.
+
     `slots=None` is the exact, growing cache of `CacheConfig.full()`.
 
     Raises:
@@ -58,6 +66,7 @@ class CacheConfig:
     window: int = 32
     pool: int = 5
     floor: float | None = None
+    shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("sink", 0), ("recent", 1), ("residual", 0), ("stage", 1), ("window", 1), ("pool", 1)):
@@ -70,20 +79,43 @@ class CacheConfig:
             raise ConfigError(f"scoring must be 'attention', 'window' or 'position', not {self.scoring!r}.")
         if self.pool % 2 == 0:
             raise ConfigError(f"pool must be odd (a slot and its neighbours on both sides), not {self.pool}.")
+        if self.shares is not None:
+            object.__setattr__(self, "shares", _mean_one(self.shares))
         if self.slots is None:
+            if self.shares is not None:
+                raise ConfigError("The exact cache has no budget to share out: set slots, or leave out shares.")
             return
         _integer("slots", self.slots, 1)
-        needed = self.sink + self.recent + self.residual + 1
-        if self.slots < needed:
+        if self.slots < self._least:
             raise ConfigError(
                 f"slots={self.slots} is too small for sink={self.sink} + recent={self.recent} + "
-                f"residual={self.residual} + one context slot: give at least {needed} slots or smaller parts."
+                f"residual={self.residual} + one context slot: give at least {self._least} slots or smaller parts."
             )
 
     @property
     def context(self) -> int:
         """B_c, the slots of tokens kept for their score. 0 for the exact cache."""
         return 0 if self.slots is None else self.slots - self.sink - self.recent - self.residual
+
+    @property
+    def _least(self) -> int:
+        """Slots that any layer needs."""
+        return self.sink + self.recent + self.residual + 1
+
+    def layer_slots(self, layers: int) -> list[int]:
+        """The slots of each of a model's full-attention layers. Not for the exact cache.
+
+        Raises:
+            ConfigError: `shares` for another number of layers.
+        """
+        assert self.slots is not None
+        if self.shares is None:
+            return [self.slots] * layers
+        if len(self.shares) != layers:
+            raise ConfigError(
+                f"shares has {len(self.shares)} weights and the model {layers} layers of full attention: give one each."
+            )
+        return divide(self.slots * layers, self.shares, self._least)
 
     def ahead(self) -> CacheConfig:
         """The same budget for a text that is read before any question about it is known.
@@ -127,6 +159,12 @@ class CacheConfig:
         _integer("slots", slots, 2)
         sink = min(4, slots // 2)
         return cls(slots=slots, sink=sink, recent=max(1, slots - sink - 1), scoring="position")
+
+    @classmethod
+    def pyramid(cls, slots: int = 1024, *, layers: int) -> CacheConfig:
+        """Slots that fall linearly from 1.9 to 0.1 times the mean over `layers` (PyramidKV, arXiv 2406.02069)."""
+        _integer("layers", layers, 2)
+        return cls(slots=slots, shares=tuple(1.9 - 1.8 * layer / (layers - 1) for layer in range(layers)))
 
     def replace(self, **changes: Any) -> CacheConfig:
         """A copy with some settings changed. Raises ConfigError on an unknown name or a bad value."""
@@ -187,6 +225,23 @@ class SamplingParams:
         return _replace(self, changes)
 
 
+def divide(total: int, weights: Sequence[float], least: int) -> list[int]:
+    """`total` in whole parts that go by `weights` as far as each part has `least`. Needs total >= least · parts."""
+    raised: set[int] = set()
+    while True:  # what too small a part lacks comes from the others, which may make another too small
+        scale = (total - least * len(raised)) / sum(weight for at, weight in enumerate(weights) if at not in raised)
+        small = {at for at, weight in enumerate(weights) if at not in raised and weight * scale < least - ROUNDING}
+        if not small:
+            break
+        raised |= small
+    exact = [least if at in raised else weight * scale for at, weight in enumerate(weights)]
+    parts = [int(part + ROUNDING) for part in exact]
+    most_cut = sorted(range(len(parts)), key=lambda at: parts[at] - exact[at])
+    for at in most_cut[: total - sum(parts)]:
+        parts[at] += 1
+    return parts
+
+
 def parse_bytes(size: int | str) -> int:
     """A number of bytes, or text such as "2GiB", "500 MB" or "1.5G".
 
@@ -203,6 +258,17 @@ def parse_bytes(size: int | str) -> int:
     elif isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
     raise ConfigError(f"A size is a number of bytes or text such as '2GiB', not {size!r}.")
+
+
+def _mean_one(shares: Any) -> tuple[float, ...]:
+    if not isinstance(shares, (list, tuple)) or not shares:
+        raise ConfigError(f"shares must be one weight for each full-attention layer, not {shares!r}.")
+    for share in shares:
+        _number("Each of shares", share, 0.0, math.inf)
+    mean = sum(shares) / len(shares)
+    if abs(mean - 1) > 1e-3:
+        raise ConfigError(f"shares must have mean 1, not {mean:g}: divide each of them by their mean.")
+    return tuple(float(share) for share in shares)
 
 
 def _replace(settings: Any, changes: dict[str, Any]) -> Any:

@@ -67,12 +67,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversations:
-    """The sessions of one model, as conversations of messages. `today` tells the date on which a new one begins."""
+    """The sessions of one model, as conversations of messages.
+
+    new_document_cache: makes a cache for a document of so many tokens. today: the date on which a new one begins.
+    """
 
     store: Store
     template: Template
     new_cache: Callable[[], Cache]
-    new_document_cache: Callable[[], Cache]
+    new_document_cache: Callable[[int], Cache]
     today: Callable[[], date] = date.today
 
     def begin(self, messages: list[Message], tools: Tools = None, session: str | Session | None = None) -> Turn:
@@ -150,7 +153,8 @@ class Conversations:
         if name is None:
             name = title if title not in self.store else f"{title}-{digest[:8]}"
         session = Session(name, self.store.fingerprint, template.today, document=text)
-        return Turn([], None, [digest], template, session, True, None, self.new_document_cache(), tokens, 0, "new")
+        cache = self.new_document_cache(len(tokens))
+        return Turn([], None, [digest], template, session, True, None, cache, tokens, 0, "new")
 
     def keep_document(self, turn: Turn) -> None:
         """Keep a document that has been read, under its session's name."""

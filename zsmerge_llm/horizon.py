@@ -87,10 +87,10 @@ class Horizon:
         Raises:
             ContextLimitError: the window ends, and the model's positions cannot be mapped. Nothing has changed then.
         """
-        if self.window is None or cache.slots is None:
+        if self.window is None or cache.lossless is None:
             return
         ends = [self._end(cache, row, new + ahead) if new else 0 for row, new in enumerate(coming)]
-        kept = [length + new <= cache.slots for length, new in zip(cache.lengths, coming, strict=True)]
+        kept = [length + new <= cache.lossless for length, new in zip(cache.lengths, coming, strict=True)]
         due = [row for row, end in enumerate(ends) if end > (self.window if kept[row] else self.limit)]
         known = self._known() if due else None
         if known is None:

@@ -11,7 +11,7 @@ Everything mutates in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,21 +90,32 @@ class Held:
     in_place: bool
 
 
-def layer_config(config: CacheConfig, spec: LayerSpec) -> CacheConfig:
-    """A sliding-window layer keeps exactly its window, whatever the budget; any other layer keeps `config`."""
-    if spec.window is None or config.slots is None:
-        return config
+def layer_configs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[CacheConfig]:
+    """What each layer keeps: a sliding-window layer exactly its window, whatever the budget, any other its share.
+
+    Raises:
+        ConfigError: `config.shares` for another number of full-attention layers.
+    """
+    if config.slots is None:
+        return [config] * len(specs)
+    slots = iter(config.layer_slots(sum(spec.window is None for spec in specs)))
+    plain = config.replace(shares=None)
+    return [plain.replace(slots=next(slots)) if spec.window is None else _sliding(plain, spec.window) for spec in specs]
+
+
+def _sliding(config: CacheConfig, window: int) -> CacheConfig:
     stage = max(config.stage, 32)  # compressing a window at each step gains nothing
-    return config.replace(
-        slots=spec.window + 1, sink=0, recent=spec.window, residual=0, stage=stage, scoring="position"
-    )
+    return config.replace(slots=window + 1, sink=0, recent=window, residual=0, stage=stage, scoring="position")
 
 
 class LayerCache:
-    """The slots of one layer. See the module's text for the layout and `Arrival` for the shapes."""
+    """The slots of one layer, by its own config (`layer_configs`).
+
+    See the module's text for the layout and `Arrival` for the shapes.
+    """
 
     def __init__(self, config: CacheConfig, spec: LayerSpec, rows: int) -> None:
-        self.config = layer_config(config, spec)
+        self.config = config
         self.spec = spec
         self.fills = [self.config.residual] * rows
         budget = self.config.slots
@@ -178,8 +189,7 @@ class LayerCache:
             self._grow(used + new)
         entries = self._entries(arrival)
         if used + new > self.capacity:
-            both = {name: torch.cat([getattr(self, name)[:, :, :used], entries[name]], dim=2) for name in PER_SLOT}
-            return Held(**both, base=[used] * len(self.fills), in_place=False)
+            return Held(**self._beside(entries, used), base=self.fills, in_place=False)
         for name, entry in entries.items():
             self._write(getattr(self, name), entry)
         return Held(
@@ -214,6 +224,19 @@ class LayerCache:
                 if arrival.probe is not None and arrival.probe_position is not None:
                     queries, asking = arrival.probe, arrival.probe_position
                 self._weigh(held, full, queries, asking, arrival.sinks)
+
+    def _beside(self, entries: dict[str, Tensor], used: int) -> dict[str, Tensor]:
+        """Copies of the first `used` slots with the arriving tokens behind those of each row.
+
+        No empty slots between: pooling over neighbours would see them, and a row in a batch differ from one alone.
+        """
+        held = {name: getattr(self, name)[:, :, :used] for name in PER_SLOT}
+        if self.level:
+            return {name: torch.cat([held[name], entries[name]], dim=2) for name in PER_SLOT}
+        both = {name: torch.cat([held[name], torch.zeros_like(entries[name])], dim=2) for name in PER_SLOT}
+        for name, entry in entries.items():
+            self._write(both[name], entry)
+        return both
 
     def _write(self, slots: Tensor, entry: Tensor) -> None:
         """Put entry [B, H, n, ...] into slots [B, H, P, ...], for each row from its own fill on."""

@@ -50,7 +50,7 @@ class LLM:
         sessions_dir: where conversations are kept for good, to go on after a restart; None keeps them for this process.
         session_memory: bytes that all conversations together may hold in memory, such as "4GiB"; the least recently
             used ones go to disk. A ceiling too small for one conversation raises StoreFullError when the model loads.
-        progress: called with a line of text at each step of loading.
+        progress: called with a line of text at each step of loading, and of finding the profile (`profile.py`).
 
     Raises:
         ConfigError: settings that contradict each other. LoadError, on first use: a model that cannot be loaded.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +50,7 @@ def assemble(
     from zsmerge_llm.engine import Engine
     from zsmerge_llm.fingerprint import fingerprint
     from zsmerge_llm.loader import load
+    from zsmerge_llm.profile import Profile, profile_path
     from zsmerge_llm.store import Store
 
     loaded = load(model, **loading)
@@ -62,5 +62,6 @@ def assemble(
     devices = [str(spec.device) for spec in engine.specs]
     store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices)
     forms = Forms(template, Grammars(tokenizer, engine.vocab_size, engine.stop_ids))
-    conversations = Conversations(store, template, engine.new_cache, partial(engine.new_cache, cache.ahead()))
+    profile = Profile(engine, template, profile_path(mark.weights), loading.get("progress"))
+    conversations = Conversations(store, template, engine.new_cache, profile.document_cache)
     return Parts(loaded.name, tokenizer, engine, template, forms, conversations)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from policies.attention_based import TOVA, CaM, SnapKV, pyramid
 from policies.base import STAGE, Policy, plain, probed, rope_of
 from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
-from policies.ours import MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
+from policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
 from zsmerge_llm.config import CacheConfig
 
 __all__ = ["POLICIES", "Policy", "rope_of"]
@@ -62,6 +62,7 @@ _ALL = (
     Policy("ours-question", _pooled, probe="question"),
     Policy("ours-generic", _ahead, probe="generic"),
     Policy("pooled-generic", _pooled, probe="generic"),
+    Policy("ours-profile", _ahead, probe="generic", profiled=True),
     Policy("profile-question", _pooled, probe="question", profiled=True),
     Policy("profile-generic", _pooled, probe="generic", profiled=True),
     Policy("profile-generic-whole", _pooled, probe="generic", profiled=True, chunk=None),
@@ -72,6 +73,8 @@ _ALL = (
     Policy("valued-mean-question", probed, ValuedMean, probe="question", profiled=True),
     Policy("valued-more", probed, MostlyValued, probe="generic", profiled=True),
     Policy("valued-expected", probed, ValuedExpected, probe="generic", profiled=True),
+    Policy("both-max", probed, BothMax, probe="both", profiled=True),
+    Policy("both-mean", _ahead, probe="both", profiled=True),
     Policy("profile-h2o", _h2o, profiled=True),
     Policy("profile-expected", plain, ExpectedAttention, profiled=True),
 )

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from zsmerge_llm import policy
 from zsmerge_llm.cache import Cache
-from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.config import CacheConfig, divide
 from zsmerge_llm.engine import Engine
-from zsmerge_llm.layer import Arrival, Held, LayerCache, LayerSpec
+from zsmerge_llm.layer import Arrival, Held, LayerCache, LayerSpec, layer_configs
 
 STAGE = 128
 CHUNK = 512
@@ -39,9 +39,10 @@ class Rope:
 
 
 class PolicyLayer(LayerCache):
-    """A layer that knows the model's rotation."""
+    """A layer that knows the model's rotation, and how many tokens of its probe are a generic one's."""
 
     rope: Rope | None = None
+    generic = 0
 
 
 class RankedLayer(PolicyLayer):
@@ -72,16 +73,17 @@ class RankedLayer(PolicyLayer):
 class Policy:
     """How a cache is filled.
 
-    config: from the number of slots. layer: what ranks them. probe: whose attention decides, handed to the engine.
+    config: from the number of slots. layer: what ranks them. probe: whose attention decides, handed to the engine;
+    "both" is a question behind a generic one.
     chunk: tokens a pass; None reads everything in one pass and compresses each layer then, as policies do that need
-    the full cache first. budgets: slots of each layer, from the mean and the number of layers;
-    profiled: they follow from the model (`policies.profile`). newest_only: the text is cut to its end instead.
+    the full cache first. budgets: slots of each full-attention layer, from the mean and the number of these;
+    profiled: they follow from the model (`zsmerge_llm.profile`). newest_only: the text is cut to its end instead.
     """
 
     name: str
     config: Callable[[int], CacheConfig]
     layer: type[PolicyLayer] = PolicyLayer
-    probe: Literal["question", "generic"] | None = None
+    probe: Literal["question", "generic", "both"] | None = None
     chunk: int | None = CHUNK
     budgets: Callable[[int, int], list[int]] | None = None
     profiled: bool = False
@@ -96,8 +98,13 @@ class Policy:
         """An empty cache of `slots` per layer on average, compressed by this policy."""
         config = self.config(slots)
         cache = Cache(config, specs)
-        budgets = [slots] * len(specs) if self.budgets is None else self.budgets(slots, len(specs))
-        configs = [config if config.slots is None else _at(config, budget) for budget in budgets]
+        configs = layer_configs(config, specs)
+        if self.budgets is not None:
+            budgets = iter(self.budgets(slots, sum(spec.window is None for spec in specs)))
+            configs = [
+                _at(own, next(budgets)) if spec.window is None else own
+                for own, spec in zip(configs, specs, strict=True)
+            ]
         cache.layers = [self.layer(each, spec, 1) for each, spec in zip(configs, specs, strict=True)]
         for layer in cache.layers:
             assert isinstance(layer, PolicyLayer)
@@ -125,6 +132,11 @@ class Policy:
 def _at(config: CacheConfig, slots: int) -> CacheConfig:
     """`config` for a layer of so many slots, of which at most half are recent ones."""
     return config.replace(slots=slots, recent=min(config.recent, max(1, slots // 2)))
+
+
+def weighted(shares: Sequence[float]) -> Callable[[int, int], list[int]]:
+    """`Policy.budgets` by weights with mean 1."""
+    return lambda slots, layers: divide(slots * layers, shares, 1)
 
 
 def plain(slots: int) -> CacheConfig:

@@ -46,6 +46,16 @@ class MostlyValued(Valued):
     EPSILON = 0.1
 
 
+class BothMax(ValuedMean):
+    """`ValuedMean` by the larger of what a generic probe pays, the first `generic` tokens of it, and what a question
+    behind it does: what comes after this question is thought of too."""
+
+    def attention(self, held: Held, arrival: Arrival) -> Tensor:
+        paid = self.asked_by_probe(held, arrival)
+        parts = (paid[:, :, :, : self.generic], paid[:, :, :, self.generic :])
+        return torch.stack([part.mean((2, 3)) for part in parts if part.shape[3]]).amax(0)
+
+
 class ValuedExpected(Valued, ExpectedAttention):
     """`Valued`, where a is also what queries like the chunk's are expected to pay."""
 
