@@ -2,10 +2,11 @@
 
     python benchmarks/speed.py [--model smollm2] [--formats bf16 int8 int4]
 
-One run, one process: transformers with its full cache, and zsmerge-llm with 1,024 slots in each number format, after
-histories of 64 to 32,768 tokens (transformers as far as --full); then several conversations of 4,096 tokens decoding at
-once in threads. `floor` is the bytes of the weights divided by the bandwidth that a plain sum over memory reaches in
-this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
+One run, one process: transformers with its full cache, and zsmerge-llm with 1,024 slots in each number format, as
+transformers wrote its layers (eager) and compiled, after histories of 64 to 32,768 tokens (transformers as far as
+--full); then several conversations of 4,096 tokens decoding at once in threads; then answers about the demo's document
+with and without prompt lookup. `floor` is the bytes of the weights divided by the bandwidth that a plain sum over
+memory reaches in this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,13 @@ from zsmerge_llm.engine import Engine
 HISTORIES = (64, 1024, 4096, 7168, 32768)
 STEPS = 24
 ROWS = (1, 2, 4, 8)
+QUESTIONS = (
+    "Who is the captain of the Marigold?",
+    "Summarise the log in three sentences.",
+    "List all the people named, as JSON with name and role.",
+    "Quote the sentence that mentions the cat.",
+    "What was the cargo and where did the ship go?",
+)
 FORMATS = {"bf16": None, "int8": "int8", "int4": "int4"}
 
 
@@ -57,14 +66,38 @@ def steps(run: Any) -> float:
     return statistics.median(times[2:])
 
 
-def ours(engine: Engine, ids: list[int]) -> float:
-    """Tokens per second behind `ids`, by the decode loop that every answer goes through."""
-    cache = engine.new_cache()
-    engine.read(cache, ids)
+def histories(engine: Engine, ids: list[int]) -> dict[int, Cache]:
+    """The cache after each of HISTORIES, of one long text."""
+    cache, caches = engine.new_cache(), {}
+    for length in HISTORIES:
+        engine.read(cache, ids[cache.seen : length])
+        caches[length] = cache.clone()
+    return caches
+
+
+def ours(engine: Engine, before: Cache) -> float:
+    """Tokens per second on a copy of a cache, by the decode loop that every answer goes through."""
+    cache = before.clone()
     cache.make_room()
-    params = SamplingParams(max_tokens=STEPS + 3, ignore_eos=True)
-    stream = engine.decode(cache, [params], [[]])
+    stream = engine.decode(cache, [SamplingParams(max_tokens=STEPS + 3, ignore_eos=True, lookup=False)], [[]])
     return 1 / steps(lambda _: next(stream))
+
+
+def about_a_document(engine: Engine, llm: LLM) -> dict[str, float]:
+    """Tokens per second of greedy answers to questions about a text, with and without guesses from the prompt."""
+    text = files("zsmerge_llm").joinpath("data", "marigold.txt").read_text(encoding="utf-8")[:6000]
+    seconds, said = {"with": 0.0, "without": 0.0}, {"with": 0, "without": 0}
+    for question in QUESTIONS:
+        message = [{"role": "user", "content": f"{text}\n\n{question}"}]
+        ids = llm.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        behind = engine.new_cache()
+        engine.read(behind, ids)
+        for kind in ("without", "with") * 2:
+            params = SamplingParams(max_tokens=60, lookup=kind == "with")
+            started = time.perf_counter()
+            said[kind] += len(list(engine.decode(behind.clone(), [params], [ids])))
+            seconds[kind] += time.perf_counter() - started
+    return {kind: said[kind] / seconds[kind] for kind in seconds}
 
 
 @torch.inference_mode()
@@ -92,7 +125,7 @@ def theirs(engine: Engine, ids: list[int]) -> float:
 
 def at_once(engine: Engine, base: Cache, rows: int) -> float:
     """Tokens per second of `rows` conversations that decode in threads of their own."""
-    params = SamplingParams(max_tokens=STEPS + 8, ignore_eos=True)
+    params = SamplingParams(max_tokens=STEPS + 8, ignore_eos=True, lookup=False)
     caches = [base.clone() for _ in range(rows)]
 
     def talk(cache: Cache) -> list[float]:
@@ -105,27 +138,29 @@ def at_once(engine: Engine, base: Cache, rows: int) -> float:
 
 
 def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
-    result: dict[str, Any] = {"bandwidth": bandwidth(), "rates": {}, "rows": {}, "weight_bytes": {}}
+    result: dict[str, Any] = {"bandwidth": bandwidth(), "rates": {}, "rows": {}, "weight_bytes": {}, "answers": {}}
     for name in arguments.formats:
-        llm = LLM(arguments.model, cache=CacheConfig(slots=1024), quantization=FORMATS[name])
-        engine = llm.engine
+        llm = LLM(arguments.model, cache=CacheConfig(slots=1024), quantization=FORMATS[name], compile=False)
+        engine, rates = llm.engine, result["rates"]
         tensors = [*engine.model.parameters(), *engine.model.buffers()]
         result["weight_bytes"][name] = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-        result["rates"][f"zsmerge {name}"] = rates = {}
-        full = result["rates"].setdefault("transformers bf16", {}) if name == "bf16" else None
-        for length in HISTORIES:
-            ids = history(llm, text, length)
-            rates[length] = ours(engine, ids)
-            if full is not None and length <= arguments.full:
-                full[length] = theirs(engine, ids)
-            print(name, length, round(rates[length], 1), round((full or {}).get(length, 0), 1), flush=True)
-        base = engine.new_cache()
-        engine.read(base, history(llm, text, 4096))
-        result["rows"][name] = {rows: at_once(engine, base, rows) for rows in ROWS}
-        print(
-            name, "conversations at once", {n: round(rate, 1) for n, rate in result["rows"][name].items()}, flush=True
-        )
-        del llm, engine, base
+        ids = history(llm, text, HISTORIES[-1])
+        caches = histories(engine, ids)
+        if name == "bf16":
+            lengths = [length for length in HISTORIES if length <= arguments.full]
+            rates["transformers bf16"] = {length: theirs(engine, ids[:length]) for length in lengths}
+        rates[f"zsmerge {name} eager"] = {length: ours(engine, cache) for length, cache in caches.items()}
+        result["rows"][name] = {rows: at_once(engine, caches[4096], rows) for rows in ROWS}
+        engine.fusion.start()
+        ours(engine, caches[64])  # compiles
+        rates[f"zsmerge {name}"] = {length: ours(engine, cache) for length, cache in caches.items()}
+        result["answers"][name] = about_a_document(engine, llm)
+        result["answers"][name]["compile_seconds"] = engine.fusion.seconds
+        for kind in [kind for kind in rates if name in kind]:
+            print(kind, {length: round(rate, 1) for length, rate in rates[kind].items()}, flush=True)
+        print(name, "at once", {rows: round(rate, 1) for rows, rate in result["rows"][name].items()}, flush=True)
+        print(name, "answers", {kind: round(rate, 1) for kind, rate in result["answers"][name].items()}, flush=True)
+        del llm, engine, caches
     return result
 
 
