@@ -132,11 +132,12 @@ class Conversations:
 
     # -- documents ---------------------------------------------------------------------------------------------------
 
-    def open_document(self, text: str, name: str | None, title: str) -> Turn:
+    def open_document(self, text: str, name: str | None, title: str, known: bool = False) -> Turn:
         """A document as the beginning of conversations: what is to be read of it, nothing where it is known already.
 
         Args:
             name: the session's name. None: `title`, or something like it where that is another session's.
+            known: whether what will be asked is known, so that the rule for documents read ahead is out of place.
         """
         digest, template = self._document_digest(text), self._dated(self.today())
         for origin, _ in self.store.matches([digest], name):
@@ -153,7 +154,7 @@ class Conversations:
         if name is None:
             name = title if title not in self.store else f"{title}-{digest[:8]}"
         session = Session(name, self.store.fingerprint, template.today, document=text)
-        cache = self.new_document_cache(len(tokens))
+        cache = self.new_cache() if known else self.new_document_cache(len(tokens))
         return Turn([], None, [digest], template, session, True, None, cache, tokens, 0, "new")
 
     def keep_document(self, turn: Turn) -> None:

@@ -323,7 +323,7 @@ class LLM:
         """
         read, title = read_text(document, text)
         parts = self._load()
-        turn = parts.conversations.open_document(read, name, title)
+        turn = parts.conversations.open_document(read, name, title, known=probe is not None)
         if turn.ids:
             check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, parts.engine.reach)
             asking = chat_probe(parts.template, probe or GENERIC)
