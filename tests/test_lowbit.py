@@ -278,7 +278,8 @@ def negative_log_likelihood(llm: LLM, tokens: int) -> float:
 @pytest.mark.slow
 def test_smollm2_predicts_a_text_almost_as_well_in_few_bits(smollm2: LLM) -> None:
     exact = negative_log_likelihood(smollm2, 1024)
-    questions = {  # in 4 bits so small a model forgets the capital of France, though the likelihood of a text is the same
+    # In 4 bits so small a model forgets the capital of France, though it predicts a text as well as before.
+    questions = {
         "int8": ("What is the capital of France?", "Paris"),
         "int4": ("Who wrote Hamlet?", "Shakespeare"),
     }
