@@ -92,11 +92,15 @@ def about_a_document(engine: Engine, llm: LLM) -> dict[str, float]:
         ids = llm.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         behind = engine.new_cache()
         engine.read(behind, ids)
-        for kind in ("without", "with") * 2:
+        for kind in ("without", "with"):
             params = SamplingParams(max_tokens=60, lookup=kind == "with")
-            started = time.perf_counter()
-            said[kind] += len(list(engine.decode(behind.clone(), [params], [ids])))
-            seconds[kind] += time.perf_counter() - started
+            times = []
+            for _ in range(3):  # the first one compiles
+                started = time.perf_counter()
+                answer = list(engine.decode(behind.clone(), [params], [ids]))
+                times.append(time.perf_counter() - started)
+            said[kind] += len(answer)
+            seconds[kind] += min(times[1:])
     return {kind: said[kind] / seconds[kind] for kind in seconds}
 
 
