@@ -18,6 +18,8 @@ def saying(llm: LLM, *answers: str) -> Iterator[None]:
     told = iter(range(10**6))
 
     class Script:
+        greedy = False  # nobody may draw ahead
+
         def __init__(self, *_: Any) -> None:
             self.say(answers[next(told) % len(answers)])
 

@@ -70,6 +70,8 @@ def scripted(answers: dict[int, list[int]], parsed: dict[int, dict[str, Any]]) -
     commit = Conversations.commit
 
     class Script:
+        greedy = False  # nobody may draw ahead
+
         def __init__(self, *_: Any) -> None:
             self.number = next(count)
             self.ids = answers[self.number]
