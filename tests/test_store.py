@@ -193,7 +193,7 @@ def test_in_any_order_of_events_every_conversation_goes_on_correctly_within_the_
 @pytest.mark.parametrize("machine", [Life, LastingLife])
 def test_in_many_orders_of_events_every_conversation_goes_on_correctly(machine: type[Life]) -> None:
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=200, stateful_step_count=50, deadline=None, print_blob=True)
+        machine, settings=settings(max_examples=100, stateful_step_count=50, deadline=None, print_blob=True)
     )
 
 
