@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from platformdirs import user_cache_dir
 
@@ -27,10 +28,12 @@ class GGUFFiles(dict[str, Path]):
     def __missing__(self, name: str) -> Path:
         folder = Path(os.environ.get("ZSMERGE_TEST_MODELS") or Path(user_cache_dir("zsmerge-llm")) / "test-models")
         path = folder / f"{name}.gguf"
-        if not path.is_file():
-            if not FETCH.is_file():
-                pytest.fail(f"The slow tests need {name}.gguf in the folder that ZSMERGE_TEST_MODELS names.")
-            subprocess.run([sys.executable, str(FETCH), name, str(folder)], check=True, stdout=sys.stderr)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{name}.lock"):  # several workers of pytest-xdist
+            if not path.is_file():
+                if not FETCH.is_file():
+                    pytest.fail(f"The slow tests need {name}.gguf in the folder that ZSMERGE_TEST_MODELS names.")
+                subprocess.run([sys.executable, str(FETCH), name, str(folder)], check=True, stdout=sys.stderr)
         self[name] = path
         return path
 

@@ -63,7 +63,19 @@ def test_layers_of_one_kind_are_compiled_once() -> None:
     assert len(engine.fusion.graphs) < len(engine.specs)
 
 
-def test_compiling_begins_by_itself_after_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_other_sizes_are_not_taken_for_the_same() -> None:
+    model = tiny_model()
+    wide = tiny_model(seed=1, intermediate_size=96).model.layers[1].mlp
+    model.model.layers[1].mlp = wide
+    engine = Engine(model, compile=False)
+    expected = said(engine)
+    engine.fusion.start()
+
+    assert torch.allclose(said(engine), expected, atol=1e-4)
+    assert engine.fusion.on
+
+
+def test_compiling_begins_by_itself_after_many_steps() -> None:
     engine = Engine(tiny_model())
     cache = engine.new_cache(CONFIG)
     params = SamplingParams(max_tokens=FUSE_AFTER - 1, ignore_eos=True, lookup=False)

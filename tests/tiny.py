@@ -57,10 +57,14 @@ FAMILIES: dict[str, dict[str, object]] = {
 
 
 def tiny_model(
-    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, vocab: int = VOCAB
+    family: str = "llama",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    vocab: int = VOCAB,
+    intermediate_size: int = 64,
 ) -> PreTrainedModel:
     """A random model whose attention is far from uniform, so that what is evicted matters."""
-    wanted = {**COMMON, "vocab_size": vocab, **FAMILIES[family]}
+    wanted = {**COMMON, "vocab_size": vocab, "intermediate_size": intermediate_size, **FAMILIES[family]}
     settings = {name: value for name, value in wanted.items() if value is not None}
     if family.startswith("falcon"):
         settings.pop("num_key_value_heads")

@@ -119,9 +119,10 @@ class Fusion:
         log.warning("Decoding goes on without compiled layers: %s", self.trouble)
 
     def compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Compiled:
-        """The code for a graph, compiled once however many layers have it."""
+        """The code for a graph, compiled once however many layers have it with weights of the same shapes."""
         constants = [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
-        key = "\n".join([graph.code, *(str(each.tolist()) for each in constants)])
+        shapes = [(*each.shape, *each.stride(), each.dtype, each.device) for each in inputs]
+        key = "\n".join([graph.code, str(shapes), *(str(each.tolist()) for each in constants)])
         if key not in self.graphs:
             self.graphs[key] = torch._inductor.compile(graph, list(inputs), options=OPTIONS)
         return self.graphs[key]
