@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,14 +146,13 @@ class Step(Carrier):
         """One of this step's small tensors, on a layer's device."""
         key = (name, device)
         if key not in self.shared:
-            self.shared[key] = self._small(name).to(device)
+            kept = self.position[:, : self.new].to(torch.int32)
+            valid = kept >= 0 if self.valid is None else self.valid
+            asking = kept.masked_fill(~valid, -1)
+            small = {"kept": kept, "valid": valid, "present": valid.float(), "asking": asking}
+            small |= {"position": self.position, "seen": self.seen}
+            self.shared.update({(each, device): tensor.to(device) for each, tensor in small.items()})
         return self.shared[key]
-
-    def _small(self, name: str) -> Tensor:
-        kept = self.position[:, : self.new].to(torch.int32)
-        valid = kept >= 0 if self.valid is None else self.valid
-        derived = {"kept": kept, "valid": valid, "present": valid.float(), "asking": kept.masked_fill(~valid, -1)}
-        return derived[name] if name in derived else cast("Tensor", getattr(self, name))
 
     def _bias(self, layer: LayerCache, held: Held, call: Call) -> Tensor | None:
         """What is added to the logits, broadcastable to [B, Hq, T, C + m]; None where nothing is."""

@@ -265,6 +265,8 @@ class Engine:
     def _guess(self, row: Row, speaker: Speaker, ahead: int) -> list[int]:
         """What may follow, where it costs no other row its turn and everything fits without compressing."""
         guess = speaker.guess() if self._together.alone(row) else []
+        if not guess:
+            return []
         new = ahead + len(guess)
         fits = all(layer.fits(new) for layer in row.cache.layers) and new <= self.horizon.room(row.cache, new, 0)
         return guess if fits else []

@@ -98,9 +98,12 @@ def layer_configs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[Cache
     """
     if config.slots is None:
         return [config] * len(specs)
-    slots = iter(config.layer_slots(sum(spec.window is None for spec in specs)))
-    plain = config.replace(shares=None)
-    return [plain.replace(slots=next(slots)) if spec.window is None else _sliding(plain, spec.window) for spec in specs]
+    plain = config if config.shares is None else config.replace(shares=None)
+    slots = config.layer_slots(sum(spec.window is None for spec in specs))
+    own = {each: plain if each == plain.slots else plain.replace(slots=each) for each in set(slots)}
+    wide = {window: _sliding(plain, window) for window in {spec.window for spec in specs} if window is not None}
+    full = iter(slots)
+    return [own[next(full)] if spec.window is None else wide[spec.window] for spec in specs]
 
 
 def _sliding(config: CacheConfig, window: int) -> CacheConfig:

@@ -15,7 +15,9 @@ AHEAD = 4
 
 
 class Lookup:
-    """The tokens of one conversation, for looking up. Taking another one costs the same however many there are.
+    """The tokens of one conversation, for looking up.
+
+    They are indexed when a guess is wanted, so that a row that asks for none pays nothing and no first token waits.
 
     Args:
         ids: what was said so far.
@@ -23,22 +25,23 @@ class Lookup:
     """
 
     def __init__(self, ids: Sequence[int], stops: Collection[int]) -> None:
-        self._ids: list[int] = []
+        self._ids = list(ids)
         self._stops = stops
+        self._indexed = 0
         self._behind: dict[tuple[int, ...], int] = {}
-        self._found: int | None = None
-        for token in ids:
-            self.push(token)
+        self._found: int | None = None  # where the last GRAM of the indexed ids stood before: what is behind them
 
     def push(self, token: int) -> None:
         """Take the next token."""
         self._ids.append(token)
-        gram = tuple(self._ids[-GRAM:])
-        self._found = self._behind.get(gram)
-        self._behind[gram] = len(self._ids)
 
     def guess(self) -> list[int]:
         """At most AHEAD ids; none where the last GRAM ids are new."""
+        for end in range(self._indexed + 1, len(self._ids) + 1):
+            gram = tuple(self._ids[max(0, end - GRAM) : end])
+            self._found = self._behind.get(gram)
+            self._behind[gram] = end
+        self._indexed = len(self._ids)
         found = self._ids[self._found : self._found + AHEAD] if self._found is not None else []
         end = next((at for at, token in enumerate(found) if token in self._stops), len(found))
         return found[:end]

@@ -7,8 +7,6 @@ is least sure. The others get by on less. It takes no question and one short tex
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +15,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from zsmerge_llm import policy
+from zsmerge_llm import policy, saving
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
 from zsmerge_llm.config import CacheConfig
@@ -173,8 +171,4 @@ def _load(path: Path | None, layers: int) -> tuple[float, ...] | None:
 def _save(path: Path, shares: tuple[float, ...]) -> None:
     """Keep them, atomically; where that is not possible, the next process finds them again."""
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "shares": shares}, file)
-        os.replace(temporary, path)
+        saving.replace(path, json.dumps({"format": FORMAT, "shares": shares}).encode(), durable=False)

@@ -38,8 +38,12 @@ def write(path: Path, about: dict[str, Any], tensors: dict[str, Tensor], durable
     Raises:
         OSError: no room or no permission. What was there stays.
     """
+    replace(path, _content(about, tensors), durable)
+
+
+def replace(path: Path, content: bytes | bytearray, durable: bool = True) -> None:
+    """Write bytes to `path`, as `write` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = _content(about, tensors)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY[0], suffix=TEMPORARY[1])
     try:
         with os.fdopen(handle, "wb") as file:
