@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from threading import Event
 from typing import Any
 
 import pytest
 
 from tests.talk import ROOMY, counted, talker
+from tests.ticking import ticking
 from zsmerge_llm import SamplingParams, aio
 
 LIMIT = 0.05
@@ -39,23 +39,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "the condition did not come true within 10 seconds"
         time.sleep(0.002)
-
-
-@asynccontextmanager
-async def ticking() -> AsyncIterator[list[float]]:
-    """The gaps between the ticks of a task that wants to run every two milliseconds."""
-    gaps: list[float] = []
-
-    async def tick() -> None:
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(0.002)
-            gaps.append(time.perf_counter() - before)
-
-    task = asyncio.create_task(tick())
-    await asyncio.sleep(0.01)
-    yield gaps
-    task.cancel()
 
 
 class Counter:
@@ -83,10 +66,13 @@ async def test_results_and_items_come_in_order() -> None:
 async def test_twenty_calls_of_a_model_never_hold_the_loop() -> None:
     llm, params = talker(cache=ROOMY), SamplingParams(max_tokens=12)
     llm.chat("Hello", sampling=params)  # loaded
+
+    def ask(cancel: Event) -> Any:
+        return llm.chat("Hello", sampling=params, cancel=cancel)
+
     worst = []
     for _ in range(ATTEMPTS):
         async with ticking() as gaps:
-            ask = lambda cancel: llm.chat("Hello", sampling=params, cancel=cancel)  # noqa: E731
             assert len(await asyncio.gather(*(aio.call(ask) for _ in range(20)))) == 20
         assert len(gaps) > 20
         worst.append(max(gaps))

@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 
 from tests.saying import saying
 from tests.talk import ROOMY, counted, talker
+from tests.ticking import ticking
 from zsmerge_llm import Grammar
 
 
@@ -227,19 +228,10 @@ def test_breaking_out_of_a_stream_stops_decoding_within_a_token() -> None:
 async def test_twenty_calls_at_once_leave_the_loop_free() -> None:
     model = chat(temperature=1.0, seed=4)
     tools, formed = model.bind_tools([weather], tool_choice="any"), model.with_structured_output(Place)
-    gaps: list[float] = []
-
-    async def tick() -> None:
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(0.002)
-            gaps.append(time.perf_counter() - before)
-
     model.warm_up()
-    ticker = asyncio.create_task(tick())
-    calls = [(model, tools, formed)[at % 3].ainvoke(f"Hello {at}") for at in range(20)]
-    assert all(await asyncio.gather(*calls))
-    ticker.cancel()
+    async with ticking() as gaps:
+        calls = [(model, tools, formed)[at % 3].ainvoke(f"Hello {at}") for at in range(20)]
+        assert all(await asyncio.gather(*calls))
     print(f"{len(gaps)} ticks, worst gaps {[round(gap * 1000) for gap in sorted(gaps)[-3:]]} ms")
     assert len(gaps) > 20
     assert sorted(gaps)[len(gaps) * 98 // 100] < 0.05  # what is beyond is the machine's
