@@ -108,7 +108,7 @@ def test_a_model_that_cannot_be_compiled_says_so_and_goes_on(
         engine.fusion.start()
         given = said(engine)
 
-    assert torch.equal(given, expected)
+    assert torch.allclose(given, expected, atol=1e-5)
     assert engine.fusion.trouble is not None
     assert "no working C++ compiler" in caplog.text
     assert caplog.text.count("without compiled layers") == 1

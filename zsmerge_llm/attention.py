@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from zsmerge_llm import adapters, policy
+from zsmerge_llm import adapters, kernels, policy
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.errors import InputError, UnsupportedModelError
 from zsmerge_llm.layer import Arrival, Held, LayerCache, LayerSpec
@@ -98,6 +98,7 @@ class Step(Carrier):
 
     position [B, T] covers all T = n + m tokens, valid [B, n] (False: padding; None: no padding) the n = `new` to keep;
     counts: how many of them are no padding, for each row; seen [B]: tokens each row has read, these included.
+    kernels: whether those of `kernels` may serve.
     """
 
     cache: Cache
@@ -106,12 +107,18 @@ class Step(Carrier):
     valid: Tensor | None
     counts: list[int]
     seen: Tensor
-    shared: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    kernels: bool = False
+    small: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict)
+    causal: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def attend(self, call: Call) -> Tensor:
         """Append, attend, observe, compress: [B, Hq, T, D]."""
         layer = self.cache.layers[call.layer]
-        arrival = self._arrival(call)
+        arrival = self._arrival(layer, call)
+        if arrival.few:
+            held, output = layer.look(arrival, call.scaling)
+            self._settle(layer, held, arrival)
+            return output
         held = layer.append(arrival)
         keys, values = held.keys, held.values
         if call.query.shape[2] > self.new:
@@ -124,35 +131,41 @@ class Step(Carrier):
     def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
         layer.settle(held, arrival)
 
-    def _arrival(self, call: Call) -> Arrival:
-        new, device = self.new, call.key.device
-        probing = call.query.shape[2] > new
+    def _arrival(self, layer: LayerCache, call: Call) -> Arrival:
+        new, small = self.new, self._small(call.key.device)
+        queries, keys, values = call.query, call.key, call.value
+        probe, probe_position, few = None, None, False
+        if queries.shape[2] > new:
+            probe, probe_position = queries[:, :, new:], small["position"][:, new:]
+            queries, keys, values = (each[:, :, :new] for each in (queries, keys, values))
+        elif self.kernels and self.valid is None and layer.holds(new):
+            few = kernels.serves(queries, keys, values)
         return Arrival(
-            queries=call.query[:, :, :new],
-            keys=call.key[:, :, :new],
-            values=call.value[:, :, :new],
-            position=self._on(device, "kept"),
-            valid=self._on(device, "valid"),
-            present=self._on(device, "present"),
-            asking=self._on(device, "asking"),
-            seen=self._on(device, "seen"),
-            probe=call.query[:, :, new:] if probing else None,
-            probe_position=self._on(device, "position")[:, new:] if probing else None,
+            queries=queries,
+            keys=keys,
+            values=values,
+            position=small["kept"],
+            valid=small["valid"],
+            present=small["present"],
+            asking=small["asking"],
+            seen=small["seen"],
+            probe=probe,
+            probe_position=probe_position,
             counts=self.counts,
             sinks=call.sinks,
+            few=few,
         )
 
-    def _on(self, device: torch.device, name: str) -> Tensor:
-        """One of this step's small tensors, on a layer's device."""
-        key = (name, device)
-        if key not in self.shared:
+    def _small(self, device: torch.device) -> dict[str, Tensor]:
+        """This step's small tensors on a layer's device, made once."""
+        if device not in self.small:
             kept = self.position[:, : self.new].to(torch.int32)
             valid = kept >= 0 if self.valid is None else self.valid
             asking = kept.masked_fill(~valid, -1)
-            small = {"kept": kept, "valid": valid, "present": valid.float(), "asking": asking}
-            small |= {"position": self.position, "seen": self.seen}
-            self.shared.update({(each, device): tensor.to(device) for each, tensor in small.items()})
-        return self.shared[key]
+            made = {"kept": kept, "valid": valid, "present": valid.float(), "asking": asking}
+            made |= {"position": self.position, "seen": self.seen}
+            self.small[device] = {name: tensor.to(device) for name, tensor in made.items()}
+        return self.small[device]
 
     def _bias(self, layer: LayerCache, held: Held, call: Call) -> Tensor | None:
         """What is added to the logits, broadcastable to [B, Hq, T, C + m]; None where nothing is."""
@@ -163,7 +176,7 @@ class Step(Carrier):
         if total > 1:
             bias = bias + self._causal(layer, held, call)
         if window is not None:
-            position = self._on(call.key.device, "position")
+            position = self._small(call.key.device)["position"]
             keys = torch.cat([held.position[:, 0], position[:, self.new :].to(torch.int32)], dim=1)
             bias = bias + policy.window_bias(position, keys, window)[:, None]
         group = call.query.shape[1] // call.key.shape[1]
@@ -173,15 +186,15 @@ class Step(Carrier):
         """[B, 1, T, C + m]; made once for all layers of the same fill. The probe stands behind all slots."""
         total, slots = call.query.shape[2], held.count.shape[2]
         fills, bases = (layer.fills[:1], held.base[:1]) if layer.level else (layer.fills, held.base)
-        key = ("causal", tuple(fills), tuple(bases), slots, call.query.dtype, call.query.device)
-        if key not in self.shared:
+        key = (tuple(fills), tuple(bases), slots, call.query.dtype, call.query.device)
+        if key not in self.causal:
             filled, base = torch.tensor([fills, bases], device=call.query.device)
             probing = total - self.new
             own = policy.causal_bias(filled, base, self.new, slots, call.query.dtype)
             behind = torch.full_like(base, slots)
             after = policy.causal_bias(behind, behind, probing, slots + probing, call.query.dtype)
-            self.shared[key] = torch.cat([F.pad(own, (0, probing), value=policy.NEVER), after], dim=1)[:, None]
-        return self.shared[key]
+            self.causal[key] = torch.cat([F.pad(own, (0, probing), value=policy.NEVER), after], dim=1)[:, None]
+        return self.causal[key]
 
 
 @dataclass

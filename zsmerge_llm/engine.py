@@ -278,7 +278,7 @@ class Engine:
             tokens = torch.tensor([[*ids, *guess]])
             new = tokens.shape[1]
             seen = torch.tensor(cache.lengths)
-            draft = Draft(cache, new, seen[:, None] + torch.arange(new), None, [new], seen + new)
+            draft = Draft(cache, new, seen[:, None] + torch.arange(new), None, [new], seen + new, self.fusion.kernels)
             logits = self._run(draft, tokens, torch.arange(new))[0]
             own = torch.stack([speaker.draw(scores) for scores in logits[len(ids) - 1 : -1].float()]).tolist()
         kept = len(ids)
@@ -324,7 +324,7 @@ class Engine:
             position = torch.minimum(position, (lengths + counts - 1).clamp(min=0)[:, None])
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
-        step = Step(cache, new, position, valid, counts.tolist(), lengths + counts)
+        step = Step(cache, new, position, valid, counts.tolist(), lengths + counts, self.fusion.kernels)
         logits = self._run(step, ids, wanted)
         cache.lengths = step.seen.tolist()
         last = logits[torch.arange(batch), torch.searchsorted(wanted, ends)]

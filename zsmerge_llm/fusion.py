@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from zsmerge_llm import kernels
 from zsmerge_llm.attention import Call, Carrier, Step
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.lookup import AHEAD
+from zsmerge_llm.lowbit import Int8Linear
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,12 @@ class Fusion:
         self._expected = layers
         self._left = after
         self._layers: list[FusedLayer] = []
+        self._head: FusedHead | None = None
+
+    @property
+    def kernels(self) -> bool:
+        """Whether decode steps go through the kernels as well."""
+        return self.on and self._head is not None
 
     @property
     def on(self) -> bool:
@@ -100,6 +108,20 @@ class Fusion:
             self.give_up(error)
             return
         self._layers = [FusedLayer(self, layer, index) for index, layer in enumerate(layers)]
+        if self._model.device.type == "cpu":
+            self._build()
+
+    def _build(self) -> None:
+        """Load the kernels; what is compiled works without them too."""
+        started = time.perf_counter()
+        try:
+            with _COMPILER:
+                kernels.build()
+        except UnsupportedModelError as error:
+            log.warning("Decoding goes on without kernels of its own: %s", error)
+            return
+        self._head = FusedHead(self._model.get_output_embeddings())
+        self.seconds += time.perf_counter() - started
 
     def count(self, tokens: int) -> None:
         """Take note of a pass of so many tokens, if it is one that compiling would make faster."""
@@ -116,6 +138,8 @@ class Fusion:
         self.trouble = f"{type(why).__name__}: {why}"
         for layer in self._layers:
             layer.remove()
+        if self._head is not None:
+            self._head.remove()
         log.warning("Decoding goes on without compiled layers: %s", self.trouble)
 
     def compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Compiled:
@@ -192,10 +216,41 @@ class FusedLayer:
         inputs, started = [*tensors, *self.weights], time.perf_counter()
         self.remove()
         with _COMPILER:
-            compiled = self.fusion.compile(make_fx(run, tracing_mode="fake")(*inputs), inputs)
+            graph = make_fx(run, tracing_mode="fake")(*inputs)
+            if self.fusion.kernels:
+                kernels.share(graph)
+            compiled = self.fusion.compile(graph, inputs)
         self.layer.forward = self
         self.fusion.seconds += time.perf_counter() - started
         return Code(compiled, rest, form[-1])
+
+
+class FusedHead:
+    """Stands in for the forward of the output layer: a few rows on a CPU go through the kernels."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.eager = layer.forward
+        self.weight = cast(Tensor, layer.weight)
+        self.scales, self.biases = (_some(getattr(layer, name, None)) for name in ("scale", "bias"))
+        if type(layer) in (nn.Linear, Int8Linear):
+            layer.forward = self
+
+    def remove(self) -> None:
+        """Put the layer's own forward back."""
+        self.layer.forward = self.eager
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        inputs = x.reshape(-1, x.shape[-1])
+        if len(inputs) > kernels.MOST or x.dtype not in kernels.DTYPES:
+            return self.eager(x)
+        (output,) = kernels.rows(inputs, [self.weight], self.scales, self.biases)
+        return output.view(*x.shape[:-1], -1)
+
+
+def _some(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
 
 
 def _flat(values: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from zsmerge_llm import policy
+from zsmerge_llm import kernels, policy
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.rotary import Rotation
 
@@ -40,14 +40,14 @@ class LayerSpec:
     softcap: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: that would take longer to make, in every layer of every step
 class Arrival:
     """The tokens of one forward pass as a layer receives them.
 
     queries [B, Hq, n, D], keys and values [B, H, n, D]: the tokens to keep. position int32 [B, n]; valid bool [B, n],
     and the same as present float32 [B, n]; asking int32 [B, n]: the position, or -1 for padding. counts: how many of
     them are no padding, for each row; seen: [B], tokens read by each row, these included. probe [B, Hq, m, D],
-    probe_position [B, m]: queries that only look, if any.
+    probe_position [B, m]: queries that only look, if any. few: whether the kernels for a few tokens serve (`kernels`).
     """
 
     queries: Tensor
@@ -62,6 +62,7 @@ class Arrival:
     probe_position: Tensor | None
     counts: list[int]
     sinks: Tensor | None = None
+    few: bool = False
 
     @property
     def padded(self) -> bool:
@@ -75,19 +76,47 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a layer attends to in one pass: views of its slots, or copies with the arriving tokens behind them.
-
-    Every tensor is [B, H, C, ...]; the arriving tokens of row b stand from slot `base[b]` on.
-    """
+class Slots:
+    """Tensors of slots, by their names in a layer: [B, H, C, ...]."""
 
     keys: Tensor
     values: Tensor
     count: Tensor
     score: Tensor
     position: Tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a layer attends to in one pass: the first `end` of its slots, or of copies with the arriving tokens behind.
+
+    Every tensor is [B, H, end, ...]; the arriving tokens of row b stand from slot `base[b]` on.
+    """
+
+    slots: Slots | LayerCache
+    end: int
     base: list[int]
     in_place: bool
+
+    @property
+    def keys(self) -> Tensor:
+        return self.slots.keys[:, :, : self.end]
+
+    @property
+    def values(self) -> Tensor:
+        return self.slots.values[:, :, : self.end]
+
+    @property
+    def count(self) -> Tensor:
+        return self.slots.count[:, :, : self.end]
+
+    @property
+    def score(self) -> Tensor:
+        return self.slots.score[:, :, : self.end]
+
+    @property
+    def position(self) -> Tensor:
+        return self.slots.position[:, :, : self.end]
 
 
 def layer_configs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[CacheConfig]:
@@ -160,11 +189,15 @@ class LayerCache:
         full = [slots is not None and fill > slots for fill in self.fills]
         if slots is None or not any(full):
             return
-        held = Held(**{name: getattr(self, name)[:, :, :used] for name in PER_SLOT}, base=self.fills, in_place=True)
+        held = Held(self, used, self.fills, in_place=True)
         if self.config.scoring == "window":
             self._weigh(held, full, self.queries, self.query_position)
         self.fills = [slots if due else fill for due, fill in zip(full, self.fills, strict=True)]
         self._compress(held, full, seen.to(self.spec.device))
+
+    def holds(self, new: int) -> bool:
+        """Whether there is room for `new` tokens behind those of every row."""
+        return max(self.fills) + new <= self.capacity
 
     def fits(self, new: int) -> bool:
         """Whether every row can take `new` tokens without compressing."""
@@ -192,19 +225,34 @@ class LayerCache:
             self._grow(used + new)
         entries = self._entries(arrival)
         if used + new > self.capacity:
-            return Held(**self._beside(entries, used), base=self.fills, in_place=False)
+            return Held(Slots(**self._beside(entries, used)), used + new, self.fills, in_place=False)
         for name, entry in entries.items():
             self._write(getattr(self, name), entry)
-        return Held(
-            **{name: getattr(self, name)[:, :, : used + new] for name in PER_SLOT}, base=self.fills, in_place=True
+        return Held(self, used + new, self.fills, in_place=True)
+
+    def look(self, arrival: Arrival, scaling: float) -> tuple[Held, Tensor]:
+        """`append`, and what the arriving tokens make of it all, [B, Hq, n, D]: in one kernel (`kernels.serves`)."""
+        new = arrival.keys.shape[2]
+        output = kernels.look(
+            (arrival.queries, arrival.keys, arrival.values),
+            [getattr(self, name) for name in PER_SLOT],
+            arrival.position,
+            self.fills,
+            scaling=scaling,
+            alpha=self.config.alpha,
+            softcap=self.spec.softcap,
+            window=self.spec.window,
+            sinks=arrival.sinks,
         )
+        return Held(self, max(self.fills) + new, self.fills, in_place=True), output
 
     def settle(self, held: Held, arrival: Arrival) -> None:
         """After attention: update the scores, and compress the rows that have used up their room."""
+        slots, room = self.config.slots, self.capacity
         used = [fill + count for fill, count in zip(self.fills, arrival.counts, strict=True)]
-        full = [self.config.slots is not None and end >= self.capacity for end in used]
+        full = [slots is not None and end >= room for end in used]
         self._observe(held, arrival, full)
-        self.fills = [self.config.slots or 0 if due else end for due, end in zip(full, used, strict=True)]
+        self.fills = [slots or 0 if due else end for due, end in zip(full, used, strict=True)]
         if any(full) or not held.in_place:
             self._compress(held, full, arrival.seen)
 
@@ -212,8 +260,7 @@ class LayerCache:
         """`settle` for the first `count` tokens of one row, as if the others had never come. They must all fit."""
         new, used = arrival.keys.shape[2], self.fills[0]
         self.count[:, :, used + count : used + new] = 0
-        slots = {name: getattr(held, name)[:, :, : used + count] for name in PER_SLOT}
-        self.settle(replace(held, **slots), arrival.first(count))
+        self.settle(replace(held, end=used + count), arrival.first(count))
 
     def _observe(self, held: Held, arrival: Arrival, full: list[bool]) -> None:
         if self.config.slots is None:
@@ -283,6 +330,9 @@ class LayerCache:
     def _remember(self, arrival: Arrival) -> None:
         """Keep the newest queries: they decide at the next compression, unless a probe does."""
         room = self.config.window
+        if arrival.few and arrival.queries.shape[2] <= room:
+            kernels.remember(self.queries, self.query_position, arrival.queries, arrival.asking)
+            return
         queries = torch.cat([self.queries, arrival.queries], dim=2)
         asking = torch.cat([self.query_position, arrival.asking], dim=1)
         if arrival.padded:  # padding must not push a row's own queries out

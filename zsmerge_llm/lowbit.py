@@ -86,7 +86,7 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         rows = x.reshape(-1, self.in_features).contiguous()
-        few = len(rows) <= FEW_INT4 or _layout() is None
+        few = len(rows) <= FEW_INT4 or layout() is None
         out = self._few(rows) if few else self._many(rows)
         return _finish(out, self.bias, x)
 
@@ -109,7 +109,7 @@ class Int4Linear(nn.Module):
 
     def _columns(self, start: int, end: int) -> Tensor:
         """Wᵀ[:, start:end], [K, end - start]; `start` is a multiple of 64."""
-        codes = unpack(self.weight[start:end], cast("tuple[int, bool]", _layout())).float()  # [K, n], 0 to 15
+        codes = unpack(self.weight[start:end], cast("tuple[int, bool]", layout())).float()  # [K, n], 0 to 15
         grouped = codes.view(-1, self.group, end - start)  # float32: in bfloat16 torch takes three times as long
         scale, zero = self.scales_and_zeros[:, start:end].float().unbind(-1)
         zero = (zero - 8 * scale)[:, None].contiguous()
@@ -229,7 +229,7 @@ def unpack(packed: Tensor, layout: tuple[int, bool]) -> Tensor:
 
 
 @cache
-def _layout() -> tuple[int, bool] | None:
+def layout() -> tuple[int, bool] | None:
     """How this machine's kernel packs, found by packing known codes; None if in no way known here."""
     codes = torch.arange(112 * 32, dtype=torch.int32).mul_(7).remainder_(31).remainder_(16).view(112, 32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)

@@ -1,0 +1,221 @@
+"""The C++ kernels of decode steps give what plain PyTorch gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.tiny import tiny_model
+from zsmerge_llm import CacheConfig, kernels
+from zsmerge_llm.engine import Engine
+from zsmerge_llm.lowbit import round_to_int4, round_to_int8
+
+DTYPES = list(kernels.DTYPES)
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    kernels.build()
+
+
+def difference(given: Tensor, expected: Tensor) -> float:
+    """Relative to the expected values' size."""
+    return float((given.float() - expected).norm() / expected.norm().clamp(min=1e-9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    count=st.integers(1, kernels.MOST),
+    inputs=st.integers(1, 200),
+    outputs=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    biased=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_rows_times_matrices_of_any_size_are_those_of_pytorch(
+    dtype: torch.dtype, count: int, inputs: int, outputs: list[int], biased: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(count, inputs).to(dtype)
+    weights = [torch.randn(each, inputs).to(dtype) for each in outputs]
+    biases = [torch.randn(each).to(dtype) for each in outputs] if biased else []
+
+    products = kernels.rows(x, weights, [], biases)
+
+    for index, (product, weight) in enumerate(zip(products, weights, strict=True)):
+        expected = x.float() @ weight.float().T + (biases[index].float() if biased else 0)
+        terms = x.float().abs() @ weight.float().abs().T + 1
+        assert product.dtype == dtype
+        assert bool(((product.float() - expected).abs() <= ROUNDING[dtype] * terms).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    count=st.integers(1, kernels.MOST),
+    inputs=st.integers(1, 40).map(lambda each: 16 * each),
+    outputs=st.integers(1, 150),
+    size=st.sampled_from([1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 9),
+)
+def test_rows_times_a_matrix_of_8_bits_are_those_of_the_matrix_it_stands_for(
+    dtype: torch.dtype, count: int, inputs: int, outputs: int, size: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(count, inputs)
+    x[0, 0] = 1000  # one large input must not take the precision of the others
+    x = (x * (1 if dtype == torch.float16 else size)).to(dtype)
+    weight, scale = round_to_int8(torch.randn(outputs, inputs), dtype)
+
+    (product,) = kernels.rows(x, [weight], [scale], [])
+
+    whole = weight.float() * scale.float()[:, None]
+    terms = x.float().abs() @ whole.abs().T  # a sum may be much smaller than what it is a sum of
+    assert bool(((product.float() - x.float() @ whole.T).abs() <= max(ROUNDING[dtype], 1e-4) * terms).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    count=st.integers(1, kernels.MOST),
+    inputs=st.integers(1, 12).map(lambda each: 32 * each),
+    outputs=st.lists(st.integers(1, 4).map(lambda each: 64 * each), min_size=1, max_size=3),
+    seed=st.integers(0, 9),
+)
+def test_rows_times_matrices_of_4_bits_are_those_of_torchs_own_kernel(
+    dtype: torch.dtype, count: int, inputs: int, outputs: list[int], seed: int
+) -> None:
+    if not torch.ops.zsmerge.packed():  # this processor leaves 4 bits to PyTorch
+        return
+    torch.manual_seed(seed)
+    x = torch.randn(count, inputs).to(dtype)
+    packed = [round_to_int4(torch.randn(each, inputs), dtype) for each in outputs]
+
+    products = kernels.rows(x, [weight for weight, _ in packed], [ranges for _, ranges in packed], [])
+
+    for product, (weight, ranges) in zip(products, packed, strict=True):
+        expected = torch.ops.aten._weight_int4pack_mm_for_cpu(x.float(), weight, 32, ranges.float())
+        assert difference(product, expected) < max(ROUNDING[dtype], 1e-4)
+
+
+def test_more_rows_than_the_kernels_take_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="1 to 5 rows"):
+        kernels.rows(torch.ones(6, 32), [torch.ones(4, 32)], [], [])
+
+
+def by_the_book(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float, cap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """One row: query [Hq, T, D], keys and values [H, C, D], bias [H, T, C] → float32 [Hq, T, D]."""
+    heads, group = len(keys), len(query) // len(keys)
+    grouped = query.float().view(heads, group, *query.shape[1:])
+    logits = torch.einsum("hgtd,hcd->hgtc", grouped, keys.float()) * scaling
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    logits = logits + bias[:, None]
+    if sinks is not None:
+        column = sinks.view(heads, group, 1, 1).expand(-1, -1, logits.shape[2], 1)
+        logits = torch.cat([logits, column], dim=-1)
+    paid = logits.softmax(-1)[..., : keys.shape[1]]
+    return torch.einsum("hgtc,hcd->hgtd", paid, values.float()).flatten(0, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    fills=st.lists(st.integers(0, 700), min_size=1, max_size=3),
+    heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    size=st.sampled_from([8, 32, 48, 64, 80, 128]),
+    tokens=st.integers(1, kernels.MOST),
+    cap=st.sampled_from([None, 5.0]),
+    window=st.sampled_from([None, 40]),
+    learned=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_looking_at_slots_is_attention_by_the_book(
+    dtype: torch.dtype, fills: list[int], heads: int, group: int, size: int, tokens: int,
+    cap: float | None, window: int | None, learned: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    rows, room = len(fills), max(fills) + tokens + 3
+    query = torch.randn(rows, tokens, heads * group, size).to(dtype).transpose(1, 2)  # as models give it
+    key, value = (torch.randn(rows, tokens, heads, size).to(dtype).transpose(1, 2) for _ in range(2))
+    keys, values = (torch.randn(rows, heads, room, size).to(dtype) for _ in range(2))
+    count = torch.ones(rows, heads, room)
+    count[:, :, :3] = torch.tensor([0.0, 1.0, 300.0])
+    score = torch.ones(rows, heads, room)
+    position = torch.arange(room, dtype=torch.int32).expand(rows, heads, room).clone()
+    now = torch.tensor([[fill + step for step in range(tokens)] for fill in fills], dtype=torch.int32)
+    sinks = torch.randn(heads * group) if learned else None
+
+    output = kernels.look(
+        (query, key, value), (keys, values, count, score, position), now, fills,
+        scaling=size**-0.5, alpha=0.6, softcap=cap, window=window, sinks=sinks,
+    )  # fmt: skip
+
+    for row, fill in enumerate(fills):
+        end = fill + tokens
+        assert torch.equal(keys[row, :, fill:end], key[row])
+        assert torch.equal(values[row, :, fill:end], value[row])
+        assert bool((count[row, :, fill:end] == 1).all())
+        assert bool((score[row, :, fill:end] == 0).all())
+        at, seen = now[row][:, None], position[row, 0, :end]
+        hidden = torch.arange(end) > fill + torch.arange(tokens)[:, None]
+        if window is not None:
+            hidden |= at - seen >= window
+        bias = (0.6 * count[row, :, None, :end].log()).masked_fill(hidden, float("-inf"))
+        expected = by_the_book(query[row], keys[row, :, :end], values[row, :, :end], bias, size**-0.5, cap, sinks)
+        assert difference(output[row], expected) < ROUNDING[dtype]
+
+
+def test_the_newest_queries_push_out_the_oldest() -> None:
+    queries, asked = torch.arange(2 * 3 * 4 * 2.0).view(2, 3, 4, 2), torch.tensor([[-1, 0, 1, 2]] * 2).int()
+    newest, now = -torch.ones(2, 2, 3, 2).transpose(1, 2), torch.tensor([[3, 4], [5, 6]]).int()
+    expected = torch.cat([queries[:, :, 2:], newest], dim=2)
+
+    kernels.remember(queries, asked, newest, now)
+
+    assert torch.equal(queries, expected)
+    assert asked.tolist() == [[1, 2, 3, 4], [1, 2, 5, 6]]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_number_of_threads_changes_nothing() -> None:
+    def said(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        engine = Engine(tiny_model(), compile=True)
+        cache = engine.new_cache(CacheConfig(slots=24, sink=2, recent=6, stage=8, window=4))
+        engine.read(cache, list(range(30)))
+        return torch.stack([engine.read(cache, [token]) for token in range(12)])
+
+    assert torch.equal(said(1), said(2))
+
+
+def test_without_a_compiler_decoding_goes_on_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no g++ here")
+
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", broken)
+    kernels.build.cache_clear()
+    try:
+        engine = Engine(tiny_model(), compile=True)
+    finally:
+        kernels.build.cache_clear()
+
+    assert not engine.fusion.kernels
+    assert caplog.text.count("no g++ here") == 1

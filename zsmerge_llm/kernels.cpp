@@ -1,0 +1,645 @@
+// What a decode step spends its time on, for the few rows of one or two conversations on a CPU: matrices times rows, and
+// attention to cache slots. Both are bound by reading memory once.
+//
+// Vectors are an extension that GCC and Clang share, so the code is one for all processors. Sums are float32, and what
+// comes out does not depend on the number of threads.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define INT16_PRODUCTS 1
+#else
+#define INT16_PRODUCTS 0
+#endif
+
+namespace {
+
+using at::BFloat16;
+using at::Half;
+using at::Tensor;
+
+constexpr int64_t LANES = 16;
+constexpr int64_t PAIR = 2 * LANES;
+constexpr int MOST = 5;           // rows that share one reading of a matrix
+constexpr int64_t BLOCK = 256;    // slots that one thread attends to at a time
+constexpr int64_t PACKED = 64;    // outputs that stand together in a packed matrix of 4 bits
+constexpr int64_t AHEAD = 4096;   // bytes of packed weights asked for before they are needed
+constexpr float NEVER = -1e30f;   // a logit that weighs nothing, and can be subtracted from itself
+
+typedef float floats __attribute__((vector_size(64)));
+typedef float floats8 __attribute__((vector_size(32)));
+typedef float floats4 __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef int16_t shorts __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef _Float16 halves __attribute__((vector_size(32)));
+typedef int8_t bytes __attribute__((vector_size(16)));
+
+template <typename V>
+inline V load(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+inline void store(floats value, float* to) { std::memcpy(to, &value, sizeof(value)); }
+inline floats all(float value) { return floats{} + value; }
+
+// 32 numbers as two vectors, in the order that costs least.
+struct Pair {
+  floats a, b;
+};
+
+inline Pair widen(const float* from) { return {load<floats>(from), load<floats>(from + LANES)}; }
+inline Pair widen(const BFloat16* from) {  // the even ones and the odd ones
+  const words both = load<words>(from);
+  return {(floats)(both << 16), (floats)(both & 0xffff0000u)};
+}
+#if defined(__AVX512F__)  // GCC 12 takes other conversions apart
+inline Pair widen(const Half* from) {
+  const __m512i both = _mm512_loadu_si512(from);
+  return {(floats)_mm512_cvtph_ps(_mm512_castsi512_si256(both)),
+          (floats)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
+}
+inline floats widen16(const int8_t* from) {
+  return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+#else
+inline Pair widen(const Half* from) {
+  return {__builtin_convertvector(load<halves>(from), floats), __builtin_convertvector(load<halves>(from + LANES), floats)};
+}
+inline floats widen16(const int8_t* from) { return __builtin_convertvector(load<bytes>(from), floats); }
+#endif
+
+// Of 16 outputs, standing by turns.
+inline Pair scales_and_zeros(const BFloat16* from) { return widen(from); }
+template <typename T>
+inline Pair scales_and_zeros(const T* from) {
+  float scale[LANES], zero[LANES];
+  for (int64_t i = 0; i < LANES; ++i) {
+    scale[i] = static_cast<float>(from[2 * i]);
+    zero[i] = static_cast<float>(from[2 * i + 1]);
+  }
+  return {load<floats>(scale), load<floats>(zero)};
+}
+
+inline Pair widen(const int8_t* from) { return {widen16(from), widen16(from + LANES)}; }
+
+// [size] -> float32 in the order of `widen`; what fills no pair stays in place.
+template <typename T>
+inline void arrange(const T* from, int64_t size, float factor, float* to) {
+  int64_t i = 0;
+  for (; i + PAIR <= size; i += PAIR) {
+    const Pair pair = widen(from + i);
+    store(pair.a * factor, to + i);
+    store(pair.b * factor, to + i + LANES);
+  }
+  for (; i < size; ++i) to[i] = static_cast<float>(from[i]) * factor;
+}
+
+template <typename T>
+void restore(float*, int64_t) {}
+template <>
+void restore<BFloat16>(float* x, int64_t size) {
+  for (float pair[PAIR]; size >= PAIR; size -= PAIR, x += PAIR) {
+    for (int64_t i = 0; i < LANES; ++i) pair[2 * i] = x[i], pair[2 * i + 1] = x[LANES + i];
+    std::memcpy(x, pair, sizeof(pair));
+  }
+}
+
+inline float sum(floats v) {
+  floats8 half[2];
+  floats4 quarter[2];
+  std::memcpy(half, &v, sizeof(v));
+  const floats8 eight = half[0] + half[1];
+  std::memcpy(quarter, &eight, sizeof(eight));
+  const floats4 four = quarter[0] + quarter[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// e^x for x <= 0, to a few units in the last place; 0 below e^-80.
+inline floats exponential(floats x) {
+  const ints counts = x > -80.0f;
+  x = x > -80.0f ? x : all(-80.0f);
+  const floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits are the rounded integer
+  const floats power = shifted - 12582912.0f;
+  const floats r = x - power * 0.693359375f + power * 2.12194440e-4f;
+  floats y = all(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = y * r + c;
+  y = y * r * r + r + 1.0f;
+  const ints scaled = (ints)y + (((ints)shifted - 0x4b400000) << 23);
+  return (floats)(scaled & counts);
+}
+
+// ---- matrices times a few rows ------------------------------------------------------------------------------------
+
+// Some outputs' weights [R, K] times arranged float [M, K] -> out[r * M + m]. Several at once, because each sum waits for
+// itself.
+template <typename W, int M, int R>
+inline void dot(const W* weight, const float* x, int64_t K, float* out) {
+  floats acc[R][M][2] = {};
+  int64_t k = 0;
+  for (; k + PAIR <= K; k += PAIR)
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(weight + (r + R) * K + k, 0, 2);  // of the next lines
+      const Pair w = widen(weight + r * K + k);
+      for (int m = 0; m < M; ++m) {
+        acc[r][m][0] += w.a * load<floats>(x + m * K + k);
+        acc[r][m][1] += w.b * load<floats>(x + m * K + k + LANES);
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      float total = sum(acc[r][m][0] + acc[r][m][1]);
+      for (int64_t rest = k; rest < K; ++rest) total += static_cast<float>(weight[r * K + rest]) * x[m * K + rest];
+      out[r * M + m] = total;
+    }
+}
+
+// The rows of one call, in the form that its matrices need.
+struct Rows {
+  int64_t M, K;
+  std::vector<float> plain;  // [M, K], arranged
+  // As int16, each `group` inputs with a scale of their own: for weights of 8 and 4 bits as good as float32, and two
+  // products and their sum are one instruction.
+  std::vector<int16_t> codes;        // [M, K]
+  std::vector<float> scale, sum_of;  // [M, groups]
+  int64_t group, groups;
+};
+
+inline ints nearest(floats x) { return (ints)(x + 12582912.0f) - 0x4b400000; }
+
+// Two vectors of `widen` as int16, in the order they came in.
+template <typename T>
+inline void narrow(ints a, ints b, int16_t* to) {
+  const shorts pair[2] = {__builtin_convertvector(a, shorts), __builtin_convertvector(b, shorts)};
+  std::memcpy(to, pair, sizeof(pair));
+}
+template <>
+inline void narrow<BFloat16>(ints a, ints b, int16_t* to) {
+  const words both = ((words)a & 0xffffu) | ((words)b << 16);
+  std::memcpy(to, &both, sizeof(both));
+}
+
+template <typename T>
+void round_group(const T* x, int64_t size, int16_t* codes, float* scale, float* sum_of) {
+  floats most = {}, total = {};
+  int64_t k = 0;
+  for (; k + PAIR <= size; k += PAIR) {
+    const Pair pair = widen(x + k);
+    total += pair.a + pair.b;
+    for (const floats v : {pair.a, -pair.a, pair.b, -pair.b}) most = v > most ? v : most;
+  }
+  float largest = 1e-30f, all_in_all = sum(total);
+  for (int64_t l = 0; l < LANES; ++l) largest = std::max(largest, most[l]);
+  for (int64_t rest = k; rest < size; ++rest) {
+    largest = std::max(largest, std::abs(static_cast<float>(x[rest])));
+    all_in_all += static_cast<float>(x[rest]);
+  }
+  const float factor = 32767.0f / largest;
+  for (k = 0; k + PAIR <= size; k += PAIR) {
+    const Pair pair = widen(x + k);
+    narrow<T>(nearest(pair.a * factor), nearest(pair.b * factor), codes + k);
+  }
+  for (; k < size; ++k) codes[k] = static_cast<int16_t>(std::nearbyint(static_cast<float>(x[k]) * factor));
+  *scale = largest / 32767.0f;
+  *sum_of = all_in_all;
+}
+
+template <typename T>
+Rows prepared(const Tensor& given, const Tensor& weight, at::TensorList scales) {
+  const Tensor x = given.contiguous();
+  const T* from = x.const_data_ptr<T>();
+  Rows rows{x.size(0), x.size(1), {}, {}, {}, {}, 128, 0};
+  if (weight.scalar_type() == x.scalar_type()) {
+    rows.plain.resize(rows.M * rows.K);
+    for (int64_t m = 0; m < rows.M; ++m) arrange(from + m * rows.K, rows.K, 1.0f, rows.plain.data() + m * rows.K);
+  } else if (!INT16_PRODUCTS) {
+    rows.plain.assign(from, from + rows.M * rows.K);
+  } else {
+    if (weight.scalar_type() == at::kByte) rows.group = rows.K / scales[0].size(0);
+    rows.groups = (rows.K + rows.group - 1) / rows.group;
+    rows.codes.resize(rows.M * rows.K);
+    rows.scale.resize(rows.M * rows.groups);
+    rows.sum_of.resize(rows.M * rows.groups);
+    for (int64_t i = 0; i < rows.M * rows.groups; ++i) {
+      const int64_t start = i % rows.groups * rows.group, at = i / rows.groups * rows.K + start;
+      round_group(from + at, std::min(rows.group, rows.K - start), rows.codes.data() + at, &rows.scale[i],
+                  &rows.sum_of[i]);
+    }
+  }
+  return rows;
+}
+
+#if INT16_PRODUCTS
+// 64 outputs of a packed matrix: a byte holds the outputs n and n + 32 of one input. ranges points at this block's first
+// scale in [G, N, 2]; out [M, 64].
+template <typename T, int M>
+inline void dot4(const uint8_t* codes, const T* ranges, int64_t N, const Rows& rows, float* out) {
+  alignas(64) uint8_t order[2][64];  // the bytes of two inputs: for one output behind each other, each with a 0
+  for (int i = 0; i < 64; ++i)
+    for (int upper = 0; upper < 2; ++upper) order[upper][i] = i / 4 + upper * LANES + (i % 4 == 2 ? 32 : 0);
+  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]), low = _mm512_set1_epi16(15);
+  floats y[M][4] = {};
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    __m512i acc[M][4];
+    for (int m = 0; m < M; ++m)
+      for (int j = 0; j < 4; ++j) acc[m][j] = _mm512_setzero_si512();
+    for (int64_t k = g * rows.group; k < (g + 1) * rows.group; k += 2, codes += PACKED) {
+      __builtin_prefetch(codes + AHEAD, 0, 2);
+      const __m512i both = _mm512_loadu_si512(codes);
+      const __m512i a = _mm512_maskz_permutexvar_epi8(0x5555555555555555, first, both);
+      const __m512i b = _mm512_maskz_permutexvar_epi8(0x5555555555555555, second, both);
+      const __m512i w[4] = {_mm512_and_si512(a, low), _mm512_and_si512(b, low), _mm512_srli_epi16(a, 4),
+                            _mm512_srli_epi16(b, 4)};
+      for (int m = 0; m < M; ++m) {
+        const __m512i x = _mm512_set1_epi32(load<int32_t>(rows.codes.data() + m * rows.K + k));
+        for (int j = 0; j < 4; ++j) acc[m][j] = _mm512_dpwssd_epi32(acc[m][j], w[j], x);
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      const Pair range = scales_and_zeros(ranges + (g * N + j * LANES) * 2);
+      const floats zero = range.b - range.a * 8.0f;
+      for (int m = 0; m < M; ++m) {
+        const int64_t at = m * rows.groups + g;
+        y[m][j] += range.a * rows.scale[at] * (floats)_mm512_cvtepi32_ps(acc[m][j]) + zero * rows.sum_of[at];
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < 4; ++j) store(y[m][j], out + m * PACKED + j * LANES);
+}
+
+// As `dot`, for weights of 8 bits.
+template <int M, int R>
+inline void dot8(const int8_t* weight, const Rows& rows, float* out) {
+  floats y[R][M] = {};
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    __m512i acc[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_si512();
+    const int64_t end = std::min((g + 1) * rows.group, rows.K);
+    for (int64_t k = g * rows.group; k < end; k += PAIR) {
+      const __mmask32 there = end - k >= PAIR ? ~0u : (1u << (end - k)) - 1;
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(weight + (r + R) * rows.K + k, 0, 2);
+        const __m512i w = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(there, weight + r * rows.K + k));
+        for (int m = 0; m < M; ++m)
+          acc[r][m] = _mm512_dpwssd_epi32(acc[r][m], w, _mm512_maskz_loadu_epi16(there, rows.codes.data() + m * rows.K + k));
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) y[r][m] += (floats)_mm512_cvtepi32_ps(acc[r][m]) * rows.scale[m * rows.groups + g];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) out[r * M + m] = sum(y[r][m]);
+}
+#endif
+
+template <int M, int R>
+inline void multiply(const int8_t* weight, const Rows& rows, float* out) {
+#if INT16_PRODUCTS
+  dot8<M, R>(weight, rows, out);
+#else
+  dot<int8_t, M, R>(weight, rows.plain.data(), rows.K, out);
+#endif
+}
+template <int M, int R, typename W>
+inline void multiply(const W* weight, const Rows& rows, float* out) {
+  dot<W, M, R>(weight, rows.plain.data(), rows.K, out);
+}
+
+// Outputs [first, last) of a matrix with one line of weights for each. finish(n, y) takes y [M] of output n.
+template <int M, typename W, typename F>
+void by_lines(const W* weight, const Rows& rows, int64_t first, int64_t last, F finish) {
+  constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
+  float y[R * M];
+  int64_t n = first;
+  for (; n + R <= last; n += R) {
+    multiply<M, R>(weight + n * rows.K, rows, y);
+    for (int r = 0; r < R; ++r) finish(n + r, y + r * M);
+  }
+  for (; n < last; ++n) {
+    multiply<M, 1>(weight + n * rows.K, rows, y);
+    finish(n, y);
+  }
+}
+
+template <typename T, int M>
+void some_outputs(const Tensor& weight, const Tensor* scale, const Tensor* bias, const Rows& rows, int64_t first,
+                  int64_t last, T* out) {
+  const int64_t N = weight.size(0);
+  const T* more = bias == nullptr ? nullptr : bias->const_data_ptr<T>();
+  const auto finish = [&](int64_t n, float factor, const float* y) {
+    for (int m = 0; m < M; ++m)
+      out[m * N + n] = static_cast<T>(y[m] * factor + (more == nullptr ? 0.0f : static_cast<float>(more[n])));
+  };
+  if (weight.scalar_type() == at::kChar) {
+    const T* factors = scale->const_data_ptr<T>();
+    by_lines<M>(weight.const_data_ptr<int8_t>(), rows, first, last,
+                [&](int64_t n, const float* y) { finish(n, static_cast<float>(factors[n]), y); });
+  } else if (weight.scalar_type() != at::kByte) {
+    by_lines<M>(weight.const_data_ptr<T>(), rows, first, last, [&](int64_t n, const float* y) { finish(n, 1.0f, y); });
+  } else {
+#if INT16_PRODUCTS
+    float y[M * PACKED], one[M];
+    for (int64_t n = first; n < last; n += PACKED) {
+      dot4<T, M>(weight.const_data_ptr<uint8_t>() + n * rows.K / 2, scale->const_data_ptr<T>() + n * 2, N, rows,
+                 y);
+      for (int64_t j = 0; j < PACKED; ++j) {
+        for (int m = 0; m < M; ++m) one[m] = y[m * PACKED + j];
+        finish(n + j, 1.0f, one);
+      }
+    }
+#else
+    TORCH_CHECK(false, "zsmerge::rows takes 4 bits where zsmerge::packed() says so");
+#endif
+  }
+}
+
+template <typename T, int M>
+void all_outputs(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases,
+                 std::vector<Tensor>& out) {
+  const Rows rows = prepared<T>(x, weights[0], scales);
+  std::vector<int64_t> ends;  // in pieces of 64 outputs, over all matrices
+  for (const Tensor& weight : weights)
+    ends.push_back((ends.empty() ? 0 : ends.back()) + (weight.size(0) + PACKED - 1) / PACKED);
+  at::parallel_for(0, ends.back(), std::max<int64_t>(1, 65536 / (PACKED * rows.K)), [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const int64_t start = i == 0 ? 0 : ends[i - 1], N = weights[i].size(0);
+      const int64_t first = std::max(begin, start), last = std::min(end, ends[i]);
+      if (first < last)
+        some_outputs<T, M>(weights[i], scales.empty() ? nullptr : &scales[i], biases.empty() ? nullptr : &biases[i],
+                           rows, (first - start) * PACKED, std::min(N, (last - start) * PACKED), out[i].data_ptr<T>());
+    }
+  });
+}
+
+template <typename T>
+void for_rows(int64_t rows, const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases,
+              std::vector<Tensor>& out) {
+  switch (rows) {
+    case 1: return all_outputs<T, 1>(x, weights, scales, biases, out);
+    case 2: return all_outputs<T, 2>(x, weights, scales, biases, out);
+    case 3: return all_outputs<T, 3>(x, weights, scales, biases, out);
+    case 4: return all_outputs<T, 4>(x, weights, scales, biases, out);
+    case MOST: return all_outputs<T, MOST>(x, weights, scales, biases, out);
+    default: TORCH_CHECK(false, "zsmerge::rows is for 1 to ", MOST, " rows, not ", rows);
+  }
+}
+
+// x [M, K] times several matrices that share it -> [M, N] each, + bias [N]. A matrix is [N, K] in x's dtype, int8 [N, K]
+// with scale [N], or uint8 [N, K / 2] packed by torch for AVX-512 with scales and zeros [G, N, 2].
+std::vector<Tensor> rows(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases) {
+  std::vector<Tensor> out;
+  for (const Tensor& weight : weights) out.push_back(at::empty({x.size(0), weight.size(0)}, x.options()));
+  switch (x.scalar_type()) {
+    case at::kBFloat16: for_rows<BFloat16>(x.size(0), x, weights, scales, biases, out); break;
+    case at::kHalf: for_rows<Half>(x.size(0), x, weights, scales, biases, out); break;
+    case at::kFloat: for_rows<float>(x.size(0), x, weights, scales, biases, out); break;
+    default: TORCH_CHECK(false, "zsmerge::rows knows bfloat16, float16 and float32, not ", x.scalar_type());
+  }
+  return out;
+}
+
+// ---- attention to slots -------------------------------------------------------------------------------------------
+
+struct Slots {  // of one layer: [B, H, P, D], and [B, H, P]
+  Tensor keys, values, count, score, position;
+};
+
+struct How {
+  double scaling, alpha, softcap;  // softcap 0: none
+  int64_t window;                  // 0: none
+};
+
+template <typename T>
+void write(const Slots& slots, const Tensor& key, const Tensor& value, const int32_t* now, at::IntArrayRef fills) {
+  const int64_t B = key.size(0), H = key.size(1), count = key.size(2), P = slots.keys.size(2);
+  const int64_t D = key.size(3), E = value.size(3);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < H; ++h)
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t at = (b * H + h) * P + fills[b] + t;
+        std::memcpy(slots.keys.data_ptr<T>() + at * D,
+                    key.const_data_ptr<T>() + b * key.stride(0) + h * key.stride(1) + t * key.stride(2), D * sizeof(T));
+        std::memcpy(slots.values.data_ptr<T>() + at * E,
+                    value.const_data_ptr<T>() + b * value.stride(0) + h * value.stride(1) + t * value.stride(2),
+                    E * sizeof(T));
+        slots.count.data_ptr<float>()[at] = 1;
+        slots.score.data_ptr<float>()[at] = 0;
+        slots.position.data_ptr<int32_t>()[at] = now[b * count + t];
+      }
+}
+
+// What is added to the logits of `size` slots for one query: Eq. 8's alpha log(count), or never.
+void bias_of(const float* count, const int32_t* position, int32_t now, int64_t size, int64_t visible, const How& how,
+             float* out) {
+  for (int64_t c = 0; c < size; ++c) {
+    const bool hidden = c >= visible || count[c] == 0 || (how.window > 0 && now - position[c] >= how.window);
+    out[c] = hidden ? NEVER : count[c] == 1 ? 0.0f : static_cast<float>(how.alpha * std::log(count[c]));
+  }
+  for (int64_t c = size; c < (size + LANES - 1) / LANES * LANES; ++c) out[c] = NEVER;
+}
+
+// The values [size, E] weighted -> arranged float [E].
+template <typename T, int N>
+void mix(const T* values, const float* weights, int64_t size, int64_t E, float* out) {
+  constexpr int AT_ONCE = N ? N : 1;
+  int64_t e = 0;
+  for (; e + AT_ONCE * PAIR <= E; e += AT_ONCE * PAIR) {
+    floats acc[AT_ONCE][2] = {};
+    for (int64_t c = 0; c < size; ++c)
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const Pair value = widen(values + c * E + e + i * PAIR);
+        acc[i][0] += value.a * weights[c];
+        acc[i][1] += value.b * weights[c];
+      }
+    for (int i = 0; i < AT_ONCE; ++i) {
+      store(acc[i][0], out + e + i * PAIR);
+      store(acc[i][1], out + e + i * PAIR + LANES);
+    }
+  }
+  for (; e < E; ++e) {
+    out[e] = 0;
+    for (int64_t c = 0; c < size; ++c) out[e] += static_cast<float>(values[c * E + e]) * weights[c];
+  }
+}
+
+// One query [D] to `size` slots: the largest logit, the sum of e^(logit - largest), and the values weighted so [E].
+// N: pairs of vectors of a head, if that is known at compile time.
+template <typename T, int N>
+void attend(const float* query, const T* keys, const T* values, const float* bias, int64_t size, int64_t D, int64_t E,
+            const How& how, float* result) {
+  alignas(64) float logits[BLOCK];
+  const int64_t padded = (size + LANES - 1) / LANES * LANES;
+  for (int64_t c = 0; c < size; ++c) {
+    for (int64_t d = 0; d < E; d += PAIR) __builtin_prefetch(values + c * E + d);  // needed next
+    dot<T, 1, 1>(keys + c * D, query, N ? N * PAIR : D, logits + c);
+  }
+  for (int64_t c = size; c < padded; ++c) logits[c] = 0;
+  floats most = all(NEVER);
+  for (int64_t c = 0; c < padded; c += LANES) {
+    floats logit = load<floats>(logits + c);
+    if (how.softcap > 0) {  // cap tanh(l / cap)
+      const float cap = static_cast<float>(how.softcap);
+      const floats size_of = logit < 0.0f ? -logit : logit;
+      const floats small = exponential(size_of * (-2.0f / cap));
+      const floats capped = (1.0f - small) / (1.0f + small) * cap;
+      logit = logit < 0.0f ? -capped : capped;
+    }
+    logit += load<floats>(bias + c);
+    store(logit, logits + c);
+    most = logit > most ? logit : most;
+  }
+  float largest = NEVER;
+  for (int64_t l = 0; l < LANES; ++l) largest = std::max(largest, most[l]);
+  floats total = {};
+  for (int64_t c = 0; c < padded; c += LANES) {
+    const floats weight = exponential(load<floats>(logits + c) - largest);
+    total += weight;
+    store(weight, logits + c);
+  }
+  result[0] = largest;
+  result[1] = sum(total);
+  mix<T, N>(values, logits, size, E, result + 2);
+}
+
+template <typename T>
+void attend_all(const Tensor& query, const Slots& slots, const int32_t* now, at::IntArrayRef fills, const How& how,
+                const float* sinks, Tensor& out) {
+  const int64_t B = query.size(0), heads = query.size(1), count = query.size(2), D = query.size(3);
+  const int64_t H = slots.keys.size(1), P = slots.keys.size(2), E = slots.values.size(3), G = heads / H;
+  const int64_t asking = G * count, most = *std::max_element(fills.begin(), fills.end()) + count;
+  const int64_t blocks = (most + BLOCK - 1) / BLOCK, each = E + 2;
+  std::vector<float> wide(B * heads * count * D), parts(B * H * blocks * asking * each);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t t = 0; t < count; ++t) {
+        const T* from = query.const_data_ptr<T>() + b * query.stride(0) + h * query.stride(1) + t * query.stride(2);
+        arrange(from, D, static_cast<float>(how.scaling), wide.data() + ((b * heads + h) * count + t) * D);
+      }
+  at::parallel_for(0, B * H * blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> bias(BLOCK);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item % blocks, row = item / blocks, b = row / H, start = block * BLOCK;
+      const int64_t size = std::min(BLOCK, fills[b] + count - start), at = row * P + start;
+      const T *keys = slots.keys.const_data_ptr<T>() + at * D, *values = slots.values.const_data_ptr<T>() + at * E;
+      for (int64_t t = 0; t < count; ++t) {
+        if (size > 0)
+          bias_of(slots.count.const_data_ptr<float>() + at, slots.position.const_data_ptr<int32_t>() + at,
+                  now[b * count + t], size, fills[b] + t + 1 - start, how, bias.data());
+        for (int64_t g = 0; g < G; ++g) {
+          const float* asks = wide.data() + ((row * G + g) * count + t) * D;
+          float* result = parts.data() + (item * asking + g * count + t) * each;
+          if (size <= 0)
+            result[0] = NEVER;
+          else if (D == 64 && E == 64)
+            attend<T, 2>(asks, keys, values, bias.data(), size, D, E, how, result);
+          else if (D == 128 && E == 128)
+            attend<T, 4>(asks, keys, values, bias.data(), size, D, E, how, result);
+          else
+            attend<T, 0>(asks, keys, values, bias.data(), size, D, E, how, result);
+        }
+      }
+    }
+  });
+  T* to = out.data_ptr<T>();
+  std::vector<float> mixed(E);
+  for (int64_t row = 0; row < B * H; ++row)
+    for (int64_t q = 0; q < asking; ++q, to += E) {
+      const float* first = parts.data() + (row * blocks * asking + q) * each;
+      const float sink = sinks == nullptr ? NEVER : sinks[(row % H) * G + q / count];
+      float largest = sink, total = 0;
+      for (int64_t block = 0; block < blocks; ++block) largest = std::max(largest, first[block * asking * each]);
+      if (sinks != nullptr) total += std::exp(sink - largest);
+      std::fill(mixed.begin(), mixed.end(), 0.0f);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const float* part = first + block * asking * each;
+        const float factor = std::exp(part[0] - largest);
+        if (factor == 0) continue;
+        total += factor * part[1];
+        for (int64_t e = 0; e < E; ++e) mixed[e] += factor * part[2 + e];
+      }
+      restore<T>(mixed.data(), E);
+      for (int64_t e = 0; e < E; ++e) to[e] = static_cast<T>(mixed[e] / total);
+    }
+}
+
+// The tokens of a pass enter the slots behind each row's `fills`, and look at the slots and at each other, the later at
+// the earlier. query [B, Hq, T, D], key and value [B, H, T, D]; now int32 [B, T], their positions; sinks float [Hq].
+// -> [B, Hq, T, D].
+Tensor look(const Tensor& query, const Tensor& key, const Tensor& value, Tensor keys, Tensor values, Tensor count,
+            Tensor score, Tensor position, const Tensor& now, at::IntArrayRef fills, double scaling, double alpha,
+            double softcap, int64_t window, const std::optional<Tensor>& sinks) {
+  const Slots slots{keys, values, count, score, position};
+  const How how{scaling, alpha, softcap, window};
+  Tensor out = at::empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options());
+  const Tensor when = now.contiguous();
+  const Tensor column = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
+  const float* learned = sinks ? column.const_data_ptr<float>() : nullptr;
+  const auto run = [&](auto kind) {
+    using T = decltype(kind);
+    write<T>(slots, key, value, when.const_data_ptr<int32_t>(), fills);
+    attend_all<T>(query, slots, when.const_data_ptr<int32_t>(), fills, how, learned, out);
+  };
+  switch (query.scalar_type()) {
+    case at::kBFloat16: run(BFloat16()); break;
+    case at::kHalf: run(Half()); break;
+    case at::kFloat: run(0.0f); break;
+    default: TORCH_CHECK(false, "zsmerge::look knows bfloat16, float16 and float32, not ", query.scalar_type());
+  }
+  return out;
+}
+
+// The newest queries [B, Hq, T, D] and their positions [B, T] push the oldest out of queries [B, Hq, W, D] and asked
+// [B, W].
+void remember(Tensor queries, Tensor asked, const Tensor& newest, const Tensor& now) {
+  const int64_t rows = queries.size(0) * queries.size(1), W = queries.size(2), count = newest.size(2);
+  const int64_t line = queries.size(3) * queries.element_size(), size = newest.element_size();
+  char* to = static_cast<char*>(queries.data_ptr());
+  for (int64_t row = 0; row < rows; ++row, to += W * line) {
+    std::memmove(to, to + count * line, (W - count) * line);
+    const char* from = static_cast<const char*>(newest.const_data_ptr()) +
+                       (row / queries.size(1) * newest.stride(0) + row % queries.size(1) * newest.stride(1)) * size;
+    for (int64_t t = 0; t < count; ++t) std::memcpy(to + (W - count + t) * line, from + t * newest.stride(2) * size, line);
+  }
+  const Tensor when = now.contiguous();
+  int32_t* at = asked.data_ptr<int32_t>();
+  for (int64_t row = 0; row < asked.size(0); ++row, at += W) {
+    std::memmove(at, at + count, (W - count) * sizeof(int32_t));
+    std::memcpy(at + W - count, when.const_data_ptr<int32_t>() + row * count, count * sizeof(int32_t));
+  }
+}
+
+// Whether `rows` takes weights of 4 bits here.
+bool packed() { return INT16_PRODUCTS; }
+
+TORCH_LIBRARY_FRAGMENT(zsmerge, library) {
+  library.def("packed() -> bool", &packed);
+  library.def("rows(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases) -> Tensor[]");
+  library.def(
+      "look(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) count, "
+      "Tensor(d!) score, Tensor(e!) position, Tensor now, int[] fills, float scaling, float alpha, float softcap, "
+      "int window, Tensor? sinks) -> Tensor");
+  library.def("remember(Tensor(a!) queries, Tensor(b!) asked, Tensor newest, Tensor now) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(zsmerge, CPU, library) {
+  library.impl("rows", &rows);
+  library.impl("look", &look);
+  library.impl("remember", &remember);
+}
+
+}  // namespace
