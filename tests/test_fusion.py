@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, tiny_model
-from zsmerge_llm import CacheConfig, SamplingParams
+from zsmerge_llm import CacheConfig, SamplingParams, lowbit
 from zsmerge_llm.engine import FUSE_AFTER, Engine
 from zsmerge_llm.fusion import WIDTHS
 
@@ -54,6 +54,18 @@ def test_compiled_layers_work_with_every_rule_of_the_cache(config: CacheConfig) 
 
     assert torch.allclose(said(engine, config), expected, atol=1e-4)
     assert engine.fusion.on
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compiled_layers_work_with_weights_of_few_bits(bits: int) -> None:
+    model = tiny_model(hidden_size=128, intermediate_size=192)
+    lowbit.pack(model, bits, torch.float32)
+    engine = Engine(model, compile=False)
+    expected = said(engine)
+    engine.fusion.start()
+
+    assert torch.allclose(said(engine), expected, atol=2e-2)  # inputs are rounded to 16 bits
+    assert engine.fusion.on, engine.fusion.trouble
 
 
 def test_layers_of_one_kind_are_compiled_once() -> None:

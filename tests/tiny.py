@@ -62,9 +62,10 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     vocab: int = VOCAB,
     intermediate_size: int = 64,
+    **sizes: int,
 ) -> PreTrainedModel:
     """A random model whose attention is far from uniform, so that what is evicted matters."""
-    wanted = {**COMMON, "vocab_size": vocab, "intermediate_size": intermediate_size, **FAMILIES[family]}
+    wanted = {**COMMON, "vocab_size": vocab, "intermediate_size": intermediate_size, **FAMILIES[family], **sizes}
     settings = {name: value for name, value in wanted.items() if value is not None}
     if family.startswith("falcon"):
         settings.pop("num_key_value_heads")

@@ -26,7 +26,7 @@ from zsmerge_llm import kernels
 from zsmerge_llm.attention import Call, Carrier, Step
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.lookup import AHEAD
-from zsmerge_llm.lowbit import Int8Linear
+from zsmerge_llm.lowbit import Int4Linear, Int8Linear
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +86,12 @@ class Fusion:
         self._expected = layers
         self._left = after
         self._layers: list[FusedLayer] = []
-        self._head: FusedHead | None = None
+        self._matrices: list[FewRows] = []
 
     @property
     def kernels(self) -> bool:
         """Whether decode steps go through the kernels as well."""
-        return self.on and self._head is not None
+        return self.on and bool(self._matrices)
 
     @property
     def on(self) -> bool:
@@ -109,10 +109,10 @@ class Fusion:
             return
         self._layers = [FusedLayer(self, layer, index) for index, layer in enumerate(layers)]
         if self._model.device.type == "cpu":
-            self._build()
+            self._build(layers)
 
-    def _build(self) -> None:
-        """Load the kernels; what is compiled works without them too."""
+    def _build(self, layers: Sequence[nn.Module]) -> None:
+        """Load the kernels and let the matrices use them; what is compiled works without them too."""
         started = time.perf_counter()
         try:
             with _COMPILER:
@@ -120,7 +120,8 @@ class Fusion:
         except UnsupportedModelError as error:
             log.warning("Decoding goes on without kernels of its own: %s", error)
             return
-        self._head = FusedHead(self._model.get_output_embeddings())
+        modules = [*(each for layer in layers for each in layer.modules()), self._model.get_output_embeddings()]
+        self._matrices = [FewRows(each) for each in modules if type(each) in (nn.Linear, Int8Linear, Int4Linear)]
         self.seconds += time.perf_counter() - started
 
     def count(self, tokens: int) -> None:
@@ -138,8 +139,8 @@ class Fusion:
         self.trouble = f"{type(why).__name__}: {why}"
         for layer in self._layers:
             layer.remove()
-        if self._head is not None:
-            self._head.remove()
+        for matrix in self._matrices:
+            matrix.remove()
         log.warning("Decoding goes on without compiled layers: %s", self.trouble)
 
     def compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Compiled:
@@ -225,16 +226,13 @@ class FusedLayer:
         return Code(compiled, rest, form[-1])
 
 
-class FusedHead:
-    """Stands in for the forward of the output layer: a few rows on a CPU go through the kernels."""
+class FewRows:
+    """Stands in for the forward of one matrix: few rows go through the kernels, whatever runs around it."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.eager = layer.forward
-        self.weight = cast(Tensor, layer.weight)
-        self.scales, self.biases = (_some(getattr(layer, name, None)) for name in ("scale", "bias"))
-        if type(layer) in (nn.Linear, Int8Linear):
-            layer.forward = self
+        layer.forward = self
 
     def remove(self) -> None:
         """Put the layer's own forward back."""
@@ -242,14 +240,16 @@ class FusedHead:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        inputs = x.reshape(-1, x.shape[-1])
-        if len(inputs) > kernels.MOST or x.dtype not in kernels.DTYPES:
+        own = self.layer
+        weight = cast(Tensor, own.weight)
+        if not kernels.multiplies(x, weight):
             return self.eager(x)
-        (output,) = kernels.rows(inputs, [self.weight], self.scales, self.biases)
+        scale = getattr(own, "scale", None) if weight.dtype == torch.int8 else getattr(own, "scales_and_zeros", None)
+        (output,) = kernels.rows(x.reshape(-1, x.shape[-1]), [weight], _some(scale), _some(own.bias))
         return output.view(*x.shape[:-1], -1)
 
 
-def _some(tensor: Tensor | None) -> list[Tensor]:
+def _some(tensor: Any) -> list[Tensor]:
     return [] if tensor is None else [tensor]
 
 

@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <tuple>
+#include <utility>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -22,6 +24,9 @@
 #define INT16_PRODUCTS 0
 #endif
 
+// Sums must stay in registers.
+#define UNROLL _Pragma("GCC unroll 8")
+
 namespace {
 
 using at::BFloat16;
@@ -30,7 +35,7 @@ using at::Tensor;
 
 constexpr int64_t LANES = 16;
 constexpr int64_t PAIR = 2 * LANES;
-constexpr int MOST = 5;           // rows that share one reading of a matrix
+constexpr int MOST = 8;           // rows that share one reading of a matrix
 constexpr int64_t BLOCK = 256;    // slots that one thread attends to at a time
 constexpr int64_t PACKED = 64;    // outputs that stand together in a packed matrix of 4 bits
 constexpr int64_t AHEAD = 4096;   // bytes of packed weights asked for before they are needed
@@ -151,10 +156,10 @@ inline void dot(const W* weight, const float* x, int64_t K, float* out) {
   floats acc[R][M][2] = {};
   int64_t k = 0;
   for (; k + PAIR <= K; k += PAIR)
-    for (int r = 0; r < R; ++r) {
+    UNROLL for (int r = 0; r < R; ++r) {
       __builtin_prefetch(weight + (r + R) * K + k, 0, 2);  // of the next lines
       const Pair w = widen(weight + r * K + k);
-      for (int m = 0; m < M; ++m) {
+      UNROLL for (int m = 0; m < M; ++m) {
         acc[r][m][0] += w.a * load<floats>(x + m * K + k);
         acc[r][m][1] += w.b * load<floats>(x + m * K + k + LANES);
       }
@@ -169,7 +174,7 @@ inline void dot(const W* weight, const float* x, int64_t K, float* out) {
 
 // The rows of one call, in the form that its matrices need.
 struct Rows {
-  int64_t M, K;
+  int64_t M, K;              // all vectors have room for some more rows, of zeros
   std::vector<float> plain;  // [M, K], arranged
   // As int16, each `group` inputs with a scale of their own: for weights of 8 and 4 bits as good as float32, and two
   // products and their sum are one instruction.
@@ -218,21 +223,22 @@ void round_group(const T* x, int64_t size, int16_t* codes, float* scale, float* 
 }
 
 template <typename T>
-Rows prepared(const Tensor& given, const Tensor& weight, at::TensorList scales) {
+Rows prepared(const Tensor& given, int64_t room, const Tensor& weight, at::TensorList scales) {
   const Tensor x = given.contiguous();
   const T* from = x.const_data_ptr<T>();
   Rows rows{x.size(0), x.size(1), {}, {}, {}, {}, 128, 0};
   if (weight.scalar_type() == x.scalar_type()) {
-    rows.plain.resize(rows.M * rows.K);
+    rows.plain.resize(room * rows.K);
     for (int64_t m = 0; m < rows.M; ++m) arrange(from + m * rows.K, rows.K, 1.0f, rows.plain.data() + m * rows.K);
   } else if (!INT16_PRODUCTS) {
     rows.plain.assign(from, from + rows.M * rows.K);
+    rows.plain.resize(room * rows.K);
   } else {
     if (weight.scalar_type() == at::kByte) rows.group = rows.K / scales[0].size(0);
     rows.groups = (rows.K + rows.group - 1) / rows.group;
-    rows.codes.resize(rows.M * rows.K);
-    rows.scale.resize(rows.M * rows.groups);
-    rows.sum_of.resize(rows.M * rows.groups);
+    rows.codes.resize(room * rows.K);
+    rows.scale.resize(room * rows.groups);
+    rows.sum_of.resize(room * rows.groups);
     for (int64_t i = 0; i < rows.M * rows.groups; ++i) {
       const int64_t start = i % rows.groups * rows.group, at = i / rows.groups * rows.K + start;
       round_group(from + at, std::min(rows.group, rows.K - start), rows.codes.data() + at, &rows.scale[i],
@@ -263,9 +269,9 @@ inline void dot4(const uint8_t* codes, const T* ranges, int64_t N, const Rows& r
       const __m512i b = _mm512_maskz_permutexvar_epi8(0x5555555555555555, second, both);
       const __m512i w[4] = {_mm512_and_si512(a, low), _mm512_and_si512(b, low), _mm512_srli_epi16(a, 4),
                             _mm512_srli_epi16(b, 4)};
-      for (int m = 0; m < M; ++m) {
+      UNROLL for (int m = 0; m < M; ++m) {
         const __m512i x = _mm512_set1_epi32(load<int32_t>(rows.codes.data() + m * rows.K + k));
-        for (int j = 0; j < 4; ++j) acc[m][j] = _mm512_dpwssd_epi32(acc[m][j], w[j], x);
+        UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = _mm512_dpwssd_epi32(acc[m][j], w[j], x);
       }
     }
     for (int j = 0; j < 4; ++j) {
@@ -292,10 +298,10 @@ inline void dot8(const int8_t* weight, const Rows& rows, float* out) {
     const int64_t end = std::min((g + 1) * rows.group, rows.K);
     for (int64_t k = g * rows.group; k < end; k += PAIR) {
       const __mmask32 there = end - k >= PAIR ? ~0u : (1u << (end - k)) - 1;
-      for (int r = 0; r < R; ++r) {
+      UNROLL for (int r = 0; r < R; ++r) {
         __builtin_prefetch(weight + (r + R) * rows.K + k, 0, 2);
         const __m512i w = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(there, weight + r * rows.K + k));
-        for (int m = 0; m < M; ++m)
+        UNROLL for (int m = 0; m < M; ++m)
           acc[r][m] = _mm512_dpwssd_epi32(acc[r][m], w, _mm512_maskz_loadu_epi16(there, rows.codes.data() + m * rows.K + k));
       }
     }
@@ -342,7 +348,7 @@ void some_outputs(const Tensor& weight, const Tensor* scale, const Tensor* bias,
   const int64_t N = weight.size(0);
   const T* more = bias == nullptr ? nullptr : bias->const_data_ptr<T>();
   const auto finish = [&](int64_t n, float factor, const float* y) {
-    for (int m = 0; m < M; ++m)
+    for (int m = 0; m < rows.M; ++m)
       out[m * N + n] = static_cast<T>(y[m] * factor + (more == nullptr ? 0.0f : static_cast<float>(more[n])));
   };
   if (weight.scalar_type() == at::kChar) {
@@ -371,7 +377,7 @@ void some_outputs(const Tensor& weight, const Tensor* scale, const Tensor* bias,
 template <typename T, int M>
 void all_outputs(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases,
                  std::vector<Tensor>& out) {
-  const Rows rows = prepared<T>(x, weights[0], scales);
+  const Rows rows = prepared<T>(x, M, weights[0], scales);
   std::vector<int64_t> ends;  // in pieces of 64 outputs, over all matrices
   for (const Tensor& weight : weights)
     ends.push_back((ends.empty() ? 0 : ends.back()) + (weight.size(0) + PACKED - 1) / PACKED);
@@ -386,17 +392,16 @@ void all_outputs(const Tensor& x, at::TensorList weights, at::TensorList scales,
   });
 }
 
+// M is rounded up to a number that is compiled; rows that are not there are zeros.
 template <typename T>
-void for_rows(int64_t rows, const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases,
+void for_rows(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases,
               std::vector<Tensor>& out) {
-  switch (rows) {
-    case 1: return all_outputs<T, 1>(x, weights, scales, biases, out);
-    case 2: return all_outputs<T, 2>(x, weights, scales, biases, out);
-    case 3: return all_outputs<T, 3>(x, weights, scales, biases, out);
-    case 4: return all_outputs<T, 4>(x, weights, scales, biases, out);
-    case MOST: return all_outputs<T, MOST>(x, weights, scales, biases, out);
-    default: TORCH_CHECK(false, "zsmerge::rows is for 1 to ", MOST, " rows, not ", rows);
-  }
+  const int64_t count = x.size(0);
+  TORCH_CHECK(count > 0 && count <= MOST, "zsmerge::rows is for 1 to ", MOST, " rows, not ", count);
+  if (count == 1) return all_outputs<T, 1>(x, weights, scales, biases, out);
+  if (count == 2) return all_outputs<T, 2>(x, weights, scales, biases, out);
+  if (count <= 5) return all_outputs<T, 5>(x, weights, scales, biases, out);
+  all_outputs<T, MOST>(x, weights, scales, biases, out);
 }
 
 // x [M, K] times several matrices that share it -> [M, N] each, + bias [N]. A matrix is [N, K] in x's dtype, int8 [N, K]
@@ -405,9 +410,9 @@ std::vector<Tensor> rows(const Tensor& x, at::TensorList weights, at::TensorList
   std::vector<Tensor> out;
   for (const Tensor& weight : weights) out.push_back(at::empty({x.size(0), weight.size(0)}, x.options()));
   switch (x.scalar_type()) {
-    case at::kBFloat16: for_rows<BFloat16>(x.size(0), x, weights, scales, biases, out); break;
-    case at::kHalf: for_rows<Half>(x.size(0), x, weights, scales, biases, out); break;
-    case at::kFloat: for_rows<float>(x.size(0), x, weights, scales, biases, out); break;
+    case at::kBFloat16: for_rows<BFloat16>(x, weights, scales, biases, out); break;
+    case at::kHalf: for_rows<Half>(x, weights, scales, biases, out); break;
+    case at::kFloat: for_rows<float>(x, weights, scales, biases, out); break;
     default: TORCH_CHECK(false, "zsmerge::rows knows bfloat16, float16 and float32, not ", x.scalar_type());
   }
   return out;
@@ -453,67 +458,83 @@ void bias_of(const float* count, const int32_t* position, int32_t now, int64_t s
   for (int64_t c = size; c < (size + LANES - 1) / LANES * LANES; ++c) out[c] = NEVER;
 }
 
-// The values [size, E] weighted -> arranged float [E].
-template <typename T, int N>
-void mix(const T* values, const float* weights, int64_t size, int64_t E, float* out) {
-  constexpr int AT_ONCE = N ? N : 1;
-  int64_t e = 0;
-  for (; e + AT_ONCE * PAIR <= E; e += AT_ONCE * PAIR) {
-    floats acc[AT_ONCE][2] = {};
-    for (int64_t c = 0; c < size; ++c)
-      for (int i = 0; i < AT_ONCE; ++i) {
-        const Pair value = widen(values + c * E + e + i * PAIR);
-        acc[i][0] += value.a * weights[c];
-        acc[i][1] += value.b * weights[c];
+// Values [size, E] weighted by weights [Q, BLOCK], P pairs of vectors from column e on -> arranged float [Q, each].
+template <typename T, int Q, int P>
+inline void mix(const T* values, const float* weights, int64_t size, int64_t E, int64_t each, float* out) {
+  floats acc[Q][P][2] = {};
+  for (int64_t c = 0; c < size; ++c)
+    UNROLL for (int i = 0; i < P; ++i) {
+      const Pair value = widen(values + c * E + i * PAIR);
+      UNROLL for (int q = 0; q < Q; ++q) {
+        acc[q][i][0] += value.a * weights[q * BLOCK + c];
+        acc[q][i][1] += value.b * weights[q * BLOCK + c];
       }
-    for (int i = 0; i < AT_ONCE; ++i) {
-      store(acc[i][0], out + e + i * PAIR);
-      store(acc[i][1], out + e + i * PAIR + LANES);
     }
-  }
-  for (; e < E; ++e) {
-    out[e] = 0;
-    for (int64_t c = 0; c < size; ++c) out[e] += static_cast<float>(values[c * E + e]) * weights[c];
-  }
+  for (int q = 0; q < Q; ++q)
+    for (int i = 0; i < P; ++i) {
+      store(acc[q][i][0], out + q * each + i * PAIR);
+      store(acc[q][i][1], out + q * each + i * PAIR + LANES);
+    }
 }
 
-// One query [D] to `size` slots: the largest logit, the sum of e^(logit - largest), and the values weighted so [E].
-// N: pairs of vectors of a head, if that is known at compile time.
-template <typename T, int N>
-void attend(const float* query, const T* keys, const T* values, const float* bias, int64_t size, int64_t D, int64_t E,
-            const How& how, float* result) {
-  alignas(64) float logits[BLOCK];
+inline floats capped(floats logit, float cap) {  // cap tanh(l / cap)
+  const floats size = logit < 0.0f ? -logit : logit;
+  const floats small = exponential(size * (-2.0f / cap));
+  const floats bent = (1.0f - small) / (1.0f + small) * cap;
+  return logit < 0.0f ? -bent : bent;
+}
+
+// Logits [size] and their bias -> e^(logit - largest), in place. Returns the largest and the sum.
+inline std::pair<float, float> softened(float* logits, const float* bias, int64_t size, float cap) {
   const int64_t padded = (size + LANES - 1) / LANES * LANES;
-  for (int64_t c = 0; c < size; ++c) {
-    for (int64_t d = 0; d < E; d += PAIR) __builtin_prefetch(values + c * E + d);  // needed next
-    dot<T, 1, 1>(keys + c * D, query, N ? N * PAIR : D, logits + c);
-  }
-  for (int64_t c = size; c < padded; ++c) logits[c] = 0;
-  floats most = all(NEVER);
+  floats most = all(NEVER), total = {};
   for (int64_t c = 0; c < padded; c += LANES) {
     floats logit = load<floats>(logits + c);
-    if (how.softcap > 0) {  // cap tanh(l / cap)
-      const float cap = static_cast<float>(how.softcap);
-      const floats size_of = logit < 0.0f ? -logit : logit;
-      const floats small = exponential(size_of * (-2.0f / cap));
-      const floats capped = (1.0f - small) / (1.0f + small) * cap;
-      logit = logit < 0.0f ? -capped : capped;
-    }
-    logit += load<floats>(bias + c);
+    logit = (cap > 0 ? capped(logit, cap) : logit) + load<floats>(bias + c);
     store(logit, logits + c);
     most = logit > most ? logit : most;
   }
   float largest = NEVER;
   for (int64_t l = 0; l < LANES; ++l) largest = std::max(largest, most[l]);
-  floats total = {};
   for (int64_t c = 0; c < padded; c += LANES) {
     const floats weight = exponential(load<floats>(logits + c) - largest);
     total += weight;
     store(weight, logits + c);
   }
-  result[0] = largest;
-  result[1] = sum(total);
-  mix<T, N>(values, logits, size, E, result + 2);
+  return {largest, sum(total)};
+}
+
+// Q queries, arranged [Q, D], to `size` slots: for each the largest logit, the sum of e^(logit - largest), and the
+// values weighted so, arranged [E]. biases [Q] points at a line of [BLOCK] for each.
+template <typename T, int Q>
+void attend(const float* queries, const T* keys, const T* values, const float* const* biases, int64_t size, int64_t D,
+            int64_t E, float cap, float* results) {
+  constexpr int R = 4;
+  alignas(64) float logits[Q * BLOCK] = {};
+  float some[R * Q];
+  int64_t c = 0;
+  for (; c + R <= size; c += R) {
+    for (int64_t e = 0; e < R * E; e += PAIR) __builtin_prefetch(values + c * E + e);  // needed next
+    dot<T, Q, R>(keys + c * D, queries, D, some);
+    UNROLL for (int q = 0; q < Q; ++q)
+      UNROLL for (int r = 0; r < R; ++r) logits[q * BLOCK + c + r] = some[r * Q + q];
+  }
+  for (; c < size; ++c) {
+    dot<T, Q, 1>(keys + c * D, queries, D, some);
+    for (int q = 0; q < Q; ++q) logits[q * BLOCK + c] = some[q];
+  }
+  const int64_t each = E + 2;
+  for (int q = 0; q < Q; ++q)
+    std::tie(results[q * each], results[q * each + 1]) = softened(logits + q * BLOCK, biases[q], size, cap);
+  int64_t e = 0;
+  for (; e + 2 * PAIR <= E; e += 2 * PAIR) mix<T, Q, 2>(values + e, logits, size, E, each, results + 2 + e);
+  for (; e + PAIR <= E; e += PAIR) mix<T, Q, 1>(values + e, logits, size, E, each, results + 2 + e);
+  for (; e < E; ++e)
+    for (int q = 0; q < Q; ++q) {
+      float total = 0;
+      for (c = 0; c < size; ++c) total += static_cast<float>(values[c * E + e]) * logits[q * BLOCK + c];
+      results[q * each + 2 + e] = total;
+    }
 }
 
 template <typename T>
@@ -530,28 +551,29 @@ void attend_all(const Tensor& query, const Slots& slots, const int32_t* now, at:
         const T* from = query.const_data_ptr<T>() + b * query.stride(0) + h * query.stride(1) + t * query.stride(2);
         arrange(from, D, static_cast<float>(how.scaling), wide.data() + ((b * heads + h) * count + t) * D);
       }
+  const float cap = static_cast<float>(how.softcap);
   at::parallel_for(0, B * H * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> bias(BLOCK);
+    std::vector<float> bias(count * BLOCK);
+    std::vector<const float*> biases(asking);
+    for (int64_t q = 0; q < asking; ++q) biases[q] = bias.data() + q % count * BLOCK;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item % blocks, row = item / blocks, b = row / H, start = block * BLOCK;
       const int64_t size = std::min(BLOCK, fills[b] + count - start), at = row * P + start;
+      float* results = parts.data() + item * asking * each;
+      if (size <= 0) {
+        for (int64_t q = 0; q < asking; ++q) results[q * each] = NEVER;
+        continue;
+      }
+      for (int64_t t = 0; t < count; ++t)
+        bias_of(slots.count.const_data_ptr<float>() + at, slots.position.const_data_ptr<int32_t>() + at,
+                now[b * count + t], size, fills[b] + t + 1 - start, how, bias.data() + t * BLOCK);
       const T *keys = slots.keys.const_data_ptr<T>() + at * D, *values = slots.values.const_data_ptr<T>() + at * E;
-      for (int64_t t = 0; t < count; ++t) {
-        if (size > 0)
-          bias_of(slots.count.const_data_ptr<float>() + at, slots.position.const_data_ptr<int32_t>() + at,
-                  now[b * count + t], size, fills[b] + t + 1 - start, how, bias.data());
-        for (int64_t g = 0; g < G; ++g) {
-          const float* asks = wide.data() + ((row * G + g) * count + t) * D;
-          float* result = parts.data() + (item * asking + g * count + t) * each;
-          if (size <= 0)
-            result[0] = NEVER;
-          else if (D == 64 && E == 64)
-            attend<T, 2>(asks, keys, values, bias.data(), size, D, E, how, result);
-          else if (D == 128 && E == 128)
-            attend<T, 4>(asks, keys, values, bias.data(), size, D, E, how, result);
-          else
-            attend<T, 0>(asks, keys, values, bias.data(), size, D, E, how, result);
-        }
+      for (int64_t q = 0; q < asking;) {
+        const float* asks = wide.data() + (row * asking + q) * D;
+        const int64_t left = asking - q;
+        const auto some = left >= 4 ? attend<T, 4> : left == 3 ? attend<T, 3> : left == 2 ? attend<T, 2> : attend<T, 1>;
+        some(asks, keys, values, biases.data() + q, size, D, E, cap, results + q * each);
+        q += std::min<int64_t>(left, 4);
       }
     }
   });

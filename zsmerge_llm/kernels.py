@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from torch.fx import Graph, GraphModule, Node
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.lowbit import layout
 
-MOST = 5
+MOST = 8
 """Rows that share one reading of a matrix, and tokens of a pass."""
+MOST_PLAIN = 5
+"""The same for matrices of no fewer bits than the rows: of more, PyTorch's product is as fast (benchmarks/LOG.md)."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED = 64
 """Outputs that stand together in a matrix of 4 bits, where the kernels can read it: as torch packs for AVX-512."""
@@ -42,6 +44,7 @@ def build() -> None:
     except Exception as error:  # whatever a compiler throws, PyTorch's own operators do the same
         raise UnsupportedModelError(f"The kernels could not be built ({type(error).__name__}: {error}).") from error
     torch.library.register_fake("zsmerge::rows", _like_rows)
+    _takes_packed()  # while a graph is traced, it could not be found out
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -100,90 +103,60 @@ def _like_rows(
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
-@dataclass(frozen=True)
-class Product:
-    """A node of a graph that multiplies a few rows with one matrix."""
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether `rows` takes x [..., K] and this matrix, in one of the forms it knows."""
+    if not x.is_cpu or x.dtype not in DTYPES:
+        return False
+    return x.numel() <= x.shape[-1] * _most(weight, x.dtype)
 
-    node: Node
-    x: Node
-    weight: Node
-    scale: Node | None = None
-    bias: Node | None = None
 
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What products must have in common to be taken together."""
-        return _source(self.x), _shown(self.weight).dtype, self.bias is None
+def _most(weight: Tensor, dtype: torch.dtype) -> int:
+    """Rows that are faster through `rows` than through PyTorch."""
+    if weight.dtype == torch.uint8:
+        return MOST if _takes_packed() and len(weight) % PACKED == 0 else 0
+    if weight.dtype == torch.int8:
+        return MOST
+    return MOST_PLAIN if weight.dtype == dtype else 0
+
+
+@cache
+def _takes_packed() -> bool:
+    """Whether this machine's kernels take weights of 4 bits."""
+    return bool(torch.ops.zsmerge.packed()) and layout() == (PACKED, True)
 
 
 def share(module: GraphModule) -> None:
-    """Let products of a graph that share their input run as one `rows`, where it serves. The graph knows its tensors.
+    """Let products of a graph that share their input run as one `rows`. The graph knows its tensors.
 
-    Besides reading each matrix once with all cores, it saves a launch for each further one.
+    That saves a launch for each, and all cores are busy for longer.
     """
-    groups: dict[tuple[object, ...], list[Product]] = {}
+    groups: dict[tuple[object, ...], list[Node]] = {}
     for node in module.graph.nodes:
-        product = _product(node)
-        if product is not None and _served(product):
-            groups.setdefault(product.kind, []).append(product)
+        if node.target is torch.ops.zsmerge.rows.default:
+            x, (weight,), _, biases = cast("tuple[Node, list[Node], list[Node], list[Node]]", node.args)
+            kind = _source(x), weight.meta["val"].dtype, len(biases)
+            groups.setdefault(kind, []).append(node)
     for group in groups.values():
         _join(module.graph, group)
     module.graph.eliminate_dead_code()
     module.recompile()
 
 
-def _join(graph: Graph, group: Sequence[Product]) -> None:
-    weights = [each.weight for each in group]
-    scales = [each.scale for each in group if each.scale is not None]
-    biases = [each.bias for each in group if each.bias is not None]
-    with graph.inserting_before(group[0].node):
-        together = graph.call_function(torch.ops.zsmerge.rows.default, (group[0].x, weights, scales, biases))
-        for index, each in enumerate(group):
-            each.node.replace_all_uses_with(graph.call_function(operator.getitem, (together, index)))
-
-
-def _product(node: Node) -> Product | None:
-    """The node as a product, if it is one."""
-    match node.target, node.args:
-        case torch.ops.aten.mm.default, (Node() as x, Node() as turned):
-            return None if (weight := _untransposed(turned)) is None else Product(node, x, weight)
-        case torch.ops.aten.addmm.default, (Node() as bias, Node() as x, Node() as turned) if not node.kwargs:
-            return None if (weight := _untransposed(turned)) is None else Product(node, x, weight, bias=bias)
-        case torch.ops.aten._weight_int8pack_mm.default, (Node() as x, Node() as weight, Node() as scale):
-            return Product(node, x, weight, scale)
-        case torch.ops.aten._weight_int4pack_mm_for_cpu.default, (Node() as x, Node() as weight, _, Node() as scale):
-            return Product(node, x, weight, scale)
-    return None
-
-
-def _served(product: Product) -> bool:
-    """Whether `rows` takes it. Weights and all that goes with them must be inputs of the graph."""
-    x, weight = _shown(product.x), _shown(product.weight)
-    inputs = [each for each in (product.weight, product.scale, product.bias) if each is not None]
-    packed = weight.dtype == torch.uint8
-    return (
-        x.is_cpu
-        and x.dtype in DTYPES
-        and len(x) <= MOST
-        and weight.dtype in (x.dtype, torch.int8, torch.uint8)
-        and all(each.op == "placeholder" and _shown(each).is_contiguous() for each in inputs)
-        and (not packed or (torch.ops.zsmerge.packed() and layout() == (PACKED, True) and len(weight) % PACKED == 0))
+def _join(graph: Graph, group: Sequence[Node]) -> None:
+    x = group[0].args[0]
+    weights, scales, biases = (
+        [each for node in group for each in cast("list[Node]", node.args[at])] for at in (1, 2, 3)
     )
-
-
-def _untransposed(node: Node) -> Node | None:
-    given = node.args[0] if node.target is torch.ops.aten.t.default else None
-    return given if isinstance(given, Node) else None
+    with graph.inserting_before(group[0]):
+        together = graph.call_function(torch.ops.zsmerge.rows.default, (x, weights, scales, biases))
+        for index, node in enumerate(group):
+            for output in list(node.users):  # the only one of its list
+                output.replace_all_uses_with(graph.call_function(operator.getitem, (together, index)))
 
 
 def _source(node: Node) -> Node:
     """What a view shows, as long as its rows stay whole."""
     given = node.args[0] if node.target in VIEWS else None
-    whole = isinstance(given, Node) and _shown(given).shape[-1] == _shown(node).shape[-1]
-    return _source(given) if whole and isinstance(given, Node) else node
-
-
-def _shown(node: Node) -> Tensor:
-    """The tensor that stands for a node's while a graph is traced."""
-    shown: Tensor = node.meta["val"]
-    return shown
+    if isinstance(given, Node) and given.meta["val"].shape[-1] == node.meta["val"].shape[-1]:
+        return _source(given)
+    return node
