@@ -1,12 +1,13 @@
 """Decoding: tokens per second against the length of the history, the number format, and the number of conversations.
 
-    python benchmarks/speed.py [--model smollm2] [--formats bf16 int8 int4]
+    python benchmarks/speed.py [--model smollm2] [--formats bf16 int8 int4] [--llama FILE.gguf]
 
-One run, one process: transformers with its full cache, and zsmerge-llm with 1,024 slots in each number format, as
-transformers wrote its layers (eager) and compiled, after histories of 64 to 32,768 tokens (transformers as far as
---full); then several conversations of 4,096 tokens decoding at once in threads; then answers about the demo's document
-with and without prompt lookup. `floor` is the bytes of the weights divided by the bandwidth that a plain sum over
-memory reaches in this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
+One run, one process: llama.cpp with the weights of a GGUF file (--llama, needs llama-cpp-python), transformers with its
+full cache, and zsmerge-llm with 1,024 slots in each number format, as transformers wrote its layers (eager) and
+compiled, after histories of 64 to 32,768 tokens (the others as far as --full); then several conversations of 4,096
+tokens decoding at once in threads; then answers about the demo's document with and without prompt lookup. `floor` is
+the bytes of the weights divided by the bandwidth that a plain sum over memory reaches in this run. Writes
+results/speed-MODEL.json and .png. Run it with nothing else running.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from zsmerge_llm.engine import Engine
 
 HISTORIES = (64, 1024, 4096, 7168, 32768)
 STEPS = 24
-ROWS = (1, 2, 4, 8)
+ROWS = (1, 2, 4, 8, 16)
 QUESTIONS = (
     "Who is the captain of the Marigold?",
     "Summarise the log in three sentences.",
@@ -127,6 +128,19 @@ def theirs(engine: Engine, ids: list[int]) -> float:
     return rate
 
 
+def llama(path: str, ids: list[int], longest: int) -> dict[int, float]:
+    """Tokens per second of llama.cpp after each of HISTORIES as far as `longest`, with a full cache."""
+    from llama_cpp import Llama
+
+    lengths = [length for length in HISTORIES if length <= longest]
+    model = Llama(path, n_ctx=max(lengths) + 256, n_batch=512, verbose=False)
+    rates = {}
+    for length in lengths:
+        model.eval(ids[model.n_tokens : length])
+        rates[length] = 1 / steps(lambda number: model.eval([ids[number]]))
+    return rates
+
+
 def at_once(engine: Engine, base: Cache, rows: int) -> float:
     """Tokens per second of `rows` conversations that decode in threads of their own."""
     params = SamplingParams(max_tokens=STEPS + 8, ignore_eos=True, lookup=False)
@@ -141,8 +155,18 @@ def at_once(engine: Engine, base: Cache, rows: int) -> float:
     return sum(sum(begin <= tick <= end for tick in times) for times in ticks) / (end - begin)
 
 
+def show(what: str, rates: dict[Any, float]) -> None:
+    print(what, {kind: round(rate, 1) for kind, rate in rates.items()}, flush=True)
+
+
 def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
     result: dict[str, Any] = {"bandwidth": bandwidth(), "rates": {}, "rows": {}, "weight_bytes": {}, "answers": {}}
+    if arguments.llama:
+        ids = history(LLM(arguments.model), text, arguments.full)
+        result["rates"]["llama.cpp"] = llama(arguments.llama, ids, arguments.full)
+        print(
+            "llama.cpp", {length: round(rate, 1) for length, rate in result["rates"]["llama.cpp"].items()}, flush=True
+        )
     for name in arguments.formats:
         llm = LLM(arguments.model, cache=CacheConfig(slots=1024), quantization=FORMATS[name], compile=False)
         engine, rates = llm.engine, result["rates"]
@@ -154,16 +178,16 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
             lengths = [length for length in HISTORIES if length <= arguments.full]
             rates["transformers bf16"] = {length: theirs(engine, ids[:length]) for length in lengths}
         rates[f"zsmerge {name} eager"] = {length: ours(engine, cache) for length, cache in caches.items()}
-        result["rows"][name] = {rows: at_once(engine, caches[4096], rows) for rows in ROWS}
         engine.fusion.start()
         ours(engine, caches[64])  # compiles
         rates[f"zsmerge {name}"] = {length: ours(engine, cache) for length, cache in caches.items()}
+        result["rows"][name] = {rows: at_once(engine, caches[4096], rows) for rows in ROWS}
         result["answers"][name] = about_a_document(engine, llm)
         result["answers"][name]["compile_seconds"] = engine.fusion.seconds
         for kind in [kind for kind in rates if name in kind]:
-            print(kind, {length: round(rate, 1) for length, rate in rates[kind].items()}, flush=True)
-        print(name, "at once", {rows: round(rate, 1) for rows, rate in result["rows"][name].items()}, flush=True)
-        print(name, "answers", {kind: round(rate, 1) for kind, rate in result["answers"][name].items()}, flush=True)
+            show(kind, rates[kind])
+        show(f"{name} at once", result["rows"][name])
+        show(f"{name} answers", result["answers"][name])
         del llm, engine, caches
     return result
 
@@ -172,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--llama", metavar="FILE", help="a GGUF file for llama.cpp")
     parser.add_argument("--full", type=int, default=7168, help="the longest history for transformers' full cache")
     parser.add_argument("--text", help="a text file for the history; repeated where it is too short")
     arguments = parser.parse_args()

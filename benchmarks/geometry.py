@@ -1,0 +1,103 @@
+"""The paper's geometry: layers of LLaMA2-7B's shapes, full cache against a compressed one, decode rate and memory.
+
+    python benchmarks/geometry.py [--layers 1] [--lengths 4096 18432 54272]
+
+Random weights, bfloat16: 32 heads of 128 (each its own keys and values), hidden size 4,096, as in arXiv 2503.10714,
+with few layers, because one of them holds 885 MB of keys and values after 54K tokens. Three caches in one run: full, 5 % of
+the longest history as slots, and 18,432 slots. The histories are random keys and values written into the caches, so no
+time is spent on reading: a decode step's time depends on how much is held, not on what. Writes results/geometry.json
+and plots. Run it with nothing else running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+from common import median_seconds, plot, write
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from zsmerge_llm import CacheConfig
+from zsmerge_llm.cache import Cache
+from zsmerge_llm.engine import Engine
+
+HEADS, SIZE = 32, 128
+STEPS = 15
+
+
+def model(layers: int, longest: int) -> LlamaForCausalLM:
+    """LLaMA2-7B's layers with random weights, and a small vocabulary."""
+    config = LlamaConfig(
+        hidden_size=HEADS * SIZE, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, vocab_size=1024, max_position_embeddings=2 * longest,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def noise(tokens: int) -> torch.Tensor:
+    """Keys or values bfloat16 [1, heads, tokens, size]; one piece, repeated."""
+    return torch.randn(1, HEADS, 512, SIZE).bfloat16().repeat(1, 1, -(-tokens // 512), 1)[:, :, :tokens]
+
+
+@torch.inference_mode()
+def theirs(engine: Engine, length: int) -> tuple[float, int]:
+    """Seconds of a decode step of transformers behind `length` tokens, and the bytes of its keys and values."""
+    cache = DynamicCache(config=engine.model.config)
+    for layer in range(len(engine.specs)):
+        cache.update(noise(length), noise(length), layer)
+    engine.model.set_attn_implementation("sdpa")
+    token = torch.tensor([[5]])
+    seconds = median_seconds(lambda: engine.model(token, past_key_values=cache, use_cache=True), STEPS, warmup=3)
+    engine.model.set_attn_implementation("zsmerge")
+    return seconds, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def filled(engine: Engine, length: int, slots: int) -> Cache:
+    """A cache that has read `length` tokens."""
+    cache = engine.new_cache(CacheConfig(slots=slots, recent=min(64, slots // 4)))
+    engine.read(cache, [5])
+    used = min(length, slots)
+    for layer in cache.layers:
+        layer.keys[:, :, :used], layer.values[:, :, :used] = noise(used), noise(used)
+        layer.count[:, :, :used] = 1
+        layer.position[:, :, :used] = torch.arange(length - used, length, dtype=torch.int32)
+        layer.fills = [used]
+    cache.lengths = [length]
+    return cache
+
+
+def ours(engine: Engine, length: int, slots: int) -> tuple[float, int]:
+    """Seconds of a decode step and the bytes of the whole cache: slots, stage, scores and all."""
+    cache = filled(engine, length, slots)
+    return median_seconds(lambda: engine.read(cache, [5]), STEPS, warmup=3), cache.nbytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 9216, 18432, 36864, 54272])
+    arguments = parser.parse_args()
+    longest = max(arguments.lengths)
+    engine = Engine(model(arguments.layers, longest), compile=True)
+    kinds = {"full": None, "5 %": round(0.05 * longest), "18K": 18432}
+    result: dict[str, dict[int, Any]] = {kind: {} for kind in kinds}
+    for length in arguments.lengths:
+        for kind, slots in kinds.items():
+            seconds, size = theirs(engine, length) if slots is None else ours(engine, length, slots)
+            result[kind][length] = {"tokens_per_second": 1 / seconds, "cache_bytes": size}
+            print(length, kind, f"{1 / seconds:.1f} tokens/s, {size / 1e6:.0f} MB", flush=True)
+    last = {kind: result[kind][longest]["tokens_per_second"] for kind in kinds}
+    summary = {kind: rate / last["full"] for kind, rate in last.items()}
+    print(json.dumps(summary, indent=1))
+    write("geometry", {"layers": arguments.layers, "over_full_at_longest": summary, "measured": result})
+    for name, unit in (("tokens_per_second", "tokens per second"), ("cache_bytes", "bytes of the cache")):
+        lines = {kind: (list(rows), [row[name] for row in rows.values()]) for kind, rows in result.items()}
+        title = f"{arguments.layers} layer(s) of LLaMA2-7B's shapes"
+        plot(f"geometry-{name.split('_')[0]}", title, "tokens of history", unit, lines)
+
+
+if __name__ == "__main__":
+    main()
