@@ -3,10 +3,10 @@
     python benchmarks/geometry.py [--layers 1] [--lengths 4096 18432 54272]
 
 Random weights, bfloat16: 32 heads of 128 (each its own keys and values), hidden size 4,096, as in arXiv 2503.10714,
-with few layers, because one of them holds 885 MB of keys and values after 54K tokens. Three caches in one run: full, 5 % of
-the longest history as slots, and 18,432 slots. The histories are random keys and values written into the caches, so no
-time is spent on reading: a decode step's time depends on how much is held, not on what. Writes results/geometry.json
-and plots. Run it with nothing else running.
+with few layers, because one of them holds 885 MB of keys and values after 54K tokens. Three caches in one run: full,
+5 % of the longest history as slots, and 18,432 slots. The histories are random keys and values written into the
+caches, so no time is spent on reading: a decode step's time depends on how much is held, not on what. Writes
+results/geometry.json and plots. Run it with nothing else running.
 """
 
 from __future__ import annotations
