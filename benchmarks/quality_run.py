@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -80,9 +81,23 @@ class Reader:
         self.engine.chunk = -(-len(ids) // -(-len(ids) // most))
         self.engine.read(cache, ids, probe=probe or None)
 
-    def fill(self, policy: Policy, budget: Budget, item: Item, asked: Question | None = None) -> Cache:
-        """A cache that has read the item; with `asked`, the question too, but for its last token."""
+    def begin(self, policy: Policy, budget: Budget, item: Item) -> Cache | None:
+        """What reading a document has in common for all questions: the passes before the last one, without a probe."""
+        if policy.probe is not None or policy.chunk is None or policy.newest_only or len(item.parts) > 1:
+            return None
+        longest = item.tokens + max(len(asked.asking) for asked in item.questions) - 1
+        before = -(-longest // policy.chunk) - 1
         cache = self.new_cache(policy, budget, item.tokens)
+        if before:
+            self.read(cache, policy, item.parts[0][0][: before * -(-longest // (before + 1))], [])
+        return cache
+
+    def fill(
+        self, policy: Policy, budget: Budget, item: Item, asked: Question | None = None, begun: Cache | None = None
+    ) -> Cache:
+        """A cache that has read the item; with `asked`, the question too, but for its last token. With `begun`, a copy
+        of what has read the item's first tokens goes on."""
+        cache = self.new_cache(policy, budget, item.tokens) if begun is None else copy.deepcopy(begun)
         tail = asked.asking[:-1] if asked is not None else []
         if policy.newest_only or policy.chunk is None or len(item.parts) == 1:
             parts = [([token for ids, _ in item.parts for token in ids] + tail, item.parts[-1][1])]
@@ -91,7 +106,8 @@ class Reader:
         else:
             parts = [*item.parts, *([(tail, [])] if tail else [])]
         for ids, own in parts:
-            self.read(cache, policy, ids, self._probe(policy, asked.probe if asked is not None else own))
+            new = ids if begun is None else ids[cache.seen :]
+            self.read(cache, policy, new, self._probe(policy, asked.probe if asked is not None else own))
         return cache
 
     def _probe(self, policy: Policy, question: list[int]) -> list[int]:
@@ -109,8 +125,9 @@ class Reader:
 
     def known(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
         """Document and question are one prompt; then two other questions follow in the same chat."""
+        begun = self.begin(policy, budget, item)
         for number, asked in enumerate(item.questions):
-            cache, facts = self._measured(policy, budget, item, asked)
+            cache, facts = self._measured(policy, budget, item, asked, begun)
             (score,) = ask(self.engine, cache, [(asked.asking[-1:], asked.answer)])
             yield row(asked, score, facts)
             others = [item.questions[(number + 1 + step) % len(item.questions)] for step in range(FOLLOW_UPS)]
@@ -138,12 +155,12 @@ class Reader:
         yield {**row(asked, score, facts), "said": text, **rouge(text, reference)}
 
     def _measured(
-        self, policy: Policy, budget: Budget, item: Item, asked: Question | None
+        self, policy: Policy, budget: Budget, item: Item, asked: Question | None, begun: Cache | None = None
     ) -> tuple[Cache, dict[str, Any]]:
-        """A filled cache, and what it cost."""
+        """A filled cache, and what it cost (seconds: of the tokens that were not `begun`)."""
         forget_peak()
         before, started = psutil.Process().memory_info().rss, time.perf_counter()
-        cache = self.fill(policy, budget, item, asked)
+        cache = self.fill(policy, budget, item, asked, begun)
         return cache, {
             "slots": cache.slots,
             "cache_bytes": cache.full_nbytes(cache.lengths[0]) if cache.slots is None else cache.nbytes,

@@ -30,6 +30,8 @@ RECORD = {
     "qa": [{"q": "What is the cat called?", "a": ["Bishop"], "depth": 0.1}, {"q": "Who sleeps?", "a": ["The dog"]}],
 }
 
+LONG = {**RECORD, "context": RECORD["context"] * 2}  # type: ignore[operator]
+
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
@@ -55,6 +57,20 @@ def test_asking_together_scores_as_asking_one_by_one(family: str) -> None:
         assert score.nll == pytest.approx(-engine.logprobs(alone, answer).mean().item(), abs=1e-3)
         assert score.tokens == len(answer)
     assert all(torch.equal(old, layer.keys) for old, layer in zip(before, cache.layers, strict=True))
+
+
+def test_questions_beyond_the_trained_window_stand_at_the_places_that_the_model_knows() -> None:
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = 512
+    engine = Engine(model, POLICIES["streaming"].config(64))
+    cache = engine.new_cache()
+    engine.read(cache, tokens(1500))
+    assert cache.places[0].offset > 0, "an epoch has been"
+    asked = [(tokens(5, seed=1), tokens(4, seed=2)), (tokens(6, seed=3), tokens(3, seed=4))]
+    for (question, answer), score in zip(asked, ask(engine, cache, asked), strict=True):
+        alone = cache.clone()
+        engine.read(alone, question)
+        assert score.nll == pytest.approx(-engine.logprobs(alone, answer).mean().item(), abs=1e-3)
 
 
 def test_an_answer_is_exact_iff_greedy_decoding_says_it(engine: Engine) -> None:
@@ -147,6 +163,40 @@ def test_follow_ups_are_asked_after_each_known_question(reader: quality_run.Read
     assert all(row["cache_bytes"] > 0 and row["nll"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "expected"])
+def test_what_is_read_once_for_all_questions_equals_reading_it_for_each(name: str, reader: quality_run.Reader) -> None:
+    read, policy = quality_tasks.item(reader.template, LONG, 2), POLICIES[name]
+    budget = quality_run.Budget(100)
+    begun = reader.begin(policy, budget, read)
+    assert begun is not None
+    assert 0 < begun.seen < read.tokens
+    before = begun.layers[0].keys.clone()
+    for asked in read.questions:
+        cache = reader.fill(policy, budget, read, asked, begun)
+        alone = reader.new_cache(policy, budget, read.tokens)
+        ids = [*read.parts[0][0], *asked.asking[:-1]]
+        reader.read(alone, policy, ids[: begun.seen], [])
+        reader.read(alone, policy, ids[begun.seen :], [])
+        assert cache.seen == alone.seen == len(ids)
+        assert torch.equal(cache.layers[0].keys, alone.layers[0].keys)
+    assert torch.equal(begun.layers[0].keys, before), "each goes on with a copy"
+    assert reader.begin(POLICIES["ours-question"], budget, read) is None, "its probe is another for each question"
+
+
+def test_joined_documents_are_numbered_on_and_keep_their_questions_depths(tmp_path: Path) -> None:
+    path = tmp_path / "passages.jsonl"
+    lines = [
+        {"id": f"r{n}", "context": f"Document [1] The sea.\n\nDocument [2] Word{n}.", "qa": [{"q": "?", "depth": 0.5}]}
+        for n in range(5)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = quality_tasks.load([path], None, join=2)
+    assert (first["id"], first["file"], second["id"]) == ("r0+r1", "passagesx2", "r2+r3")
+    assert first["context"].split("\n\n")[2:] == ["Document [3] The sea.", "Document [4] Word1."]
+    assert [asked["depth"] for asked in first["qa"]] == [pytest.approx(0.25, abs=0.02), pytest.approx(0.75, abs=0.02)]
+    assert len(list(quality_tasks.load([path], 1, join=2))) == 1
+
+
 def test_a_chat_is_read_message_by_message(reader: quality_run.Reader) -> None:
     said = [{"role": ("user", "assistant")[n % 2], "content": f"Message {n} about the sea."} for n in range(9)]
     record = {"id": "c", "file": "toy", "messages": said, "qa": [{"q": "What about?", "a": ["the sea"], "depth": 0.0}]}
@@ -166,6 +216,15 @@ def test_needles_stand_in_their_documents(tmp_path: Path) -> None:
         for asked in record["qa"]:
             at = record["context"].index(asked["a"][0]) / len(record["context"])
             assert at == pytest.approx(asked["depth"], abs=0.12)
+
+
+def test_an_answer_goes_on_from_its_opening() -> None:
+    asked = {**RECORD["qa"][0], "opening": "The cat is called"}  # type: ignore[index]
+    reads = [quality_tasks.item(template("smollm2"), {**RECORD, "qa": [each]}, 1) for each in (RECORD["qa"][0], asked)]
+    plain, opened = (read.questions[0] for read in reads)
+    said = template("smollm2").tokenizer.decode(opened.asking[len(plain.asking) :] + opened.answer)
+    assert said == "The cat is called Bishop"
+    assert opened.probe == plain.probe, "what the model says is not what it was asked"
 
 
 def test_a_restart_skips_what_is_done_and_drops_a_torn_line(tmp_path: Path) -> None:
@@ -188,9 +247,10 @@ def test_the_report_compares_the_same_questions(tmp_path: Path) -> None:
     rows = [("ours", "512", 0, 1.0), ("ours", "512", 1, 2.0), ("h2o", "512", 1, 3.0), ("full", "full", 1, 0.5)]
     lines = [{**facts, "policy": p, "budget": b, "question": q, "nll": n, "depth": 0.5} for p, b, q, n in rows]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = quality_report.report(path, "ours")
-    assert "| h2o | 1 | 3.00 | 100% | +1.00 [+1.00, +1.00]" in text
-    assert "| full | 1 | 0.50 | 100% | -1.50" in text
+    text = quality_report.report(path, ["not measured", "ours"])
+    assert "| h2o | 1 (1) | 3.00 | 6.00 | 100% | +1.00 [+1.00, +1.00]" in text
+    assert "| full | 1 (1) | 0.50 | 1.00 | 100% | -1.50" in text
+    assert "| ours | 2 (1) | 1.50 | 4.00 | 100% |  |" in text, "against full on the question that both have"
     tables = json.loads(path.with_suffix(".json").read_text())["tables"]
     assert list(tables) == ["t / unknown / 512"]
     assert path.with_name("quality-x-depth.png").stat().st_size > 0
