@@ -61,7 +61,7 @@ def records(arguments: argparse.Namespace, reader: Reader) -> Iterator[dict[str,
 def measure(arguments: argparse.Namespace, path: Path) -> None:
     """Append what is missing, one cell at a time."""
     llm = LLM(arguments.model)
-    reader = Reader(llm.engine, Template(llm.tokenizer))
+    reader = Reader(llm.engine, Template(llm.tokenizer), rouge=not arguments.no_rouge)
     finished = done(path)
     for record in records(arguments, reader):
         plain = "prompt" in record
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument(
         "--ours", nargs="*", default=OURS, help="the policy that others are compared with: the first that a table has"
     )
+    parser.add_argument("--no-rouge", action="store_true", help="score the references of summaries, write none")
     parser.add_argument("--name", help="of the results (default: the model's)")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     arguments = parser.parse_args()

@@ -74,7 +74,8 @@ def _ask_together(engine: Engine, cache: Cache, asked: Sequence[tuple[list[int],
     order = torch.cat([torch.arange(length) for length in lengths])
     sees = (block[:, None] == block) & (order[:, None] >= order)
     own = torch.zeros(len(ids), len(ids)).masked_fill(~sees, policy.NEVER)
-    wanted, goals = [], []
+    wanted: list[int] = []
+    goals: list[int] = []
     for start, (question, answer) in zip(_starts(lengths), asked, strict=True):
         first = start + len(question) - 1  # the token before the answer predicts its first one
         wanted += range(first, first + len(answer))

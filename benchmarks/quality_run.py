@@ -47,10 +47,14 @@ class Budget:
 
 @dataclass
 class Reader:
-    """A model on which every policy reads at the bytes of a plain cache of `budget` slots."""
+    """A model on which every policy reads at the bytes of a plain cache of `budget` slots.
+
+    rouge: whether summaries are also written, not only scored.
+    """
 
     engine: Engine
     template: Template
+    rouge: bool = True
 
     @cached_property
     def profile(self) -> tuple[float, ...]:
@@ -138,10 +142,14 @@ class Reader:
                 yield {**row(other, later, facts), "setting": "followup", "after": asked.index}
 
     def summary(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
-        """A plain prompt: NLL of the reference, and ROUGE of a greedy continuation up to the stop text."""
+        """A plain prompt: NLL of the reference, and ROUGE of what the model writes."""
         (asked,) = item.questions
         cache, facts = self._measured(policy, budget, item, asked)
         (score,) = ask(self.engine, cache, [(asked.asking, asked.answer)])
+        yield {**row(asked, score, facts), **(self._written(cache, asked) if self.rouge else {})}
+
+    def _written(self, cache: Cache, asked: Question) -> dict[str, Any]:
+        """A greedy continuation up to the stop text, and its ROUGE."""
         self.engine.chunk = 512
         self.engine.read(cache, asked.asking)
         said: list[int] = []
@@ -150,9 +158,8 @@ class Reader:
                 said.append(token or 0)
                 if asked.text in self.template.tokenizer.decode(said):
                     break
-        text = self.template.tokenizer.decode(said, skip_special_tokens=True).split(asked.text)[0].strip()
-        reference = self.template.tokenizer.decode(asked.answer)
-        yield {**row(asked, score, facts), "said": text, **rouge(text, reference)}
+        text = str(self.template.tokenizer.decode(said, skip_special_tokens=True)).split(asked.text)[0].strip()
+        return {"said": text, **rouge(text, str(self.template.tokenizer.decode(asked.answer)))}
 
     def _measured(
         self, policy: Policy, budget: Budget, item: Item, asked: Question | None, begun: Cache | None = None

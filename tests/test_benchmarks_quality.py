@@ -14,6 +14,7 @@ import quality_tasks
 import torch
 from policies import POLICIES, rope_of
 from policies.attention_based import pyramid
+from policies.fitted import Fitted
 from quality_ask import ask
 from quality_rouge import rouge
 
@@ -21,6 +22,7 @@ from tests.talk import ROOMY, talker
 from tests.templates import template
 from tests.tiny import tiny_model, tokens
 from zsmerge_llm.engine import Engine
+from zsmerge_llm.policy import slot_bias
 
 BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.config(1024).slots is not None)
 RECORD = {
@@ -124,6 +126,28 @@ def test_lm_infinite_puts_no_key_further_away_than_its_slots(engine: Engine) -> 
     assert rope is not None
     expected = rope.rotate(exact.layers[0].keys[:, :, :4], torch.tensor([500.0]))
     assert torch.allclose(cache.layers[0].keys[:, :, :4], expected, atol=1e-3)
+
+
+def test_a_fitted_residual_answers_its_queries_better_than_eviction(engine: Engine) -> None:
+    caches = {name: POLICIES[name].new_cache(engine.specs, 200, rope_of(engine)) for name in ("fitted", "valued-mean")}
+    exact = engine.new_cache(POLICIES["full"].config(0))
+    engine.chunk = 700
+    for cache in (exact, *caches.values()):
+        engine.read(cache, tokens(700), probe=tokens(5, seed=1))
+    layer = caches["fitted"].layers[0]
+    assert isinstance(layer, Fitted)
+
+    def answers(cache: Any) -> torch.Tensor:
+        own = cache.layers[0]
+        used = max(own.fills)
+        keys, values, count = (getattr(own, part)[:, :, :used] for part in ("keys", "values", "count"))
+        return layer._paid(layer.asking, keys, slot_bias(count, 1.0)[:, :, None, None], None) @ values[:, :, None]
+
+    wanted = answers(exact)
+    off = {name: (answers(cache) - wanted).square().mean().item() for name, cache in caches.items()}
+    assert off["fitted"] < 0.5 * off["valued-mean"]
+    position = [cache.layers[0].position[:, :, :200] for cache in caches.values()]
+    assert torch.equal(*position), "the same tokens stay"
 
 
 def test_a_pyramid_keeps_the_total() -> None:
