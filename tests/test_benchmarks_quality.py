@@ -221,6 +221,20 @@ def test_joined_documents_are_numbered_on_and_keep_their_questions_depths(tmp_pa
     assert len(list(quality_tasks.load([path], 1, join=2))) == 1
 
 
+def test_the_peak_of_reading_grows_with_the_text_only_where_the_full_cache_comes_first(
+    reader: quality_run.Reader,
+) -> None:
+    budget, peaks = quality_run.Budget(96), {}
+    for name in ("h2o", "h2o-whole", "full"):
+        for record in (RECORD, LONG):
+            read = quality_tasks.item(reader.template, record, 1)
+            (row,) = reader.unknown(POLICIES[name], budget, read)
+            peaks[name, read.tokens] = row["reading_bytes"] - row["cache_bytes"] * (name != "full")
+    short, long = sorted({tokens for _, tokens in peaks})
+    assert peaks["h2o-whole", long] == peaks["full", long] > 1.5 * peaks["full", short]
+    assert peaks["h2o", long] < 1.2 * peaks["h2o", short] < peaks["full", short]
+
+
 def test_a_chat_is_read_message_by_message(reader: quality_run.Reader) -> None:
     said = [{"role": ("user", "assistant")[n % 2], "content": f"Message {n} about the sea."} for n in range(9)]
     record = {"id": "c", "file": "toy", "messages": said, "qa": [{"q": "What about?", "a": ["the sea"], "depth": 0.0}]}
