@@ -35,6 +35,9 @@ def groups(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[s
         for key in found:
             if key[:2] == (task, setting) and key[2] != "full":
                 found[key].update(policies)
+            elif key[:2] == (task, "known") and setting == "unknown" and key[2] != "full":
+                for name, rows in policies.items():
+                    found[key].setdefault(name, rows)
     for (task, setting, budget), policies in found.items():
         if setting == "known":
             for name, rows in found.get((task, "unknown", budget), {}).items():

@@ -294,6 +294,13 @@ def test_the_report_compares_the_same_questions(tmp_path: Path) -> None:
     assert path.with_name("quality-x-depth.png").stat().st_size > 0
 
 
+def test_a_full_cache_that_was_asked_once_for_all_questions_stands_beside_known_ones() -> None:
+    facts = {"task": "t", "item": "1", "question": 0}
+    full = {**facts, "policy": "full", "budget": "full", "setting": "unknown"}
+    ours = {**facts, "policy": "ours", "budget": "512", "setting": "known"}
+    assert set(quality_report.groups([ours, full])["t", "known", "512"]) == {"ours", "full"}
+
+
 def test_rouge_counts_common_words_pairs_and_subsequences() -> None:
     figures = rouge("the cat sat", "The cat is sat.")
     assert figures == {
