@@ -30,6 +30,7 @@ from zsmerge_llm import LLM
 from zsmerge_llm.chat import Template
 
 DEFAULT = "full,truncate,streaming,h2o,snapkv,pyramidkv,tova,keydiff,knorm,expected,cam,paper,ours-generic,valued-mean"
+OURS = ["ours-question", "ours-profile", "ours-generic"]
 Cell = tuple[str, str, str, str, str, int]
 UNBOUNDED = "full"
 
@@ -52,7 +53,7 @@ def done(path: Path) -> set[Cell]:
 
 
 def records(arguments: argparse.Namespace, reader: Reader) -> Iterator[dict[str, Any]]:
-    yield from load(arguments.data, arguments.documents)
+    yield from load(arguments.data, arguments.documents, arguments.join)
     if arguments.needles:
         yield from needles(Path(arguments.needles), reader.template, arguments.documents or 6, arguments.needle_tokens)
 
@@ -60,7 +61,7 @@ def records(arguments: argparse.Namespace, reader: Reader) -> Iterator[dict[str,
 def measure(arguments: argparse.Namespace, path: Path) -> None:
     """Append what is missing, one cell at a time."""
     llm = LLM(arguments.model)
-    reader = Reader(llm.engine, Template(llm.tokenizer))
+    reader = Reader(llm.engine, Template(llm.tokenizer), rouge=not arguments.no_rouge)
     finished = done(path)
     for record in records(arguments, reader):
         plain = "prompt" in record
@@ -91,8 +92,12 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="*", type=Budget.parse, default=[Budget(512)], help="slots, or percent")
     parser.add_argument("--settings", nargs="*", default=["unknown"], choices=["unknown", "known"])
     parser.add_argument("--documents", type=int, help="of each file (default: all)")
+    parser.add_argument("--join", type=int, default=1, help="documents of a file that are put together to one")
     parser.add_argument("--questions", type=int, default=24, help="of each document, spread over it")
-    parser.add_argument("--ours", default="ours-generic", help="the policy that the others are compared with")
+    parser.add_argument(
+        "--ours", nargs="*", default=OURS, help="the policy that others are compared with: the first that a table has"
+    )
+    parser.add_argument("--no-rouge", action="store_true", help="score the references of summaries, write none")
     parser.add_argument("--name", help="of the results (default: the model's)")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     arguments = parser.parse_args()

@@ -54,7 +54,9 @@ class Asking(Carrier):
 
 @torch.inference_mode()
 def ask(engine: Engine, cache: Cache, asked: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-    """Score (question ids, gold answer ids) pairs against a one-row cache, which stays as it is."""
+    """Score (question ids, gold answer ids) pairs against a one-row cache, which stays as it is, but for its places
+    where the window is about to end."""
+    engine.horizon.make_way(cache, [max((len(q) + len(a) for q, a in asked), default=0)], 0)
     scores: list[Score] = []
     batch: list[tuple[list[int], list[int]]] = []
     for pair in asked:
@@ -72,17 +74,19 @@ def _ask_together(engine: Engine, cache: Cache, asked: Sequence[tuple[list[int],
     order = torch.cat([torch.arange(length) for length in lengths])
     sees = (block[:, None] == block) & (order[:, None] >= order)
     own = torch.zeros(len(ids), len(ids)).masked_fill(~sees, policy.NEVER)
-    wanted, goals = [], []
+    wanted: list[int] = []
+    goals: list[int] = []
     for start, (question, answer) in zip(_starts(lengths), asked, strict=True):
         first = start + len(question) - 1  # the token before the answer predicts its first one
         wanted += range(first, first + len(answer))
         goals += answer
     position = (cache.lengths[0] + order)[None]
+    place = position - cache.places[0].offset  # beyond the trained window the model is told another place
     logits = forward(
         engine.model,
         Asking(cache, position.to(engine.device), own.to(engine.device)),
         input_ids=torch.tensor([ids], device=engine.device),
-        position_ids=position.to(engine.device),
+        position_ids=place.to(engine.device),
         logits_to_keep=torch.tensor(wanted, device=engine.device),
     )[0].float()
     gold = torch.tensor(goals, device=logits.device)

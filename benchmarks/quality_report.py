@@ -35,6 +35,9 @@ def groups(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[s
         for key in found:
             if key[:2] == (task, setting) and key[2] != "full":
                 found[key].update(policies)
+            elif key[:2] == (task, "known") and setting == "unknown" and key[2] != "full":
+                for name, rows in policies.items():
+                    found[key].setdefault(name, rows)
     for (task, setting, budget), policies in found.items():
         if setting == "known":
             for name, rows in found.get((task, "unknown", budget), {}).items():
@@ -42,8 +45,11 @@ def groups(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[s
     return {key: policies for key, policies in sorted(found.items()) if key[2] != "full"}
 
 
-def summarise(policies: dict[str, Rows], ours: str) -> list[dict[str, Any]]:
-    """One row for each policy, best first, over the questions that all policies share with `ours`."""
+def summarise(policies: dict[str, Rows], preferred: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each policy, best first, over the questions that it shares with ours: the first of `preferred` that
+    was measured."""
+    ours = next((name for name in preferred if name in policies), preferred[0])
+    full = policies.get("full", {})
     table = []
     for name, rows in policies.items():
         shared = sorted(set(rows) & set(policies.get(ours, rows)), key=str)
@@ -60,6 +66,9 @@ def summarise(policies: dict[str, Rows], ours: str) -> list[dict[str, Any]]:
             "reading_mb": _mean([line["reading_bytes"] for line in lines]) / 1e6,
             "depths": by_depth(lines),
         }
+        pairs = [(rows[asked]["nll"], full[asked]["nll"]) for asked in shared if asked in full]
+        if pairs:
+            result["of_full"] = sum(own for own, _ in pairs) / sum(exact for _, exact in pairs)
         for score in ("rouge1", "rouge2", "rougeL"):
             if score in lines[0]:
                 result[score] = _mean([line[score] for line in lines])
@@ -78,11 +87,13 @@ def by_depth(lines: Sequence[dict[str, Any]]) -> list[float | None]:
     return [_mean(values) if values else None for values in bins]
 
 
-def report(path: Path, ours: str) -> str:
+def report(path: Path, ours: Sequence[str]) -> str:
     """Write PATH.json, PATH.md and the plots beside a results file; the tables as text."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     tables = {" / ".join(key): summarise(policies, ours) for key, policies in groups(lines).items()}
-    path.with_suffix(".json").write_text(json.dumps({"machine": machine(), "ours": ours, "tables": tables}, indent=1))
+    path.with_suffix(".json").write_text(
+        json.dumps({"machine": machine(), "ours": list(ours), "tables": tables}, indent=1)
+    )
     text = "\n\n".join(f"### {title}\n\n{as_text(table)}" for title, table in tables.items())
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     plots(path, tables)
@@ -92,14 +103,16 @@ def report(path: Path, ours: str) -> str:
 def as_text(table: Sequence[dict[str, Any]]) -> str:
     """A Markdown table."""
     extra = [score for score in ("rouge1", "rouge2", "rougeL") if score in table[0]]
-    titles = ["policy", "n", "NLL", "exact", "against ours", "cache MB", "reading MB", *extra]
+    titles = ["policy", "n (documents)", "NLL", "of full's", "exact", "against ours", "cache MB", "reading MB", *extra]
     rows = [titles, ["---"] * len(titles)]
     for result in table:
         gap = result.get("against_ours")
         against = "" if gap is None else f"{gap['mean']:+.2f} [{gap['interval'][0]:+.2f}, {gap['interval'][1]:+.2f}]"
-        figures = [f"{result['nll']:.2f}", f"{result['exact']:.0%}", against]
+        share = f"{result['of_full']:.2f}" if "of_full" in result else ""
+        figures = [f"{result['n']} ({result['documents']})", f"{result['nll']:.2f}", share]
+        figures += [f"{result['exact']:.0%}", against]
         figures += [f"{result['cache_mb']:.1f}", f"{result['reading_mb']:.0f}"]
-        rows.append([result["policy"], str(result["n"]), *figures, *(f"{100 * result[score]:.1f}" for score in extra)])
+        rows.append([result["policy"], *figures, *(f"{100 * result[score]:.1f}" for score in extra)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -46,10 +47,14 @@ class Budget:
 
 @dataclass
 class Reader:
-    """A model on which every policy reads at the bytes of a plain cache of `budget` slots."""
+    """A model on which every policy reads at the bytes of a plain cache of `budget` slots.
+
+    rouge: whether summaries are also written, not only scored.
+    """
 
     engine: Engine
     template: Template
+    rouge: bool = True
 
     @cached_property
     def profile(self) -> tuple[float, ...]:
@@ -80,9 +85,23 @@ class Reader:
         self.engine.chunk = -(-len(ids) // -(-len(ids) // most))
         self.engine.read(cache, ids, probe=probe or None)
 
-    def fill(self, policy: Policy, budget: Budget, item: Item, asked: Question | None = None) -> Cache:
-        """A cache that has read the item; with `asked`, the question too, but for its last token."""
+    def begin(self, policy: Policy, budget: Budget, item: Item) -> Cache | None:
+        """What reading a document has in common for all questions: the passes before the last one, without a probe."""
+        if policy.probe is not None or policy.chunk is None or policy.newest_only or len(item.parts) > 1:
+            return None
+        longest = item.tokens + max(len(asked.asking) for asked in item.questions) - 1
+        before = -(-longest // policy.chunk) - 1
         cache = self.new_cache(policy, budget, item.tokens)
+        if before:
+            self.read(cache, policy, item.parts[0][0][: before * -(-longest // (before + 1))], [])
+        return cache
+
+    def fill(
+        self, policy: Policy, budget: Budget, item: Item, asked: Question | None = None, begun: Cache | None = None
+    ) -> Cache:
+        """A cache that has read the item; with `asked`, the question too, but for its last token. With `begun`, a copy
+        of what has read the item's first tokens goes on."""
+        cache = self.new_cache(policy, budget, item.tokens) if begun is None else copy.deepcopy(begun)
         tail = asked.asking[:-1] if asked is not None else []
         if policy.newest_only or policy.chunk is None or len(item.parts) == 1:
             parts = [([token for ids, _ in item.parts for token in ids] + tail, item.parts[-1][1])]
@@ -91,7 +110,8 @@ class Reader:
         else:
             parts = [*item.parts, *([(tail, [])] if tail else [])]
         for ids, own in parts:
-            self.read(cache, policy, ids, self._probe(policy, asked.probe if asked is not None else own))
+            new = ids if begun is None else ids[cache.seen :]
+            self.read(cache, policy, new, self._probe(policy, asked.probe if asked is not None else own))
         return cache
 
     def _probe(self, policy: Policy, question: list[int]) -> list[int]:
@@ -109,8 +129,9 @@ class Reader:
 
     def known(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
         """Document and question are one prompt; then two other questions follow in the same chat."""
+        begun = self.begin(policy, budget, item)
         for number, asked in enumerate(item.questions):
-            cache, facts = self._measured(policy, budget, item, asked)
+            cache, facts = self._measured(policy, budget, item, asked, begun)
             (score,) = ask(self.engine, cache, [(asked.asking[-1:], asked.answer)])
             yield row(asked, score, facts)
             others = [item.questions[(number + 1 + step) % len(item.questions)] for step in range(FOLLOW_UPS)]
@@ -121,10 +142,14 @@ class Reader:
                 yield {**row(other, later, facts), "setting": "followup", "after": asked.index}
 
     def summary(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
-        """A plain prompt: NLL of the reference, and ROUGE of a greedy continuation up to the stop text."""
+        """A plain prompt: NLL of the reference, and ROUGE of what the model writes."""
         (asked,) = item.questions
         cache, facts = self._measured(policy, budget, item, asked)
         (score,) = ask(self.engine, cache, [(asked.asking, asked.answer)])
+        yield {**row(asked, score, facts), **(self._written(cache, asked) if self.rouge else {})}
+
+    def _written(self, cache: Cache, asked: Question) -> dict[str, Any]:
+        """A greedy continuation up to the stop text, and its ROUGE."""
         self.engine.chunk = 512
         self.engine.read(cache, asked.asking)
         said: list[int] = []
@@ -133,17 +158,16 @@ class Reader:
                 said.append(token or 0)
                 if asked.text in self.template.tokenizer.decode(said):
                     break
-        text = self.template.tokenizer.decode(said, skip_special_tokens=True).split(asked.text)[0].strip()
-        reference = self.template.tokenizer.decode(asked.answer)
-        yield {**row(asked, score, facts), "said": text, **rouge(text, reference)}
+        text = str(self.template.tokenizer.decode(said, skip_special_tokens=True)).split(asked.text)[0].strip()
+        return {"said": text, **rouge(text, str(self.template.tokenizer.decode(asked.answer)))}
 
     def _measured(
-        self, policy: Policy, budget: Budget, item: Item, asked: Question | None
+        self, policy: Policy, budget: Budget, item: Item, asked: Question | None, begun: Cache | None = None
     ) -> tuple[Cache, dict[str, Any]]:
-        """A filled cache, and what it cost."""
+        """A filled cache, and what it cost (seconds: of the tokens that were not `begun`)."""
         forget_peak()
         before, started = psutil.Process().memory_info().rss, time.perf_counter()
-        cache = self.fill(policy, budget, item, asked)
+        cache = self.fill(policy, budget, item, asked, begun)
         return cache, {
             "slots": cache.slots,
             "cache_bytes": cache.full_nbytes(cache.lengths[0]) if cache.slots is None else cache.nbytes,
@@ -171,9 +195,9 @@ def plain_bytes(engine: Engine, slots: int) -> int:
 
 def reading_bytes(policy: Policy, cache: Cache, chunk: int) -> int:
     """Bytes of keys and values at the peak of reading: a policy that ranks a finished prefill holds the full cache
-    first; one that compresses as it reads holds its cache, and one layer's copy of it with a chunk."""
+    first; one that compresses as it reads holds its cache, and the largest layer's copy of it with a chunk."""
     full = cache.full_nbytes(cache.lengths[0])
     if policy.whole:
         return full + (0 if cache.slots is None else cache.nbytes)
-    layers = len(cache.layers)
-    return cache.nbytes + cache.nbytes // layers + cache.full_nbytes(min(chunk, STAGE * 4)) // layers
+    largest = max(layer.nbytes for layer in cache.layers)
+    return cache.nbytes + largest + cache.full_nbytes(min(chunk, STAGE * 4)) // len(cache.layers)

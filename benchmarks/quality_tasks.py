@@ -1,14 +1,17 @@
 """Tasks for quality.py: JSON lines of documents or chats with questions, as token ids that a policy reads and is asked.
 
 One line: `{id, task, context | messages | prompt, qa: [{q, a: [accepted answers], depth}], metric, max_new_tokens}`.
+With an `opening` of a question, the assistant's answer has begun so, and the gold answer is what goes on from there.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +51,27 @@ class Item:
         return sum(len(ids) for ids, _ in self.parts)
 
 
-def load(paths: Sequence[str | Path], limit: int | None) -> Iterator[dict[str, Any]]:
-    """The first `limit` records of each file, with the file's stem as `file`."""
+def load(paths: Sequence[str | Path], limit: int | None, join: int = 1) -> Iterator[dict[str, Any]]:
+    """The first `limit` records of each file, with the file's stem as `file`; `join` documents become one record."""
     for path in map(Path, paths):
         with path.open(encoding="utf-8") as lines:
-            for count, line in enumerate(lines):
-                if limit is not None and count >= limit:
-                    break
-                yield {**json.loads(line), "file": path.stem}
+            records = list(map(json.loads, islice(lines, None if limit is None else limit * join)))
+        for start in range(0, len(records) - join + 1, join):
+            record = joined(records[start : start + join]) if join > 1 else records[start]
+            yield {**record, "file": path.stem if join == 1 else f"{path.stem}x{join}"}
+
+
+def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One document of several, their passages numbered on ("Document [1]", ...), with the questions of all."""
+    numbers = count(1)
+    context = "\n\n".join(record["context"] for record in records)
+    size, before, qa = len(context), 0, []
+    for record in records:
+        length = len(record["context"])
+        qa += [{**asked, "depth": (before + asked["depth"] * length) / size} for asked in record["qa"]]
+        before += length + 2
+    context = re.sub(r"^Document \[\d+\]", lambda _: f"Document [{next(numbers)}]", context, flags=re.MULTILINE)
+    return {**records[0], "context": context, "qa": qa, "id": "+".join(str(record["id"]) for record in records)}
 
 
 def item(template: Template, record: dict[str, Any], most: int) -> Item:
@@ -69,19 +85,24 @@ def item(template: Template, record: dict[str, Any], most: int) -> Item:
     picked = [int(number * step) for number in range(min(most, len(asked)))]
     complete = "messages" in record or record.get("task", "").startswith(("kv_", "longchat"))
     guide = "" if complete else GUIDE  # those questions say themselves what is wanted
-    questions = [
-        Question(
-            index,
-            asked[index]["q"],
-            template.encode(closing.replace(MARK, guide + asked[index]["q"])),
-            template.encode(between.replace(MARK, guide + asked[index]["q"])),
-            template.encode(asked[index]["a"][0]),
-            chat_probe(template, last_line(asked[index]["q"])),
-            float(asked[index].get("depth", 0.0)),
-        )
-        for index in picked
-    ]
+    questions = [_question(template, index, asked[index], guide, closing, between) for index in picked]
     return Item(str(record["id"]), record["file"], parts, questions)
+
+
+def _question(
+    template: Template, index: int, asked: dict[str, Any], guide: str, closing: str, between: str
+) -> Question:
+    """One line of a record's `qa`, asked behind the document (`closing`) or behind another answer (`between`)."""
+    opening = asked.get("opening", "")
+    return Question(
+        index,
+        asked["q"],
+        template.encode(closing.replace(MARK, guide + asked["q"]) + opening),
+        template.encode(between.replace(MARK, guide + asked["q"]) + opening),
+        template.encode(f" {asked['a'][0]}" if opening else asked["a"][0]),
+        chat_probe(template, last_line(asked["q"])),
+        float(asked.get("depth", 0.0)),
+    )
 
 
 def _between(template: Template) -> str:
@@ -99,8 +120,8 @@ def _document(template: Template, context: str) -> tuple[list[tuple[list[int], l
 def _chat(template: Template, messages: list[dict[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], str]:
     """A chat, each message as its own part; a user's with the probe that the product would take."""
     parts, before = [], ""
-    for count, message in enumerate(messages, start=1):
-        after = template.render(messages[:count], add_generation_prompt=False)
+    for number, message in enumerate(messages, start=1):
+        after = template.render(messages[:number], add_generation_prompt=False)
         probe = chat_probe(template, last_line(message["content"])) if message["role"] == "user" else []
         parts.append((template.encode(after.removeprefix(before)), probe))
         before = after
@@ -117,7 +138,8 @@ def summary(template: Template, record: dict[str, Any]) -> Item:
 
 
 def needles(book: Path, tokens_of: Template, documents: int, tokens: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Records made of a long text: six secret codes in sentences at even depths of each of `documents` excerpts."""
+    """Records made of a long text: six secret codes in sentences at even depths of each of `documents` excerpts. The
+    answers go on from a sentence's opening, so that exactness is about the code alone."""
     draw = random.Random(seed)
     text = book.read_text(encoding="utf-8")
     places = ("harbour", "library", "garden", "station", "kitchen", "tower", "cellar", "chapel", "bakery", "archive")
@@ -133,7 +155,10 @@ def needles(book: Path, tokens_of: Template, documents: int, tokens: int, seed: 
             depth = (order + 0.5) / 6
             at = int(depth * before) + order
             paragraphs.insert(at, f"The secret code of the {place} is {code}.")
-            qa.append({"q": f"What is the secret code of the {place}?", "a": [code], "depth": depth})
+            asked = {"q": f"What is the secret code of the {place}?", "a": [code], "depth": depth}
+            qa.append({**asked, "opening": f"The secret code of the {place} is"})
         context = "\n\n".join(paragraphs)
-        records.append({"id": f"needles-{number}", "task": "needles", "file": "needles", "context": context, "qa": qa})
+        records.append(
+            {"id": f"needles-{number}", "task": "needles", "file": "needles-opened", "context": context, "qa": qa}
+        )
     return records

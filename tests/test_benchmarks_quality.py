@@ -14,6 +14,7 @@ import quality_tasks
 import torch
 from policies import POLICIES, rope_of
 from policies.attention_based import pyramid
+from policies.fitted import Fitted
 from quality_ask import ask
 from quality_rouge import rouge
 
@@ -21,6 +22,7 @@ from tests.talk import ROOMY, talker
 from tests.templates import template
 from tests.tiny import tiny_model, tokens
 from zsmerge_llm.engine import Engine
+from zsmerge_llm.policy import slot_bias
 
 BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.config(1024).slots is not None)
 RECORD = {
@@ -29,6 +31,8 @@ RECORD = {
     "context": "The cat is called Bishop. " * 30 + "\n\n" + "The dog sleeps. " * 30,
     "qa": [{"q": "What is the cat called?", "a": ["Bishop"], "depth": 0.1}, {"q": "Who sleeps?", "a": ["The dog"]}],
 }
+
+LONG = {**RECORD, "context": RECORD["context"] * 2}  # type: ignore[operator]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,20 @@ def test_asking_together_scores_as_asking_one_by_one(family: str) -> None:
         assert score.nll == pytest.approx(-engine.logprobs(alone, answer).mean().item(), abs=1e-3)
         assert score.tokens == len(answer)
     assert all(torch.equal(old, layer.keys) for old, layer in zip(before, cache.layers, strict=True))
+
+
+def test_questions_beyond_the_trained_window_stand_at_the_places_that_the_model_knows() -> None:
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = 512
+    engine = Engine(model, POLICIES["streaming"].config(64))
+    cache = engine.new_cache()
+    engine.read(cache, tokens(1500))
+    assert cache.places[0].offset > 0, "an epoch has been"
+    asked = [(tokens(5, seed=1), tokens(4, seed=2)), (tokens(6, seed=3), tokens(3, seed=4))]
+    for (question, answer), score in zip(asked, ask(engine, cache, asked), strict=True):
+        alone = cache.clone()
+        engine.read(alone, question)
+        assert score.nll == pytest.approx(-engine.logprobs(alone, answer).mean().item(), abs=1e-3)
 
 
 def test_an_answer_is_exact_iff_greedy_decoding_says_it(engine: Engine) -> None:
@@ -110,6 +128,28 @@ def test_lm_infinite_puts_no_key_further_away_than_its_slots(engine: Engine) -> 
     assert torch.allclose(cache.layers[0].keys[:, :, :4], expected, atol=1e-3)
 
 
+def test_a_fitted_residual_answers_its_queries_better_than_eviction(engine: Engine) -> None:
+    caches = {name: POLICIES[name].new_cache(engine.specs, 200, rope_of(engine)) for name in ("fitted", "valued-mean")}
+    exact = engine.new_cache(POLICIES["full"].config(0))
+    engine.chunk = 700
+    for cache in (exact, *caches.values()):
+        engine.read(cache, tokens(700), probe=tokens(5, seed=1))
+    layer = caches["fitted"].layers[0]
+    assert isinstance(layer, Fitted)
+
+    def answers(cache: Any) -> torch.Tensor:
+        own = cache.layers[0]
+        used = max(own.fills)
+        keys, values, count = (getattr(own, part)[:, :, :used] for part in ("keys", "values", "count"))
+        return layer._paid(layer.asking, keys, slot_bias(count, 1.0)[:, :, None, None], None) @ values[:, :, None]
+
+    wanted = answers(exact)
+    off = {name: (answers(cache) - wanted).square().mean().item() for name, cache in caches.items()}
+    assert off["fitted"] < 0.5 * off["valued-mean"]
+    position = [cache.layers[0].position[:, :, :200] for cache in caches.values()]
+    assert torch.equal(*position), "the same tokens stay"
+
+
 def test_a_pyramid_keeps_the_total() -> None:
     budgets = pyramid(512, 24)
     assert sum(budgets) == 512 * 24
@@ -147,6 +187,54 @@ def test_follow_ups_are_asked_after_each_known_question(reader: quality_run.Read
     assert all(row["cache_bytes"] > 0 and row["nll"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "expected"])
+def test_what_is_read_once_for_all_questions_equals_reading_it_for_each(name: str, reader: quality_run.Reader) -> None:
+    read, policy = quality_tasks.item(reader.template, LONG, 2), POLICIES[name]
+    budget = quality_run.Budget(100)
+    begun = reader.begin(policy, budget, read)
+    assert begun is not None
+    assert 0 < begun.seen < read.tokens
+    before = begun.layers[0].keys.clone()
+    for asked in read.questions:
+        cache = reader.fill(policy, budget, read, asked, begun)
+        alone = reader.new_cache(policy, budget, read.tokens)
+        ids = [*read.parts[0][0], *asked.asking[:-1]]
+        reader.read(alone, policy, ids[: begun.seen], [])
+        reader.read(alone, policy, ids[begun.seen :], [])
+        assert cache.seen == alone.seen == len(ids)
+        assert torch.equal(cache.layers[0].keys, alone.layers[0].keys)
+    assert torch.equal(begun.layers[0].keys, before), "each goes on with a copy"
+    assert reader.begin(POLICIES["ours-question"], budget, read) is None, "its probe is another for each question"
+
+
+def test_joined_documents_are_numbered_on_and_keep_their_questions_depths(tmp_path: Path) -> None:
+    path = tmp_path / "passages.jsonl"
+    lines = [
+        {"id": f"r{n}", "context": f"Document [1] The sea.\n\nDocument [2] Word{n}.", "qa": [{"q": "?", "depth": 0.5}]}
+        for n in range(5)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = quality_tasks.load([path], None, join=2)
+    assert (first["id"], first["file"], second["id"]) == ("r0+r1", "passagesx2", "r2+r3")
+    assert first["context"].split("\n\n")[2:] == ["Document [3] The sea.", "Document [4] Word1."]
+    assert [asked["depth"] for asked in first["qa"]] == [pytest.approx(0.25, abs=0.02), pytest.approx(0.75, abs=0.02)]
+    assert len(list(quality_tasks.load([path], 1, join=2))) == 1
+
+
+def test_the_peak_of_reading_grows_with_the_text_only_where_the_full_cache_comes_first(
+    reader: quality_run.Reader,
+) -> None:
+    budget, peaks = quality_run.Budget(96), {}
+    for name in ("h2o", "h2o-whole", "full"):
+        for record in (RECORD, LONG):
+            read = quality_tasks.item(reader.template, record, 1)
+            (row,) = reader.unknown(POLICIES[name], budget, read)
+            peaks[name, read.tokens] = row["reading_bytes"] - row["cache_bytes"] * (name != "full")
+    short, long = sorted({tokens for _, tokens in peaks})
+    assert peaks["h2o-whole", long] == peaks["full", long] > 1.5 * peaks["full", short]
+    assert peaks["h2o", long] < 1.2 * peaks["h2o", short] < peaks["full", short]
+
+
 def test_a_chat_is_read_message_by_message(reader: quality_run.Reader) -> None:
     said = [{"role": ("user", "assistant")[n % 2], "content": f"Message {n} about the sea."} for n in range(9)]
     record = {"id": "c", "file": "toy", "messages": said, "qa": [{"q": "What about?", "a": ["the sea"], "depth": 0.0}]}
@@ -166,6 +254,15 @@ def test_needles_stand_in_their_documents(tmp_path: Path) -> None:
         for asked in record["qa"]:
             at = record["context"].index(asked["a"][0]) / len(record["context"])
             assert at == pytest.approx(asked["depth"], abs=0.12)
+
+
+def test_an_answer_goes_on_from_its_opening() -> None:
+    asked = {**RECORD["qa"][0], "opening": "The cat is called"}  # type: ignore[index]
+    reads = [quality_tasks.item(template("smollm2"), {**RECORD, "qa": [each]}, 1) for each in (RECORD["qa"][0], asked)]
+    plain, opened = (read.questions[0] for read in reads)
+    said = template("smollm2").tokenizer.decode(opened.asking[len(plain.asking) :] + opened.answer)
+    assert said == "The cat is called Bishop"
+    assert opened.probe == plain.probe, "what the model says is not what it was asked"
 
 
 def test_a_restart_skips_what_is_done_and_drops_a_torn_line(tmp_path: Path) -> None:
@@ -188,12 +285,20 @@ def test_the_report_compares_the_same_questions(tmp_path: Path) -> None:
     rows = [("ours", "512", 0, 1.0), ("ours", "512", 1, 2.0), ("h2o", "512", 1, 3.0), ("full", "full", 1, 0.5)]
     lines = [{**facts, "policy": p, "budget": b, "question": q, "nll": n, "depth": 0.5} for p, b, q, n in rows]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = quality_report.report(path, "ours")
-    assert "| h2o | 1 | 3.00 | 100% | +1.00 [+1.00, +1.00]" in text
-    assert "| full | 1 | 0.50 | 100% | -1.50" in text
+    text = quality_report.report(path, ["not measured", "ours"])
+    assert "| h2o | 1 (1) | 3.00 | 6.00 | 100% | +1.00 [+1.00, +1.00]" in text
+    assert "| full | 1 (1) | 0.50 | 1.00 | 100% | -1.50" in text
+    assert "| ours | 2 (1) | 1.50 | 4.00 | 100% |  |" in text, "against full on the question that both have"
     tables = json.loads(path.with_suffix(".json").read_text())["tables"]
     assert list(tables) == ["t / unknown / 512"]
     assert path.with_name("quality-x-depth.png").stat().st_size > 0
+
+
+def test_a_full_cache_that_was_asked_once_for_all_questions_stands_beside_known_ones() -> None:
+    facts = {"task": "t", "item": "1", "question": 0}
+    full = {**facts, "policy": "full", "budget": "full", "setting": "unknown"}
+    ours = {**facts, "policy": "ours", "budget": "512", "setting": "known"}
+    assert set(quality_report.groups([ours, full])["t", "known", "512"]) == {"ours", "full"}
 
 
 def test_rouge_counts_common_words_pairs_and_subsequences() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from policies.attention_based import TOVA, CaM, SnapKV, pyramid
 from policies.base import STAGE, Policy, plain, probed, rope_of
+from policies.fitted import Fitted
 from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
 from policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
 from zsmerge_llm.config import CacheConfig
@@ -25,6 +26,15 @@ def _cam(slots: int) -> CacheConfig:
 
 def _paper(slots: int) -> CacheConfig:
     return CacheConfig.paper(slots).replace(stage=STAGE)
+
+
+def _paper_two(slots: int) -> CacheConfig:
+    """As in the paper's Table 2: two residual slots."""
+    return _paper(slots).replace(residual=2)
+
+
+def _fitted(slots: int) -> CacheConfig:
+    return probed(slots).replace(alpha=1.0)
 
 
 def _tova(slots: int) -> CacheConfig:
@@ -59,6 +69,9 @@ _ALL = (
     Policy("cam", _cam, CaM),
     Policy("paper", _paper),
     Policy("paper-whole", _paper, chunk=None),
+    Policy("paper-two-whole", _paper_two, chunk=None),
+    Policy("streaming-whole", _streaming, chunk=None),
+    Policy("h2o-whole", _h2o, chunk=None),
     Policy("ours-question", _pooled, probe="question"),
     Policy("ours-generic", _ahead, probe="generic"),
     Policy("pooled-generic", _pooled, probe="generic"),
@@ -70,6 +83,7 @@ _ALL = (
     Policy("valued-generic", probed, Valued, probe="generic", profiled=True),
     Policy("valued-question", probed, Valued, probe="question", profiled=True),
     Policy("valued-mean", probed, ValuedMean, probe="generic", profiled=True),
+    Policy("fitted", _fitted, Fitted, probe="generic", profiled=True),
     Policy("valued-mean-question", probed, ValuedMean, probe="question", profiled=True),
     Policy("valued-more", probed, MostlyValued, probe="generic", profiled=True),
     Policy("valued-expected", probed, ValuedExpected, probe="generic", profiled=True),
