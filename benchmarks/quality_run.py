@@ -91,10 +91,10 @@ class Reader:
         else:
             parts = [*item.parts, *([(tail, [])] if tail else [])]
         for ids, own in parts:
-            self.read(cache, policy, ids, self._probe(policy, asked.probe if asked is not None else own))
+            self.read(cache, policy, ids, self.probe(policy, asked.probe if asked is not None else own))
         return cache
 
-    def _probe(self, policy: Policy, question: list[int]) -> list[int]:
+    def probe(self, policy: Policy, question: list[int]) -> list[int]:
         generic = self.generic if policy.probe in ("generic", "both") else []
         return generic + (question if policy.probe in ("question", "both") else [])
 

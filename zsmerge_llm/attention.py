@@ -97,7 +97,8 @@ class Step(Carrier):
     """One forward pass over `cache`: the tokens to keep and, behind them, the probe's, which only look.
 
     position [B, T] covers all T = n + m tokens, valid [B, n] (False: padding; None: no padding) the n = `new` to keep;
-    counts: how many of them are no padding, for each row; seen [B]: tokens each row has read, these included.
+    counts: how many of them are no padding, for each row; seen [B]: tokens each row has read, these included;
+    general: how many of the probe's tokens, its first, stand for what nobody has asked.
     """
 
     cache: Cache
@@ -106,6 +107,7 @@ class Step(Carrier):
     valid: Tensor | None
     counts: list[int]
     seen: Tensor
+    general: int = 0
     shared: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def attend(self, call: Call) -> Tensor:
@@ -139,6 +141,7 @@ class Step(Carrier):
             probe=call.query[:, :, new:] if probing else None,
             probe_position=self._on(device, "position")[:, new:] if probing else None,
             counts=self.counts,
+            general=self.general,
             sinks=call.sinks,
         )
 
@@ -182,6 +185,14 @@ class Step(Carrier):
             after = policy.causal_bias(behind, behind, probing, slots + probing, call.query.dtype)
             self.shared[key] = torch.cat([F.pad(own, (0, probing), value=policy.NEVER), after], dim=1)[:, None]
         return self.shared[key]
+
+
+@dataclass
+class Pause(Step):
+    """A pass of a probe alone: every layer empties its stage by what it looks at."""
+
+    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
+        layer.make_room(self._on(layer.spec.device, "seen"), arrival)
 
 
 @dataclass

@@ -82,6 +82,12 @@ class Cache:
         """Whether `new` tokens can be read without any full-attention layer compressing."""
         return all(layer.fits(new) for layer in self.layers if layer.spec.window is None)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether a full-attention layer has tokens in its stage that `make_room` would make room for."""
+        full = [layer for layer in self.layers if layer.spec.window is None and layer.config.slots is not None]
+        return any(max(layer.fills) > (layer.config.slots or 0) for layer in full)
+
     def make_room(self) -> None:
         """Empty the stage of every layer, between two turns rather than while the next one is waited for."""
         seen = torch.tensor(self.lengths)

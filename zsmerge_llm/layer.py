@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from zsmerge_llm import policy
-from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.config import AHEAD_FLOOR, CacheConfig
 from zsmerge_llm.rotary import Rotation
 
-PER_SLOT = ("keys", "values", "count", "score", "position")
+PER_SLOT = ("keys", "values", "count", "score", "guess", "position")
 TENSORS = (*PER_SLOT, "residual_keys", "residual_values", "dropped", "queries", "query_position")
 
 
@@ -47,7 +47,7 @@ class Arrival:
     queries [B, Hq, n, D], keys and values [B, H, n, D]: the tokens to keep. position int32 [B, n]; valid bool [B, n],
     and the same as present float32 [B, n]; asking int32 [B, n]: the position, or -1 for padding. counts: how many of
     them are no padding, for each row; seen: [B], tokens read by each row, these included. probe [B, Hq, m, D],
-    probe_position [B, m]: queries that only look, if any.
+    probe_position [B, m]: queries that only look, if any; the first `general` of them stand for what nobody has asked.
     """
 
     queries: Tensor
@@ -61,6 +61,7 @@ class Arrival:
     probe: Tensor | None
     probe_position: Tensor | None
     counts: list[int]
+    general: int = 0
     sinks: Tensor | None = None
 
     @property
@@ -85,6 +86,7 @@ class Held:
     values: Tensor
     count: Tensor
     score: Tensor
+    guess: Tensor
     position: Tensor
     base: list[int]
     in_place: bool
@@ -133,6 +135,7 @@ class LayerCache:
         self.values = zeros(heads, capacity, spec.value_dim, dtype=spec.dtype)
         self.count = zeros(heads, capacity)
         self.score = zeros(heads, capacity)
+        self.guess = zeros(heads, capacity)  # the general probe's attention
         self.position = zeros(heads, capacity, dtype=torch.int32)
         # The means in float32: rounded to bfloat16 at each merge, they would stop moving after some 200 tokens.
         self.residual_keys = zeros(heads, self.config.residual, spec.key_dim)
@@ -151,10 +154,10 @@ class LayerCache:
         """Whether all rows have used the same number of slots."""
         return self.fills.count(self.fills[0]) == len(self.fills)
 
-    def make_room(self, seen: Tensor) -> None:
+    def make_room(self, seen: Tensor, arrival: Arrival | None = None) -> None:
         """Compress now, by the newest queries, what would be compressed while the next tokens are waited for.
 
-        seen: [B], tokens read by each row.
+        seen: [B], tokens read by each row. arrival: of no tokens, with a general probe, if that looks too.
         """
         slots, used = self.config.slots, max(self.fills)
         full = [slots is not None and fill > slots for fill in self.fills]
@@ -162,7 +165,7 @@ class LayerCache:
             return
         held = Held(**{name: getattr(self, name)[:, :, :used] for name in PER_SLOT}, base=self.fills, in_place=True)
         if self.config.scoring == "window":
-            self._weigh(held, full, self.queries, self.query_position)
+            self._look(held, full, arrival)
         self.fills = [slots if due else fill for due, fill in zip(full, self.fills, strict=True)]
         self._compress(held, full, seen.to(self.spec.device))
 
@@ -223,10 +226,7 @@ class LayerCache:
         elif self.config.scoring == "window":
             self._remember(arrival)
             if any(full):
-                queries, asking = self.queries, self.query_position
-                if arrival.probe is not None and arrival.probe_position is not None:
-                    queries, asking = arrival.probe, arrival.probe_position
-                self._weigh(held, full, queries, asking, arrival.sinks)
+                self._look(held, full, arrival)
 
     def _beside(self, entries: dict[str, Tensor], used: int) -> dict[str, Tensor]:
         """Copies of the first `used` slots with the arriving tokens behind those of each row.
@@ -255,8 +255,8 @@ class LayerCache:
         """The arriving tokens as slots: count 1 (0 for padding), score 0."""
         shape = arrival.keys.shape[:3]
         count, position = (each[:, None].expand(shape) for each in (arrival.present, arrival.position))
-        score = self.score.new_zeros(()).expand(shape)
-        return dict(zip(PER_SLOT, (arrival.keys, arrival.values, count, score, position), strict=True))
+        nothing = self.score.new_zeros(()).expand(shape)
+        return dict(zip(PER_SLOT, (arrival.keys, arrival.values, count, nothing, nothing, position), strict=True))
 
     def _grow(self, needed: int) -> None:
         """The exact cache only: double the room until `needed` entries fit."""
@@ -291,19 +291,38 @@ class LayerCache:
         self.queries.copy_(queries[:, :, -room:])
         self.query_position.copy_(asking[:, -room:])
 
+    def _look(self, held: Held, full: list[bool], arrival: Arrival | None) -> None:
+        """Weigh the slots of full rows by the probe, or by the newest queries where nothing is asked."""
+        queries, asking, pool, sinks = self.queries, self.query_position, self.config.pool, None
+        if arrival is not None and arrival.probe is not None and arrival.probe_position is not None:
+            general, sinks = arrival.general, arrival.sinks
+            probe, position = arrival.probe, arrival.probe_position
+            if general:
+                self._weigh(held.guess, held, full, probe[:, :, :general], position[:, :general], 1, sinks)
+            if probe.shape[2] > general:
+                queries, asking = probe[:, :, general:], position[:, general:]
+        self._weigh(held.score, held, full, queries, asking, pool, sinks)
+
     def _weigh(
-        self, held: Held, full: list[bool], queries: Tensor, asking: Tensor, sinks: Tensor | None = None
+        self,
+        score: Tensor,
+        held: Held,
+        full: list[bool],
+        queries: Tensor,
+        asking: Tensor,
+        pool: int,
+        sinks: Tensor | None,
     ) -> None:
-        """What some queries, the newest or a probe's, pay each slot of a full row; a slot keeps the best it ever got.
+        """What some queries pay each slot of a full row goes into `score`, which keeps the best a slot ever got.
 
         queries: [B, Hq, m, D]; asking: [B, m], their positions, -1 for none.
         """
         seen = held.position[:, :, None, :] <= asking[:, None, :, None]  # [B, H, m, C]
         bias = policy.slot_bias(held.count, self.config.alpha)[:, :, None, :].masked_fill(~seen, policy.NEVER)
         paid = self._paid(queries.float(), held.keys.float(), bias[:, :, None], sinks)
-        now = policy.importance(paid, asking >= 0, self.config.pool)
+        now = policy.importance(paid, asking >= 0, pool)
         due = torch.tensor(full, device=now.device)[:, None, None]
-        held.score.copy_(torch.where(due, torch.maximum(held.score * self.config.decay, now), held.score))
+        score.copy_(torch.where(due, torch.maximum(score * self.config.decay, now), score))
 
     def _compress(self, held: Held, full: list[bool], seen: Tensor) -> None:
         """Alg. 1: of each full row keep what ranks highest, and merge or drop the rest. Other rows keep everything.
@@ -319,8 +338,7 @@ class LayerCache:
         if not everyone:
             main = {name: tensor[index] for name, tensor in main.items()}
         due = torch.tensor([full[row] for row in rows], device=seen.device)[:, None, None]
-        worth = self._worth(main)
-        ranking = policy.priority(worth, main["count"], main["position"], seen[index], config.sink, config.recent)
+        ranking = self._ranking(main, seen[index])
         lost = policy.lowest(ranking, config.slots - residual)
         gone = policy.take(main["count"], lost) * due
         merged = {name: policy.take(main[name], lost) for name in ("keys", "values", "position") if residual}
@@ -333,11 +351,25 @@ class LayerCache:
         if residual:
             self._absorb(place, {**merged, "count": gone})
             self.score[:, :, :residual] = held.score[:, :, :residual]
+            self.guess[:, :, :residual] = held.guess[:, :, :residual]
         else:
             self.dropped[place] += gone.sum(-1)
 
+    def _ranking(self, slots: dict[str, Tensor], seen: Tensor) -> Tensor:
+        """float32 [B, H, C]: who stays, the highest first. seen: [B], tokens read by each row."""
+        config = self.config
+
+        def ranked(worth: Tensor) -> Tensor:
+            return policy.priority(worth, slots["count"], slots["position"], seen, config.sink, config.recent)
+
+        ranking = ranked(self._worth(slots))
+        if config.scoring != "window" or not config.reserve:
+            return ranking
+        others = ranked(policy.worth(slots["guess"], slots["values"], AHEAD_FLOOR))
+        return policy.reserving(ranking, others, config.sink + config.recent + config.asked)
+
     def _worth(self, slots: dict[str, Tensor]) -> Tensor:
-        """float32 [B, H, C]: by what the slots are ranked."""
+        """float32 [B, H, C]: by what the slots are ranked, but for the reserve."""
         if self.config.scoring == "position":
             return slots["position"].float()
         if self.config.scoring == "window" and self.config.floor is not None:

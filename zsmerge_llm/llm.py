@@ -413,7 +413,7 @@ class LLM:
             self._read(turn, answer, probe, cancel, progress)
             with closing(speak(self.engine, answer, cancel)) as pieces:
                 yield from pieces
-            answer.cache.make_room()
+            self.engine.make_room(answer.cache)
             last = answer.finish()
             reply = answer.message()
         except Cancelled:

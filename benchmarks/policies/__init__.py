@@ -35,6 +35,14 @@ def _pooled(slots: int) -> CacheConfig:
     return CacheConfig(slots=slots, stage=STAGE, window=8)
 
 
+def _chat(slots: int) -> CacheConfig:
+    return CacheConfig(slots=slots, stage=STAGE)
+
+
+def _reserving(slots: int) -> CacheConfig:
+    return _chat(slots).replace(reserve=0.4)
+
+
 def _ahead(slots: int) -> CacheConfig:
     return _pooled(slots).ahead()
 
@@ -60,6 +68,9 @@ _ALL = (
     Policy("paper", _paper),
     Policy("paper-whole", _paper, chunk=None),
     Policy("ours-question", _pooled, probe="question"),
+    Policy("ours-chat", _chat, probe="question"),
+    Policy("reserve-40", _reserving, probe="question"),
+    Policy("reserve-40-profile", _reserving, probe="question", profiled=True),
     Policy("ours-generic", _ahead, probe="generic"),
     Policy("pooled-generic", _pooled, probe="generic"),
     Policy("ours-profile", _ahead, probe="generic", profiled=True),
