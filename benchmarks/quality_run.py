@@ -65,7 +65,7 @@ class Reader:
         specs = self.engine.specs
         slots = budget.slots(tokens)
         if policy.profiled:
-            policy = replace(policy, budgets=weighted(self.profile))
+            policy = replace(policy, budgets=weighted([1 + policy.profiled * (share - 1) for share in self.profile]))
         if policy.config(1024).slots is not None:
             slots = policy.slots_for(specs, plain_bytes(self.engine, slots))
         cache = policy.new_cache(specs, slots, rope_of(self.engine))

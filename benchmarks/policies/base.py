@@ -77,7 +77,8 @@ class Policy:
     "both" is a question behind a generic one.
     chunk: tokens a pass; None reads everything in one pass and compresses each layer then, as policies do that need
     the full cache first. budgets: slots of each full-attention layer, from the mean and the number of these;
-    profiled: they follow from the model (`zsmerge_llm.profile`). newest_only: the text is cut to its end instead.
+    profiled: how far they follow from the model's profile (`zsmerge_llm.profile`), 1 is wholly. newest_only: the text is
+    cut to its end instead.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Policy:
     probe: Literal["question", "generic", "both"] | None = None
     chunk: int | None = CHUNK
     budgets: Callable[[int, int], list[int]] | None = None
-    profiled: bool = False
+    profiled: float = 0.0
     newest_only: bool = False
 
     @property
