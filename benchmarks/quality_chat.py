@@ -94,8 +94,8 @@ def turns(reader: Reader, policy: Policy, slots: int, read: Item) -> Iterator[Ca
         return
     cache = reader.new_cache(policy, Budget(slots), read.tokens)
     own = all(type(layer) is PolicyLayer for layer in cache.layers)
-    for part, question in read.parts:
-        reader.engine.read(cache, part, probe=reader.probe(policy, question) or None)
+    for number, (part, question) in enumerate(read.parts):
+        reader.engine.read(cache, part, probe=reader.probe(policy, question) or None, reserving=number > 0)
         if own and not question:  # an answer: the product makes room before the next turn
             reader.engine.make_room(cache)
         yield cache

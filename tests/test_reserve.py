@@ -52,7 +52,7 @@ def test_half_of_the_context_goes_by_the_question_and_half_by_the_general_probe(
     """Against a ranking by hand, in the first compression of all."""
     ids = tokens(60)
     cache = engine.new_cache()
-    engine.read(cache, ids, probe=QUESTION)
+    engine.read(cache, ids, probe=QUESTION, reserving=True)
     exact = engine.new_cache(CacheConfig(slots=200))
     engine.read(exact, ids)
     asked = paid(engine, ids, [*GENERAL, *QUESTION], len(GENERAL))
@@ -73,7 +73,7 @@ def test_without_a_reserve_the_general_probe_changes_nothing(engine: Engine, blu
     config = CONFIG.replace(reserve=0.0)
     caches = [each.new_cache(config) for each in (engine, blunt)]
     for each, cache in zip((engine, blunt), caches, strict=True):
-        each.read(cache, tokens(60), probe=QUESTION)
+        each.read(cache, tokens(60), probe=QUESTION, reserving=True)
         each.make_room(cache)
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(caches[0].layers, caches[1].layers, strict=True))
 
@@ -97,6 +97,19 @@ def test_room_is_made_by_the_general_probe_which_leaves_no_trace(family: str) ->
     assert any(not torch.equal(a, b) for a, b in zip(*kept, strict=True))
 
 
+def test_a_text_with_its_question_is_kept_for_the_question_alone(engine: Engine) -> None:
+    """As without any reserve, until room is made for what comes later."""
+    config = CONFIG.replace(reserve=0.0)
+    alone, plain = engine.new_cache(), engine.new_cache(config)
+    for cache in (alone, plain):
+        engine.read(cache, tokens(61), probe=QUESTION)
+        engine.read(cache, tokens(4, seed=5))
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(alone.layers, plain.layers, strict=True))
+    for cache in (alone, plain):
+        engine.make_room(cache)
+    assert any(not torch.equal(a.position, b.position) for a, b in zip(alone.layers, plain.layers, strict=True))
+
+
 def test_where_there_is_room_the_general_probe_does_not_look(engine: Engine) -> None:
     cache = engine.new_cache()
     engine.read(cache, tokens(29))
@@ -108,10 +121,10 @@ def test_where_there_is_room_the_general_probe_does_not_look(engine: Engine) -> 
 
 def test_a_slot_keeps_the_best_the_general_probe_ever_paid_it(engine: Engine) -> None:
     cache = engine.new_cache()
-    engine.read(cache, tokens(60), probe=QUESTION)
+    engine.read(cache, tokens(60), probe=QUESTION, reserving=True)
     best = {(at, head, int(p)): float(g) for at, layer in enumerate(cache.layers) for head in range(layer.spec.kv_heads)
             for p, g in zip(layer.position[0, head, :30], layer.guess[0, head, :30], strict=True)}  # fmt: skip
-    engine.read(cache, tokens(40, seed=3), probe=QUESTION)
+    engine.read(cache, tokens(40, seed=3), probe=QUESTION, reserving=True)
     for at, layer in enumerate(cache.layers):
         for head in range(layer.spec.kv_heads):
             for p, g in zip(layer.position[0, head, :30], layer.guess[0, head, :30], strict=True):
@@ -120,18 +133,21 @@ def test_a_slot_keeps_the_best_the_general_probe_ever_paid_it(engine: Engine) ->
 
 def test_a_cache_with_a_reserve_is_restored_bit_for_bit(engine: Engine) -> None:
     cache = engine.new_cache()
-    engine.read(cache, tokens(60), probe=QUESTION)
+    engine.read(cache, tokens(60), probe=QUESTION, reserving=True)
     tensors, facts = cache.state()
     restored = Cache.from_state({name: tensor.clone() for name, tensor in tensors.items()}, facts)
     for each in (cache, restored):
-        engine.read(each, tokens(20, seed=2), probe=QUESTION)
+        engine.read(each, tokens(20, seed=2), probe=QUESTION, reserving=True)
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, restored.layers, strict=True))
 
 
 def test_conversations_with_a_reserve_go_on_and_are_saved(tmp_path: Path) -> None:
     llm = talker(cache=TIGHT.replace(reserve=0.5))
-    first = llm.chat("Tell me about the sea, at length. " * 20, session="ann", sampling=SHORT)
+    said = [{"role": "user", "content": "Tell me about the sea, at length. " * 20}]
+    first = llm.chat(said, session="ann", sampling=SHORT)
     assert first.usage.merged_tokens > 0
+    said += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And about the land? " * 20}]
+    assert llm.chat(said, session="ann", sampling=SHORT).usage.cached_tokens > 0
     assert any(layer.guess.any() for layer in llm.session("ann").cache.layers), "the general probe looked"
     llm.session("ann").save(tmp_path / "ann.zsmerge")
     loaded = talker(cache=TIGHT.replace(reserve=0.5)).load_session(tmp_path / "ann.zsmerge")

@@ -45,8 +45,8 @@ class CacheConfig:
     - `"window"`: the attention a paid by the prompt's probe, or by the newest `window` queries where there is none:
       their mean, max-pooled over `pool` neighbours; a slot keeps the best it ever got. Slots rank by
       (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None. `reserve` is the share
-      of the context slots that these do not decide about: it goes by (g + 0.02) · ‖v‖, where g is what a general probe
-      paid, one that stands for all that has not been asked yet;
+      of the context slots that these do not decide about, once a conversation goes on: it goes by (g + 0.02) · ‖v‖,
+      where g is what a general probe paid, one that stands for all that has not been asked yet;
     - `"position"`: newest first (sliding window with sinks).
 
     `shares` are weights of the full-attention layers, first layer first, with mean 1: layer i holds about

@@ -58,7 +58,7 @@ class Engine:
         compile: whether decode steps run through compiled layers (`fusion`): at once, never, or, with "auto", once so
             many tokens have been decoded that it pays.
         general: gives the tokens of a probe that stands for all that has not been asked yet: it decides who gets the
-            reserve (`CacheConfig.reserve`). None: nobody is preferred there but for the norm of its value.
+            reserve (`CacheConfig.reserve`). None: there is no reserve.
 
     Raises:
         UnsupportedModelError: an architecture or feature the cache cannot carry.
@@ -115,6 +115,7 @@ class Engine:
         ids: Ids,
         *,
         probe: Ids | None = None,
+        reserving: bool = False,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -123,6 +124,8 @@ class Engine:
         Args:
             probe: tokens that decide, by the attention they would pay if they came next, what is kept whenever the
                 cache has to compress ("window" scoring). They are not read into the cache.
+            reserving: whether the general probe looks too, so that the reserve (`CacheConfig.reserve`) is kept for what
+                comes later. Not for a text that comes with its question: that decides alone.
             cancel: stops after the current chunk.
             progress: called with (tokens read, tokens to read) after each chunk.
 
@@ -130,7 +133,7 @@ class Engine:
             InputError: no ids, ids outside the vocabulary, or a cache of several rows.
             Cancelled: `cancel` was set.
         """
-        tokens, asking = self._ids(ids), self._probe(cache, probe)
+        tokens, asking = self._ids(ids), self._probe(cache, probe, reserving)
         _one_row(cache)
         done = 0
         for chunk in tokens.split(self.chunk):
@@ -146,7 +149,7 @@ class Engine:
     def make_room(self, cache: Cache) -> None:
         """Empty the stage of a one-row cache between two turns, rather than while the next one is waited for."""
         _one_row(cache)
-        probe = self._probe(cache, None) if cache.crowded else None
+        probe = self._probe(cache, None, True) if cache.crowded else None
         if probe is None or not self.horizon.reaches(cache, len(probe.tokens)):
             cache.make_room()
             return
@@ -381,12 +384,12 @@ class Engine:
         ]
         return torch.cat(logits, dim=1) if how["keep"] == 0 else logits[-1]
 
-    def _probe(self, cache: Cache, asked: Ids | None) -> Probe | None:
+    def _probe(self, cache: Cache, asked: Ids | None, reserving: bool) -> Probe | None:
         """What looks ahead when `cache` compresses, as far as its rule heeds it."""
         config, parts = cache.config, []
         if config.slots is None or config.scoring != "window":
             return None
-        if config.reserve and self._general is not None:
+        if reserving and config.reserve and self._general is not None:
             parts.append(self._ids(self._general()))
         first = sum(map(len, parts))
         if asked is not None and len(asked):

@@ -366,7 +366,9 @@ class LayerCache:
         if config.scoring != "window" or not config.reserve:
             return ranking
         others = ranked(policy.worth(slots["guess"], slots["values"], AHEAD_FLOOR))
-        return policy.reserving(ranking, others, config.sink + config.recent + config.asked)
+        both = policy.reserving(ranking, others, config.sink + config.recent + config.asked)
+        looked = slots["guess"].amax((1, 2), keepdim=True) > 0
+        return torch.where(looked, both, ranking)  # until the general probe has looked, a question decides alone
 
     def _worth(self, slots: dict[str, Tensor]) -> Tensor:
         """float32 [B, H, C]: by what the slots are ranked, but for the reserve."""

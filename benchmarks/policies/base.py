@@ -77,8 +77,8 @@ class Policy:
     "both" is a question behind a generic one.
     chunk: tokens a pass; None reads everything in one pass and compresses each layer then, as policies do that need
     the full cache first. budgets: slots of each full-attention layer, from the mean and the number of these;
-    profiled: how far they follow from the model's profile (`zsmerge_llm.profile`), 1 is wholly. newest_only: the text is
-    cut to its end instead.
+    profiled: how far they follow from the model's profile (`zsmerge_llm.profile`), 1 is wholly. newest_only: the text
+    is cut to its end instead.
     """
 
     name: str
