@@ -70,7 +70,7 @@ class CacheConfig:
     window: int = 32
     pool: int = 5
     floor: float | None = None
-    reserve: float = 0.0
+    reserve: float = 0.4
     shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:

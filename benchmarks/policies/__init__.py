@@ -39,8 +39,8 @@ def _chat(slots: int) -> CacheConfig:
     return CacheConfig(slots=slots, stage=STAGE)
 
 
-def _reserving(slots: int) -> CacheConfig:
-    return _chat(slots).replace(reserve=0.4)
+def _asked(slots: int) -> CacheConfig:
+    return _chat(slots).replace(reserve=0.0)
 
 
 def _ahead(slots: int) -> CacheConfig:
@@ -69,10 +69,9 @@ _ALL = (
     Policy("paper-whole", _paper, chunk=None),
     Policy("ours-question", _pooled, probe="question"),
     Policy("ours-chat", _chat, probe="question"),
-    Policy("reserve-40", _reserving, probe="question"),
+    Policy("chat-asked", _asked, probe="question"),
     Policy("chat-half", _chat, probe="question", profiled=0.5),
-    Policy("reserve-40-half", _reserving, probe="question", profiled=0.5),
-    Policy("reserve-40-profile", _reserving, probe="question", profiled=1),
+    Policy("chat-profile", _chat, probe="question", profiled=1),
     Policy("ours-generic", _ahead, probe="generic"),
     Policy("pooled-generic", _pooled, probe="generic"),
     Policy("ours-profile", _ahead, probe="generic", profiled=1),
