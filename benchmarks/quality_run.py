@@ -70,7 +70,7 @@ class Reader:
         specs = self.engine.specs
         slots = budget.slots(tokens)
         if policy.profiled:
-            policy = replace(policy, budgets=weighted(self.profile))
+            policy = replace(policy, budgets=weighted([1 + policy.profiled * (share - 1) for share in self.profile]))
         if policy.config(1024).slots is not None:
             slots = policy.slots_for(specs, plain_bytes(self.engine, slots))
         cache = policy.new_cache(specs, slots, rope_of(self.engine))
@@ -111,10 +111,10 @@ class Reader:
             parts = [*item.parts, *([(tail, [])] if tail else [])]
         for ids, own in parts:
             new = ids if begun is None else ids[cache.seen :]
-            self.read(cache, policy, new, self._probe(policy, asked.probe if asked is not None else own))
+            self.read(cache, policy, new, self.probe(policy, asked.probe if asked is not None else own))
         return cache
 
-    def _probe(self, policy: Policy, question: list[int]) -> list[int]:
+    def probe(self, policy: Policy, question: list[int]) -> list[int]:
         generic = self.generic if policy.probe in ("generic", "both") else []
         return generic + (question if policy.probe in ("question", "both") else [])
 

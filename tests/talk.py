@@ -108,7 +108,8 @@ def counted() -> Iterator[list[int]]:
     passes: list[int] = []
 
     def counting(model: Any, step: Step, **inputs: Any) -> torch.Tensor:
-        passes.append(step.new)
+        if step.new:  # a probe alone puts nothing into the cache
+            passes.append(step.new)
         return forward(model, step, **inputs)
 
     with mock.patch("zsmerge_llm.engine.forward", counting):

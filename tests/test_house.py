@@ -12,7 +12,7 @@ PACKAGE = Path(zsmerge_llm.__file__).parent
 STOREYS = (
     {"errors", "types", "aio"},
     {"config", "quiet", "fairness", "documents", "saving", "closing", "toolcalls", "lookup"},
-    {"policy", "rotary", "hardware", "lowbit", "kernels", "messages", "grammar", "reasoning"},
+    {"policy", "slots", "rotary", "hardware", "lowbit", "kernels", "messages", "grammar", "reasoning"},
     {"layer", "gguf", "chat"},
     {"cache", "adapters", "hub", "forms", "probe"},
     {"attention", "sampling", "loader", "batching"},

@@ -15,7 +15,7 @@ from zsmerge_llm import policy
 from zsmerge_llm.attention import Call, Step
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.layer import LayerSpec
+from zsmerge_llm.slots import LayerSpec
 
 HEADS, GROUP, DIM = 2, 2, 4
 FIGURE_2 = CacheConfig(slots=9, sink=0, recent=3, residual=2, alpha=0.6, decay=0.98, stage=1, scoring="attention")

@@ -226,13 +226,15 @@ def together(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     probes: Sequence[Sequence[int]],
+    reserving: Sequence[bool],
     forms: Sequence[Form],
     params: SamplingParams,
     limit: int | None,
     cancel: Event | None,
     continues: bool = False,
 ) -> list[Result]:
-    """Read several prompts one by one, each with its probe, and decode their answers together.
+    """Read several prompts one by one, each with its probe (and `reserving` or not, as `Engine.read`), and decode their
+    answers together.
 
     limit: tokens that a prompt may have. Raises as `Answer` and `check_length`, before anything is read.
     """
@@ -248,9 +250,9 @@ def together(
     ]
     cancelled = False
     try:
-        for answer, probe in zip(answers, probes, strict=True):
+        for answer, probe, later in zip(answers, probes, reserving, strict=True):
             started = time.perf_counter()
-            engine.read(answer.cache, answer.prompt, probe=probe, cancel=cancel)
+            engine.read(answer.cache, answer.prompt, probe=probe, reserving=later, cancel=cancel)
             answer.begin(time.perf_counter() - started)
         _speak_together(engine, answers, cancel)
         if repeating := [answer for answer in answers if answer.repeats]:

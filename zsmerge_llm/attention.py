@@ -20,8 +20,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from zsmerge_llm import adapters, kernels, policy
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.errors import InputError, UnsupportedModelError
-from zsmerge_llm.layer import Arrival, Held, LayerCache, LayerSpec
+from zsmerge_llm.layer import LayerCache
 from zsmerge_llm.rotary import Rotation, fit
+from zsmerge_llm.slots import Arrival, Held, LayerSpec
 
 NAME = "zsmerge"
 HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"}
@@ -98,7 +99,8 @@ class Step(Carrier):
 
     position [B, T] covers all T = n + m tokens, valid [B, n] (False: padding; None: no padding) the n = `new` to keep;
     counts: how many of them are no padding, for each row; seen [B]: tokens each row has read, these included.
-    kernels: whether those of `kernels` may serve.
+    kernels: whether those of `kernels` may serve. general: how many of the probe's tokens, its first, stand for what
+    nobody has asked.
     """
 
     cache: Cache
@@ -108,6 +110,7 @@ class Step(Carrier):
     counts: list[int]
     seen: Tensor
     kernels: bool = False
+    general: int = 0
     small: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict)
     causal: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
@@ -116,7 +119,7 @@ class Step(Carrier):
         layer = self.cache.layers[call.layer]
         arrival = self._arrival(layer, call)
         if arrival.few:
-            held, output = layer.look(arrival, call.scaling)
+            held, output = layer.attend(arrival, call.scaling)
             self._settle(layer, held, arrival)
             return output
         held = layer.append(arrival)
@@ -152,6 +155,7 @@ class Step(Carrier):
             probe=probe,
             probe_position=probe_position,
             counts=self.counts,
+            general=self.general,
             sinks=call.sinks,
             few=few,
         )
@@ -195,6 +199,14 @@ class Step(Carrier):
             after = policy.causal_bias(behind, behind, probing, slots + probing, call.query.dtype)
             self.causal[key] = torch.cat([F.pad(own, (0, probing), value=policy.NEVER), after], dim=1)[:, None]
         return self.causal[key]
+
+
+@dataclass
+class Pause(Step):
+    """A pass of a probe alone: every layer empties its stage by what it looks at."""
+
+    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
+        layer.make_room(self._small(layer.spec.device)["seen"], arrival)
 
 
 @dataclass

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError
-from zsmerge_llm.layer import PER_SLOT, TENSORS, LayerCache, LayerSpec, layer_configs
+from zsmerge_llm.layer import TENSORS, LayerCache, layer_configs
 from zsmerge_llm.rotary import Places, Rotation
+from zsmerge_llm.slots import PER_SLOT, LayerSpec
 
 
 class Cache:
@@ -81,6 +82,12 @@ class Cache:
     def fits(self, new: int) -> bool:
         """Whether `new` tokens can be read without any full-attention layer compressing."""
         return all(layer.fits(new) for layer in self.layers if layer.spec.window is None)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a full-attention layer has tokens in its stage that `make_room` would make room for."""
+        full = [layer for layer in self.layers if layer.spec.window is None and layer.config.slots is not None]
+        return any(max(layer.fills) > (layer.config.slots or 0) for layer in full)
 
     def make_room(self) -> None:
         """Empty the stage of every layer, between two turns rather than while the next one is waited for."""

@@ -12,6 +12,8 @@ from zsmerge_llm.errors import ConfigError
 
 Scoring = Literal["attention", "window", "position"]
 
+AHEAD_FLOOR = 0.02
+"""`floor` where nobody knows yet what will be asked."""
 ROUNDING = 1e-6
 """What a number of slots may be off by before it counts as another."""
 
@@ -42,7 +44,9 @@ class CacheConfig:
     - `"attention"`: contribution scores of Eq. 5, s ← decay · s + a, from every query;
     - `"window"`: the attention a paid by the prompt's probe, or by the newest `window` queries where there is none:
       their mean, max-pooled over `pool` neighbours; a slot keeps the best it ever got. Slots rank by
-      (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None;
+      (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None. `reserve` is the share
+      of the context slots that these do not decide about, once a conversation goes on: it goes by (g + 0.02) · ‖v‖,
+      where g is what a general probe paid, one that stands for all that has not been asked yet;
     - `"position"`: newest first (sliding window with sinks).
 
     `shares` are weights of the full-attention layers, first layer first, with mean 1: layer i holds about
@@ -66,6 +70,7 @@ class CacheConfig:
     window: int = 32
     pool: int = 5
     floor: float | None = None
+    reserve: float = 0.4
     shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +78,7 @@ class CacheConfig:
             _integer(name, getattr(self, name), low)
         _number("alpha", self.alpha, 0.0, 1.0)  # Theorem 3.1 needs alpha <= 1
         _number("decay", self.decay, 0.0, 1.0)
+        _number("reserve", self.reserve, 0.0, 1.0)
         if self.floor is not None:
             _number("floor", self.floor, 0.0, 1.0)
         if self.scoring not in ("attention", "window", "position"):
@@ -96,6 +102,11 @@ class CacheConfig:
     def context(self) -> int:
         """B_c, the slots of tokens kept for their score. 0 for the exact cache."""
         return 0 if self.slots is None else self.slots - self.sink - self.recent - self.residual
+
+    @property
+    def asked(self) -> int:
+        """Context slots that go by what was asked, rather than by what else may be (`reserve`)."""
+        return self.context - round(self.reserve * self.context)
 
     @property
     def _least(self) -> int:
@@ -122,7 +133,7 @@ class CacheConfig:
 
         Who asks is then a guess, and the size of what a slot holds tells as much: slots rank by (a + 0.02) · ‖v‖.
         """
-        return self.replace(pool=1, floor=0.02) if self.scoring == "window" else self
+        return self.replace(pool=1, floor=AHEAD_FLOOR, reserve=0.0) if self.scoring == "window" else self
 
     @classmethod
     def full(cls) -> CacheConfig:

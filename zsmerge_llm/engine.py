@@ -7,8 +7,10 @@ forward passes take turns, first come first served.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 from threading import Event
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention import Draft, Step, forward, prepare
+from zsmerge_llm.attention import Draft, Pause, Step, forward, prepare
 from zsmerge_llm.batching import Batcher, Row
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, SamplingParams
@@ -34,6 +36,14 @@ FUSE_AFTER = 512
 """Tokens decoded before the layers are compiled of their own accord: that takes about as long."""
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Token ids [m] that only look; the first `general` of them stand for what nobody has asked."""
+
+    tokens: Tensor
+    general: int
+
+
 class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
     """The caller's event was set. Everything read or generated before stays in the cache."""
 
@@ -47,6 +57,8 @@ class Engine:
         chunk: tokens read in one forward pass. Peak memory grows with it.
         compile: whether decode steps run through compiled layers (`fusion`): at once, never, or, with "auto", once so
             many tokens have been decoded that it pays.
+        general: gives the tokens of a probe that stands for all that has not been asked yet: it decides who gets the
+            reserve (`CacheConfig.reserve`). None: there is no reserve.
 
     Raises:
         UnsupportedModelError: an architecture or feature the cache cannot carry.
@@ -58,6 +70,7 @@ class Engine:
         cache: CacheConfig | None = None,
         chunk: int = 512,
         compile: bool | Literal["auto"] = "auto",
+        general: Callable[[], Ids] | None = None,
     ) -> None:
         if chunk < 1:
             raise ConfigError(f"chunk must be at least 1 token, not {chunk}.")
@@ -69,6 +82,7 @@ class Engine:
         self.stop_ids = _stop_ids(model)
         self.horizon = Horizon(model, self.specs, self.window)
         self.fusion = Fusion(model, len(self.specs), after=FUSE_AFTER if compile == "auto" else None)
+        self._general = None if general is None else lru_cache(1)(general)
         self._turn = FairLock()
         self._together = Batcher(self._forward, self._turn)
         if compile is True:
@@ -101,6 +115,7 @@ class Engine:
         ids: Ids,
         *,
         probe: Ids | None = None,
+        reserving: bool = False,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -109,6 +124,8 @@ class Engine:
         Args:
             probe: tokens that decide, by the attention they would pay if they came next, what is kept whenever the
                 cache has to compress ("window" scoring). They are not read into the cache.
+            reserving: whether the general probe looks too, so that the reserve (`CacheConfig.reserve`) is kept for what
+                comes later. Not for a text that comes with its question: that decides alone.
             cancel: stops after the current chunk.
             progress: called with (tokens read, tokens to read) after each chunk.
 
@@ -116,18 +133,31 @@ class Engine:
             InputError: no ids, ids outside the vocabulary, or a cache of several rows.
             Cancelled: `cancel` was set.
         """
-        tokens, asking = self._ids(ids), self._ids(probe) if probe is not None and len(probe) else None
+        tokens, asking = self._ids(ids), self._probe(cache, probe, reserving)
         _one_row(cache)
         done = 0
         for chunk in tokens.split(self.chunk):
             _check(cancel)
-            looking = asking if not cache.fits(len(chunk)) and cache.config.scoring == "window" else None
             with self._turn:
-                logits = self._forward(cache, chunk[None], probe=looking)
+                logits = self._forward(cache, chunk[None], probe=None if cache.fits(len(chunk)) else asking)
             done += len(chunk)
             if progress is not None:
                 progress(done, len(tokens))
         return logits[0, -1].float()
+
+    @torch.inference_mode()
+    def make_room(self, cache: Cache) -> None:
+        """Empty the stage of a one-row cache between two turns, rather than while the next one is waited for."""
+        _one_row(cache)
+        probe = self._probe(cache, None, True) if cache.crowded else None
+        if probe is None or not self.horizon.reaches(cache, len(probe.tokens)):
+            cache.make_room()
+            return
+        with self._turn:
+            seen = torch.tensor(cache.lengths)
+            position = seen[:, None] + torch.arange(len(probe.tokens))
+            step = Pause(cache, 0, position, None, [0], seen, general=probe.general)
+            self._run(step, probe.tokens[None], torch.tensor([0]))
 
     @torch.inference_mode()
     def read_batch(self, cache: Cache, rows: Sequence[Ids], *, cancel: Event | None = None) -> Tensor:
@@ -302,7 +332,7 @@ class Engine:
         ids: Tensor,
         valid: Tensor | None = None,
         *,
-        probe: Tensor | None = None,
+        probe: Probe | None = None,
         keep: int | None = None,
     ) -> Tensor:
         """One forward pass of ids [B, n] (and a probe behind them): logits [B, 1, vocab] after each row's last token.
@@ -310,7 +340,7 @@ class Engine:
         keep=0 gives them after all tokens instead: [B, n, vocab]. `cache.logits` is brought up to date.
         """
         batch, new = ids.shape
-        ahead = 0 if probe is None else len(probe)
+        ahead = 0 if probe is None else len(probe.tokens)
         room = self.horizon.room(cache, new, ahead)
         if new > room:
             return self._in_parts(cache, ids, valid, room, probe=probe, keep=keep)
@@ -318,13 +348,14 @@ class Engine:
         counts = torch.full((batch,), new) if valid is None else valid.sum(-1)
         self.horizon.make_way(cache, counts.tolist(), ahead)
         if probe is not None:
-            ids = torch.cat([ids, probe[None].to(ids.device)], dim=1)
+            ids = torch.cat([ids, probe.tokens[None].to(ids.device)], dim=1)
         position = lengths[:, None] + torch.arange(ids.shape[1])
         if valid is not None:
             position = torch.minimum(position, (lengths + counts - 1).clamp(min=0)[:, None])
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
-        step = Step(cache, new, position, valid, counts.tolist(), lengths + counts, self.fusion.kernels)
+        general = 0 if probe is None else probe.general
+        step = Step(cache, new, position, valid, counts.tolist(), lengths + counts, self.fusion.kernels, general)
         logits = self._run(step, ids, wanted)
         cache.lengths = step.seen.tolist()
         last = logits[torch.arange(batch), torch.searchsorted(wanted, ends)]
@@ -352,6 +383,18 @@ class Engine:
             self._forward(cache, part, mask, **how) for part, mask in zip(ids.split(size, dim=1), masks, strict=True)
         ]
         return torch.cat(logits, dim=1) if how["keep"] == 0 else logits[-1]
+
+    def _probe(self, cache: Cache, asked: Ids | None, reserving: bool) -> Probe | None:
+        """What looks ahead when `cache` compresses, as far as its rule heeds it."""
+        config, parts = cache.config, []
+        if config.slots is None or config.scoring != "window":
+            return None
+        if reserving and config.reserve and self._general is not None:
+            parts.append(self._ids(self._general()))
+        first = sum(map(len, parts))
+        if asked is not None and len(asked):
+            parts.append(self._ids(asked))
+        return Probe(torch.cat(parts), first) if parts else None
 
     def _ids(self, ids: Ids) -> Tensor:
         """Token ids as a checked CPU tensor int64 [T]."""

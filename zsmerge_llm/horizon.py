@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from zsmerge_llm.attention import rotations
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.errors import ContextLimitError
-from zsmerge_llm.layer import LayerSpec
 from zsmerge_llm.rotary import Rotation
+from zsmerge_llm.slots import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ class Horizon:
             f"A probe of {ahead} tokens and {cache.config.sink} sinks leave no room to read in the {self.window} "
             "positions that the model was trained on: use a shorter probe or fewer sinks."
         )
+
+    def reaches(self, cache: Cache, ahead: int) -> bool:
+        """Whether `ahead` tokens behind each row still stand within the window as it is."""
+        return self.window is None or max(self._end(cache, row, ahead) for row in range(cache.rows)) <= self.window
 
     def make_way(self, cache: Cache, coming: Sequence[int], ahead: int) -> None:
         """Before a pass: an epoch for every row whose last token would stand beyond the limit.

@@ -421,7 +421,7 @@ std::vector<Tensor> rows(const Tensor& x, at::TensorList weights, at::TensorList
 // ---- attention to slots -------------------------------------------------------------------------------------------
 
 struct Slots {  // of one layer: [B, H, P, D], and [B, H, P]
-  Tensor keys, values, count, score, position;
+  Tensor keys, values, count, score, guess, position;
 };
 
 struct How {
@@ -444,6 +444,7 @@ void write(const Slots& slots, const Tensor& key, const Tensor& value, const int
                     E * sizeof(T));
         slots.count.data_ptr<float>()[at] = 1;
         slots.score.data_ptr<float>()[at] = 0;
+        slots.guess.data_ptr<float>()[at] = 0;
         slots.position.data_ptr<int32_t>()[at] = now[b * count + t];
       }
 }
@@ -603,9 +604,9 @@ void attend_all(const Tensor& query, const Slots& slots, const int32_t* now, at:
 // the earlier. query [B, Hq, T, D], key and value [B, H, T, D]; now int32 [B, T], their positions; sinks float [Hq].
 // -> [B, Hq, T, D].
 Tensor look(const Tensor& query, const Tensor& key, const Tensor& value, Tensor keys, Tensor values, Tensor count,
-            Tensor score, Tensor position, const Tensor& now, at::IntArrayRef fills, double scaling, double alpha,
+            Tensor score, Tensor guess, Tensor position, const Tensor& now, at::IntArrayRef fills, double scaling, double alpha,
             double softcap, int64_t window, const std::optional<Tensor>& sinks) {
-  const Slots slots{keys, values, count, score, position};
+  const Slots slots{keys, values, count, score, guess, position};
   const How how{scaling, alpha, softcap, window};
   Tensor out = at::empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options());
   const Tensor when = now.contiguous();
@@ -653,7 +654,7 @@ TORCH_LIBRARY_FRAGMENT(zsmerge, library) {
   library.def("rows(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases) -> Tensor[]");
   library.def(
       "look(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) count, "
-      "Tensor(d!) score, Tensor(e!) position, Tensor now, int[] fills, float scaling, float alpha, float softcap, "
+      "Tensor(d!) score, Tensor(e!) guess, Tensor(f!) position, Tensor now, int[] fills, float scaling, float alpha, float softcap, "
       "int window, Tensor? sinks) -> Tensor");
   library.def("remember(Tensor(a!) queries, Tensor(b!) asked, Tensor newest, Tensor now) -> ()");
 }

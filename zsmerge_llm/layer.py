@@ -12,111 +12,17 @@ Everything mutates in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from zsmerge_llm import kernels, policy
-from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.config import AHEAD_FLOOR, CacheConfig
 from zsmerge_llm.rotary import Rotation
+from zsmerge_llm.slots import PER_SLOT, Arrival, Held, LayerSpec, Slots
 
-PER_SLOT = ("keys", "values", "count", "score", "position")
 TENSORS = (*PER_SLOT, "residual_keys", "residual_values", "dropped", "queries", "query_position")
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What one attention layer needs of its cache, as seen in a one-token forward pass."""
-
-    query_heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None
-    dtype: torch.dtype
-    device: torch.device
-    scaling: float | None = None
-    softcap: float | None = None
-
-
-@dataclass(slots=True)  # not frozen: that would take longer to make, in every layer of every step
-class Arrival:
-    """The tokens of one forward pass as a layer receives them.
-
-    queries [B, Hq, n, D], keys and values [B, H, n, D]: the tokens to keep. position int32 [B, n]; valid bool [B, n],
-    and the same as present float32 [B, n]; asking int32 [B, n]: the position, or -1 for padding. counts: how many of
-    them are no padding, for each row; seen: [B], tokens read by each row, these included. probe [B, Hq, m, D],
-    probe_position [B, m]: queries that only look, if any. few: whether the kernels for a few tokens serve (`kernels`).
-    """
-
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    position: Tensor
-    valid: Tensor
-    present: Tensor
-    asking: Tensor
-    seen: Tensor
-    probe: Tensor | None
-    probe_position: Tensor | None
-    counts: list[int]
-    sinks: Tensor | None = None
-    few: bool = False
-
-    @property
-    def padded(self) -> bool:
-        return min(self.counts) < self.keys.shape[2]
-
-    def first(self, count: int) -> Arrival:
-        """The first `count` tokens, of one row without padding or probe."""
-        tokens = {name: getattr(self, name)[:, :, :count] for name in ("queries", "keys", "values")}
-        marks = {name: getattr(self, name)[:, :count] for name in ("position", "valid", "present", "asking")}
-        return replace(self, **tokens, **marks, seen=self.seen - (self.keys.shape[2] - count), counts=[count])
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Tensors of slots, by their names in a layer: [B, H, C, ...]."""
-
-    keys: Tensor
-    values: Tensor
-    count: Tensor
-    score: Tensor
-    position: Tensor
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a layer attends to in one pass: the first `end` of its slots, or of copies with the arriving tokens behind.
-
-    Every tensor is [B, H, end, ...]; the arriving tokens of row b stand from slot `base[b]` on.
-    """
-
-    slots: Slots | LayerCache
-    end: int
-    base: list[int]
-    in_place: bool
-
-    @property
-    def keys(self) -> Tensor:
-        return self.slots.keys[:, :, : self.end]
-
-    @property
-    def values(self) -> Tensor:
-        return self.slots.values[:, :, : self.end]
-
-    @property
-    def count(self) -> Tensor:
-        return self.slots.count[:, :, : self.end]
-
-    @property
-    def score(self) -> Tensor:
-        return self.slots.score[:, :, : self.end]
-
-    @property
-    def position(self) -> Tensor:
-        return self.slots.position[:, :, : self.end]
 
 
 def layer_configs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[CacheConfig]:
@@ -162,6 +68,7 @@ class LayerCache:
         self.values = zeros(heads, capacity, spec.value_dim, dtype=spec.dtype)
         self.count = zeros(heads, capacity)
         self.score = zeros(heads, capacity)
+        self.guess = zeros(heads, capacity)  # the general probe's attention
         self.position = zeros(heads, capacity, dtype=torch.int32)
         # The means in float32: rounded to bfloat16 at each merge, they would stop moving after some 200 tokens.
         self.residual_keys = zeros(heads, self.config.residual, spec.key_dim)
@@ -180,10 +87,10 @@ class LayerCache:
         """Whether all rows have used the same number of slots."""
         return self.fills.count(self.fills[0]) == len(self.fills)
 
-    def make_room(self, seen: Tensor) -> None:
+    def make_room(self, seen: Tensor, arrival: Arrival | None = None) -> None:
         """Compress now, by the newest queries, what would be compressed while the next tokens are waited for.
 
-        seen: [B], tokens read by each row.
+        seen: [B], tokens read by each row. arrival: of no tokens, with a general probe, if that looks too.
         """
         slots, used = self.config.slots, max(self.fills)
         full = [slots is not None and fill > slots for fill in self.fills]
@@ -191,7 +98,7 @@ class LayerCache:
             return
         held = Held(self, used, self.fills, in_place=True)
         if self.config.scoring == "window":
-            self._weigh(held, full, self.queries, self.query_position)
+            self._look(held, full, arrival)
         self.fills = [slots if due else fill for due, fill in zip(full, self.fills, strict=True)]
         self._compress(held, full, seen.to(self.spec.device))
 
@@ -230,7 +137,7 @@ class LayerCache:
             self._write(getattr(self, name), entry)
         return Held(self, used + new, self.fills, in_place=True)
 
-    def look(self, arrival: Arrival, scaling: float) -> tuple[Held, Tensor]:
+    def attend(self, arrival: Arrival, scaling: float) -> tuple[Held, Tensor]:
         """`append`, and what the arriving tokens make of it all, [B, Hq, n, D]: in one kernel (`kernels.serves`)."""
         new = arrival.keys.shape[2]
         output = kernels.look(
@@ -270,10 +177,7 @@ class LayerCache:
         elif self.config.scoring == "window":
             self._remember(arrival)
             if any(full):
-                queries, asking = self.queries, self.query_position
-                if arrival.probe is not None and arrival.probe_position is not None:
-                    queries, asking = arrival.probe, arrival.probe_position
-                self._weigh(held, full, queries, asking, arrival.sinks)
+                self._look(held, full, arrival)
 
     def _beside(self, entries: dict[str, Tensor], used: int) -> dict[str, Tensor]:
         """Copies of the first `used` slots with the arriving tokens behind those of each row.
@@ -302,8 +206,8 @@ class LayerCache:
         """The arriving tokens as slots: count 1 (0 for padding), score 0."""
         shape = arrival.keys.shape[:3]
         count, position = (each[:, None].expand(shape) for each in (arrival.present, arrival.position))
-        score = self.score.new_zeros(()).expand(shape)
-        return dict(zip(PER_SLOT, (arrival.keys, arrival.values, count, score, position), strict=True))
+        nothing = self.score.new_zeros(()).expand(shape)
+        return dict(zip(PER_SLOT, (arrival.keys, arrival.values, count, nothing, nothing, position), strict=True))
 
     def _grow(self, needed: int) -> None:
         """The exact cache only: double the room until `needed` entries fit."""
@@ -341,19 +245,38 @@ class LayerCache:
         self.queries.copy_(queries[:, :, -room:])
         self.query_position.copy_(asking[:, -room:])
 
+    def _look(self, held: Held, full: list[bool], arrival: Arrival | None) -> None:
+        """Weigh the slots of full rows by the probe, or by the newest queries where nothing is asked."""
+        queries, asking, pool, sinks = self.queries, self.query_position, self.config.pool, None
+        if arrival is not None and arrival.probe is not None and arrival.probe_position is not None:
+            general, sinks = arrival.general, arrival.sinks
+            probe, position = arrival.probe, arrival.probe_position
+            if general:
+                self._weigh(held.guess, held, full, probe[:, :, :general], position[:, :general], 1, sinks)
+            if probe.shape[2] > general:
+                queries, asking = probe[:, :, general:], position[:, general:]
+        self._weigh(held.score, held, full, queries, asking, pool, sinks)
+
     def _weigh(
-        self, held: Held, full: list[bool], queries: Tensor, asking: Tensor, sinks: Tensor | None = None
+        self,
+        score: Tensor,
+        held: Held,
+        full: list[bool],
+        queries: Tensor,
+        asking: Tensor,
+        pool: int,
+        sinks: Tensor | None,
     ) -> None:
-        """What some queries, the newest or a probe's, pay each slot of a full row; a slot keeps the best it ever got.
+        """What some queries pay each slot of a full row goes into `score`, which keeps the best a slot ever got.
 
         queries: [B, Hq, m, D]; asking: [B, m], their positions, -1 for none.
         """
         seen = held.position[:, :, None, :] <= asking[:, None, :, None]  # [B, H, m, C]
         bias = policy.slot_bias(held.count, self.config.alpha)[:, :, None, :].masked_fill(~seen, policy.NEVER)
         paid = self._paid(queries.float(), held.keys.float(), bias[:, :, None], sinks)
-        now = policy.importance(paid, asking >= 0, self.config.pool)
+        now = policy.importance(paid, asking >= 0, pool)
         due = torch.tensor(full, device=now.device)[:, None, None]
-        held.score.copy_(torch.where(due, torch.maximum(held.score * self.config.decay, now), held.score))
+        score.copy_(torch.where(due, torch.maximum(score * self.config.decay, now), score))
 
     def _compress(self, held: Held, full: list[bool], seen: Tensor) -> None:
         """Alg. 1: of each full row keep what ranks highest, and merge or drop the rest. Other rows keep everything.
@@ -369,8 +292,7 @@ class LayerCache:
         if not everyone:
             main = {name: tensor[index] for name, tensor in main.items()}
         due = torch.tensor([full[row] for row in rows], device=seen.device)[:, None, None]
-        worth = self._worth(main)
-        ranking = policy.priority(worth, main["count"], main["position"], seen[index], config.sink, config.recent)
+        ranking = self._ranking(main, seen[index])
         lost = policy.lowest(ranking, config.slots - residual)
         gone = policy.take(main["count"], lost) * due
         merged = {name: policy.take(main[name], lost) for name in ("keys", "values", "position") if residual}
@@ -383,11 +305,27 @@ class LayerCache:
         if residual:
             self._absorb(place, {**merged, "count": gone})
             self.score[:, :, :residual] = held.score[:, :, :residual]
+            self.guess[:, :, :residual] = held.guess[:, :, :residual]
         else:
             self.dropped[place] += gone.sum(-1)
 
+    def _ranking(self, slots: dict[str, Tensor], seen: Tensor) -> Tensor:
+        """float32 [B, H, C]: who stays, the highest first. seen: [B], tokens read by each row."""
+        config = self.config
+
+        def ranked(worth: Tensor) -> Tensor:
+            return policy.priority(worth, slots["count"], slots["position"], seen, config.sink, config.recent)
+
+        ranking = ranked(self._worth(slots))
+        if config.scoring != "window" or not config.reserve:
+            return ranking
+        others = ranked(policy.worth(slots["guess"], slots["values"], AHEAD_FLOOR))
+        both = policy.reserving(ranking, others, config.sink + config.recent + config.asked)
+        looked = slots["guess"].amax((1, 2), keepdim=True) > 0
+        return torch.where(looked, both, ranking)  # until the general probe has looked, a question decides alone
+
     def _worth(self, slots: dict[str, Tensor]) -> Tensor:
-        """float32 [B, H, C]: by what the slots are ranked."""
+        """float32 [B, H, C]: by what the slots are ranked, but for the reserve."""
         if self.config.scoring == "position":
             return slots["position"].float()
         if self.config.scoring == "window" and self.config.floor is not None:

@@ -16,7 +16,7 @@ from zsmerge_llm.documents import read_text
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.grammar import Grammar
 from zsmerge_llm.parts import Parts, assemble
-from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe, message_probe
+from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe, going_on, message_probe
 from zsmerge_llm.types import Chunk, Message, Progress, ResponseFormat, Result, ToolChoice
 
 if TYPE_CHECKING:
@@ -275,7 +275,8 @@ class LLM:
         noted = [form.noted(each) for form, each in zip(forms, checked, strict=True)]
         prompts = [template.encode(template.render(each, tools)) for each in noted]
         params, limit = sampling or SamplingParams(), self.max_input_tokens
-        return together(parts.engine, parts.tokenizer, prompts, probes, forms, params, limit, cancel)
+        later = [going_on(each) for each in checked]
+        return together(parts.engine, parts.tokenizer, prompts, probes, later, forms, params, limit, cancel)
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
@@ -386,8 +387,8 @@ class LLM:
         parts = self._load()
         probes = [completion_probe(parts.template, *each) for each in zip(ids, prompts, strict=True)]
         forms = [parts.forms.plain(response_format, grammar)] * len(ids)
-        params, limit = sampling or SamplingParams(), self.max_input_tokens
-        return together(parts.engine, parts.tokenizer, ids, probes, forms, params, limit, cancel, continues=True)
+        params, limit, later = sampling or SamplingParams(), self.max_input_tokens, [False] * len(ids)
+        return together(parts.engine, parts.tokenizer, ids, probes, later, forms, params, limit, cancel, continues=True)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or not prompt:
@@ -413,7 +414,7 @@ class LLM:
             self._read(turn, answer, probe, cancel, progress)
             with closing(speak(self.engine, answer, cancel)) as pieces:
                 yield from pieces
-            answer.cache.make_room()
+            self.engine.make_room(answer.cache)
             last = answer.finish()
             reply = answer.message()
         except Cancelled:
@@ -428,6 +429,7 @@ class LLM:
     ) -> None:
         """Read what is new of the prompt, and keep the points worth going back to."""
         started, ids = time.perf_counter(), answer.prompt[answer.cached :]
+        reserving = turn is not None and going_on(turn.messages)
         first = turn.prefix if turn is not None else 0
         if not answer.cache.fits(first):
             first = 0  # compressed for this question, a beginning would be worth little to the next
@@ -435,7 +437,9 @@ class LLM:
             self.engine.read(answer.cache, ids[:first], probe=probe, cancel=cancel, progress=progress)
             turn.mark("prefix", int(turn.messages[0]["role"] == "system"), ids[:first])
         if ids[first:]:
-            self.engine.read(answer.cache, ids[first:], probe=probe, cancel=cancel, progress=progress)
+            self.engine.read(
+                answer.cache, ids[first:], probe=probe, reserving=reserving, cancel=cancel, progress=progress
+            )
         if turn is not None:
             turn.mark("prompt", len(turn.messages), answer.prompt)
         answer.begin(time.perf_counter() - started)

@@ -75,6 +75,16 @@ def priority(score: Tensor, count: Tensor, position: Tensor, seen: Tensor, sink:
     return torch.where(count > 0, torch.where(kept, float("inf"), score), NEVER)
 
 
+def reserving(ranking: Tensor, others: Tensor, first: int) -> Tensor:
+    """Two rankings as one: the `first` highest of `ranking` stay, and the rest goes by `others`.
+
+    Args:
+        ranking, others: float32 [B, H, C] from `priority`: they agree on who stays anyway.
+    """
+    chosen = ranking.sort(dim=-1, descending=True, stable=True).indices[..., :first]
+    return torch.where(ranking == NEVER, NEVER, others.scatter(-1, chosen, float("inf")))
+
+
 def lowest(ranking: Tensor, keep: int) -> Tensor:
     """Indices of all but the `keep` highest, in slot order: [B, H, L]. Older wins a tie."""
     return ranking.sort(dim=-1, descending=True, stable=True).indices[..., keep:].sort(-1).values

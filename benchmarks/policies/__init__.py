@@ -45,6 +45,14 @@ def _pooled(slots: int) -> CacheConfig:
     return CacheConfig(slots=slots, stage=STAGE, window=8)
 
 
+def _chat(slots: int) -> CacheConfig:
+    return CacheConfig(slots=slots, stage=STAGE)
+
+
+def _asked(slots: int) -> CacheConfig:
+    return _chat(slots).replace(reserve=0.0)
+
+
 def _ahead(slots: int) -> CacheConfig:
     return _pooled(slots).ahead()
 
@@ -73,23 +81,27 @@ _ALL = (
     Policy("streaming-whole", _streaming, chunk=None),
     Policy("h2o-whole", _h2o, chunk=None),
     Policy("ours-question", _pooled, probe="question"),
+    Policy("ours-chat", _chat, probe="question"),
+    Policy("chat-asked", _asked, probe="question"),
+    Policy("chat-half", _chat, probe="question", profiled=0.5),
+    Policy("chat-profile", _chat, probe="question", profiled=1),
     Policy("ours-generic", _ahead, probe="generic"),
     Policy("pooled-generic", _pooled, probe="generic"),
-    Policy("ours-profile", _ahead, probe="generic", profiled=True),
-    Policy("profile-question", _pooled, probe="question", profiled=True),
-    Policy("profile-generic", _pooled, probe="generic", profiled=True),
-    Policy("profile-generic-whole", _pooled, probe="generic", profiled=True, chunk=None),
-    Policy("sharpest-generic", probed, Sharpest, probe="generic", profiled=True),
-    Policy("valued-generic", probed, Valued, probe="generic", profiled=True),
-    Policy("valued-question", probed, Valued, probe="question", profiled=True),
-    Policy("valued-mean", probed, ValuedMean, probe="generic", profiled=True),
-    Policy("fitted", _fitted, Fitted, probe="generic", profiled=True),
-    Policy("valued-mean-question", probed, ValuedMean, probe="question", profiled=True),
-    Policy("valued-more", probed, MostlyValued, probe="generic", profiled=True),
-    Policy("valued-expected", probed, ValuedExpected, probe="generic", profiled=True),
-    Policy("both-max", probed, BothMax, probe="both", profiled=True),
-    Policy("both-mean", _ahead, probe="both", profiled=True),
-    Policy("profile-h2o", _h2o, profiled=True),
-    Policy("profile-expected", plain, ExpectedAttention, profiled=True),
+    Policy("ours-profile", _ahead, probe="generic", profiled=1),
+    Policy("profile-question", _pooled, probe="question", profiled=1),
+    Policy("profile-generic", _pooled, probe="generic", profiled=1),
+    Policy("profile-generic-whole", _pooled, probe="generic", profiled=1, chunk=None),
+    Policy("sharpest-generic", probed, Sharpest, probe="generic", profiled=1),
+    Policy("valued-generic", probed, Valued, probe="generic", profiled=1),
+    Policy("valued-question", probed, Valued, probe="question", profiled=1),
+    Policy("valued-mean", probed, ValuedMean, probe="generic", profiled=1),
+    Policy("fitted", _fitted, Fitted, probe="generic", profiled=1),
+    Policy("valued-mean-question", probed, ValuedMean, probe="question", profiled=1),
+    Policy("valued-more", probed, MostlyValued, probe="generic", profiled=1),
+    Policy("valued-expected", probed, ValuedExpected, probe="generic", profiled=1),
+    Policy("both-max", probed, BothMax, probe="both", profiled=1),
+    Policy("both-mean", _ahead, probe="both", profiled=1),
+    Policy("profile-h2o", _h2o, profiled=1),
+    Policy("profile-expected", plain, ExpectedAttention, profiled=1),
 )
 POLICIES = {policy.name: policy for policy in _ALL}

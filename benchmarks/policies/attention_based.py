@@ -6,7 +6,7 @@ from torch import Tensor
 
 from policies.base import PolicyLayer, RankedLayer
 from zsmerge_llm import policy
-from zsmerge_llm.layer import Arrival, Held
+from zsmerge_llm.slots import Arrival, Held
 
 
 class SnapKV(RankedLayer):

@@ -18,7 +18,8 @@ from zsmerge_llm import policy
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, divide
 from zsmerge_llm.engine import Engine
-from zsmerge_llm.layer import Arrival, Held, LayerCache, LayerSpec, layer_configs
+from zsmerge_llm.layer import LayerCache, layer_configs
+from zsmerge_llm.slots import Arrival, Held, LayerSpec
 
 STAGE = 128
 CHUNK = 512
@@ -77,7 +78,8 @@ class Policy:
     "both" is a question behind a generic one.
     chunk: tokens a pass; None reads everything in one pass and compresses each layer then, as policies do that need
     the full cache first. budgets: slots of each full-attention layer, from the mean and the number of these;
-    profiled: they follow from the model (`zsmerge_llm.profile`). newest_only: the text is cut to its end instead.
+    profiled: how far they follow from the model's profile (`zsmerge_llm.profile`), 1 is wholly. newest_only: the text
+    is cut to its end instead.
     """
 
     name: str
@@ -86,7 +88,7 @@ class Policy:
     probe: Literal["question", "generic", "both"] | None = None
     chunk: int | None = CHUNK
     budgets: Callable[[int, int], list[int]] | None = None
-    profiled: bool = False
+    profiled: float = 0.0
     newest_only: bool = False
 
     @property

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from policies.ours import ValuedMean
 from zsmerge_llm import policy
-from zsmerge_llm.layer import Arrival, Held
+from zsmerge_llm.slots import Arrival, Held
 
 
 class Fitted(ValuedMean):

@@ -1,0 +1,159 @@
+"""Long chats, turn by turn, at equal bytes: what is left of the first third when the chat has long gone on.
+
+    python benchmarks/quality_chat.py --data FILE.jsonl... [--model M] [--policies A,B] [--slots 512] [--documents N]
+
+Chats are made of the data's documents: each turn a paragraph with a question about it, and the gold answer as reply.
+Records with `messages` are taken as they are. Every policy reads message by message; the product's own rules compress
+between two turns as `LLM.chat` does, with the last line of a user's message as the probe. Then questions about
+the first third are asked (of `messages`: the record's own), each of a copy of the cache. The `first` setting asks the
+same questions right behind the turn that holds their answer: what the chat that followed has cost. Results go to
+results/quality-chat-MODEL.jsonl, line by line; a restart goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+from policies import POLICIES
+from policies.base import STAGE, Policy, PolicyLayer
+from quality import done
+from quality_ask import ask
+from quality_report import report
+from quality_run import Budget, Reader, row
+from quality_tasks import GUIDE, Item, item, load
+
+from zsmerge_llm import LLM
+from zsmerge_llm.cache import Cache
+from zsmerge_llm.chat import Template
+
+DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,ours-question,ours-chat"
+EARLY = 1 / 3
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat as an item of `quality_tasks`, and which of its parts hold each question's answer."""
+
+    item: Item
+    behind: list[int]
+
+
+def paragraphs(record: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The paragraphs of a document, each with the questions that its text answers."""
+    found, start, whole = [], 0, record["context"]
+    for text in whole.split("\n\n"):
+        first, last = start / len(whole), (start + len(text)) / len(whole)
+        asked = [each for each in record["qa"] if first <= each["depth"] < last and each["a"][0] in text]
+        if text.strip():
+            found.append((text.strip(), asked))
+        start += len(text) + 2
+    return found
+
+
+def conversation(record: dict[str, Any], early: float = EARLY) -> tuple[dict[str, Any], list[int]]:
+    """A document as a chat record, whose questions are about its first third, and the message behind which each could
+    have been asked first. One question of each paragraph is asked and answered on the way."""
+    messages: list[dict[str, str]] = []
+    later: list[dict[str, Any]] = []
+    behind: list[int] = []
+    parts = paragraphs(record)
+    for number, (text, asked) in enumerate(parts):
+        question, answer = (GUIDE + asked[0]["q"], asked[0]["a"][0]) if asked else ("Go on.", "All right.")
+        messages += [{"role": "user", "content": f"{text}\n\n{question}"}, {"role": "assistant", "content": answer}]
+        if number < len(parts) * early:
+            later += [{**each, "q": GUIDE + each["q"]} for each in asked[1:]]
+            behind += [len(messages)] * len(asked[1:])
+    return {"id": record["id"], "file": f"chat-{record['file']}", "messages": messages, "qa": later}, behind
+
+
+def chat(template: Template, record: dict[str, Any], most: int) -> Chat:
+    """A chat with at most `most` of its questions, spread evenly."""
+    if "messages" in record:
+        behind = [len(record["messages"])] * len(record["qa"])
+    else:
+        record, behind = conversation(record)
+    read = item(template, record, most)
+    return Chat(read, [behind[asked.index] for asked in read.questions])
+
+
+def turns(reader: Reader, policy: Policy, slots: int, read: Item) -> Iterator[Cache]:
+    """The cache after each message; one that only keeps the newest text is made anew each time."""
+    if policy.newest_only:
+        ids: list[int] = []
+        for part, _ in read.parts:
+            ids += part
+            cache = reader.new_cache(policy, Budget(slots), read.tokens)
+            reader.engine.read(cache, ids[-slots - STAGE :])
+            yield cache
+        return
+    cache = reader.new_cache(policy, Budget(slots), read.tokens)
+    own = all(type(layer) is PolicyLayer for layer in cache.layers)
+    for number, (part, question) in enumerate(read.parts):
+        reader.engine.read(cache, part, probe=reader.probe(policy, question) or None, reserving=number > 0)
+        if own and not question:  # an answer: the product makes room before the next turn
+            reader.engine.make_room(cache)
+        yield cache
+
+
+def measure(reader: Reader, policy: Policy, slots: int, chat: Chat) -> list[dict[str, Any]]:
+    """The chat's questions, asked `first` and `later`: one line each."""
+    lines, asked = [], list(zip(chat.item.questions, chat.behind, strict=True))
+    for number, cache in enumerate(turns(reader, policy, slots, chat.item), start=1):
+        facts = {"slots": cache.slots, "tokens_read": sum(len(ids) for ids, _ in chat.item.parts[:number])}
+        facts |= {"cache_bytes": cache.full_nbytes() if cache.slots is None else cache.nbytes, "reading_bytes": 0}
+        due = {"first": [each for each, behind in asked if behind == number]}
+        due["later"] = [each for each, _ in asked] if number == len(chat.item.parts) else []
+        for setting, questions in due.items():
+            scores = ask(reader.engine, cache, [(each.asking, each.answer) for each in questions]) if questions else []
+            both = zip(questions, scores, strict=True)
+            lines += [{**row(each, score, facts), "setting": setting} for each, score in both]
+    return lines
+
+
+def run(arguments: argparse.Namespace, path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Append what is missing, one chat under one policy at a time."""
+    llm = LLM(arguments.model)
+    reader = Reader(llm.engine, Template(llm.tokenizer))
+    finished = {key[:2] + key[3:] for key in done(path)}
+    for record in records:
+        made = chat(reader.template, record, arguments.questions)
+        for name in arguments.policies.split(","):
+            label = "full" if name == "full" else str(arguments.slots)
+            key = (name, label, made.item.task, made.item.id, len(made.item.questions))
+            if key in finished:
+                continue
+            fields = dict(zip(("policy", "budget", "task", "item", "asked"), key, strict=True))
+            lines = measure(reader, POLICIES[name], arguments.slots, made)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({**line, **fields}) + "\n" for line in lines)
+            later = [line["nll"] for line in lines if line["setting"] == "later"]
+            print(*key, f"n={len(later)} NLL {sum(later) / len(later):.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--data", nargs="*", default=[], help="JSON lines")
+    parser.add_argument("--policies", default=DEFAULT, help=f"of {', '.join(POLICIES)}")
+    parser.add_argument("--slots", type=int, default=512)
+    parser.add_argument("--documents", type=int, help="of each file (default: all)")
+    parser.add_argument("--questions", type=int, default=12, help="of each chat")
+    parser.add_argument("--ours", default="ours-chat", help="the policy that the others are compared with")
+    parser.add_argument("--name", help="of the results (default: the model's)")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"quality-chat-{arguments.name or Path(arguments.model).name.removesuffix('.gguf')}.jsonl"
+    if not arguments.report:
+        run(arguments, path, list(load(arguments.data, arguments.documents)))
+    print(report(path, arguments.ours))
+
+
+if __name__ == "__main__":
+    main()
