@@ -5,7 +5,8 @@
 One run, one process: llama.cpp with the weights of a GGUF file (--llama, needs llama-cpp-python), transformers with its
 full cache, and zsmerge-llm with 1,024 slots in each number format, as transformers wrote its layers (eager) and
 compiled, after histories of 64 to 32,768 tokens (the others as far as --full); then several conversations of 4,096
-tokens decoding at once in threads; then answers about the demo's document with and without prompt lookup. `floor` is
+tokens decoding at once in threads; then answers about the demo's document with and without prompt lookup. Greedy
+answers to 20 prompts are compared, eager with compiled. `floor` is
 the bytes of the weights divided by the bandwidth that a plain sum over memory reaches in this run. Writes
 results/speed-MODEL.json and .png. Run it with nothing else running.
 """
@@ -31,6 +32,7 @@ from zsmerge_llm.engine import Engine
 
 HISTORIES = (64, 1024, 4096, 7168, 32768)
 STEPS = 24
+PROMPT = 150
 ROWS = (1, 2, 4, 8, 16)
 QUESTIONS = (
     "Who is the captain of the Marigold?",
@@ -141,6 +143,15 @@ def llama(path: str, ids: list[int], longest: int) -> dict[int, float]:
     return rates
 
 
+def answers(engine: Engine, ids: list[int]) -> list[list[int]]:
+    """Greedy answers to 20 prompts, pieces of a text."""
+    said = []
+    for start in range(0, 20 * PROMPT, PROMPT):
+        cache, params = engine.new_cache(), SamplingParams(max_tokens=STEPS, ignore_eos=True, lookup=False)
+        said.append(list(engine.stream(cache, ids[start : start + PROMPT], params)))
+    return said
+
+
 def at_once(engine: Engine, base: Cache, rows: int) -> float:
     """Tokens per second of `rows` conversations that decode in threads of their own."""
     params = SamplingParams(max_tokens=STEPS + 8, ignore_eos=True, lookup=False)
@@ -160,7 +171,8 @@ def show(what: str, rates: dict[Any, float]) -> None:
 
 
 def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
-    result: dict[str, Any] = {"bandwidth": bandwidth(), "rates": {}, "rows": {}, "weight_bytes": {}, "answers": {}}
+    parts: dict[str, Any] = {name: {} for name in ("rates", "rows", "weight_bytes", "answers", "same_as_eager")}
+    result = {"bandwidth": bandwidth(), **parts}
     if arguments.llama:
         ids = history(LLM(arguments.model), text, arguments.full)
         result["rates"]["llama.cpp"] = llama(arguments.llama, ids, arguments.full)
@@ -178,8 +190,12 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
             lengths = [length for length in HISTORIES if length <= arguments.full]
             rates["transformers bf16"] = {length: theirs(engine, ids[:length]) for length in lengths}
         rates[f"zsmerge {name} eager"] = {length: ours(engine, cache) for length, cache in caches.items()}
+        eager = answers(engine, ids)
         engine.fusion.start()
         ours(engine, caches[64])  # compiles
+        same = [mine == other for mine, other in zip(eager, answers(engine, ids), strict=True)]
+        result["same_as_eager"][name] = f"{sum(same)} of {len(same)} prompts"
+        print(name, "same text compiled as eager:", result["same_as_eager"][name], flush=True)
         rates[f"zsmerge {name}"] = {length: ours(engine, cache) for length, cache in caches.items()}
         result["rows"][name] = {rows: at_once(engine, caches[4096], rows) for rows in ROWS}
         result["answers"][name] = about_a_document(engine, llm)

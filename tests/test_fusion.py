@@ -43,6 +43,7 @@ def test_compiled_layers_give_the_same_logits_in_every_family(family: str) -> No
         assert engine.fusion.trouble is not None
     else:
         assert engine.fusion.on, engine.fusion.trouble
+    assert engine.fusion.kernels
     assert torch.allclose(given, expected, atol=1e-4)
 
 

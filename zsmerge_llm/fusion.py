@@ -90,8 +90,8 @@ class Fusion:
 
     @property
     def kernels(self) -> bool:
-        """Whether decode steps go through the kernels as well."""
-        return self.on and bool(self._matrices)
+        """Whether decode steps go through the kernels, which serve models that cannot be compiled too."""
+        return bool(self._matrices)
 
     @property
     def on(self) -> bool:
@@ -102,16 +102,16 @@ class Fusion:
         """From now on, compile. Where that is known not to work, `trouble` says why."""
         if self._layers or self.trouble is not None:
             return
+        if self._model.device.type == "cpu":
+            self._build()
         try:
             layers = _decoder_layers(self._model, self._expected)
         except UnsupportedModelError as error:
             self.give_up(error)
             return
         self._layers = [FusedLayer(self, layer, index) for index, layer in enumerate(layers)]
-        if self._model.device.type == "cpu":
-            self._build(layers)
 
-    def _build(self, layers: Sequence[nn.Module]) -> None:
+    def _build(self) -> None:
         """Load the kernels and let the matrices use them; what is compiled works without them too."""
         started = time.perf_counter()
         try:
@@ -120,8 +120,7 @@ class Fusion:
         except UnsupportedModelError as error:
             log.warning("Decoding goes on without kernels of its own: %s", error)
             return
-        modules = [*(each for layer in layers for each in layer.modules()), self._model.get_output_embeddings()]
-        self._matrices = [FewRows(each) for each in modules if type(each) in (nn.Linear, Int8Linear, Int4Linear)]
+        self._matrices = [FewRows(each) for each in self._model.modules() if _is_matrix(each)]
         self.seconds += time.perf_counter() - started
 
     def count(self, tokens: int) -> None:
@@ -139,8 +138,6 @@ class Fusion:
         self.trouble = f"{type(why).__name__}: {why}"
         for layer in self._layers:
             layer.remove()
-        for matrix in self._matrices:
-            matrix.remove()
         log.warning("Decoding goes on without compiled layers: %s", self.trouble)
 
     def compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Compiled:
@@ -234,10 +231,6 @@ class FewRows:
         self.eager = layer.forward
         layer.forward = self
 
-    def remove(self) -> None:
-        """Put the layer's own forward back."""
-        self.layer.forward = self.eager
-
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         own = self.layer
@@ -298,6 +291,11 @@ def _decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
         if kinds:
             raise UnsupportedModelError(f"Weights of type {kinds.pop().__name__} are not compiled.")
     return layers
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    plain = type(module) in (nn.Linear, Int8Linear, Int4Linear) and not hasattr(module, "_hf_hook")
+    return plain and type(module.weight) in (nn.Parameter, Tensor)
 
 
 def _attends(layer: nn.Module) -> bool:
