@@ -5,10 +5,9 @@
 One run, one process: llama.cpp with the weights of a GGUF file (--llama, needs llama-cpp-python), transformers with its
 full cache, and zsmerge-llm with 1,024 slots in each number format, as transformers wrote its layers (eager) and
 compiled, after histories of 64 to 32,768 tokens (the others as far as --full); then several conversations of 4,096
-tokens decoding at once in threads; then answers about the demo's document with and without prompt lookup. Greedy
-answers to 20 prompts are compared, eager with compiled. `floor` is
-the bytes of the weights divided by the bandwidth that a plain sum over memory reaches in this run. Writes
-results/speed-MODEL.json and .png. Run it with nothing else running.
+tokens decoding at once in threads; then answers about the demo's document with and without prompt lookup; and greedy
+answers to 20 prompts, eager against compiled. `floor` is the bytes of the weights divided by the bandwidth that a plain
+sum over memory reaches in this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
 """
 
 from __future__ import annotations
@@ -70,9 +69,9 @@ def steps(run: Any) -> float:
 
 
 def histories(engine: Engine, ids: list[int]) -> dict[int, Cache]:
-    """The cache after each of HISTORIES, of one long text."""
+    """The cache after each of HISTORIES, as far as one long text goes."""
     cache, caches = engine.new_cache(), {}
-    for length in HISTORIES:
+    for length in [length for length in HISTORIES if length <= len(ids)]:
         engine.read(cache, ids[cache.seen : length])
         caches[length] = cache.clone()
     return caches
@@ -184,7 +183,7 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
         engine, rates = llm.engine, result["rates"]
         tensors = [*engine.model.parameters(), *engine.model.buffers()]
         result["weight_bytes"][name] = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-        ids = history(llm, text, HISTORIES[-1])
+        ids = history(llm, text, arguments.longest)
         caches = histories(engine, ids)
         if name == "bf16":
             lengths = [length for length in HISTORIES if length <= arguments.full]
@@ -214,6 +213,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--llama", metavar="FILE", help="a GGUF file for llama.cpp")
     parser.add_argument("--full", type=int, default=7168, help="the longest history for transformers' full cache")
+    parser.add_argument("--longest", type=int, default=HISTORIES[-1], help="the longest history; at least 4,096")
     parser.add_argument("--text", help="a text file for the history; repeated where it is too short")
     arguments = parser.parse_args()
     name = Path(arguments.model).stem
