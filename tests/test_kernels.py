@@ -111,6 +111,19 @@ def test_more_rows_than_the_kernels_take_are_refused() -> None:
         kernels.rows(torch.ones(9, 32), [torch.ones(4, 32)], [], [])
 
 
+def test_matrices_that_are_views_and_slots_without_room_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="contiguous"):
+        kernels.rows(torch.ones(1, 32), [torch.ones(32, 4).T], [], [])
+    assert not kernels.multiplies(torch.ones(1, 32), torch.ones(32, 4).T)
+    slots = [torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8), *torch.ones(3, 1, 1, 4), torch.ones(1, 1, 4).int()]
+    arriving = [torch.ones(1, 1, 1, 8)] * 3
+    with pytest.raises(RuntimeError, match="no room behind slot 4"):
+        kernels.look(
+            arriving, slots, torch.zeros(1, 1).int(), [4],
+            scaling=1, alpha=1, softcap=None, window=None, sinks=None,
+        )  # fmt: skip
+
+
 def by_the_book(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float, cap: float | None, sinks: Tensor | None
 ) -> Tensor:

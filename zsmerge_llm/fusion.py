@@ -235,10 +235,11 @@ class FewRows:
         """[..., K] → [..., N]."""
         own = self.layer
         weight = cast(Tensor, own.weight)
-        if not kernels.multiplies(x, weight):
-            return self.eager(x)
         scale = getattr(own, "scale", None) if weight.dtype == torch.int8 else getattr(own, "scales_and_zeros", None)
-        (output,) = kernels.rows(x.reshape(-1, x.shape[-1]), [weight], _some(scale), _some(own.bias))
+        scales, biases = _some(scale), _some(own.bias)
+        if not kernels.multiplies(x, weight) or any(each.dtype != x.dtype for each in (*scales, *biases)):
+            return self.eager(x)
+        (output,) = kernels.rows(x.reshape(-1, x.shape[-1]), [weight], scales, biases)
         return output.view(*x.shape[:-1], -1)
 
 

@@ -408,6 +408,10 @@ void for_rows(const Tensor& x, at::TensorList weights, at::TensorList scales, at
 // with scale [N], or uint8 [N, K / 2] packed by torch for AVX-512 with scales and zeros [G, N, 2].
 std::vector<Tensor> rows(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases) {
   std::vector<Tensor> out;
+  for (const Tensor& weight : weights) {
+    const int64_t inputs = weight.scalar_type() == at::kByte ? 2 * weight.size(1) : weight.size(1);
+    TORCH_CHECK(weight.is_contiguous() && inputs == x.size(1), "zsmerge::rows takes contiguous matrices [N, K]");
+  }
   for (const Tensor& weight : weights) out.push_back(at::empty({x.size(0), weight.size(0)}, x.options()));
   switch (x.scalar_type()) {
     case at::kBFloat16: for_rows<BFloat16>(x, weights, scales, biases, out); break;
@@ -606,6 +610,11 @@ void attend_all(const Tensor& query, const Slots& slots, const int32_t* now, at:
 Tensor look(const Tensor& query, const Tensor& key, const Tensor& value, Tensor keys, Tensor values, Tensor count,
             Tensor score, Tensor guess, Tensor position, const Tensor& now, at::IntArrayRef fills, double scaling, double alpha,
             double softcap, int64_t window, const std::optional<Tensor>& sinks) {
+  for (const Tensor& each : {keys, values, count, score, guess, position})
+    TORCH_CHECK(each.is_contiguous() && each.size(0) == query.size(0) && each.size(2) == keys.size(2),
+                "zsmerge::look writes to contiguous slots of as many rows as there are queries");
+  for (const int64_t fill : fills)
+    TORCH_CHECK(fill >= 0 && fill + key.size(2) <= keys.size(2), "zsmerge::look: no room behind slot ", fill);
   const Slots slots{keys, values, count, score, guess, position};
   const How how{scaling, alpha, softcap, window};
   Tensor out = at::empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options());

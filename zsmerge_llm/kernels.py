@@ -105,7 +105,7 @@ def _like_rows(
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether `rows` takes x [..., K] and this matrix, in one of the forms it knows."""
-    if not x.is_cpu or x.dtype not in DTYPES:
+    if not x.is_cpu or x.dtype not in DTYPES or not weight.is_contiguous():
         return False
     return x.numel() <= x.shape[-1] * _most(weight, x.dtype)
 
