@@ -152,7 +152,7 @@ def main() -> None:
     path = RESULTS / f"quality-chat-{arguments.name or Path(arguments.model).name.removesuffix('.gguf')}.jsonl"
     if not arguments.report:
         run(arguments, path, list(load(arguments.data, arguments.documents)))
-    print(report(path, arguments.ours))
+    print(report(path, [arguments.ours]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,3 +70,18 @@ def test_the_product_makes_room_behind_each_answer(reader: quality_run.Reader) -
     for number, cache in enumerate(quality_chat.turns(reader, POLICIES["ours-chat"], 160, made.item), start=1):
         if number % 2 == 0:
             assert all(max(layer.fills) <= (layer.config.slots or 0) for layer in cache.layers)
+
+
+def test_the_report_compares_with_the_policy_that_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"budget": "512", "task": "chat-toy", "item": "d1", "setting": "later", "question": 0, "depth": 0.1}
+    facts |= {"asked": 1, "exact": False, "cache_bytes": 1, "reading_bytes": 0}
+    lines = [{**facts, "policy": name, "nll": nll} for name, nll in (("ours-chat", 1.0), ("h2o", 3.0))]
+    (tmp_path / "quality-chat-toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(quality_chat, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["quality_chat.py", "--report", "--name", "toy"])
+
+    quality_chat.main()
+
+    assert "+2.00 [+2.00, +2.00]" in capsys.readouterr().out
