@@ -86,8 +86,7 @@ class Cache:
     @property
     def crowded(self) -> bool:
         """Whether a full-attention layer has tokens in its stage that `make_room` would make room for."""
-        full = [layer for layer in self.layers if layer.spec.window is None and layer.config.slots is not None]
-        return any(max(layer.fills) > (layer.config.slots or 0) for layer in full)
+        return any(any(layer.crowded) for layer in self.layers if layer.spec.window is None)
 
     def make_room(self) -> None:
         """Empty the stage of every layer, between two turns rather than while the next one is waited for."""

@@ -46,7 +46,7 @@ def _sliding(config: CacheConfig, window: int) -> CacheConfig:
     return config.replace(slots=window + 1, sink=0, recent=window, residual=0, stage=stage, scoring="position")
 
 
-class LayerCache:
+class LayerCache(Slots):
     """The slots of one layer, by its own config (`layer_configs`).
 
     See the module's text for the layout and `Arrival` for the shapes.
@@ -87,13 +87,17 @@ class LayerCache:
         """Whether all rows have used the same number of slots."""
         return self.fills.count(self.fills[0]) == len(self.fills)
 
+    @property
+    def crowded(self) -> list[bool]:
+        """Which rows have tokens in their stage."""
+        return [self.config.slots is not None and fill > self.config.slots for fill in self.fills]
+
     def make_room(self, seen: Tensor, arrival: Arrival | None = None) -> None:
         """Compress now, by the newest queries, what would be compressed while the next tokens are waited for.
 
         seen: [B], tokens read by each row. arrival: of no tokens, with a general probe, if that looks too.
         """
-        slots, used = self.config.slots, max(self.fills)
-        full = [slots is not None and fill > slots for fill in self.fills]
+        slots, used, full = self.config.slots, max(self.fills), self.crowded
         if slots is None or not any(full):
             return
         held = Held(self, used, self.fills, in_place=True)
@@ -131,7 +135,7 @@ class LayerCache:
         if self.config.slots is None:
             self._grow(used + new)
         entries = self._entries(arrival)
-        if used + new > self.capacity:
+        if not self.holds(new):
             return Held(Slots(**self._beside(entries, used)), used + new, self.fills, in_place=False)
         for name, entry in entries.items():
             self._write(getattr(self, name), entry)

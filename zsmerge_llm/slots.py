@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-
-PER_SLOT = ("keys", "values", "count", "score", "guess", "position")
 
 
 @dataclass(frozen=True)
@@ -63,26 +60,9 @@ class Arrival:
         return replace(self, **tokens, **marks, seen=self.seen - (self.keys.shape[2] - count), counts=[count])
 
 
-class HasSlots(Protocol):
-    """Anything with tensors of slots, by their names in a layer: [B, H, C, ...]."""
-
-    @property
-    def keys(self) -> Tensor: ...
-    @property
-    def values(self) -> Tensor: ...
-    @property
-    def count(self) -> Tensor: ...
-    @property
-    def score(self) -> Tensor: ...
-    @property
-    def guess(self) -> Tensor: ...
-    @property
-    def position(self) -> Tensor: ...
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Slots:
-    """Copies of slots."""
+    """Tensors of slots: a layer's own, or copies. keys, values [B, H, C, D]; the others [B, H, C]."""
 
     keys: Tensor
     values: Tensor
@@ -92,6 +72,9 @@ class Slots:
     position: Tensor
 
 
+PER_SLOT = tuple(each.name for each in fields(Slots))
+
+
 @dataclass(frozen=True)
 class Held:
     """What a layer attends to in one pass: the first `end` of its slots, or of copies with the arriving tokens behind.
@@ -99,7 +82,7 @@ class Held:
     Every tensor is [B, H, end, ...]; the arriving tokens of row b stand from slot `base[b]` on.
     """
 
-    slots: HasSlots
+    slots: Slots
     end: int
     base: list[int]
     in_place: bool
