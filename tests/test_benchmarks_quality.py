@@ -25,14 +25,14 @@ from zsmerge_llm.engine import Engine
 from zsmerge_llm.policy import slot_bias
 
 BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.config(1024).slots is not None)
-RECORD = {
+RECORD: dict[str, Any] = {
     "id": "d1",
     "file": "toy",
     "context": "The cat is called Bishop. " * 30 + "\n\n" + "The dog sleeps. " * 30,
     "qa": [{"q": "What is the cat called?", "a": ["Bishop"], "depth": 0.1}, {"q": "Who sleeps?", "a": ["The dog"]}],
 }
 
-LONG = {**RECORD, "context": RECORD["context"] * 2}  # type: ignore[operator]
+LONG = {**RECORD, "context": RECORD["context"] * 2}
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_needles_stand_in_their_documents(tmp_path: Path) -> None:
 
 
 def test_an_answer_goes_on_from_its_opening() -> None:
-    asked = {**RECORD["qa"][0], "opening": "The cat is called"}  # type: ignore[index]
+    asked = {**RECORD["qa"][0], "opening": "The cat is called"}
     reads = [quality_tasks.item(template("smollm2"), {**RECORD, "qa": [each]}, 1) for each in (RECORD["qa"][0], asked)]
     plain, opened = (read.questions[0] for read in reads)
     said = template("smollm2").tokenizer.decode(opened.asking[len(plain.asking) :] + opened.answer)

@@ -111,6 +111,14 @@ def test_more_rows_than_the_kernels_take_are_refused() -> None:
         kernels.rows(torch.ones(9, 32), [torch.ones(4, 32)], [], [])
 
 
+def test_a_matrix_that_no_row_comes_to_is_left_to_pytorch() -> None:
+    model = tiny_model()
+    engine = Engine(model, compile=True)
+    assert engine.fusion.kernels
+    with torch.inference_mode():
+        assert model.lm_head(torch.ones(0, 32)).shape == (0, model.config.vocab_size)
+
+
 def test_matrices_that_are_views_and_slots_without_room_are_refused() -> None:
     with pytest.raises(RuntimeError, match="contiguous"):
         kernels.rows(torch.ones(1, 32), [torch.ones(32, 4).T], [], [])

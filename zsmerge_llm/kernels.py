@@ -107,7 +107,7 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether `rows` takes x [..., K] and this matrix, in one of the forms it knows."""
     if not x.is_cpu or x.dtype not in DTYPES or not weight.is_contiguous():
         return False
-    return x.numel() <= x.shape[-1] * _most(weight, x.dtype)
+    return 0 < x.numel() <= x.shape[-1] * _most(weight, x.dtype)
 
 
 def _most(weight: Tensor, dtype: torch.dtype) -> int:
