@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import DynamicCache
 
 RESULTS = Path(__file__).parent / "results"
 BOOK = Path(__file__).parents[1] / "zsmerge_llm" / "data"
@@ -89,3 +90,13 @@ def book(path: str | None = None) -> str:
     if path is not None:
         return Path(path).read_text(encoding="utf-8")
     return "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(BOOK.glob("*.txt")))
+
+
+def repeated(ids: list[int], count: int) -> list[int]:
+    """`count` of the ids, from the beginning again where they end."""
+    return (ids * (count // len(ids) + 1))[:count]
+
+
+def full_bytes(cache: DynamicCache) -> int:
+    """Bytes of the keys and values that transformers' full cache holds."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import torch
-from common import book, forget_peak, peak_rss, plot, write
+from common import book, forget_peak, full_bytes, peak_rss, plot, repeated, write
 from transformers import DynamicCache
 
 from zsmerge_llm import LLM, CacheConfig
@@ -27,8 +27,7 @@ KINDS = ("transformers, one pass", "transformers, chunks of 512", "zsmerge-llm",
 def read(model: str, kind: str, length: int, text: str | None) -> dict[str, int]:
     """Peak memory above what was held before, and the bytes of the cache: in bytes."""
     llm = LLM(model, cache=CacheConfig(slots=1024), compile=False)
-    ids = llm.tokenizer(book(text)).input_ids
-    ids = (ids * (length // len(ids) + 1))[:length]
+    ids = repeated(llm.tokenizer(book(text)).input_ids, length)
     engine = llm.engine
     engine.read(engine.new_cache(), ids[:64])
     before = psutil.Process().memory_info().rss
@@ -44,7 +43,7 @@ def read(model: str, kind: str, length: int, text: str | None) -> dict[str, int]
         for start in range(0, length, step):
             part = torch.tensor([ids[start : start + step]])
             engine.model(part, past_key_values=full, use_cache=True, logits_to_keep=torch.tensor([part.shape[1] - 1]))
-    return {"peak": peak_rss() - before, "cache": sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)}
+    return {"peak": peak_rss() - before, "cache": full_bytes(full)}
 
 
 def main() -> None:

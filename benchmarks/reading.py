@@ -15,7 +15,7 @@ import sys
 import time
 
 import torch
-from common import book, forget_peak, median_seconds, peak_rss, plot, write
+from common import book, forget_peak, median_seconds, peak_rss, plot, repeated, write
 
 from zsmerge_llm import LLM, CacheConfig
 
@@ -25,7 +25,7 @@ LENGTHS = (1024, 2048, 4096, 7168)
 def tokens(llm: LLM, text: str, count: int) -> list[int]:
     """`count` ids of the text, from its beginning again where it ends."""
     ids = llm.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return (ids * (count // len(ids) + 1))[:count]
+    return repeated(ids, count)
 
 
 def beside_transformers(model: str, text: str, repeats: int) -> list[dict[str, float]]:

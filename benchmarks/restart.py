@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import book, median_seconds, write
+from common import book, median_seconds, repeated, write
 
 from zsmerge_llm import LLM
 
@@ -28,8 +28,7 @@ NAME = "document"
 def read_and_save(model: str, text: str, tokens: int, path: Path) -> dict[str, Any]:
     """Read, save, and measure the reading of the same tokens again."""
     llm = LLM(model)
-    ids = llm.tokenizer(text).input_ids
-    ids = (ids * (tokens // len(ids) + 1))[:tokens]
+    ids = repeated(llm.tokenizer(text).input_ids, tokens)
     session = llm.read_document(llm.tokenizer.decode(ids), name=NAME)
     session.save(path)
     torch.save(session.cache.logits, path.with_suffix(".logits"))

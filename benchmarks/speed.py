@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import book, plot, write
+from common import book, plot, repeated, write
 from transformers import DynamicCache
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
@@ -51,11 +51,6 @@ def bandwidth() -> float:
         block.sum()
         times.append(time.perf_counter() - started)
     return block.nbytes / min(times)
-
-
-def history(llm: LLM, text: str, length: int) -> list[int]:
-    ids: list[int] = llm.tokenizer(text).input_ids
-    return (ids * (length // len(ids) + 1))[:length]
 
 
 def steps(run: Any) -> float:
@@ -173,7 +168,7 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
     parts: dict[str, Any] = {name: {} for name in ("rates", "rows", "weight_bytes", "answers", "same_as_eager")}
     result = {"bandwidth": bandwidth(), **parts}
     if arguments.llama:
-        ids = history(LLM(arguments.model), text, arguments.full)
+        ids = repeated(LLM(arguments.model).tokenizer(text).input_ids, arguments.full)
         result["rates"]["llama.cpp"] = llama(arguments.llama, ids, arguments.full)
         print(
             "llama.cpp", {length: round(rate, 1) for length, rate in result["rates"]["llama.cpp"].items()}, flush=True
@@ -183,7 +178,7 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
         engine, rates = llm.engine, result["rates"]
         tensors = [*engine.model.parameters(), *engine.model.buffers()]
         result["weight_bytes"][name] = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-        ids = history(llm, text, arguments.longest)
+        ids = repeated(llm.tokenizer(text).input_ids, arguments.longest)
         caches = histories(engine, ids)
         if name == "bf16":
             lengths = [length for length in HISTORIES if length <= arguments.full]
