@@ -31,7 +31,7 @@ VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 @cache
 def build() -> None:
-    """Compile and load the kernels. The first time on a machine takes half a minute.
+    """Compile and load the kernels. The first time on a machine takes about half a minute.
 
     Raises:
         UnsupportedModelError: there is no compiler, or it does not take them; the message says what it said.
