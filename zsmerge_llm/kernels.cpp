@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -404,6 +406,16 @@ void for_rows(const Tensor& x, at::TensorList weights, at::TensorList scales, at
   all_outputs<T, MOST>(x, weights, scales, biases, out);
 }
 
+void rows_into(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases,
+               std::vector<Tensor>& out) {
+  switch (x.scalar_type()) {
+    case at::kBFloat16: for_rows<BFloat16>(x, weights, scales, biases, out); break;
+    case at::kHalf: for_rows<Half>(x, weights, scales, biases, out); break;
+    case at::kFloat: for_rows<float>(x, weights, scales, biases, out); break;
+    default: TORCH_CHECK(false, "zsmerge::rows knows bfloat16, float16 and float32, not ", x.scalar_type());
+  }
+}
+
 // x [M, K] times several matrices that share it -> [M, N] each, + bias [N]. A matrix is [N, K] in x's dtype, int8 [N, K]
 // with scale [N], or uint8 [N, K / 2] packed by torch for AVX-512 with scales and zeros [G, N, 2].
 std::vector<Tensor> rows(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases) {
@@ -413,12 +425,7 @@ std::vector<Tensor> rows(const Tensor& x, at::TensorList weights, at::TensorList
     TORCH_CHECK(weight.is_contiguous() && inputs == x.size(1), "zsmerge::rows takes contiguous matrices [N, K]");
   }
   for (const Tensor& weight : weights) out.push_back(at::empty({x.size(0), weight.size(0)}, x.options()));
-  switch (x.scalar_type()) {
-    case at::kBFloat16: for_rows<BFloat16>(x, weights, scales, biases, out); break;
-    case at::kHalf: for_rows<Half>(x, weights, scales, biases, out); break;
-    case at::kFloat: for_rows<float>(x, weights, scales, biases, out); break;
-    default: TORCH_CHECK(false, "zsmerge::rows knows bfloat16, float16 and float32, not ", x.scalar_type());
-  }
+  rows_into(x, weights, scales, biases, out);
   return out;
 }
 
@@ -606,18 +613,14 @@ void attend_all(const Tensor& query, const Slots& slots, const int32_t* now, at:
 
 // The tokens of a pass enter the slots behind each row's `fills`, and look at the slots and at each other, the later at
 // the earlier. query [B, Hq, T, D], key and value [B, H, T, D]; now int32 [B, T], their positions; sinks float [Hq].
-// -> [B, Hq, T, D].
-Tensor look(const Tensor& query, const Tensor& key, const Tensor& value, Tensor keys, Tensor values, Tensor count,
-            Tensor score, Tensor guess, Tensor position, const Tensor& now, at::IntArrayRef fills, double scaling, double alpha,
-            double softcap, int64_t window, const std::optional<Tensor>& sinks) {
-  for (const Tensor& each : {keys, values, count, score, guess, position})
-    TORCH_CHECK(each.is_contiguous() && each.size(0) == query.size(0) && each.size(2) == keys.size(2),
+// out [B, Hq, T, D].
+void look_into(const Tensor& query, const Tensor& key, const Tensor& value, const Slots& slots, const Tensor& now,
+               at::IntArrayRef fills, const How& how, const std::optional<Tensor>& sinks, Tensor& out) {
+  for (const Tensor& each : {slots.keys, slots.values, slots.count, slots.score, slots.guess, slots.position})
+    TORCH_CHECK(each.is_contiguous() && each.size(0) == query.size(0) && each.size(2) == slots.keys.size(2),
                 "zsmerge::look writes to contiguous slots of as many rows as there are queries");
   for (const int64_t fill : fills)
-    TORCH_CHECK(fill >= 0 && fill + key.size(2) <= keys.size(2), "zsmerge::look: no room behind slot ", fill);
-  const Slots slots{keys, values, count, score, guess, position};
-  const How how{scaling, alpha, softcap, window};
-  Tensor out = at::empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options());
+    TORCH_CHECK(fill >= 0 && fill + key.size(2) <= slots.keys.size(2), "zsmerge::look: no room behind slot ", fill);
   const Tensor when = now.contiguous();
   const Tensor column = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
   const float* learned = sinks ? column.const_data_ptr<float>() : nullptr;
@@ -632,6 +635,14 @@ Tensor look(const Tensor& query, const Tensor& key, const Tensor& value, Tensor 
     case at::kFloat: run(0.0f); break;
     default: TORCH_CHECK(false, "zsmerge::look knows bfloat16, float16 and float32, not ", query.scalar_type());
   }
+}
+
+Tensor look(const Tensor& query, const Tensor& key, const Tensor& value, Tensor keys, Tensor values, Tensor count,
+            Tensor score, Tensor guess, Tensor position, const Tensor& now, at::IntArrayRef fills, double scaling, double alpha,
+            double softcap, int64_t window, const std::optional<Tensor>& sinks) {
+  Tensor out = at::empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options());
+  const Slots slots{keys, values, count, score, guess, position};
+  look_into(query, key, value, slots, now, fills, {scaling, alpha, softcap, window}, sinks, out);
   return out;
 }
 
@@ -655,6 +666,84 @@ void remember(Tensor queries, Tensor asked, const Tensor& newest, const Tensor& 
   }
 }
 
+// ---- a step that was recorded -------------------------------------------------------------------------------------
+
+constexpr size_t MOST_DATA = 32;  // that a compiled function may be given
+
+template <size_t N, size_t... I>
+void call(void* function, void* const* data, std::index_sequence<I...>) {
+  reinterpret_cast<void (*)(std::enable_if_t<(I < N), void*>...)>(function)(data[I]...);
+}
+template <size_t N = 1>
+void call(void* function, const std::vector<void*>& data) {
+  if constexpr (N <= MOST_DATA) {
+    if (data.size() == N) return call<N>(function, data.data(), std::make_index_sequence<N>());
+    call<N + 1>(function, data);
+  }
+}
+
+// What the layers of a model do in one step, in order, always on the same memory: run without Python in between.
+struct Program : torch::CustomClassHolder {
+  struct Code {
+    void* function;
+    std::vector<void*> data;
+  };
+  struct Product {
+    Tensor x;
+    std::vector<Tensor> weights, scales, biases, out;
+  };
+  struct Attention {
+    Tensor query, key, value, out;
+    double scaling, softcap;
+    int64_t window;
+    std::optional<Tensor> sinks;
+  };
+  std::vector<std::variant<Code, Product, Attention>> parts;
+
+  int64_t size() { return parts.size(); }
+
+  // A compiled function of some tensors, by its address.
+  void add_code(int64_t function, std::vector<Tensor> data) {
+    TORCH_CHECK(!data.empty() && data.size() <= MOST_DATA, "zsmerge::Program: a function of ", data.size(), " tensors");
+    Code code{reinterpret_cast<void*>(function), {}};
+    for (const Tensor& each : data) code.data.push_back(const_cast<void*>(each.const_data_ptr()));
+    parts.emplace_back(std::move(code));
+  }
+
+  void add_rows(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales, std::vector<Tensor> biases,
+                std::vector<Tensor> out) {
+    parts.emplace_back(Product{x, std::move(weights), std::move(scales), std::move(biases), std::move(out)});
+  }
+
+  void add_look(Tensor query, Tensor key, Tensor value, Tensor out, double scaling, double softcap, int64_t window,
+                std::optional<Tensor> sinks) {
+    parts.emplace_back(Attention{query, key, value, out, scaling, softcap, window, sinks});
+  }
+
+  // Parts [first, last). Of each layer that attends in them: the eight tensors of its slots and of the queries that it
+  // remembers, its fill, its alpha, and whether it remembers these queries. now int32 [1, T].
+  void run(int64_t first, int64_t last, std::vector<Tensor> slots, std::vector<int64_t> fills,
+           std::vector<double> alphas, std::vector<int64_t> remembering, Tensor now) {
+    size_t layer = 0;
+    for (int64_t i = first; i < last; ++i) {
+      auto& part = parts.at(i);
+      if (const auto* code = std::get_if<Code>(&part)) {
+        call(code->function, code->data);
+      } else if (auto* product = std::get_if<Product>(&part)) {
+        rows_into(product->x, product->weights, product->scales, product->biases, product->out);
+      } else {
+        auto& look = std::get<Attention>(part);
+        const Tensor* own = &slots.at(8 * layer + 7) - 7;
+        look_into(look.query, look.key, look.value, {own[0], own[1], own[2], own[3], own[4], own[5]}, now,
+                  at::IntArrayRef(&fills.at(layer), 1), {look.scaling, alphas.at(layer), look.softcap, look.window},
+                  look.sinks, look.out);
+        if (remembering.at(layer)) remember(own[6], own[7], look.query, now);
+        ++layer;
+      }
+    }
+  }
+};
+
 // Whether `rows` takes weights of 4 bits here.
 bool packed() { return INT16_PRODUCTS; }
 
@@ -666,6 +755,13 @@ TORCH_LIBRARY_FRAGMENT(zsmerge, library) {
       "Tensor(d!) score, Tensor(e!) guess, Tensor(f!) position, Tensor now, int[] fills, float scaling, float alpha, float softcap, "
       "int window, Tensor? sinks) -> Tensor");
   library.def("remember(Tensor(a!) queries, Tensor(b!) asked, Tensor newest, Tensor now) -> ()");
+  library.class_<Program>("Program")
+      .def(torch::init<>())
+      .def("size", &Program::size)
+      .def("add_code", &Program::add_code)
+      .def("add_rows", &Program::add_rows)
+      .def("add_look", &Program::add_look)
+      .def("run", &Program::run);
 }
 
 TORCH_LIBRARY_IMPL(zsmerge, CPU, library) {
