@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING
 
-from zsmerge_llm.config import SamplingParams
+from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.forms import FREE, Form
 from zsmerge_llm.messages import spoken
@@ -231,12 +231,14 @@ def together(
     params: SamplingParams,
     limit: int | None,
     cancel: Event | None,
+    budget: Callable[[int], CacheConfig],
     continues: bool = False,
 ) -> list[Result]:
     """Read several prompts one by one, each with its probe (and `reserving` or not, as `Engine.read`), and decode their
     answers together.
 
-    limit: tokens that a prompt may have. Raises as `Answer` and `check_length`, before anything is read.
+    limit: tokens that a prompt may have; budget: what a cache for so many tokens may hold. Raises as `Answer` and
+    `check_length`, before anything is read.
     """
     from zsmerge_llm.engine import Cancelled
 
@@ -245,7 +247,7 @@ def together(
     for ids in prompts:
         check_length(len(ids), params, limit, engine.reach)
     answers = [
-        Answer(engine.new_cache(), ids, params, tokenizer, continues=continues, form=form)
+        Answer(engine.new_cache(budget(len(ids))), ids, params, tokenizer, continues=continues, form=form)
         for ids, form in zip(prompts, forms, strict=True)
     ]
     cancelled = False
@@ -267,6 +269,12 @@ def together(
 
 
 def _speak_together(engine: Engine, answers: Sequence[Answer], cancel: Event | None) -> None:
+    """Decode answers, all those of the same budget at once."""
+    for config in dict.fromkeys(answer.cache.config for answer in answers):
+        _speak_alike(engine, [answer for answer in answers if answer.cache.config == config], cancel)
+
+
+def _speak_alike(engine: Engine, answers: Sequence[Answer], cancel: Event | None) -> None:
     from zsmerge_llm.cache import Cache
 
     batch = Cache.stack([answer.cache for answer in answers])

@@ -25,6 +25,8 @@ from zsmerge_llm.rotary import Rotation, fit
 from zsmerge_llm.slots import Arrival, Held, LayerSpec
 
 NAME = "zsmerge"
+PASSAGE = 129
+"""Tokens around one that is looked at that belong to it."""
 HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"}
 
 
@@ -131,11 +133,20 @@ class Step(Carrier):
         self._settle(layer, held, arrival)
         return output
 
+    def attended(self, call: Call) -> None:
+        """What `attend` does behind attention, where the tokens stand in their slots already (`replay`)."""
+        layer = self.cache.layers[call.layer]
+        held = Held(layer, max(layer.fills) + self.new, layer.fills, in_place=True)
+        self._settle(layer, held, self._arrival(layer, call))
+
     def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
         layer.settle(held, arrival)
 
+    def finish(self) -> None:
+        """Called when all layers have run: what is left to be done then. Here, nothing."""
+
     def _arrival(self, layer: LayerCache, call: Call) -> Arrival:
-        new, small = self.new, self._small(call.key.device)
+        new, small = self.new, self.marks(call.key.device)
         queries, keys, values = call.query, call.key, call.value
         probe, probe_position, few = None, None, False
         if queries.shape[2] > new:
@@ -160,7 +171,7 @@ class Step(Carrier):
             few=few,
         )
 
-    def _small(self, device: torch.device) -> dict[str, Tensor]:
+    def marks(self, device: torch.device) -> dict[str, Tensor]:
         """This step's small tensors on a layer's device, made once."""
         if device not in self.small:
             kept = self.position[:, : self.new].to(torch.int32)
@@ -180,7 +191,7 @@ class Step(Carrier):
         if total > 1:
             bias = bias + self._causal(layer, held, call)
         if window is not None:
-            position = self._small(call.key.device)["position"]
+            position = self.marks(call.key.device)["position"]
             keys = torch.cat([held.position[:, 0], position[:, self.new :].to(torch.int32)], dim=1)
             bias = bias + policy.window_bias(position, keys, window)[:, None]
         group = call.query.shape[1] // call.key.shape[1]
@@ -202,11 +213,47 @@ class Step(Carrier):
 
 
 @dataclass
+class Poll(Step):
+    """A pass with a question behind it, of one row: no layer compresses before all have said which passages matter.
+
+    A layer alone knows what it looks at itself, and few layers find an answer; what they find is then kept by all, with
+    what stands around it. Until then the pass holds its tokens' keys and values for all layers.
+
+    votes: float32 [seen], for each token what the layers' heads pay it, a layer of more slots counting for more.
+    """
+
+    votes: Tensor = field(default_factory=lambda: torch.zeros(0))
+    waiting: list[tuple[LayerCache, Arrival, Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.votes = torch.zeros(int(self.seen[0]), device=self.cache.layers[0].spec.device)
+
+    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
+        if layer.config.scoring != "window" or not any(layer.fills_up(arrival)):
+            layer.settle(held, arrival)
+            return
+        assert layer.config.slots is not None
+        vote = layer.vote(held, arrival) * layer.config.slots**2
+        place = held.position.clamp(min=0).flatten().to(self.votes.device)
+        self.votes.index_add_(0, place, vote.flatten().to(self.votes.device))
+        self.waiting.append((layer, arrival.unasked, held.score, held.guess))
+
+    def finish(self) -> None:
+        passages = policy.passages(self.votes, PASSAGE)
+        for layer, arrival, score, guess in self.waiting:
+            held = layer.append(arrival)  # again, because copies for all layers at once would be as large as the cache
+            held.score.copy_(score)
+            held.guess.copy_(guess)
+            layer.close(held, arrival, passages)
+        self.waiting.clear()
+
+
+@dataclass
 class Pause(Step):
     """A pass of a probe alone: every layer empties its stage by what it looks at."""
 
     def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
-        layer.make_room(self._small(layer.spec.device)["seen"], arrival)
+        layer.make_room(self.marks(layer.spec.device)["seen"], arrival)
 
 
 @dataclass

@@ -46,7 +46,8 @@ class CacheConfig:
       their mean, max-pooled over `pool` neighbours; a slot keeps the best it ever got. Slots rank by
       (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None. `reserve` is the share
       of the context slots that these do not decide about, once a conversation goes on: it goes by (g + 0.02) · ‖v‖,
-      where g is what a general probe paid, one that stands for all that has not been asked yet;
+      where g is what a general probe paid, one that stands for all that has not been asked yet. Of the slots that a
+      question decides about, `passages` is the share that goes to the passages which all layers together look at;
     - `"position"`: newest first (sliding window with sinks).
 
     `shares` are weights of the full-attention layers, first layer first, with mean 1: layer i holds about
@@ -71,6 +72,7 @@ class CacheConfig:
     pool: int = 5
     floor: float | None = None
     reserve: float = 0.4
+    passages: float = 0.7
     shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +81,7 @@ class CacheConfig:
         _number("alpha", self.alpha, 0.0, 1.0)  # Theorem 3.1 needs alpha <= 1
         _number("decay", self.decay, 0.0, 1.0)
         _number("reserve", self.reserve, 0.0, 1.0)
+        _number("passages", self.passages, 0.0, 1.0)
         if self.floor is not None:
             _number("floor", self.floor, 0.0, 1.0)
         if self.scoring not in ("attention", "window", "position"):
@@ -133,7 +136,7 @@ class CacheConfig:
 
         Who asks is then a guess, and the size of what a slot holds tells as much: slots rank by (a + 0.02) · ‖v‖.
         """
-        return self.replace(pool=1, floor=AHEAD_FLOOR, reserve=0.0) if self.scoring == "window" else self
+        return self.replace(pool=1, floor=AHEAD_FLOOR, reserve=0.0, passages=0.0) if self.scoring == "window" else self
 
     @classmethod
     def full(cls) -> CacheConfig:

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
+from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import InputError, SessionError, SessionNotFoundError
 from zsmerge_llm.files import new_name
 from zsmerge_llm.session import Kind, Session, Snapshot
@@ -69,13 +70,15 @@ class Turn:
 class Conversations:
     """The sessions of one model, as conversations of messages.
 
-    new_document_cache: makes a cache for a document of so many tokens. today: the date on which a new one begins.
+    config, document_config: the budget for a first prompt, or a document, of so many tokens. today: the date on which a
+    new one begins.
     """
 
     store: Store
     template: Template
-    new_cache: Callable[[], Cache]
-    new_document_cache: Callable[[int], Cache]
+    new_cache: Callable[[CacheConfig], Cache]
+    config: Callable[[int], CacheConfig]
+    document_config: Callable[[int], CacheConfig]
     today: Callable[[], date] = date.today
 
     def begin(self, messages: list[Message], tools: Tools = None, session: str | Session | None = None) -> Turn:
@@ -108,7 +111,7 @@ class Conversations:
                 continue
             template = self._template(found)
             following = self._following(template, found, messages, tools)
-            if following is not None:
+            if following is not None and self._suits(found.snapshot, following):
                 return self._resumed(found, following, messages, tools, digests, name, template)
             if found.snapshot.kind in ("prompt", "answer"):
                 why = why or "the chat template writes it differently from what was read"
@@ -154,7 +157,7 @@ class Conversations:
         if name is None:
             name = title if title not in self.store else f"{title}-{digest[:8]}"
         session = Session(name, self.store.fingerprint, template.today, document=text)
-        cache = self.new_cache() if known else self.new_document_cache(len(tokens))
+        cache = self.new_cache((self.config if known else self.document_config)(len(tokens)))
         return Turn([], None, [digest], template, session, True, None, cache, tokens, 0, "new")
 
     def keep_document(self, turn: Turn) -> None:
@@ -219,7 +222,8 @@ class Conversations:
             why = why or f"the messages and tools are not those of session {name!r}"
         session, expected = self._session(name, template.today, text, {})
         reuse = f"reread: {why}" if why else "new"
-        turn = Turn(messages, tools, digests, template, session, True, expected, self.new_cache(), tokens, 0, reuse)
+        cache = self.new_cache(self.config(len(tokens)))
+        turn = Turn(messages, tools, digests, template, session, True, expected, cache, tokens, 0, reuse)
         turn.prefix = _common_beginning(template, messages, tools, tokens)
         return turn
 
@@ -230,6 +234,10 @@ class Conversations:
         expected = self.store.head(name) if name else None
         fingerprint, named = self.store.fingerprint, bool(name)
         return Session(name or new_name(), fingerprint, today, snapshots, document=document, named=named), expected
+
+    def _suits(self, point: Snapshot, following: list[int]) -> bool:
+        """Whether the point's cache has the budget that a conversation which begins so would get."""
+        return point.kind != "prefix" or point.cache.config == self.config(len(point.tokens) + len(following))
 
     def _template(self, found: Found) -> Template:
         """The template as it was when the point was read; a beginning is only shared while its date is right."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention import Draft, Pause, Step, forward, prepare
+from zsmerge_llm.attention import Draft, Pause, Poll, Step, forward, prepare
 from zsmerge_llm.batching import Batcher, Row
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, SamplingParams
@@ -355,8 +355,11 @@ class Engine:
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
         general = 0 if probe is None else probe.general
-        step = Step(cache, new, position, valid, counts.tolist(), lengths + counts, self.fusion.kernels, general)
+        asked = probe is not None and len(probe.tokens) > general and cache.config.passages > 0
+        kind = Poll if asked else Step
+        step = kind(cache, new, position, valid, counts.tolist(), lengths + counts, self.fusion.kernels, general)
         logits = self._run(step, ids, wanted)
+        step.finish()
         cache.lengths = step.seen.tolist()
         last = logits[torch.arange(batch), torch.searchsorted(wanted, ends)]
         if cache.logits is not None:

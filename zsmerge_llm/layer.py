@@ -114,6 +114,16 @@ class LayerCache(Slots):
         """Whether every row can take `new` tokens without compressing."""
         return self.config.slots is None or max(self.fills) + new < self.capacity
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the newest queries are kept."""
+        return self.config.slots is not None and self.config.scoring == "window"
+
+    def only_counts(self, new: int) -> bool:
+        """Whether `settle` does nothing for `new` tokens but count them and remember their queries."""
+        scored = self.config.slots is not None and self.config.scoring == "attention"
+        return self.fits(new) and not scored and (not self.remembers or new <= self.config.window)
+
     def move(self, row: int, by: Callable[[Tensor], Tensor], rotation: Rotation) -> None:
         """Turn the keys of one row, and the queries it remembers, to other places.
 
@@ -159,13 +169,34 @@ class LayerCache(Slots):
 
     def settle(self, held: Held, arrival: Arrival) -> None:
         """After attention: update the scores, and compress the rows that have used up their room."""
-        slots, room = self.config.slots, self.capacity
-        used = [fill + count for fill, count in zip(self.fills, arrival.counts, strict=True)]
-        full = [slots is not None and end >= room for end in used]
-        self._observe(held, arrival, full)
-        self.fills = [slots or 0 if due else end for due, end in zip(full, used, strict=True)]
+        self._observe(held, arrival)
+        self.close(held, arrival)
+
+    def close(self, held: Held, arrival: Arrival, passages: Tensor | None = None) -> None:
+        """`settle`, once the scores are up to date. passages: float32 [T], what all layers make of the surroundings of
+        each token read."""
+        used, full = self._used(arrival), self.fills_up(arrival)
+        self.fills = [self.config.slots or 0 if due else end for due, end in zip(full, used, strict=True)]
         if any(full) or not held.in_place:
-            self._compress(held, full, arrival.seen)
+            self._compress(held, full, arrival.seen, passages)
+
+    def fills_up(self, arrival: Arrival) -> list[bool]:
+        """Which rows have to compress when these tokens come in."""
+        return [self.config.slots is not None and end >= self.capacity for end in self._used(arrival)]
+
+    def _used(self, arrival: Arrival) -> list[int]:
+        return [fill + count for fill, count in zip(self.fills, arrival.counts, strict=True)]
+
+    def vote(self, held: Held, arrival: Arrival) -> Tensor:
+        """Update the scores; the most that any of the probe's queries pays each slot: float32 [B, H, C].
+
+        Sinks get none, which are paid whatever is asked, nor do recent tokens: the question may be among them.
+        """
+        self._remember(arrival)
+        paid = self._look(held, self.fills_up(arrival), arrival)
+        newest = arrival.seen[:, None, None] - self.config.recent
+        counts = (held.position >= self.config.sink) & (held.position < newest) & (held.count > 0)
+        return paid.amax((2, 3)) * counts
 
     def settle_first(self, count: int, held: Held, arrival: Arrival) -> None:
         """`settle` for the first `count` tokens of one row, as if the others had never come. They must all fit."""
@@ -173,9 +204,10 @@ class LayerCache(Slots):
         self.count[:, :, used + count : used + new] = 0
         self.settle(replace(held, end=used + count), arrival.first(count))
 
-    def _observe(self, held: Held, arrival: Arrival, full: list[bool]) -> None:
+    def _observe(self, held: Held, arrival: Arrival) -> None:
         if self.config.slots is None:
             return
+        full = self.fills_up(arrival)
         if self.config.scoring == "attention":
             self._contribute(held, arrival)
         elif self.config.scoring == "window":
@@ -249,8 +281,11 @@ class LayerCache(Slots):
         self.queries.copy_(queries[:, :, -room:])
         self.query_position.copy_(asking[:, -room:])
 
-    def _look(self, held: Held, full: list[bool], arrival: Arrival | None) -> None:
-        """Weigh the slots of full rows by the probe, or by the newest queries where nothing is asked."""
+    def _look(self, held: Held, full: list[bool], arrival: Arrival | None) -> Tensor:
+        """Weigh the slots of full rows by the probe, or by the newest queries where nothing is asked.
+
+        Returns what they pay, [B, H, G, m, C].
+        """
         queries, asking, pool, sinks = self.queries, self.query_position, self.config.pool, None
         if arrival is not None and arrival.probe is not None and arrival.probe_position is not None:
             general, sinks = arrival.general, arrival.sinks
@@ -259,7 +294,7 @@ class LayerCache(Slots):
                 self._weigh(held.guess, held, full, probe[:, :, :general], position[:, :general], 1, sinks)
             if probe.shape[2] > general:
                 queries, asking = probe[:, :, general:], position[:, general:]
-        self._weigh(held.score, held, full, queries, asking, pool, sinks)
+        return self._weigh(held.score, held, full, queries, asking, pool, sinks)
 
     def _weigh(
         self,
@@ -270,7 +305,7 @@ class LayerCache(Slots):
         asking: Tensor,
         pool: int,
         sinks: Tensor | None,
-    ) -> None:
+    ) -> Tensor:
         """What some queries pay each slot of a full row goes into `score`, which keeps the best a slot ever got.
 
         queries: [B, Hq, m, D]; asking: [B, m], their positions, -1 for none.
@@ -281,8 +316,9 @@ class LayerCache(Slots):
         now = policy.importance(paid, asking >= 0, pool)
         due = torch.tensor(full, device=now.device)[:, None, None]
         score.copy_(torch.where(due, torch.maximum(score * self.config.decay, now), score))
+        return paid
 
-    def _compress(self, held: Held, full: list[bool], seen: Tensor) -> None:
+    def _compress(self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None) -> None:
         """Alg. 1: of each full row keep what ranks highest, and merge or drop the rest. Other rows keep everything.
 
         Where the arriving tokens stand beside the slots, this also moves them in, for all rows.
@@ -296,7 +332,7 @@ class LayerCache(Slots):
         if not everyone:
             main = {name: tensor[index] for name, tensor in main.items()}
         due = torch.tensor([full[row] for row in rows], device=seen.device)[:, None, None]
-        ranking = self._ranking(main, seen[index])
+        ranking = self._ranking(main, seen[index], passages)
         lost = policy.lowest(ranking, config.slots - residual)
         gone = policy.take(main["count"], lost) * due
         merged = {name: policy.take(main[name], lost) for name in ("keys", "values", "position") if residual}
@@ -313,20 +349,27 @@ class LayerCache(Slots):
         else:
             self.dropped[place] += gone.sum(-1)
 
-    def _ranking(self, slots: dict[str, Tensor], seen: Tensor) -> Tensor:
+    def _ranking(self, slots: dict[str, Tensor], seen: Tensor, passages: Tensor | None) -> Tensor:
         """float32 [B, H, C]: who stays, the highest first. seen: [B], tokens read by each row."""
-        config = self.config
+        config, anyway = self.config, self.config.sink + self.config.recent
 
         def ranked(worth: Tensor) -> Tensor:
             return policy.priority(worth, slots["count"], slots["position"], seen, config.sink, config.recent)
 
-        ranking = ranked(self._worth(slots))
+        def by_questions(context: int) -> Tensor:
+            ranking = ranked(self._worth(slots))
+            if passages is None:
+                return ranking
+            places = ranked(passages.to(ranking.device)[slots["position"].clamp(min=0)])
+            return policy.reserving(places, ranking, anyway + round(config.passages * context))
+
         if config.scoring != "window" or not config.reserve:
-            return ranking
+            return by_questions(config.context)
         others = ranked(policy.worth(slots["guess"], slots["values"], AHEAD_FLOOR))
-        both = policy.reserving(ranking, others, config.sink + config.recent + config.asked)
+        both = policy.reserving(by_questions(config.asked), others, anyway + config.asked)
         looked = slots["guess"].amax((1, 2), keepdim=True) > 0
-        return torch.where(looked, both, ranking)  # until the general probe has looked, a question decides alone
+        # Until the general probe has looked, a question decides alone.
+        return torch.where(looked, both, by_questions(config.context))
 
     def _worth(self, slots: dict[str, Tensor]) -> Tensor:
         """float32 [B, H, C]: by what the slots are ranked, but for the reserve."""

@@ -276,7 +276,8 @@ class LLM:
         prompts = [template.encode(template.render(each, tools)) for each in noted]
         params, limit = sampling or SamplingParams(), self.max_input_tokens
         later = [going_on(each) for each in checked]
-        return together(parts.engine, parts.tokenizer, prompts, probes, later, forms, params, limit, cancel)
+        budget = parts.profile.config
+        return together(parts.engine, parts.tokenizer, prompts, probes, later, forms, params, limit, cancel, budget)
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
@@ -370,7 +371,8 @@ class LLM:
         parts = self._load()
         check_length(len(ids), params, self.max_input_tokens, parts.engine.reach)
         form = parts.forms.plain(response_format, grammar)
-        answer = Answer(parts.engine.new_cache(), ids, params, parts.tokenizer, continues=True, form=form)
+        cache = parts.engine.new_cache(parts.profile.config(len(ids)))
+        answer = Answer(cache, ids, params, parts.tokenizer, continues=True, form=form)
         return self._run(None, answer, completion_probe(parts.template, ids, prompt), cancel, progress)
 
     def batch_complete(
@@ -388,7 +390,8 @@ class LLM:
         probes = [completion_probe(parts.template, *each) for each in zip(ids, prompts, strict=True)]
         forms = [parts.forms.plain(response_format, grammar)] * len(ids)
         params, limit, later = sampling or SamplingParams(), self.max_input_tokens, [False] * len(ids)
-        return together(parts.engine, parts.tokenizer, ids, probes, later, forms, params, limit, cancel, continues=True)
+        engine, tokenizer, budget = parts.engine, parts.tokenizer, parts.profile.config
+        return together(engine, tokenizer, ids, probes, later, forms, params, limit, cancel, budget, continues=True)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or not prompt:

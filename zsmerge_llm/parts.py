@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from zsmerge_llm.conversation import Conversations
     from zsmerge_llm.engine import Engine
+    from zsmerge_llm.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Parts:
     template: Template
     forms: Forms
     conversations: Conversations
+    profile: Profile
 
 
 def assemble(
@@ -65,5 +67,5 @@ def assemble(
     store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices)
     forms = Forms(template, Grammars(tokenizer, engine.vocab_size, engine.stop_ids))
     profile = Profile(engine, template, profile_path(mark.weights), loading.get("progress"))
-    conversations = Conversations(store, template, engine.new_cache, profile.document_cache)
-    return Parts(loaded.name, tokenizer, engine, template, forms, conversations)
+    conversations = Conversations(store, template, engine.new_cache, profile.config, profile.document_config)
+    return Parts(loaded.name, tokenizer, engine, template, forms, conversations, profile)

@@ -56,6 +56,11 @@ def importance(attention: Tensor, asking: Tensor, pool: int) -> Tensor:
     return F.max_pool1d(mean, pool, stride=1, padding=pool // 2)
 
 
+def passages(votes: Tensor, width: int) -> Tensor:
+    """float32 [T] → [T]: the mean of the `width` votes around each token, as far as there are so many tokens."""
+    return F.avg_pool1d(votes[None, None], width, stride=1, padding=width // 2, count_include_pad=False)[0, 0]
+
+
 def worth(attention: Tensor, values: Tensor, floor: float) -> Tensor:
     """(a + floor) · ‖v‖: what a slot can add to an answer, even one that nobody has asked for yet.
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from zsmerge_llm import policy, saving
-from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine import Engine
@@ -61,13 +60,20 @@ class Profile:
                 self._shares = _load(self._path, layers) or self._found(layers)
             return self._shares
 
-    def document_cache(self, tokens: int) -> Cache:
-        """An empty cache for a document of so many tokens whose questions are not known yet."""
-        config = self._engine.config.ahead()
+    def config(self, tokens: int) -> CacheConfig:
+        """The budget of a conversation whose first prompt has so many tokens."""
+        return self._shared_out(self._engine.config, tokens)
+
+    def document_config(self, tokens: int) -> CacheConfig:
+        """The budget of a document of so many tokens whose questions are not known yet."""
+        return self._shared_out(self._engine.config.ahead(), tokens)
+
+    def _shared_out(self, config: CacheConfig, tokens: int) -> CacheConfig:
+        """A text that fits is kept whole, for which all layers need the same; of one that does not, some need more."""
         guessed = config.scoring == "window" and config.shares is None
-        if guessed and config.slots is not None and tokens > config.slots:
-            config = config.replace(shares=self.shares or None)
-        return self._engine.new_cache(config)
+        if not guessed or config.slots is None or tokens <= config.slots:
+            return config
+        return config.replace(shares=self.shares or None)
 
     def _found(self, layers: int) -> tuple[float, ...]:
         window = self._engine.window

@@ -53,6 +53,11 @@ class Arrival:
     def padded(self) -> bool:
         return min(self.counts) < self.keys.shape[2]
 
+    @property
+    def unasked(self) -> Arrival:
+        """The same tokens when nobody looks any more: without queries."""
+        return replace(self, queries=self.queries.new_empty(0), probe=None, probe_position=None)
+
     def first(self, count: int) -> Arrival:
         """The first `count` tokens, of one row without padding or probe."""
         tokens = {name: getattr(self, name)[:, :, :count] for name in ("queries", "keys", "values")}

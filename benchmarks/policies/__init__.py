@@ -42,7 +42,19 @@ def _tova(slots: int) -> CacheConfig:
 
 
 def _pooled(slots: int) -> CacheConfig:
+    return CacheConfig(slots=slots, stage=STAGE, window=8, passages=0.0)
+
+
+def _passages(slots: int) -> CacheConfig:
     return CacheConfig(slots=slots, stage=STAGE, window=8)
+
+
+def _half(slots: int) -> CacheConfig:
+    return _passages(slots).replace(passages=0.5)
+
+
+def _most(slots: int) -> CacheConfig:
+    return _passages(slots).replace(passages=0.9)
 
 
 def _chat(slots: int) -> CacheConfig:
@@ -80,7 +92,11 @@ _ALL = (
     Policy("paper-two-whole", _paper_two, chunk=None),
     Policy("streaming-whole", _streaming, chunk=None),
     Policy("h2o-whole", _h2o, chunk=None),
-    Policy("ours-question", _pooled, probe="question"),
+    Policy("ours-question", _passages, probe="question", profiled=1),
+    Policy("passages-uniform", _passages, probe="question"),
+    Policy("passages-half", _half, probe="question", profiled=1),
+    Policy("passages-most", _most, probe="question", profiled=1),
+    Policy("pooled-question", _pooled, probe="question"),
     Policy("ours-chat", _chat, probe="question"),
     Policy("chat-asked", _asked, probe="question"),
     Policy("chat-half", _chat, probe="question", profiled=0.5),

@@ -49,8 +49,8 @@ class PolicyLayer(LayerCache):
 class RankedLayer(PolicyLayer):
     """Slots are scored by `rank` each time the layer compresses."""
 
-    def _observe(self, held: Held, arrival: Arrival, full: list[bool]) -> None:
-        if self.config.slots is not None and any(full):
+    def _observe(self, held: Held, arrival: Arrival) -> None:
+        if self.config.slots is not None and any(self.fills_up(arrival)):
             held.score.copy_(self.rank(held, arrival))
 
     @abstractmethod
@@ -148,7 +148,7 @@ def plain(slots: int) -> CacheConfig:
 
 def probed(slots: int) -> CacheConfig:
     """`plain`, with the probe handed through."""
-    return CacheConfig(slots=slots, scoring="window", window=1, floor=None, stage=STAGE)
+    return CacheConfig(slots=slots, scoring="window", window=1, floor=None, passages=0.0, stage=STAGE)
 
 
 def rope_of(engine: Engine) -> Rope | None:

@@ -23,9 +23,9 @@ class Fitted(ValuedMean):
     ROUNDS = 60
     RIDGE = 0.01
 
-    def _observe(self, held: Held, arrival: Arrival, full: list[bool]) -> None:
-        super()._observe(held, arrival, full)
-        if any(full):
+    def _observe(self, held: Held, arrival: Arrival) -> None:
+        super()._observe(held, arrival)
+        if any(self.fills_up(arrival)):
             self.asking = self._typical(arrival)
 
     def _typical(self, arrival: Arrival) -> Tensor:
@@ -36,7 +36,7 @@ class Fitted(ValuedMean):
         typical = self.rope.rotate(arrival.queries[:, :, some], ahead)
         return typical if arrival.probe is None else torch.cat([arrival.probe.float(), typical], dim=2)
 
-    def _compress(self, held: Held, full: list[bool], seen: Tensor) -> None:
+    def _compress(self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None) -> None:
         slots = self.config.slots
         assert slots is not None
         ranking = policy.priority(held.score, held.count, held.position, seen, self.config.sink, self.config.recent)
@@ -46,7 +46,7 @@ class Fitted(ValuedMean):
             added = self._refit(held, kept, evicted, min(self.REFIT, slots // 4))
             self.dropped -= added
             held.score.scatter_(2, evicted, policy.NEVER)
-        super()._compress(held, full, seen)
+        super()._compress(held, full, seen, passages)
 
     def _refit(self, held: Held, kept: Tensor, evicted: Tensor, size: int) -> Tensor:
         """Changes count, value and score of the last `size` of the kept slots: the count added, [B, H]."""
