@@ -96,7 +96,7 @@ def test_every_token_is_counted_however_a_text_is_cut(family: str, chunk: int) -
 
 
 def test_a_layer_of_more_slots_has_more_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer of three slots has room for one token besides its sink and the newest: the one that the other votes for."""
+    """A layer of three slots has room for one token besides sink and newest: the one that the other votes for."""
     monkeypatch.setattr(attention, "PASSAGE", 1)
     ids, shares = tokens(60), [(1.9, 0.1), (0.1, 1.9)]
     config = CONFIG.replace(slots=24, recent=1, sink=1, passages=1.0)
