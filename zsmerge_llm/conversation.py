@@ -39,7 +39,7 @@ class Turn:
     digests: one for each beginning of `messages`. session: whose turn it is; a new one (`new`) if no session goes on
     under its own name. expected: what was under that name when the turn began. tokens: the conversation's ids, this
     prompt included; those from `start` on are still to be read. prefix: how many of these form a beginning that other
-    conversations may share; 0 if none is worth keeping.
+    conversations may share; 0 if none is worth keeping. alone: whether this turn's question alone decides what is kept.
     """
 
     messages: list[Message]
@@ -54,6 +54,7 @@ class Turn:
     start: int
     reuse: str
     prefix: int = 0
+    alone: bool = False
     points: list[Snapshot] = field(default_factory=list)
 
     @property
@@ -81,13 +82,21 @@ class Conversations:
     document_config: Callable[[int], CacheConfig]
     today: Callable[[], date] = date.today
 
-    def begin(self, messages: list[Message], tools: Tools = None, session: str | Session | None = None) -> Turn:
+    def begin(
+        self,
+        messages: list[Message],
+        tools: Tools = None,
+        session: str | Session | None = None,
+        *,
+        reread: bool = False,
+    ) -> Turn:
         """What to read for `messages` (from `chat.normalise`), and on which cache.
 
         Args:
             session: a session or its name. A hint: it is taken up only if its content is a beginning of `messages`; if
                 not, the conversation takes over the name. A document's session stays as it is: `messages` are asked
                 about it, in a conversation of their own.
+            reread: read everything again, for this question alone.
 
         Raises:
             InputError, MissingTemplateError: as `Template.render`. SessionCorruptError: a document that was damaged.
@@ -98,6 +107,10 @@ class Conversations:
             messages, document = about_document(text, messages), self._document_digest(text)
             name = None if self._fixed(name) else name
         digests = self.template.digests(messages, tools)
+        if reread:
+            turn = self._afresh(messages, tools, digests, name, text, "asked for")
+            turn.alone = True
+            return turn
         known = digests if document is None else [document, *digests]
         why = ""
         for origin, digest in self.store.matches(known, name):

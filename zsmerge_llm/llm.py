@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from threading import Event, RLock
 from typing import TYPE_CHECKING, Any, Literal
@@ -88,7 +89,7 @@ class LLM:
         self.chunk = chunk
         self.compile = compile
         self.max_input_tokens = max_input_tokens
-        self._loading: dict[str, Any] = {
+        loading = {
             "tokenizer": tokenizer,
             "dtype": dtype,
             "device": device,
@@ -97,9 +98,10 @@ class LLM:
             "chat_template": chat_template,
             "progress": progress,
         }
-        self._template_args = template_args
-        self._sessions_dir = sessions_dir
-        self._session_memory = parse_bytes(session_memory)
+        memory = parse_bytes(session_memory)
+        self._assemble = partial(
+            assemble, model, self.cache, chunk, compile, loading, template_args, sessions_dir, memory
+        )
         self._lock = RLock()
         self._parts: Parts | None = None
 
@@ -157,16 +159,7 @@ class LLM:
     def _load(self) -> Parts:
         with self._lock:
             if self._parts is None:
-                self._parts = assemble(
-                    self.model,
-                    self.cache,
-                    self.chunk,
-                    self.compile,
-                    loading=self._loading,
-                    template_args=self._template_args,
-                    sessions_dir=self._sessions_dir,
-                    session_memory=self._session_memory,
-                )
+                self._parts = self._assemble()
             return self._parts
 
     # -- chat --------------------------------------------------------------------------------------------------------
@@ -183,6 +176,7 @@ class LLM:
         grammar: Grammar | None = None,
         session: str | Session | None = None,
         probe: str | None = None,
+        reread: bool = False,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> Result:
@@ -198,6 +192,7 @@ class LLM:
                 grammar=grammar,
                 session=session,
                 probe=probe,
+                reread=reread,
                 cancel=cancel,
                 progress=progress,
             )
@@ -215,6 +210,7 @@ class LLM:
         grammar: Grammar | None = None,
         session: str | Session | None = None,
         probe: str | None = None,
+        reread: bool = False,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Chunk]:
@@ -235,6 +231,8 @@ class LLM:
                 document (`read_document`) asks about the document.
             probe: text that says what matters in this prompt, for the cache to keep; by default the last line of
                 the last message.
+            reread: read the whole conversation again, and keep what this question needs: for one about something that
+                earlier ones did not need. It costs what a new conversation costs.
             cancel: an event that stops reading after the current chunk and decoding within one token. Closing the
                 iterator does the same.
             progress: called with (tokens read, tokens to read) while the prompt is read.
@@ -246,7 +244,7 @@ class LLM:
         checked, params = normalise(messages), sampling or SamplingParams()
         parts = self._load()
         form = parts.forms.chat(checked, tools, tool_choice, parallel_tool_calls, response_format, grammar)
-        turn = parts.conversations.begin(form.noted(checked), tools, session)
+        turn = parts.conversations.begin(form.noted(checked), tools, session, reread=reread)
         check_length(len(turn.tokens), params, self.max_input_tokens, parts.engine.reach)
         template = parts.template
         asking = chat_probe(template, probe) if probe else message_probe(template, checked[-1]["content"])
@@ -432,7 +430,7 @@ class LLM:
     ) -> None:
         """Read what is new of the prompt, and keep the points worth going back to."""
         started, ids = time.perf_counter(), answer.prompt[answer.cached :]
-        reserving = turn is not None and going_on(turn.messages)
+        reserving = turn is not None and not turn.alone and going_on(turn.messages)
         first = turn.prefix if turn is not None else 0
         if not answer.cache.fits(first):
             first = 0  # compressed for this question, a beginning would be worth little to the next

@@ -38,7 +38,6 @@ def assemble(
     cache: CacheConfig,
     chunk: int,
     compile: bool | Literal["auto"],
-    *,
     loading: dict[str, Any],
     template_args: dict[str, Any] | None,
     sessions_dir: str | Path | None,

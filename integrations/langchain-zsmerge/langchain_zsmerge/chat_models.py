@@ -41,6 +41,7 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
     chat.invoke("Why is the sky blue?")
     chat.bind(session_id="ann").invoke(messages)                                   # a conversation, by name
     chat.invoke(messages, config={"configurable": {"thread_id": "ann"}})           # the same
+    chat.invoke(messages, reread=True)                     # read everything again, for this question
     ```
 
     A conversation is recognised by its messages; a session id only helps to find it. Constructing costs nothing: the
@@ -182,10 +183,11 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
 
     def _request(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Request:
         """One call with the keywords of `LLM.chat`. Raises ConfigError."""
-        changes = self._options(kwargs, ("session_id", *_FORM))
+        changes = self._options(kwargs, ("session_id", "reread", *_FORM))
         tools = as_tools(kwargs.get("tools") or ())
         choice = as_choice(kwargs.get("tool_choice"), tools) if tools else None
         hints = {"tools": tools, "tool_choice": choice, "session": kwargs.get("session_id")}
+        hints["reread"] = kwargs.get("reread")
         given = {name: hint for name, hint in hints.items() if hint}
         for name in ("parallel_tool_calls", "response_format", "grammar"):
             if kwargs.get(name) is not None:

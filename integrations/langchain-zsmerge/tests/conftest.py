@@ -51,7 +51,7 @@ class FakeLLM:
         self, messages: list[dict[str, Any]], *, cancel: threading.Event | None = None, **request: Any
     ) -> Iterator[Chunk]:
         known = {"sampling", "tools", "tool_choice", "parallel_tool_calls", "response_format", "grammar", "session"}
-        assert request.keys() <= known
+        assert request.keys() <= known | {"reread"}
         self.requests.append({"messages": messages, "tools": None, "session": None, **request})
         return self._decode(request.get("sampling"), cancel, request.get("tools") is not None)
 

@@ -214,6 +214,12 @@ def test_content_version_v1_round_trips(llm: Any) -> None:
 # sessions
 
 
+def test_a_conversation_is_read_again_where_a_call_says_so(chat: ChatZSMerge, llm: Any) -> None:
+    chat.invoke("hi")
+    chat.bind(reread=True).invoke("hi")
+    assert [request.get("reread") for request in llm.requests] == [None, True]
+
+
 @pytest.mark.parametrize("config", [{"session_id": "ann"}, {"thread_id": "ann"}])
 def test_a_config_names_the_session_in_every_way_of_calling(chat: ChatZSMerge, llm: Any, config: Any) -> None:
     run = {"configurable": config}

@@ -64,6 +64,7 @@ class FakeLLM:
         grammar=None,
         session=None,
         probe=None,
+        reread=False,
         cancel=None,
     ) -> Iterator[Chunk]:
         return self._stream(SimpleNamespace(kind="chat", prompt=messages, **_without(locals(), "self", "messages")))

@@ -172,7 +172,7 @@ async def test_a_base_model_continues_plain_text(method, fake):
     assert "Once upon" in engine.calls[0].prompt
 
 
-@pytest.mark.parametrize("option", ["tools", "session", "session_id", "probe"])
+@pytest.mark.parametrize("option", ["tools", "session", "session_id", "probe", "reread"])
 async def test_plain_text_refuses_what_needs_a_chat(option, fake):
     with pytest.raises(ConfigError, match=f"{option} needs a chat"):
         await ask(ZSMergeLLM(llm=fake()), "complete", formatted=True, **{option: "x"})
@@ -286,6 +286,13 @@ def test_a_probe_reaches_the_engine(fake):
     engine = fake()
     ZSMergeLLM(llm=engine).chat([ChatMessage(content="Hello")], probe="names")
     assert engine.calls[0].probe == "names"
+
+
+def test_a_conversation_is_read_again_where_a_call_says_so(fake):
+    engine = fake()
+    for options in ({}, {"reread": True}):
+        ZSMergeLLM(llm=engine).chat([ChatMessage(content="Hello")], **options)
+    assert [call.reread for call in engine.calls] == [False, True]
 
 
 def test_tokenize_is_the_models_own_tokenizer(fake):

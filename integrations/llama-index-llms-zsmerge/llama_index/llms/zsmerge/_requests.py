@@ -13,7 +13,7 @@ from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.types import Chunk, Message, Result
 
-_CHAT_ONLY = ("tools", "session", "session_id", "probe")
+_CHAT_ONLY = ("tools", "session", "session_id", "probe", "reread")
 _FORM = ("response_format", "grammar")
 OPTIONS = (
     *_CHAT_ONLY,
@@ -69,6 +69,7 @@ def message_request(
             "tools": tools or None,
             "tool_choice": to_choice(options.get("tool_choice")),
             "parallel_tool_calls": options.get("allow_parallel_tool_calls", True),
+            **({"reread": True} if options.get("reread") else {}),
             **_form(options),
         },
     )
