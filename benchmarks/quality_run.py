@@ -195,9 +195,12 @@ def plain_bytes(engine: Engine, slots: int) -> int:
 
 def reading_bytes(policy: Policy, cache: Cache, chunk: int) -> int:
     """Bytes of keys and values at the peak of reading: a policy that ranks a finished prefill holds the full cache
-    first; one that compresses as it reads holds its cache, and the largest layer's copy of it with a chunk."""
+    first; one that compresses as it reads holds its cache, and the largest layer's copy of it with a chunk; one whose
+    layers vote before they compress holds a chunk for all of them."""
     full = cache.full_nbytes(cache.lengths[0])
     if policy.whole:
         return full + (0 if cache.slots is None else cache.nbytes)
     largest = max(layer.nbytes for layer in cache.layers)
-    return cache.nbytes + largest + cache.full_nbytes(min(chunk, STAGE * 4)) // len(cache.layers)
+    passing = cache.full_nbytes(min(chunk, STAGE * 4))
+    votes = policy.probe is not None and cache.config.passages > 0
+    return cache.nbytes + largest + (passing if votes else passing // len(cache.layers))

@@ -29,7 +29,8 @@ from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.engine import Engine
 
-HISTORIES = (64, 1024, 4096, 7168, 32768)
+HISTORIES = (64, 1024, 4096, 7168, 16384, 32768)
+READ = 7168
 STEPS = 24
 PROMPT = 150
 ROWS = (1, 2, 4, 8, 16)
@@ -63,13 +64,20 @@ def steps(run: Any) -> float:
     return statistics.median(times[2:])
 
 
-def histories(engine: Engine, ids: list[int]) -> dict[int, Cache]:
-    """The cache after each of HISTORIES, as far as one long text goes."""
-    cache, caches = engine.new_cache(), {}
+def histories(engine: Engine, ids: list[int]) -> tuple[dict[int, Cache], float]:
+    """The cache after each of HISTORIES, as far as one long text goes; tokens per second of reading the first READ."""
+    cache, caches, seconds = engine.new_cache(), {}, {}
     for length in [length for length in HISTORIES if length <= len(ids)]:
+        started = time.perf_counter()
         engine.read(cache, ids[cache.seen : length])
+        seconds[length] = time.perf_counter() - started
         caches[length] = cache.clone()
-    return caches
+    return caches, rate_of(seconds)
+
+
+def rate_of(seconds: dict[int, float]) -> float:
+    """Tokens per second up to READ, from the seconds between one length and the next; 0 where it was not reached."""
+    return READ / sum(spent for length, spent in seconds.items() if length <= READ) if READ in seconds else 0.0
 
 
 def ours(engine: Engine, before: Cache) -> float:
@@ -102,8 +110,8 @@ def about_a_document(engine: Engine, llm: LLM) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def theirs(engine: Engine, ids: list[int]) -> float:
-    """The same for transformers' full cache and SDPA."""
+def theirs(engine: Engine, ids: list[int]) -> tuple[float, float]:
+    """The same for transformers' full cache and SDPA; then its tokens per second of reading."""
     model, cache = engine.model, DynamicCache(config=engine.model.config)
     last = torch.tensor([0])
 
@@ -112,7 +120,9 @@ def theirs(engine: Engine, ids: list[int]) -> float:
         return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=last).logits.argmax(-1)
 
     model.set_attn_implementation("sdpa")
+    started = time.perf_counter()
     token = step(torch.tensor([ids]))
+    reading = len(ids) / (time.perf_counter() - started)
 
     def follow(_: int) -> None:
         nonlocal token
@@ -121,20 +131,26 @@ def theirs(engine: Engine, ids: list[int]) -> float:
 
     rate = 1 / steps(follow)
     model.set_attn_implementation("zsmerge")
-    return rate
+    return rate, reading
 
 
-def llama(path: str, ids: list[int], longest: int) -> dict[int, float]:
-    """Tokens per second of llama.cpp after each of HISTORIES as far as `longest`, with a full cache."""
+def llama(path: str, ids: list[int], longest: int) -> tuple[dict[int, float], float]:
+    """Tokens per second of llama.cpp after each of HISTORIES as far as `longest`, with a full cache; then of reading.
+
+    It runs on as many threads as PyTorch does.
+    """
     from llama_cpp import Llama
 
-    lengths = [length for length in HISTORIES if length <= longest]
-    model = Llama(path, n_ctx=max(lengths) + 256, n_batch=512, verbose=False)
-    rates = {}
+    lengths, threads = [length for length in HISTORIES if length <= longest], torch.get_num_threads()
+    room = max(lengths) + 256
+    model = Llama(path, n_ctx=room, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    rates, seconds = {}, {}
     for length in lengths:
+        started = time.perf_counter()
         model.eval(ids[model.n_tokens : length])
+        seconds[length] = time.perf_counter() - started
         rates[length] = 1 / steps(lambda number: model.eval([ids[number]]))
-    return rates
+    return rates, rate_of(seconds)
 
 
 def answers(engine: Engine, ids: list[int]) -> list[list[int]]:
@@ -165,24 +181,26 @@ def show(what: str, rates: dict[Any, float]) -> None:
 
 
 def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
-    parts: dict[str, Any] = {name: {} for name in ("rates", "rows", "weight_bytes", "answers", "same_as_eager")}
+    parts: dict[str, Any] = {
+        name: {} for name in ("rates", "reading", "rows", "weight_bytes", "answers", "same_as_eager")
+    }
     result = {"bandwidth": bandwidth(), **parts}
     if arguments.llama:
         ids = repeated(LLM(arguments.model).tokenizer(text).input_ids, arguments.full)
-        result["rates"]["llama.cpp"] = llama(arguments.llama, ids, arguments.full)
-        print(
-            "llama.cpp", {length: round(rate, 1) for length, rate in result["rates"]["llama.cpp"].items()}, flush=True
-        )
+        result["rates"]["llama.cpp"], result["reading"]["llama.cpp"] = llama(arguments.llama, ids, arguments.full)
+        show("llama.cpp", result["rates"]["llama.cpp"])
     for name in arguments.formats:
         llm = LLM(arguments.model, cache=CacheConfig(slots=1024), quantization=FORMATS[name], compile=False)
         engine, rates = llm.engine, result["rates"]
         tensors = [*engine.model.parameters(), *engine.model.buffers()]
         result["weight_bytes"][name] = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
         ids = repeated(llm.tokenizer(text).input_ids, arguments.longest)
-        caches = histories(engine, ids)
+        caches, result["reading"][f"zsmerge {name}"] = histories(engine, ids)
         if name == "bf16":
             lengths = [length for length in HISTORIES if length <= arguments.full]
-            rates["transformers bf16"] = {length: theirs(engine, ids[:length]) for length in lengths}
+            both = {length: theirs(engine, ids[:length]) for length in lengths}
+            rates["transformers bf16"] = {length: rate for length, (rate, _) in both.items()}
+            result["reading"]["transformers bf16"] = both[READ][1] if READ in both else 0.0
         rates[f"zsmerge {name} eager"] = {length: ours(engine, cache) for length, cache in caches.items()}
         eager = answers(engine, ids)
         engine.fusion.start()
@@ -199,6 +217,7 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
         show(f"{name} at once", result["rows"][name])
         show(f"{name} answers", result["answers"][name])
         del llm, engine, caches
+    show(f"reading {READ} tokens", result["reading"])
     return result
 
 

@@ -269,9 +269,12 @@ def together(
 
 
 def _speak_together(engine: Engine, answers: Sequence[Answer], cancel: Event | None) -> None:
-    """Decode answers, all those of the same budget at once."""
+    """Decode answers, those of the same budget at once, as many as a step should take."""
     for config in dict.fromkeys(answer.cache.config for answer in answers):
-        _speak_alike(engine, [answer for answer in answers if answer.cache.config == config], cancel)
+        alike = [answer for answer in answers if answer.cache.config == config]
+        most = engine.together or len(alike)
+        for start in range(0, len(alike), most):
+            _speak_alike(engine, alike[start : start + most], cancel)
 
 
 def _speak_alike(engine: Engine, answers: Sequence[Answer], cancel: Event | None) -> None:

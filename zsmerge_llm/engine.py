@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from zsmerge_llm import kernels
 from zsmerge_llm.attention import Draft, Pause, Poll, Step, forward, prepare
 from zsmerge_llm.batching import Batcher, Row
 from zsmerge_llm.cache import Cache
@@ -93,6 +94,11 @@ class Engine:
     def device(self) -> torch.device:
         """Where token ids go in."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def together(self) -> int | None:
+        """Conversations that one decode step should take at most; None where more are always better."""
+        return kernels.MOST if self.device.type == "cpu" else None
 
     @property
     def window(self) -> int | None:

@@ -35,6 +35,9 @@ OPTIONS = {"size_asserts": False}
 WIDTHS = (1, 1 + AHEAD)
 """Tokens of the passes that are compiled: one, and one with a whole guess behind it."""
 
+SHAPES = (*((1, width) for width in WIDTHS), (kernels.MOST, 1))
+"""Rows and tokens of the passes that are compiled. Several rows, up to so many, only where they can be recorded too."""
+
 _HERE: ContextVar[tuple[Step, int]] = ContextVar("zsmerge_here")  # where the running layer attends: its step and number
 _COMPILER = Lock()  # TorchInductor is not made for several threads
 
@@ -83,7 +86,7 @@ class Fusion:
         self.trouble: str | None = None
         self.seconds = 0.0
         self.graphs: dict[str, Compiled] = {}
-        self.replays: dict[int, Replay] = {}
+        self.replays: dict[tuple[int, int], Replay] = {}
         self._model = model
         self._expected = layers
         self._left = after
@@ -123,7 +126,7 @@ class Fusion:
             log.warning("Decoding goes on without kernels of its own: %s", error)
             return
         self._matrices = [FewRows(each) for each in self._model.modules() if _is_matrix(each)]
-        self.replays = {width: Replay(self._expected, width) for width in WIDTHS}
+        self.replays = {(rows, width): Replay(self._expected, width, rows) for rows, width in SHAPES}
         self.seconds += time.perf_counter() - started
 
     def count(self, tokens: int) -> None:
@@ -173,7 +176,7 @@ class FusedLayer:
         self.names = [name for name, _ in named]
         self.weights = [weight for _, weight in named]
         self.eager = layer.forward
-        self.codes: dict[int, Code] = {}
+        self.codes: dict[tuple[int, int], Code] = {}
         layer.forward = self
 
     def remove(self) -> None:
@@ -181,33 +184,47 @@ class FusedLayer:
         self.layer.forward = self.eager
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One pass: compiled if it is a decode step of one conversation, else as the model has it."""
+        """One pass: compiled if it is a decode step of one or a few conversations, else as the model has it."""
         step = next((value for value in kwargs.values() if isinstance(value, Step)), None)
-        rows, width = (0, 0) if step is None else step.position.shape
-        if step is None or rows != 1 or width not in WIDTHS:
+        shape = None if step is None else self._shape(step)
+        if step is None or shape is None:
             return self.eager(*args, **kwargs)
-        replay = self.fusion.replays.get(width)
+        replay = self.fusion.replays.get(shape)
         if replay is not None and replay.runs(step, self.index):
             output = args[0]
             if replay.needs(self.index):
-                output = replay.go_on(self.index, _flat((*args, *kwargs.values()))[0])
-            return pytree.tree_unflatten([output], self.codes[width].form)
+                output = replay.go_on(step, self.index, _flat((*args, *kwargs.values()))[0])
+            return pytree.tree_unflatten([output], self.codes[shape].form)
         tensors, constants = _flat((*args, *kwargs.values()))
-        if width not in self.codes:
+        if shape not in self.codes:
             try:
-                self.codes[width] = self._prepare(args, kwargs, tensors, constants)
+                example = tensors if replay is None else [replay.room(step, each) for each in tensors]
+                self.codes[shape] = self._prepare(args, kwargs, example, constants)
             except Exception as error:  # whatever a compiler throws, the model works without it
                 self.fusion.give_up(error)
-        code = self.codes.get(width)
+        code = self.codes.get(shape)
         if code is None or constants != code.constants:
             return self.eager(*args, **kwargs)
-        _HERE.set((step, self.index))
-        outputs = None
-        if replay is not None and args and args[0] is tensors[0]:
-            outputs = replay.record(step, self.index, code.run, tensors, self.weights)
-        if outputs is None:
-            outputs = code.run(*tensors, *self.weights)
-        return pytree.tree_unflatten(list(outputs), code.form)
+        here = _HERE.set((step, self.index))
+        try:
+            outputs = None
+            if replay is not None and args and args[0] is tensors[0]:
+                outputs = replay.record(step, self.index, code.run, tensors, self.weights)
+            if outputs is None and shape[0] == 1:
+                outputs = code.run(*tensors, *self.weights)
+        finally:
+            _HERE.reset(here)  # it would hold the step's cache
+        return self.eager(*args, **kwargs) if outputs is None else pytree.tree_unflatten(list(outputs), code.form)
+
+    def _shape(self, step: Step) -> tuple[int, int] | None:
+        """Which of SHAPES serves a step."""
+        rows, width = step.position.shape
+        if rows == 1:
+            return (1, width) if width in WIDTHS else None
+        several = self.fusion.replays.get(SHAPES[-1])
+        if several is None or several.trouble is not None or not width == 1 == step.new:
+            return None
+        return SHAPES[-1] if several.ready or rows <= several.rows else None
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], rest: list[Any]) -> Code:
         """Trace the layer and find its compiled code."""

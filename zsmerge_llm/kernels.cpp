@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -24,6 +25,11 @@
 #define INT16_PRODUCTS 1
 #else
 #define INT16_PRODUCTS 0
+#endif
+#if defined(__AVX512BF16__)
+#define BFLOAT16_PRODUCTS 1
+#else
+#define BFLOAT16_PRODUCTS 0
 #endif
 
 // Sums must stay in registers.
@@ -178,6 +184,8 @@ inline void dot(const W* weight, const float* x, int64_t K, float* out) {
 struct Rows {
   int64_t M, K;              // all vectors have room for some more rows, of zeros
   std::vector<float> plain;  // [M, K], arranged
+  std::vector<BFloat16> same;  // [M, K] as they are, for weights of bfloat16 where two products and their sum are one
+                               // instruction: with several rows, float32 would keep the processor busy for longer
   // As int16, each `group` inputs with a scale of their own: for weights of 8 and 4 bits as good as float32, and two
   // products and their sum are one instruction.
   std::vector<int16_t> codes;        // [M, K]
@@ -228,8 +236,12 @@ template <typename T>
 Rows prepared(const Tensor& given, int64_t room, const Tensor& weight, at::TensorList scales) {
   const Tensor x = given.contiguous();
   const T* from = x.const_data_ptr<T>();
-  Rows rows{x.size(0), x.size(1), {}, {}, {}, {}, 128, 0};
-  if (weight.scalar_type() == x.scalar_type()) {
+  Rows rows{x.size(0), x.size(1), {}, {}, {}, {}, {}, 128, 0};
+  if (BFLOAT16_PRODUCTS && room > 1 && weight.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16) {
+    const auto* whole = x.const_data_ptr<BFloat16>();
+    rows.same.assign(whole, whole + rows.M * rows.K);
+    rows.same.resize(room * rows.K);
+  } else if (weight.scalar_type() == x.scalar_type()) {
     rows.plain.resize(room * rows.K);
     for (int64_t m = 0; m < rows.M; ++m) arrange(from + m * rows.K, rows.K, 1.0f, rows.plain.data() + m * rows.K);
   } else if (!INT16_PRODUCTS) {
@@ -315,6 +327,30 @@ inline void dot8(const int8_t* weight, const Rows& rows, float* out) {
 }
 #endif
 
+#if BFLOAT16_PRODUCTS
+// As `dot`, for weights of bfloat16 and several rows of it.
+template <int M, int R>
+inline void dot16(const BFloat16* weight, const BFloat16* x, int64_t K, float* out) {
+  __m512 acc[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; k += PAIR) {
+    const __mmask32 there = K - k >= PAIR ? ~0u : (1u << (K - k)) - 1;
+    __m512bh w[R];
+    UNROLL for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(weight + (r + R) * K + k, 0, 2);  // of the next lines
+      w[r] = (__m512bh)_mm512_maskz_loadu_epi16(there, weight + r * K + k);
+    }
+    UNROLL for (int m = 0; m < M; ++m) {
+      const __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(there, x + m * K + k);
+      UNROLL for (int r = 0; r < R; ++r) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r], row);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) out[r * M + m] = sum((floats)acc[r][m]);
+}
+#endif
+
 template <int M, int R>
 inline void multiply(const int8_t* weight, const Rows& rows, float* out) {
 #if INT16_PRODUCTS
@@ -325,13 +361,17 @@ inline void multiply(const int8_t* weight, const Rows& rows, float* out) {
 }
 template <int M, int R, typename W>
 inline void multiply(const W* weight, const Rows& rows, float* out) {
+#if BFLOAT16_PRODUCTS
+  if constexpr (M > 1 && std::is_same_v<W, BFloat16>) return dot16<M, R>(weight, rows.same.data(), rows.K, out);
+#endif
   dot<W, M, R>(weight, rows.plain.data(), rows.K, out);
 }
 
 // Outputs [first, last) of a matrix with one line of weights for each. finish(n, y) takes y [M] of output n.
 template <int M, typename W, typename F>
 void by_lines(const W* weight, const Rows& rows, int64_t first, int64_t last, F finish) {
-  constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
+  constexpr bool packs = BFLOAT16_PRODUCTS && std::is_same_v<W, BFloat16>;
+  constexpr int R = M == 1 ? 4 : packs ? (M == 2 ? 6 : M <= 5 ? 4 : 3) : M == 2 ? 2 : 1;
   float y[R * M];
   int64_t n = first;
   for (; n + R <= last; n += R) {
@@ -440,8 +480,10 @@ struct How {
   int64_t window;                  // 0: none
 };
 
+// A row that is not `present` (null: all are) gets an empty slot.
 template <typename T>
-void write(const Slots& slots, const Tensor& key, const Tensor& value, const int32_t* now, at::IntArrayRef fills) {
+void write(const Slots& slots, const Tensor& key, const Tensor& value, const int32_t* now, at::IntArrayRef fills,
+           const int64_t* present) {
   const int64_t B = key.size(0), H = key.size(1), count = key.size(2), P = slots.keys.size(2);
   const int64_t D = key.size(3), E = value.size(3);
   for (int64_t b = 0; b < B; ++b)
@@ -453,7 +495,7 @@ void write(const Slots& slots, const Tensor& key, const Tensor& value, const int
         std::memcpy(slots.values.data_ptr<T>() + at * E,
                     value.const_data_ptr<T>() + b * value.stride(0) + h * value.stride(1) + t * value.stride(2),
                     E * sizeof(T));
-        slots.count.data_ptr<float>()[at] = 1;
+        slots.count.data_ptr<float>()[at] = present == nullptr || present[b] ? 1 : 0;
         slots.score.data_ptr<float>()[at] = 0;
         slots.guess.data_ptr<float>()[at] = 0;
         slots.position.data_ptr<int32_t>()[at] = now[b * count + t];
@@ -615,7 +657,8 @@ void attend_all(const Tensor& query, const Slots& slots, const int32_t* now, at:
 // the earlier. query [B, Hq, T, D], key and value [B, H, T, D]; now int32 [B, T], their positions; sinks float [Hq].
 // out [B, Hq, T, D].
 void look_into(const Tensor& query, const Tensor& key, const Tensor& value, const Slots& slots, const Tensor& now,
-               at::IntArrayRef fills, const How& how, const std::optional<Tensor>& sinks, Tensor& out) {
+               at::IntArrayRef fills, const int64_t* present, const How& how, const std::optional<Tensor>& sinks,
+               Tensor& out) {
   for (const Tensor& each : {slots.keys, slots.values, slots.count, slots.score, slots.guess, slots.position})
     TORCH_CHECK(each.is_contiguous() && each.size(0) == query.size(0) && each.size(2) == slots.keys.size(2),
                 "zsmerge::look writes to contiguous slots of as many rows as there are queries");
@@ -626,7 +669,7 @@ void look_into(const Tensor& query, const Tensor& key, const Tensor& value, cons
   const float* learned = sinks ? column.const_data_ptr<float>() : nullptr;
   const auto run = [&](auto kind) {
     using T = decltype(kind);
-    write<T>(slots, key, value, when.const_data_ptr<int32_t>(), fills);
+    write<T>(slots, key, value, when.const_data_ptr<int32_t>(), fills, present);
     attend_all<T>(query, slots, when.const_data_ptr<int32_t>(), fills, how, learned, out);
   };
   switch (query.scalar_type()) {
@@ -642,28 +685,34 @@ Tensor look(const Tensor& query, const Tensor& key, const Tensor& value, Tensor 
             double softcap, int64_t window, const std::optional<Tensor>& sinks) {
   Tensor out = at::empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options());
   const Slots slots{keys, values, count, score, guess, position};
-  look_into(query, key, value, slots, now, fills, {scaling, alpha, softcap, window}, sinks, out);
+  look_into(query, key, value, slots, now, fills, nullptr, {scaling, alpha, softcap, window}, sinks, out);
   return out;
 }
 
 // The newest queries [B, Hq, T, D] and their positions [B, T] push the oldest out of queries [B, Hq, W, D] and asked
-// [B, W].
-void remember(Tensor queries, Tensor asked, const Tensor& newest, const Tensor& now) {
-  const int64_t rows = queries.size(0) * queries.size(1), W = queries.size(2), count = newest.size(2);
+// [B, W], in the rows that are `present` (null: all).
+void remember_present(Tensor queries, Tensor asked, const Tensor& newest, const Tensor& now, const int64_t* present) {
+  const int64_t heads = queries.size(1), W = queries.size(2), count = newest.size(2);
   const int64_t line = queries.size(3) * queries.element_size(), size = newest.element_size();
-  char* to = static_cast<char*>(queries.data_ptr());
-  for (int64_t row = 0; row < rows; ++row, to += W * line) {
-    std::memmove(to, to + count * line, (W - count) * line);
-    const char* from = static_cast<const char*>(newest.const_data_ptr()) +
-                       (row / queries.size(1) * newest.stride(0) + row % queries.size(1) * newest.stride(1)) * size;
-    for (int64_t t = 0; t < count; ++t) std::memcpy(to + (W - count + t) * line, from + t * newest.stride(2) * size, line);
-  }
   const Tensor when = now.contiguous();
-  int32_t* at = asked.data_ptr<int32_t>();
-  for (int64_t row = 0; row < asked.size(0); ++row, at += W) {
+  for (int64_t b = 0; b < queries.size(0); ++b) {
+    if (present != nullptr && !present[b]) continue;
+    for (int64_t h = 0; h < heads; ++h) {
+      char* to = static_cast<char*>(queries.data_ptr()) + (b * heads + h) * W * line;
+      std::memmove(to, to + count * line, (W - count) * line);
+      const char* from =
+          static_cast<const char*>(newest.const_data_ptr()) + (b * newest.stride(0) + h * newest.stride(1)) * size;
+      for (int64_t t = 0; t < count; ++t)
+        std::memcpy(to + (W - count + t) * line, from + t * newest.stride(2) * size, line);
+    }
+    int32_t* at = asked.data_ptr<int32_t>() + b * W;
     std::memmove(at, at + count, (W - count) * sizeof(int32_t));
-    std::memcpy(at + W - count, when.const_data_ptr<int32_t>() + row * count, count * sizeof(int32_t));
+    std::memcpy(at + W - count, when.const_data_ptr<int32_t>() + b * count, count * sizeof(int32_t));
   }
+}
+
+void remember(Tensor queries, Tensor asked, const Tensor& newest, const Tensor& now) {
+  remember_present(queries, asked, newest, now, nullptr);
 }
 
 // ---- a step that was recorded -------------------------------------------------------------------------------------
@@ -721,9 +770,14 @@ struct Program : torch::CustomClassHolder {
   }
 
   // Parts [first, last). Of each layer that attends in them: the eight tensors of its slots and of the queries that it
-  // remembers, its fill, its alpha, and whether it remembers these queries. now int32 [1, T].
+  // remembers, its rows' fills, its alpha, and whether it remembers these queries. now int32 [rows, T]: a program may
+  // have been recorded for more rows, of which the first are used, and of these the ones that are present.
   void run(int64_t first, int64_t last, std::vector<Tensor> slots, std::vector<int64_t> fills,
-           std::vector<double> alphas, std::vector<int64_t> remembering, Tensor now) {
+           std::vector<double> alphas, std::vector<int64_t> remembering, std::vector<int64_t> present, Tensor now) {
+    const int64_t rows = now.size(0);
+    TORCH_CHECK(static_cast<int64_t>(present.size()) == rows && fills.size() == alphas.size() * rows &&
+                    slots.size() == 8 * alphas.size() && remembering.size() == alphas.size(),
+                "zsmerge::Program: lists that do not fit to ", rows, " rows");
     size_t layer = 0;
     for (int64_t i = first; i < last; ++i) {
       auto& part = parts.at(i);
@@ -732,12 +786,15 @@ struct Program : torch::CustomClassHolder {
       } else if (auto* product = std::get_if<Product>(&part)) {
         rows_into(product->x, product->weights, product->scales, product->biases, product->out);
       } else {
-        auto& look = std::get<Attention>(part);
+        const auto& look = std::get<Attention>(part);
         const Tensor* own = &slots.at(8 * layer + 7) - 7;
-        look_into(look.query, look.key, look.value, {own[0], own[1], own[2], own[3], own[4], own[5]}, now,
-                  at::IntArrayRef(&fills.at(layer), 1), {look.scaling, alphas.at(layer), look.softcap, look.window},
-                  look.sinks, look.out);
-        if (remembering.at(layer)) remember(own[6], own[7], look.query, now);
+        const Tensor query = look.query.narrow(0, 0, rows);
+        Tensor out = look.out.narrow(0, 0, rows);
+        look_into(query, look.key.narrow(0, 0, rows), look.value.narrow(0, 0, rows),
+                  {own[0], own[1], own[2], own[3], own[4], own[5]}, now,
+                  at::IntArrayRef(fills.data() + layer * rows, rows), present.data(),
+                  {look.scaling, alphas[layer], look.softcap, look.window}, look.sinks, out);
+        if (remembering[layer]) remember_present(own[6], own[7], query, now, present.data());
         ++layer;
       }
     }

@@ -20,8 +20,6 @@ from zsmerge_llm.lowbit import layout
 
 MOST = 8
 """Rows that share one reading of a matrix, and tokens of a pass."""
-MOST_PLAIN = 5
-"""The same for matrices of no fewer bits than the rows: of more, PyTorch's product is as fast (benchmarks/LOG.md)."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED = 64
 """Outputs that stand together in a matrix of 4 bits, where the kernels can read it: as torch packs for AVX-512."""
@@ -114,9 +112,7 @@ def _most(weight: Tensor, dtype: torch.dtype) -> int:
     """Rows that are faster through `rows` than through PyTorch."""
     if weight.dtype == torch.uint8:
         return MOST if _takes_packed() and len(weight) % PACKED == 0 else 0
-    if weight.dtype == torch.int8:
-        return MOST
-    return MOST_PLAIN if weight.dtype == dtype else 0
+    return MOST if weight.dtype in (torch.int8, dtype) else 0
 
 
 @cache

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, cast
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -47,11 +48,16 @@ class Recorded:
 
 
 class Replay:
-    """The steps of `layers` layers in passes of one width: recorded in a step that runs anyway, then repeated."""
+    """The steps of `layers` layers in passes of one width: recorded in a step that runs anyway, then repeated.
 
-    def __init__(self, layers: int, width: int) -> None:
+    Args:
+        rows: how many conversations there is memory for; fewer leave some of it unused, more take it by turns.
+    """
+
+    def __init__(self, layers: int, width: int, rows: int = 1) -> None:
         self.layers = layers
         self.width = width
+        self.rows = rows
         self.trouble: str | None = None
         self._clear()
 
@@ -60,7 +66,9 @@ class Replay:
         self.recorded: list[Recorded] = []
         self._memory: list[Tensor] = []  # what the program points at
         self._places: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a tensor that was given, and its memory
-        self._step: Step | None = None
+        self._given: Tensor | None = None  # what the layer that was recorded last gave to the next
+        self._step: ReferenceType[Step] | None = None  # the one that is being repeated; its cache must not live on here
+        self._sources: list[tuple[Tensor, Tensor]] = []  # what the step was given so far, and where it goes
 
     @property
     def ready(self) -> bool:
@@ -74,7 +82,7 @@ class Replay:
     ) -> Any:
         """Run a layer's code and write it down: what comes out. None if it was not run, because it cannot be.
 
-        The first of its `tensors` is what comes out of the layer before.
+        The first of its `tensors` is what comes out of the layer before. They have as many rows as the step.
         """
         if self.trouble is not None or self.ready:
             return None
@@ -83,16 +91,17 @@ class Replay:
         generated = _generated(code)
         if generated is None:
             self.trouble = "the code of a layer does something unknown"
-        elif index != len(self.recorded) or (index and tensors[0] is not self.recorded[-1].output):
+        elif index != len(self.recorded) or (index and tensors[0] is not self._given):
             self.trouble = "layers do not follow one another directly"
         if self.trouble is not None:
             return None
         inputs, own = [], list(tensors)
         for place, tensor in enumerate(tensors):
             if index and place == 0:
+                own[0] = self.recorded[-1].output
                 continue
             if id(tensor) not in self._places:
-                self._places[id(tensor)] = (tensor, tensor.clone(memory_format=torch.preserve_format))
+                self._places[id(tensor)] = (tensor, self.room(step, tensor).clone())
                 inputs.append((place, self._places[id(tensor)][1]))
             own[place] = self._places[id(tensor)][1]
         writer = _Writer(self.program, self._memory, step, index)
@@ -102,49 +111,84 @@ class Replay:
             return outputs
         end = self.program.size()
         self.recorded.append(Recorded(end, inputs, writer.calls[0], outputs[0]))
+        self._given = _first(outputs[0], len(step.counts))
         if self.ready:
             self._memory += [memory for _, memory in self._places.values()]
             self._places.clear()
-        return outputs
+        return [self._given]
+
+    def room(self, step: Step, tensor: Tensor) -> Tensor:
+        """A tensor that a layer is given in `step`, with as many rows as there is memory for."""
+        missing = self.rows - len(tensor)
+        if missing == 0 or len(tensor) != len(step.counts):  # the same for all rows
+            return tensor
+        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
 
     # -- repeating ---------------------------------------------------------------------------------------------------
 
     def runs(self, step: Step, index: int) -> bool:
         """Whether the program does this step, which is decided when the first layer is called."""
         if index == 0:
-            self._step = None
-            fits = self.ready and type(step) in (Step, Draft) and step.kernels and step.valid is None
+            self._step, self._sources = None, []
+            fits = self.ready and type(step) in (Step, Draft) and step.kernels
             if fits and step.new == self.width and all(layer.holds(self.width) for layer in step.cache.layers):
-                self._step = step
-        return self._step is step
+                self._step = ref(step)
+        return self._step is not None and self._step() is step
 
     def needs(self, index: int) -> bool:
         """Whether a layer is given something new, so that the program cannot have run that far yet."""
         return bool(self.recorded[index].inputs)
 
-    def go_on(self, index: int, tensors: Sequence[Tensor]) -> Tensor:
-        """Run from a layer that `needs` its tensors up to the next such one: what comes out there."""
-        for place, memory in self.recorded[index].inputs:
-            memory.copy_(tensors[place])
+    def go_on(self, step: Step, index: int, tensors: Sequence[Tensor]) -> Tensor:
+        """Run from a layer that `needs` its tensors up to the next such one: what comes out there.
+
+        More rows than there is memory for go one group after another.
+        """
         last = next((each for each in range(index + 1, self.layers) if self.needs(each)), self.layers)
-        step = cast(Step, self._step)
-        layers = step.cache.layers[index:last]
-        remembering = [int(layer.remembers and self._easy(step, layer)) for layer in layers]
+        layers, count = step.cache.layers[index:last], len(step.counts)
+        easy = [self._easy(step, layer) for layer in layers]
+        self._sources += [(tensors[place], memory) for place, memory in self.recorded[index].inputs]
+        groups = [slice(start, min(start + self.rows, count)) for start in range(0, count, self.rows)]
+        outputs, calls = [], []
+        for rows in groups:
+            outputs.append(self._run(step, index, last, tensors, easy, rows))
+            size = rows.stop - rows.start
+            found = [_of_rows(each.call, size) for each in self.recorded[index:last]]
+            calls.append([call if easy[at] or len(groups) == 1 else _copy(call) for at, call in enumerate(found)])
+        for at, layer in enumerate(layers):
+            if easy[at]:
+                layer.fills = [fill + new for fill, new in zip(layer.fills, step.counts, strict=True)]
+            else:
+                step.attended(_joined([group[at] for group in calls]))
+        if last == self.layers:
+            self._sources = []
+        return outputs[0] if len(groups) == 1 else torch.cat(outputs)
+
+    def _run(
+        self, step: Step, index: int, last: int, tensors: Sequence[Tensor], easy: Sequence[bool], rows: slice
+    ) -> Tensor:
+        """The layers from `index` to before `last`, for some rows of the step: what comes out of them."""
+        count, layers = len(step.counts), step.cache.layers[index:last]
+        whole = rows.stop - rows.start == count
+        if index and not whole:  # the layer before ran for other rows last
+            self.recorded[index - 1].output[: rows.stop - rows.start].copy_(tensors[0][rows])
+        new = len(self.recorded[index].inputs)
+        for tensor, memory in self._sources[-new:] if whole else self._sources:
+            given = tensor[rows] if len(tensor) == count else tensor
+            memory[: len(given)].copy_(given)
+        state = [getattr(layer, name) for layer in layers for name in STATE]
         self.program.run(
             self.recorded[index - 1].end if index else 0,
             self.recorded[last - 1].end,
-            [getattr(layer, name) for layer in layers for name in STATE],
-            [layer.fills[0] for layer in layers],
+            state if whole else [each[rows] for each in state],
+            [fill for layer in layers for fill in layer.fills[rows]],
             [layer.config.alpha for layer in layers],
-            remembering,
-            step.marks(layers[0].spec.device)["kept"],
+            [int(layer.remembers and plain) for layer, plain in zip(layers, easy, strict=True)],
+            [int(new > 0) for new in step.counts[rows]],
+            step.marks(layers[0].spec.device)["kept"][rows],
         )
-        for layer, recorded in zip(layers, self.recorded[index:last], strict=True):
-            if self._easy(step, layer):
-                layer.fills = [layer.fills[0] + self.width]
-            else:
-                step.attended(recorded.call)
-        return self.recorded[last - 1].output
+        output = _first(self.recorded[last - 1].output, rows.stop - rows.start)
+        return output if whole else output.clone()
 
     def _easy(self, step: Step, layer: Any) -> bool:
         """Whether a layer that has attended only counts its tokens, and remembers their queries."""
@@ -159,6 +203,7 @@ class _Writer:
         self._program = program
         self._memory = memory
         self._index = index
+        self._rows_of_step = len(step.counts)
         self._spec = step.cache.layers[index].spec
 
     def run(self, generated: tuple[MethodType, list[str]], inputs: list[Tensor]) -> Sequence[Tensor]:
@@ -193,11 +238,36 @@ class _Writer:
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
-        output: Tensor = torch.ops.zsmerge.attend(query, key, value, scaling, softcap, sinks)
+        output = query.new_zeros(*query.shape[:3], value.shape[3])
+        some = (_first(each, self._rows_of_step) for each in (query, key, value))
+        output[: self._rows_of_step] = torch.ops.zsmerge.attend(*some, scaling, softcap, sinks)
+        self._memory.append(output)
         cap, window = self._spec.softcap or 0.0, self._spec.window or 0
         self._program.add_look(query, key, value, output, scaling, cap, window, sinks)
         self.calls.append(Call(self._index, query, key, value, scaling, None, softcap, sinks))
         return output
+
+
+def _first(tensor: Tensor, rows: int) -> Tensor:
+    """The first rows; the tensor itself if it has no more."""
+    return tensor if len(tensor) == rows else tensor[:rows]
+
+
+def _of_rows(call: Call, rows: int) -> Call:
+    query, key, value = (_first(each, rows) for each in (call.query, call.key, call.value))
+    return replace(call, query=query, key=key, value=value)
+
+
+def _copy(call: Call) -> Call:
+    return replace(call, query=call.query.clone(), key=call.key.clone(), value=call.value.clone())
+
+
+def _joined(calls: Sequence[Call]) -> Call:
+    """One call of all rows, from one for each group of them."""
+    if len(calls) == 1:
+        return calls[0]
+    query, key, value = (torch.cat([getattr(call, name) for call in calls]) for name in ("query", "key", "value"))
+    return replace(calls[0], query=query, key=key, value=value)
 
 
 def _generated(code: Callable[..., Any]) -> tuple[MethodType, list[str]] | None:
