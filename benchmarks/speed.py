@@ -5,7 +5,7 @@
 One run, one process: llama.cpp with the weights of a GGUF file (--llama, needs llama-cpp-python), transformers with its
 full cache, and zsmerge-llm with 1,024 slots in each number format, as transformers wrote its layers (eager) and
 compiled, after histories of 64 to 32,768 tokens (the others as far as --full); then several conversations of 4,096
-tokens decoding at once in threads; then answers about the demo's document with and without prompt lookup; and greedy
+tokens decoding in one batch, and in threads; then answers about the demo's document with and without prompt lookup; and greedy
 answers to 20 prompts, eager against compiled. `floor` is the bytes of the weights divided by the bandwidth that a plain
 sum over memory reaches in this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
 """
@@ -34,6 +34,7 @@ READ = 7168
 STEPS = 24
 PROMPT = 150
 ROWS = (1, 2, 4, 8, 16)
+BATCH = (1, 2, 4, 8)
 QUESTIONS = (
     "Who is the captain of the Marigold?",
     "Summarise the log in three sentences.",
@@ -176,13 +177,21 @@ def at_once(engine: Engine, base: Cache, rows: int) -> float:
     return sum(sum(begin <= tick <= end for tick in times) for times in ticks) / (end - begin)
 
 
+def in_one_batch(engine: Engine, base: Cache, rows: int) -> float:
+    """Tokens per second of `rows` conversations that are decoded as one batch (`LLM.batch`)."""
+    batch = Cache.stack([base] * rows)
+    params = SamplingParams(max_tokens=STEPS + 3, ignore_eos=True, lookup=False)
+    stream = engine.decode(batch, [params] * rows, [[]] * rows)
+    return rows / steps(lambda _: next(stream))
+
+
 def show(what: str, rates: dict[Any, float]) -> None:
     print(what, {kind: round(rate, 1) for kind, rate in rates.items()}, flush=True)
 
 
 def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
     parts: dict[str, Any] = {
-        name: {} for name in ("rates", "reading", "rows", "weight_bytes", "answers", "same_as_eager")
+        name: {} for name in ("rates", "reading", "batch", "rows", "weight_bytes", "answers", "same_as_eager")
     }
     result = {"bandwidth": bandwidth(), **parts}
     if arguments.llama:
@@ -209,12 +218,14 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
         result["same_as_eager"][name] = f"{sum(same)} of {len(same)} prompts"
         print(name, "same text compiled as eager:", result["same_as_eager"][name], flush=True)
         rates[f"zsmerge {name}"] = {length: ours(engine, cache) for length, cache in caches.items()}
+        result["batch"][name] = {rows: in_one_batch(engine, caches[4096], rows) for rows in BATCH}
         result["rows"][name] = {rows: at_once(engine, caches[4096], rows) for rows in ROWS}
         result["answers"][name] = about_a_document(engine, llm)
         result["answers"][name]["compile_seconds"] = engine.fusion.seconds
         for kind in [kind for kind in rates if name in kind]:
             show(kind, rates[kind])
-        show(f"{name} at once", result["rows"][name])
+        show(f"{name} in one batch", result["batch"][name])
+        show(f"{name} in threads", result["rows"][name])
         show(f"{name} answers", result["answers"][name])
         del llm, engine, caches
     show(f"reading {READ} tokens", result["reading"])
@@ -238,7 +249,8 @@ def main() -> None:
         "rate_at_32768_over_1024": {
             kind: rates[32768] / rates[1024] for kind, rates in result["rates"].items() if 32768 in rates
         },
-        "batch_8_over_1": {kind: rates[8] / rates[1] for kind, rates in result["rows"].items()},
+        "batch_8_over_1": {kind: rates[8] / rates[1] for kind, rates in result["batch"].items()},
+        "threads_8_over_1": {kind: rates[8] / rates[1] for kind, rates in result["rows"].items()},
     }
     print(json.dumps(summary, indent=1))
     write(f"speed-{name}", {"model": name, "summary": summary, **result})

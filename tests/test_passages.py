@@ -95,6 +95,21 @@ def test_every_token_is_counted_however_a_text_is_cut(family: str, chunk: int) -
         assert max(layer.fills) < layer.capacity
 
 
+def test_a_short_turn_of_a_chat_asks_each_layer_alone() -> None:
+    """Passages for its question would cost what was said before; a long text with its question still gets them."""
+    held = []
+    for passages in (0.0, 1.0):
+        reader = Engine(tiny_model("qwen2"), CONFIG.replace(passages=passages), general=lambda: [11, 12])
+        cache = reader.new_cache()
+        reader.read(cache, tokens(60)[:25], reserving=True)
+        reader.read(cache, tokens(60)[25:50], probe=QUESTION, reserving=True)
+        short = [positions(cache, at, 0) for at in range(len(cache.layers))]
+        reader.read(cache, tokens(90), probe=QUESTION, reserving=True)
+        held.append((short, [positions(cache, at, 0) for at in range(len(cache.layers))]))
+    assert held[0][0] == held[1][0]
+    assert held[0][1] != held[1][1]
+
+
 def test_a_layer_of_more_slots_has_more_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer of three slots has room for one token besides sink and newest: the one that the other votes for."""
     monkeypatch.setattr(attention, "PASSAGE", 1)

@@ -46,8 +46,9 @@ class CacheConfig:
       their mean, max-pooled over `pool` neighbours; a slot keeps the best it ever got. Slots rank by
       (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None. `reserve` is the share
       of the context slots that these do not decide about, once a conversation goes on: it goes by (g + 0.02) · ‖v‖,
-      where g is what a general probe paid, one that stands for all that has not been asked yet. Of the slots that a
-      question decides about, `passages` is the share that goes to the passages which all layers together look at;
+      where g is what a general probe paid, one that stands for all that has not been asked yet. While a text longer
+      than `slots` is read with its question, of the slots that the question decides about `passages` is the share
+      that goes to the passages which all layers together look at;
     - `"position"`: newest first (sliding window with sinks).
 
     `shares` are weights of the full-attention layers, first layer first, with mean 1: layer i holds about

@@ -39,10 +39,14 @@ FUSE_AFTER = 512
 
 @dataclass(frozen=True)
 class Probe:
-    """Token ids [m] that only look; the first `general` of them stand for what nobody has asked."""
+    """Token ids [m] that only look; the first `general` of them stand for what nobody has asked.
+
+    voting: whether the others decide together with all layers which passages are kept.
+    """
 
     tokens: Tensor
     general: int
+    voting: bool = False
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
@@ -139,7 +143,8 @@ class Engine:
             InputError: no ids, ids outside the vocabulary, or a cache of several rows.
             Cancelled: `cancel` was set.
         """
-        tokens, asking = self._ids(ids), self._probe(cache, probe, reserving)
+        tokens = self._ids(ids)
+        asking = self._probe(cache, probe, reserving, len(tokens))
         _one_row(cache)
         done = 0
         for chunk in tokens.split(self.chunk):
@@ -155,7 +160,7 @@ class Engine:
     def make_room(self, cache: Cache) -> None:
         """Empty the stage of a one-row cache between two turns, rather than while the next one is waited for."""
         _one_row(cache)
-        probe = self._probe(cache, None, True) if cache.crowded else None
+        probe = self._probe(cache, None, True, 0) if cache.crowded else None
         if probe is None or not self.horizon.reaches(cache, len(probe.tokens)):
             cache.make_room()
             return
@@ -361,8 +366,7 @@ class Engine:
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
         general = 0 if probe is None else probe.general
-        asked = probe is not None and len(probe.tokens) > general and cache.config.passages > 0
-        kind = Poll if asked else Step
+        kind = Poll if probe is not None and probe.voting else Step
         step = kind(cache, new, position, valid, counts.tolist(), lengths + counts, self.fusion.kernels, general)
         logits = self._run(step, ids, wanted)
         step.finish()
@@ -393,8 +397,8 @@ class Engine:
         ]
         return torch.cat(logits, dim=1) if how["keep"] == 0 else logits[-1]
 
-    def _probe(self, cache: Cache, asked: Ids | None, reserving: bool) -> Probe | None:
-        """What looks ahead when `cache` compresses, as far as its rule heeds it."""
+    def _probe(self, cache: Cache, asked: Ids | None, reserving: bool, new: int) -> Probe | None:
+        """What looks ahead when `cache` compresses to take in `new` tokens, as far as its rule heeds it."""
         config, parts = cache.config, []
         if config.slots is None or config.scoring != "window":
             return None
@@ -403,7 +407,9 @@ class Engine:
         first = sum(map(len, parts))
         if asked is not None and len(asked):
             parts.append(self._ids(asked))
-        return Probe(torch.cat(parts), first) if parts else None
+        # In a chat whole passages for a short turn's question would cost what earlier turns said (benchmarks/LOG.md).
+        voting = len(parts) > bool(first) and config.passages > 0 and (not reserving or new > config.slots)
+        return Probe(torch.cat(parts), first, voting) if parts else None
 
     def _ids(self, ids: Ids) -> Tensor:
         """Token ids as a checked CPU tensor int64 [T]."""

@@ -69,8 +69,8 @@ class LMInfinite(PolicyLayer):
 
     moved = 0
 
-    def _compress(self, held: Held, full: list[bool], seen: Tensor) -> None:
-        super()._compress(held, full, seen)
+    def _compress(self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None) -> None:
+        super()._compress(held, full, seen, passages)
         assert self.rope is not None
         assert self.config.slots is not None
         sinks = slice(0, self.config.sink)
