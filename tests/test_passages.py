@@ -131,3 +131,13 @@ def test_a_first_prompt_that_does_not_fit_is_shared_out_among_the_layers() -> No
     for name, messages in (("long", long), ("short", short)):
         llm.chat(messages, session=name, sampling=SHORT)
         assert (llm.session(name).cache.config.shares is None) == (name == "short")
+
+
+def test_prompts_of_a_batch_keep_their_own_budgets() -> None:
+    """Short ones, of which there are more than one step takes, and one that has to be compressed."""
+    llm = talker()
+    prompts = [f"hello {number}" for number in range(9)] + ["tell me " * 200 + "what?"]
+    alone = [llm.complete(prompt, sampling=SHORT) for prompt in prompts]
+    together = llm.batch_complete(prompts, sampling=SHORT)
+    assert [each.text for each in together] == [each.text for each in alone]
+    assert [each.usage.merged_tokens for each in together] == [each.usage.merged_tokens for each in alone]

@@ -1,4 +1,4 @@
-"""The C++ kernels of decode steps on a CPU (`kernels.cpp`): built once for each machine, then loaded in milliseconds.
+"""The C++ kernels of decode steps on a CPU (`cpp/`): built once for each machine, then loaded in milliseconds.
 
 Which calls they serve is decided here; everything else goes the way of plain PyTorch.
 """
@@ -18,6 +18,8 @@ from torch.fx import Graph, GraphModule, Node
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.lowbit import layout
 
+PARTS = ("vectors", "matrices", "attention", "program")
+"""The files of `cpp`, which are one source."""
 MOST = 8
 """Rows that share one reading of a matrix, and tokens of a pass."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,7 +38,8 @@ def build() -> None:
     """
     from torch._inductor.codecache import CppCodeCache
 
-    source = files("zsmerge_llm").joinpath("kernels.cpp").read_text(encoding="utf-8")
+    folder = files("zsmerge_llm").joinpath("cpp")
+    source = "\n".join(folder.joinpath(f"{part}.cpp").read_text(encoding="utf-8") for part in PARTS)
     try:
         CppCodeCache.load(source, needs_vec_isa=True, extra_flags=FLAGS)
     except Exception as error:  # whatever a compiler throws, PyTorch's own operators do the same
