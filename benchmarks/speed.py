@@ -6,8 +6,8 @@ One run, one process: llama.cpp with the weights of a GGUF file (--llama, needs 
 full cache, and zsmerge-llm with 1,024 slots in each number format, as transformers wrote its layers (eager) and
 compiled, after histories of 64 to 32,768 tokens (the others as far as --full); then several conversations of 4,096
 tokens decoding in one batch, and in threads; then answers about the demo's document with and without prompt lookup; and
-greedy answers to 20 prompts, eager against compiled. `floor` is the bytes of the weights divided by the bandwidth that a
-plain sum over memory reaches in this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
+greedy answers to 20 prompts, eager against compiled. `floor` is the bytes of the weights divided by the bandwidth that
+a plain sum over memory reaches in this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
 """
 
 from __future__ import annotations

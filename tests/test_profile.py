@@ -12,7 +12,7 @@ import torch
 from tests.talk import ROOMY, SHORT, TIGHT, counted, talker
 from tests.templates import template
 from tests.tiny import tiny_model
-from zsmerge_llm import LLM, CacheConfig
+from zsmerge_llm import LLM, CacheConfig, attention
 from zsmerge_llm.engine import Engine
 from zsmerge_llm.profile import FORMAT, STEPS, Profile, curve, recite, share_out
 
@@ -79,7 +79,7 @@ def test_models_without_room_or_without_full_attention_recite_nothing() -> None:
         with counted() as passes:
             assert Profile(engine, words).shares == shares
         assert not passes
-        assert Profile(engine, words).document_cache(10**6).config.slots == 1024
+        assert Profile(engine, words).document_config(10**6).slots == 1024
 
 
 def test_it_is_found_once_and_kept_for_the_next_process(llm: LLM, tmp_path: Path) -> None:
@@ -140,3 +140,14 @@ def test_a_rule_or_shares_of_the_users_own_are_left_alone(cache: CacheConfig) ->
     llm = talker(cache=cache)
     with mock.patch("zsmerge_llm.profile.recite", side_effect=AssertionError):
         assert llm.read_document(LONG).cache.config.shares == cache.shares
+
+
+def test_a_prompt_with_its_question_leaves_every_layer_room_for_a_passage(llm: LLM) -> None:
+    engine, words = Engine(llm.engine.model, CacheConfig(slots=256)), template("smollm2")
+    uneven = Profile(engine, words)
+    uneven._shares = (0.1, 1.9)
+    config = uneven.config(1000)
+    assert min(config.layer_slots(2)) >= 4 + 64 + attention.PASSAGE
+    assert sum(config.layer_slots(2)) == 512
+    assert uneven.document_config(1000).shares == (0.1, 1.9)
+    assert uneven.config(256).shares is None

@@ -15,9 +15,9 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from zsmerge_llm import policy, saving
+from zsmerge_llm import attention, policy, saving
 from zsmerge_llm.chat import Template
-from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.config import CacheConfig, divide
 from zsmerge_llm.engine import Engine
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.hub import Say, cache_folder
@@ -61,19 +61,26 @@ class Profile:
             return self._shares
 
     def config(self, tokens: int) -> CacheConfig:
-        """The budget of a conversation whose first prompt has so many tokens."""
-        return self._shared_out(self._engine.config, tokens)
+        """The budget of a conversation whose first prompt has so many tokens.
+
+        No layer gets less than a passage needs that all layers vote for, as far as there is so much.
+        """
+        config = self._engine.config
+        return self._shared_out(config, tokens, config.sink + config.recent + attention.PASSAGE)
 
     def document_config(self, tokens: int) -> CacheConfig:
         """The budget of a document of so many tokens whose questions are not known yet."""
         return self._shared_out(self._engine.config.ahead(), tokens)
 
-    def _shared_out(self, config: CacheConfig, tokens: int) -> CacheConfig:
+    def _shared_out(self, config: CacheConfig, tokens: int, least: int = 0) -> CacheConfig:
         """A text that fits is kept whole, for which all layers need the same; of one that does not, some need more."""
         guessed = config.scoring == "window" and config.shares is None
         if not guessed or config.slots is None or tokens <= config.slots:
             return config
-        return config.replace(shares=self.shares or None)
+        if not self.shares or not least:
+            return config.replace(shares=self.shares or None)
+        sizes = divide(config.slots * len(self.shares), self.shares, min(least, config.slots))
+        return config.replace(shares=tuple(size / config.slots for size in sizes))
 
     def _found(self, layers: int) -> tuple[float, ...]:
         window = self._engine.window

@@ -2,8 +2,8 @@
 
 TorchInductor's functions for a layer are called one after another by a function that it generates in Python. Here that
 function is run once for each layer with other names in it: each does what it did, and adds it to a program of the
-kernels, which does the same again on the same memory (`Program` in cpp/program.cpp). That is what CUDA graphs are on a GPU.
-A model whose generated functions do anything unknown is left as it is.
+kernels (`Program` in cpp/program.cpp), which does the same again on the same memory. That is what CUDA graphs are on a
+GPU. A model whose generated functions do anything unknown is left as it is.
 """
 
 from __future__ import annotations
