@@ -33,6 +33,8 @@ AHEAD = 6
 SINKS = 4
 """First tokens, which every layer keeps and which attention goes to whatever is asked."""
 FORMAT = 1
+KNOWN = 0.5
+"""How much of the profile goes into the budget of a prompt that comes with its question."""
 
 
 class Profile:
@@ -63,24 +65,27 @@ class Profile:
     def config(self, tokens: int) -> CacheConfig:
         """The budget of a conversation whose first prompt has so many tokens.
 
-        No layer gets less than a passage needs that all layers vote for, as far as there is so much.
+        Half as uneven as a document's: where the question is known the guess is better, and a small model whose other
+        layers have little left talks in circles. No layer gets less than one passage needs, as far as there is so much.
         """
-        config = self._engine.config
-        return self._shared_out(config, tokens, config.sink + config.recent + attention.PASSAGE)
+        config = self._shared_out(self._engine.config, tokens)
+        if config.shares is None or config == self._engine.config or config.slots is None:
+            return config
+        milder = [1 + KNOWN * (share - 1) for share in config.shares]
+        least = min(config.sink + config.recent + attention.PASSAGE, config.slots)
+        sizes = divide(config.slots * len(milder), milder, least)
+        return config.replace(shares=tuple(size / config.slots for size in sizes))
 
     def document_config(self, tokens: int) -> CacheConfig:
         """The budget of a document of so many tokens whose questions are not known yet."""
         return self._shared_out(self._engine.config.ahead(), tokens)
 
-    def _shared_out(self, config: CacheConfig, tokens: int, least: int = 0) -> CacheConfig:
+    def _shared_out(self, config: CacheConfig, tokens: int) -> CacheConfig:
         """A text that fits is kept whole, for which all layers need the same; of one that does not, some need more."""
         guessed = config.scoring == "window" and config.shares is None
         if not guessed or config.slots is None or tokens <= config.slots:
             return config
-        if not self.shares or not least:
-            return config.replace(shares=self.shares or None)
-        sizes = divide(config.slots * len(self.shares), self.shares, min(least, config.slots))
-        return config.replace(shares=tuple(size / config.slots for size in sizes))
+        return config.replace(shares=self.shares or None)
 
     def _found(self, layers: int) -> tuple[float, ...]:
         window = self._engine.window
