@@ -33,7 +33,7 @@ AHEAD = 6
 SINKS = 4
 """First tokens, which every layer keeps and which attention goes to whatever is asked."""
 FORMAT = 1
-KNOWN = 0.5
+KNOWN = 0.25
 """How much of the profile goes into the budget of a prompt that comes with its question."""
 
 
@@ -65,7 +65,7 @@ class Profile:
     def config(self, tokens: int) -> CacheConfig:
         """The budget of a conversation whose first prompt has so many tokens.
 
-        Half as uneven as a document's: where the question is known the guess is better, and a small model whose other
+        Less uneven than a document's: where the question is known the guess is better, and a small model whose other
         layers have little left talks in circles. No layer gets less than one passage needs, as far as there is so much.
         """
         config = self._shared_out(self._engine.config, tokens)
