@@ -222,7 +222,7 @@ class Poll(Step):
     votes: float32 [seen], for each token what the layers' heads pay it, a layer of more slots counting for more.
     """
 
-    votes: Tensor = field(default_factory=lambda: torch.zeros(0))
+    votes: Tensor = field(init=False)
     waiting: list[tuple[LayerCache, Arrival, Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -207,12 +207,11 @@ class LayerCache(Slots):
     def _observe(self, held: Held, arrival: Arrival) -> None:
         if self.config.slots is None:
             return
-        full = self.fills_up(arrival)
         if self.config.scoring == "attention":
             self._contribute(held, arrival)
         elif self.config.scoring == "window":
             self._remember(arrival)
-            if any(full):
+            if any(full := self.fills_up(arrival)):
                 self._look(held, full, arrival)
 
     def _beside(self, entries: dict[str, Tensor], used: int) -> dict[str, Tensor]:

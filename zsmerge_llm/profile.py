@@ -68,24 +68,25 @@ class Profile:
         Less uneven than a document's: where the question is known the guess is better, and a small model whose other
         layers have little left talks in circles. No layer gets less than one passage needs, as far as there is so much.
         """
-        config = self._shared_out(self._engine.config, tokens)
-        if config.shares is None or config == self._engine.config or config.slots is None:
+        config = self._engine.config
+        shares = self._shares_for(config, tokens)
+        if config.slots is None or not shares:
             return config
-        milder = [1 + KNOWN * (share - 1) for share in config.shares]
+        milder = [1 + KNOWN * (share - 1) for share in shares]
         least = min(config.sink + config.recent + attention.PASSAGE, config.slots)
         sizes = divide(config.slots * len(milder), milder, least)
         return config.replace(shares=tuple(size / config.slots for size in sizes))
 
     def document_config(self, tokens: int) -> CacheConfig:
         """The budget of a document of so many tokens whose questions are not known yet."""
-        return self._shared_out(self._engine.config.ahead(), tokens)
+        config = self._engine.config.ahead()
+        shares = self._shares_for(config, tokens)
+        return config.replace(shares=shares) if shares else config
 
-    def _shared_out(self, config: CacheConfig, tokens: int) -> CacheConfig:
-        """A text that fits is kept whole, for which all layers need the same; of one that does not, some need more."""
+    def _shares_for(self, config: CacheConfig, tokens: int) -> tuple[float, ...]:
+        """Of a text that does not fit, some layers need more. Empty for one that does, or by the user's choice."""
         guessed = config.scoring == "window" and config.shares is None
-        if not guessed or config.slots is None or tokens <= config.slots:
-            return config
-        return config.replace(shares=self.shares or None)
+        return self.shares if guessed and config.slots is not None and tokens > config.slots else ()
 
     def _found(self, layers: int) -> tuple[float, ...]:
         window = self._engine.window

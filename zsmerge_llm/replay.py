@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._inductor.output_code import CompiledFxGraph
 
 from zsmerge_llm.attention import Call, Draft, Step
+from zsmerge_llm.layer import LayerCache
 
 KERNEL = "cpp_fused"
 """How the names of TorchInductor's functions for a CPU begin."""
@@ -172,8 +173,8 @@ class Replay:
         whole = rows.stop - rows.start == count
         if index and not whole:  # the layer before ran for other rows last
             self.recorded[index - 1].output[: rows.stop - rows.start].copy_(tensors[0][rows])
-        new = len(self.recorded[index].inputs)
-        for tensor, memory in self._sources[-new:] if whole else self._sources:
+        latest = self._sources[-len(self.recorded[index].inputs) :]
+        for tensor, memory in latest if whole else self._sources:
             given = tensor[rows] if len(tensor) == count else tensor
             memory[: len(given)].copy_(given)
         state = [getattr(layer, name) for layer in layers for name in STATE]
@@ -184,13 +185,13 @@ class Replay:
             [fill for layer in layers for fill in layer.fills[rows]],
             [layer.config.alpha for layer in layers],
             [int(layer.remembers and plain) for layer, plain in zip(layers, easy, strict=True)],
-            [int(new > 0) for new in step.counts[rows]],
+            [int(arrived > 0) for arrived in step.counts[rows]],
             step.marks(layers[0].spec.device)["kept"][rows],
         )
         output = _first(self.recorded[last - 1].output, rows.stop - rows.start)
         return output if whole else output.clone()
 
-    def _easy(self, step: Step, layer: Any) -> bool:
+    def _easy(self, step: Step, layer: LayerCache) -> bool:
         """Whether a layer that has attended only counts its tokens, and remembers their queries."""
         return type(step) is Step and layer.only_counts(self.width)
 

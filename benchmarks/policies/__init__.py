@@ -8,6 +8,7 @@ from policies.fitted import Fitted
 from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
 from policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
 from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.profile import KNOWN
 
 __all__ = ["POLICIES", "Policy", "rope_of"]
 
@@ -53,10 +54,6 @@ def _half(slots: int) -> CacheConfig:
     return _passages(slots).replace(passages=0.5)
 
 
-def _most(slots: int) -> CacheConfig:
-    return _passages(slots).replace(passages=0.9)
-
-
 def _chat(slots: int) -> CacheConfig:
     return CacheConfig(slots=slots, stage=STAGE)
 
@@ -92,12 +89,11 @@ _ALL = (
     Policy("paper-two-whole", _paper_two, chunk=None),
     Policy("streaming-whole", _streaming, chunk=None),
     Policy("h2o-whole", _h2o, chunk=None),
-    Policy("ours-question", _passages, probe="question", profiled=0.25),
+    Policy("ours-question", _passages, probe="question", profiled=KNOWN),
     Policy("passages-half-profile", _passages, probe="question", profiled=0.5),
     Policy("passages-profile", _passages, probe="question", profiled=1),
     Policy("passages-uniform", _passages, probe="question"),
     Policy("passages-half", _half, probe="question", profiled=1),
-    Policy("passages-most", _most, probe="question", profiled=1),
     Policy("pooled-question", _pooled, probe="question"),
     Policy("ours-chat", _chat, probe="question"),
     Policy("chat-asked", _asked, probe="question"),
