@@ -41,7 +41,7 @@ def said(reader: Engine, config: CacheConfig = CONFIG) -> tuple[torch.Tensor, li
     return torch.stack(logits), [*held, *(layer.queries for layer in cache.layers)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "phi3"])
 def test_a_recorded_step_gives_the_same_logits_and_the_same_cache(family: str) -> None:
     expected, kept = said(engine(family, replaying=False))
     recorder = engine(family)

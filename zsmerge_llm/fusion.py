@@ -31,7 +31,8 @@ from zsmerge_llm.replay import Replay
 
 log = logging.getLogger(__name__)
 
-OPTIONS = {"size_asserts": False}
+OPTIONS = {"size_asserts": False, "allow_buffer_reuse": False, "inplace_buffers": False}
+"""What attention was given stays as it is until the layers after it have run, when the cache may still need it."""
 WIDTHS = (1, 1 + AHEAD)
 """Tokens of the passes that are compiled: one, and one with a whole guess behind it."""
 
