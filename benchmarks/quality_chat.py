@@ -23,7 +23,6 @@ from common import RESULTS
 from policies import POLICIES
 from policies.base import STAGE, Policy, PolicyLayer
 from quality import done
-from quality_ask import ask
 from quality_report import report
 from quality_run import Budget, Reader, row
 from quality_tasks import GUIDE, Item, item, load
@@ -31,6 +30,7 @@ from quality_tasks import GUIDE, Item, item, load
 from zsmerge_llm import LLM
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
+from zsmerge_llm.recall import OPENING
 
 DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,ours-question,ours-chat"
 EARLY = 1 / 3
@@ -95,10 +95,20 @@ def turns(reader: Reader, policy: Policy, slots: int, read: Item) -> Iterator[Ca
     cache = reader.new_cache(policy, Budget(slots), read.tokens)
     own = all(type(layer) is PolicyLayer for layer in cache.layers)
     for number, (part, question) in enumerate(read.parts):
+        if policy.recall and question and cache.lossless is not None and cache.seen + len(part) > cache.lossless:
+            part = looked_up(reader, policy, slots, read, number)
         reader.engine.read(cache, part, probe=reader.probe(policy, question) or None, reserving=number > 0)
         if own and not question:  # an answer: the product makes room before the next turn
             reader.engine.make_room(cache)
         yield cache
+
+
+def looked_up(reader: Reader, policy: Policy, slots: int, read: Item, number: int) -> list[int]:
+    """A user's message with the passages of earlier ones that it asks for."""
+    content = read.said[number]["content"]
+    found = reader.passages(policy, Budget(slots), read, number, content)
+    block = "".join(f"{passage}\n\n" for passage in [OPENING, *found]) if found else ""
+    return reader.template.encode(read.texts[number].replace(content, block + content, 1))
 
 
 def measure(reader: Reader, policy: Policy, slots: int, chat: Chat) -> list[dict[str, Any]]:
@@ -110,7 +120,7 @@ def measure(reader: Reader, policy: Policy, slots: int, chat: Chat) -> list[dict
         due = {"first": [each for each, behind in asked if behind == number]}
         due["later"] = [each for each, _ in asked] if number == len(chat.item.parts) else []
         for setting, questions in due.items():
-            scores = ask(reader.engine, cache, [(each.asking, each.answer) for each in questions]) if questions else []
+            scores = reader.scores(policy, Budget(slots), chat.item, cache, questions, before=number)
             both = zip(questions, scores, strict=True)
             lines += [{**row(each, score, facts), "setting": setting} for each, score in both]
     return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,8 +21,9 @@ from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.engine import Engine
-from zsmerge_llm.probe import GENERIC, chat_probe
+from zsmerge_llm.probe import GENERIC, chat_probe, question
 from zsmerge_llm.profile import Profile
+from zsmerge_llm.recall import Recall
 
 FOLLOW_UPS = 2
 
@@ -102,7 +103,7 @@ class Reader:
         """A cache that has read the item; with `asked`, the question too, but for its last token. With `begun`, a copy
         of what has read the item's first tokens goes on."""
         cache = self.new_cache(policy, budget, item.tokens) if begun is None else copy.deepcopy(begun)
-        tail = asked.asking[:-1] if asked is not None else []
+        tail = self.asking(policy, budget, item, asked)[:-1] if asked is not None else []
         if policy.newest_only or policy.chunk is None or len(item.parts) == 1:
             parts = [([token for ids, _ in item.parts for token in ids] + tail, item.parts[-1][1])]
             if policy.newest_only:
@@ -118,12 +119,56 @@ class Reader:
         generic = self.generic if policy.probe in ("generic", "both") else []
         return generic + (question if policy.probe in ("question", "both") else [])
 
+    def passages(self, policy: Policy, budget: Budget, item: Item, before: int, asked: str) -> list[str]:
+        """What the first `before` messages (of a document: its text) say about a question."""
+        most = min(policy.recall, budget.slots(item.tokens) // 2)
+        return Recall(self.template, most).passages(item.said[:before], question(asked), most)
+
+    def asking(
+        self,
+        policy: Policy,
+        budget: Budget,
+        item: Item,
+        asked: Question,
+        follows: bool = False,
+        before: int | None = None,
+    ) -> list[int]:
+        """The ids of a question, with the passages that the policy looks up for it (`before`: in so many messages)."""
+        if not policy.recall:
+            return asked.following if follows else asked.asking
+        found = self.passages(policy, budget, item, len(item.said) if before is None else before, asked.text)
+        return asked.behind(self.template, found, follows)
+
+    def scores(
+        self,
+        policy: Policy,
+        budget: Budget,
+        item: Item,
+        cache: Cache,
+        questions: Sequence[Question],
+        follows: bool = False,
+        before: int | None = None,
+    ) -> list[Score]:
+        """What answers to questions are worth, each asked of the same cache. Passages that are looked up are read
+        into a copy of it, as the product does: they are more than a cache has room for."""
+        if not policy.recall or not questions:
+            asked = [(each.following if follows else each.asking, each.answer) for each in questions]
+            return ask(self.engine, cache, asked) if asked else []
+        found = []
+        for each in questions:
+            ids, own = self.asking(policy, budget, item, each, follows, before), copy.deepcopy(cache)
+            self.engine.chunk = 512
+            reserving = follows or len(item.parts) > 1
+            self.engine.read(own, ids[:-1], probe=each.probe, reserving=reserving)
+            found += ask(self.engine, own, [(ids[-1:], each.answer)])
+        return found
+
     # -- the settings ------------------------------------------------------------------------------------------------
 
     def unknown(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
         """Read once; every question is asked of the same cache."""
         cache, facts = self._measured(policy, budget, item, None)
-        scores = ask(self.engine, cache, [(each.asking, each.answer) for each in item.questions])
+        scores = self.scores(policy, budget, item, cache, item.questions)
         for asked, score in zip(item.questions, scores, strict=True):
             yield row(asked, score, facts)
 
@@ -137,7 +182,7 @@ class Reader:
             others = [item.questions[(number + 1 + step) % len(item.questions)] for step in range(FOLLOW_UPS)]
             self.engine.chunk = 512
             self.engine.read(cache, [asked.asking[-1], *asked.answer])
-            scores = ask(self.engine, cache, [(other.following, other.answer) for other in others])
+            scores = self.scores(policy, budget, item, cache, others, follows=True)
             for other, later in zip(others, scores, strict=True):
                 yield {**row(other, later, facts), "setting": "followup", "after": asked.index}
 

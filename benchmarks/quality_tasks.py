@@ -10,13 +10,14 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from zsmerge_llm.chat import Template
-from zsmerge_llm.probe import chat_probe, last_line
+from zsmerge_llm.probe import chat_probe, question
+from zsmerge_llm.recall import OPENING
 
 GUIDE = "Answer with a few words from the text above.\nQuestion: "
 MARK = "@@question@@"
@@ -25,7 +26,8 @@ MARK = "@@question@@"
 @dataclass(frozen=True)
 class Question:
     """One question: `asking` ids follow the document, `following` ids follow an answer; `answer` is the gold answer,
-    and `probe` what a prompt that ends so has as its probe."""
+    `probe` what a prompt that ends so has as its probe, and `forms` the texts of the first two, with MARK before the
+    question."""
 
     index: int
     text: str
@@ -34,17 +36,26 @@ class Question:
     answer: list[int]
     probe: list[int]
     depth: float
+    forms: tuple[str, str] = ("", "")
+
+    def behind(self, template: Template, passages: Sequence[str], follows: bool) -> list[int]:
+        """`asking` or `following` with passages that are read again before the question, as `LLM` puts them."""
+        block = "".join(f"{passage}\n\n" for passage in [OPENING, *passages]) if passages else ""
+        return template.encode(self.forms[follows].replace(MARK, block))
 
 
 @dataclass(frozen=True)
 class Item:
     """One document or chat: `parts` are read one after another (a document is one part), each with the last line of
-    its user's message as its own probe."""
+    its user's message as its own probe. said: the chat's messages, or the document as one; texts: what the template
+    makes of each message of a chat."""
 
     id: str
     task: str
     parts: list[tuple[list[int], list[int]]]
     questions: list[Question]
+    said: list[dict[str, Any]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -77,8 +88,10 @@ def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def item(template: Template, record: dict[str, Any], most: int) -> Item:
     """One record with at most `most` of its questions, spread evenly over the document."""
     if "messages" in record:
-        parts, closing = _chat(template, record["messages"])
+        parts, texts, closing = _chat(template, record["messages"])
+        said = record["messages"]
     else:
+        texts, said = [], [{"role": "user", "content": record["context"]}]
         parts, closing = _document(template, record["context"])
     asked, between = record["qa"], _between(template)
     step = max(1.0, len(asked) / most)
@@ -86,7 +99,7 @@ def item(template: Template, record: dict[str, Any], most: int) -> Item:
     complete = "messages" in record or record.get("task", "").startswith(("kv_", "longchat"))
     guide = "" if complete else GUIDE  # those questions say themselves what is wanted
     questions = [_question(template, index, asked[index], guide, closing, between) for index in picked]
-    return Item(str(record["id"]), record["file"], parts, questions)
+    return Item(str(record["id"]), record["file"], parts, questions, said, texts)
 
 
 def _question(
@@ -100,8 +113,9 @@ def _question(
         template.encode(closing.replace(MARK, guide + asked["q"]) + opening),
         template.encode(between.replace(MARK, guide + asked["q"]) + opening),
         template.encode(f" {asked['a'][0]}" if opening else asked["a"][0]),
-        chat_probe(template, last_line(asked["q"])),
+        chat_probe(template, question(asked["q"])),
         float(asked.get("depth", 0.0)),
+        tuple(form.replace(MARK, MARK + guide + asked["q"]) + opening for form in (closing, between)),
     )
 
 
@@ -117,23 +131,26 @@ def _document(template: Template, context: str) -> tuple[list[tuple[list[int], l
     return [(template.encode(head), [])], MARK + tail
 
 
-def _chat(template: Template, messages: list[dict[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], str]:
+def _chat(
+    template: Template, messages: list[dict[str, Any]]
+) -> tuple[list[tuple[list[int], list[int]]], list[str], str]:
     """A chat, each message as its own part; a user's with the probe that the product would take."""
-    parts, before = [], ""
+    parts, texts, before = [], [], ""
     for number, message in enumerate(messages, start=1):
         after = template.render(messages[:number], add_generation_prompt=False)
-        probe = chat_probe(template, last_line(message["content"])) if message["role"] == "user" else []
-        parts.append((template.encode(after.removeprefix(before)), probe))
+        probe = chat_probe(template, question(message["content"])) if message["role"] == "user" else []
+        texts.append(after.removeprefix(before))
+        parts.append((template.encode(texts[-1]), probe))
         before = after
     marked = template.render([*messages, {"role": "user", "content": MARK}])
-    return parts, marked.removeprefix(before)
+    return parts, texts, marked.removeprefix(before)
 
 
 def summary(template: Template, record: dict[str, Any]) -> Item:
     """A plain prompt and its reference, as one question about nothing but the prompt."""
     ids = template.encode_prompt(record["prompt"])
     reference = template.encode(" " + record["reference"].strip())
-    asked = Question(0, record["stop"], ids[-1:], [], reference, template.encode(last_line(record["prompt"])), 0.0)
+    asked = Question(0, record["stop"], ids[-1:], [], reference, template.encode(question(record["prompt"])), 0.0)
     return Item(str(record["id"]), record["file"], [(ids[:-1], asked.probe)], [asked])
 
 

@@ -15,7 +15,7 @@ STOREYS = (
     {"policy", "slots", "rotary", "hardware", "lowbit", "kernels", "messages", "grammar", "reasoning"},
     {"layer", "gguf", "chat"},
     {"cache", "adapters", "hub", "forms", "probe"},
-    {"attention", "sampling", "loader", "batching"},
+    {"attention", "sampling", "loader", "batching", "recall"},
     {"horizon", "replay", "speaker"},
     {"fusion"},
     {"engine", "session", "answer"},

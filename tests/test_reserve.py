@@ -16,7 +16,7 @@ from zsmerge_llm.engine import Engine
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.layer import LayerCache
 
-CONFIG = CacheConfig(passages=0.0, slots=30, sink=2, recent=6, stage=6, window=4, pool=3, reserve=0.5)
+CONFIG = CacheConfig(passages=0.0, slots=30, sink=2, recent=6, stage=6, window=4, pool=3, reserve=0.5, latest=0.0)
 GENERAL, QUESTION = tokens(5, seed=7), tokens(4, seed=8)
 
 

@@ -448,7 +448,7 @@ def test_the_exact_cache_and_sliding_windows_keep_sessions_too() -> None:
 
 
 def test_a_turn_costs_the_same_however_long_the_conversation_is() -> None:
-    llm = talker()
+    llm = talker(recall=0)
     talk = Talk(llm, "it")
     read, held = [], []
     with counted() as passes:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ContextLimitError
@@ -33,6 +33,7 @@ class Answer:
         reuse: how the conversation was taken up, for the usage.
         continues: whether the answer goes on in the prompt's own text (completion) or begins one of its own.
         form: what it must look like.
+        recalled: how many of the prompt's ids repeat what was said before, for the usage.
 
     Raises:
         InputError: a form that cannot be enforced.
@@ -48,12 +49,14 @@ class Answer:
         reuse: str = "new",
         continues: bool = False,
         form: Form = FREE,
+        recalled: int = 0,
     ) -> None:
         self.cache = cache
         self.prompt = list(prompt)
         self.sampling = sampling
         self.cached = cached
         self.reuse = reuse
+        self.recalled = recalled
         self._tokenizer = tokenizer
         self._context = self.prompt[-16:] if continues else []
         self._prefill_seconds = 0.0
@@ -183,6 +186,7 @@ class Answer:
             cache_bytes=self.cache.nbytes,
             reuse=self.reuse,
             reasoning_tokens=self._reasoned,
+            recalled_tokens=self.recalled,
         )
 
     def message(self) -> Message:
@@ -221,12 +225,20 @@ def speak(engine: Engine, answer: Answer, cancel: Event | None) -> Generator[Chu
         behind_prompt = None
 
 
+class Prompt(NamedTuple):
+    """One of several prompts that are answered together: its ids and probe; `reserving` as for `Engine.read`,
+    `recalled` as for `Answer`."""
+
+    ids: Sequence[int]
+    probe: Sequence[int]
+    reserving: bool = False
+    recalled: int = 0
+
+
 def together(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    probes: Sequence[Sequence[int]],
-    reserving: Sequence[bool],
+    prompts: Sequence[Prompt],
     forms: Sequence[Form],
     params: SamplingParams,
     limit: int | None,
@@ -234,8 +246,7 @@ def together(
     budget: Callable[[int], CacheConfig],
     continues: bool = False,
 ) -> list[Result]:
-    """Read several prompts one by one, each with its probe (and `reserving` or not, as `Engine.read`), and decode their
-    answers together.
+    """Read several prompts one by one, and decode their answers together.
 
     limit: tokens that a prompt may have; budget: what a cache for so many tokens may hold. Raises as `Answer` and
     `check_length`, before anything is read.
@@ -244,17 +255,18 @@ def together(
 
     if not prompts:
         return []
-    for ids in prompts:
-        check_length(len(ids), params, limit, engine.reach)
+    for ids, _, _, recalled in prompts:
+        check_length(len(ids) - recalled, params, limit, engine.reach)
+    caches = [engine.new_cache(budget(len(ids))) for ids, *_ in prompts]
     answers = [
-        Answer(engine.new_cache(budget(len(ids))), ids, params, tokenizer, continues=continues, form=form)
-        for ids, form in zip(prompts, forms, strict=True)
+        Answer(cache, each.ids, params, tokenizer, continues=continues, form=form, recalled=each.recalled)
+        for cache, each, form in zip(caches, prompts, forms, strict=True)
     ]
     cancelled = False
     try:
-        for answer, probe, later in zip(answers, probes, reserving, strict=True):
+        for answer, each in zip(answers, prompts, strict=True):
             started = time.perf_counter()
-            engine.read(answer.cache, answer.prompt, probe=probe, reserving=later, cancel=cancel)
+            engine.read(answer.cache, each.ids, probe=each.probe, reserving=each.reserving, cancel=cancel)
             answer.begin(time.perf_counter() - started)
         _speak_together(engine, answers, cancel)
         if repeating := [answer for answer in answers if answer.repeats]:

@@ -102,7 +102,7 @@ class Step(Carrier):
     position [B, T] covers all T = n + m tokens, valid [B, n] (False: padding; None: no padding) the n = `new` to keep;
     counts: how many of them are no padding, for each row; seen [B]: tokens each row has read, these included.
     kernels: whether those of `kernels` may serve. general: how many of the probe's tokens, its first, stand for what
-    nobody has asked.
+    nobody has asked. fresh: see `Arrival`.
     """
 
     cache: Cache
@@ -113,6 +113,7 @@ class Step(Carrier):
     seen: Tensor
     kernels: bool = False
     general: int = 0
+    fresh: int = 0
     small: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict)
     causal: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
@@ -169,6 +170,7 @@ class Step(Carrier):
             general=self.general,
             sinks=call.sinks,
             few=few,
+            fresh=self.fresh,
         )
 
     def marks(self, device: torch.device) -> dict[str, Tensor]:

@@ -46,7 +46,8 @@ class CacheConfig:
       their mean, max-pooled over `pool` neighbours; a slot keeps the best it ever got. Slots rank by
       (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None. `reserve` is the share
       of the context slots that these do not decide about, once a conversation goes on: it goes by (g + 0.02) · ‖v‖,
-      where g is what a general probe paid, one that stands for all that has not been asked yet. While a text longer
+      where g is what a general probe paid, one that stands for all that has not been asked yet; and the newest tokens
+      have at least `latest` of the slots then: most of what is said next is about them. While a text longer
       than `slots` is read with its question, of the slots that the question decides about `passages` is the share
       that goes to the passages which all layers together look at;
     - `"position"`: newest first (sliding window with sinks).
@@ -74,6 +75,7 @@ class CacheConfig:
     floor: float | None = None
     reserve: float = 0.4
     passages: float = 0.7
+    latest: float = 0.75
     shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +85,7 @@ class CacheConfig:
         _number("decay", self.decay, 0.0, 1.0)
         _number("reserve", self.reserve, 0.0, 1.0)
         _number("passages", self.passages, 0.0, 1.0)
+        _number("latest", self.latest, 0.0, 1.0)
         if self.floor is not None:
             _number("floor", self.floor, 0.0, 1.0)
         if self.scoring not in ("attention", "window", "position"):
@@ -103,19 +106,31 @@ class CacheConfig:
             )
 
     @property
+    def anyway(self) -> int:
+        """Slots of tokens that are kept for their place: sinks and recent ones."""
+        return self.sink + self.recent
+
+    @property
     def context(self) -> int:
         """B_c, the slots of tokens kept for their score. 0 for the exact cache."""
-        return 0 if self.slots is None else self.slots - self.sink - self.recent - self.residual
+        return 0 if self.slots is None else self.slots - self.anyway - self.residual
 
     @property
     def asked(self) -> int:
         """Context slots that go by what was asked, rather than by what else may be (`reserve`)."""
         return self.context - round(self.reserve * self.context)
 
+    def keeping(self, newest: int) -> CacheConfig:
+        """This rule where so many of the newest tokens stay, as far as they fit and a window decides."""
+        if self.scoring != "window" or self.slots is None:
+            return self
+        recent = min(newest, self.slots - self._least + self.recent)
+        return self if recent <= self.recent else self.replace(recent=recent)
+
     @property
     def _least(self) -> int:
         """Slots that any layer needs."""
-        return self.sink + self.recent + self.residual + 1
+        return self.anyway + self.residual + 1
 
     def layer_slots(self, layers: int) -> list[int]:
         """The slots of each of a model's full-attention layers. Not for the exact cache.

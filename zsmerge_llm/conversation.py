@@ -21,6 +21,7 @@ from zsmerge_llm.chat import Template
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import InputError, SessionError, SessionNotFoundError
 from zsmerge_llm.files import new_name
+from zsmerge_llm.recall import Recall
 from zsmerge_llm.session import Kind, Session, Snapshot
 from zsmerge_llm.store import Found, Store
 from zsmerge_llm.types import Message
@@ -40,6 +41,7 @@ class Turn:
     under its own name. expected: what was under that name when the turn began. tokens: the conversation's ids, this
     prompt included; those from `start` on are still to be read. prefix: how many of these form a beginning that other
     conversations may share; 0 if none is worth keeping. alone: whether this turn's question alone decides what is kept.
+    recalled: how many of the tokens are passages that are read once more (`recall`).
     """
 
     messages: list[Message]
@@ -55,6 +57,7 @@ class Turn:
     reuse: str
     prefix: int = 0
     alone: bool = False
+    recalled: int = 0
     points: list[Snapshot] = field(default_factory=list)
 
     @property
@@ -80,6 +83,7 @@ class Conversations:
     new_cache: Callable[[CacheConfig], Cache]
     config: Callable[[int], CacheConfig]
     document_config: Callable[[int], CacheConfig]
+    recall: Recall
     today: Callable[[], date] = date.today
 
     def begin(
@@ -125,7 +129,9 @@ class Conversations:
             template = self._template(found)
             following = self._following(template, found, messages, tools)
             if following is not None and self._suits(found.snapshot, following):
-                return self._resumed(found, following, messages, tools, digests, name, template)
+                turn = self._resumed(found, following, messages, tools, digests, name, template)
+                self._look_up(turn, found)
+                return turn
             if found.snapshot.kind in ("prompt", "answer"):
                 why = why or "the chat template writes it differently from what was read"
         return self._afresh(messages, tools, digests, name, text, why)
@@ -219,12 +225,32 @@ class Conversations:
         cache = point.cache.clone()
         return Turn(messages, tools, digests, template, session, not own, expected, cache, tokens, cache.seen, reuse)
 
+    def _look_up(self, turn: Turn, found: Found) -> None:
+        """Let a resumed turn read again what its cache has lost, or is about to lose, of what it asks for."""
+        cache, plain = turn.cache, len(turn.tokens)
+        if cache.lossless is None or cache.config.slots is None or plain <= cache.lossless or not turn.ids:
+            return
+        asking = self.recall.into(turn.messages, cache.config.slots)
+        following = self._following(turn.template, found, asking, turn.tools)
+        if following is not None:
+            turn.tokens = [*found.snapshot.tokens, *following]
+            turn.recalled = len(turn.tokens) - plain
+
+    def prompt(self, template: Template, messages: list[Message], tools: Tools) -> tuple[list[int], int]:
+        """The ids of a whole conversation, and how many of them are passages that are read once more."""
+        tokens = template.encode(template.render(messages, tools))
+        slots = self.config(len(tokens)).slots
+        if slots is None or len(tokens) <= slots:
+            return tokens, 0
+        both = template.encode(template.render(self.recall.into(messages, slots), tools))
+        return both, len(both) - len(tokens)
+
     def _afresh(
         self, messages: list[Message], tools: Tools, digests: list[str], name: str | None, text: str | None, why: str
     ) -> Turn:
         """A turn that has to read everything, and why."""
         template = self._dated(self.today())
-        tokens = template.encode(template.render(messages, tools))
+        tokens, recalled = self.prompt(template, messages, tools)
         first = 2 + (messages[0]["role"] == "system")  # a greeting alone makes no conversation that is known
         similar = self.store.resembling(digests[first:])
         if text is not None:
@@ -237,7 +263,7 @@ class Conversations:
         reuse = f"reread: {why}" if why else "new"
         cache = self.new_cache(self.config(len(tokens)))
         turn = Turn(messages, tools, digests, template, session, True, expected, cache, tokens, 0, reuse)
-        turn.prefix = _common_beginning(template, messages, tools, tokens)
+        turn.prefix, turn.recalled = _common_beginning(template, messages, tools, tokens), recalled
         return turn
 
     def _session(

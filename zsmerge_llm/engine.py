@@ -146,12 +146,13 @@ class Engine:
         tokens = self._ids(ids)
         asking = self._probe(cache, probe, reserving, len(tokens))
         _one_row(cache)
-        done = 0
+        done, short = 0, cache.slots is not None and len(tokens) <= cache.slots // 2
         for chunk in tokens.split(self.chunk):
             _check(cancel)
-            with self._turn:
-                logits = self._forward(cache, chunk[None], probe=None if cache.fits(len(chunk)) else asking)
             done += len(chunk)
+            looking = None if cache.fits(len(chunk)) else asking
+            with self._turn:
+                logits = self._forward(cache, chunk[None], probe=looking, fresh=done if short else 0)
             if progress is not None:
                 progress(done, len(tokens))
         return logits[0, -1].float()
@@ -345,6 +346,7 @@ class Engine:
         *,
         probe: Probe | None = None,
         keep: int | None = None,
+        fresh: int = 0,
     ) -> Tensor:
         """One forward pass of ids [B, n] (and a probe behind them): logits [B, 1, vocab] after each row's last token.
 
@@ -354,7 +356,7 @@ class Engine:
         ahead = 0 if probe is None else len(probe.tokens)
         room = self.horizon.room(cache, new, ahead)
         if new > room:
-            return self._in_parts(cache, ids, valid, room, probe=probe, keep=keep)
+            return self._in_parts(cache, ids, valid, room, probe=probe, keep=keep, fresh=fresh)
         lengths = torch.tensor(cache.lengths)
         counts = torch.full((batch,), new) if valid is None else valid.sum(-1)
         self.horizon.make_way(cache, counts.tolist(), ahead)
@@ -367,7 +369,7 @@ class Engine:
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
         general = 0 if probe is None else probe.general
         kind = Poll if probe is not None and probe.voting else Step
-        step = kind(cache, new, position, valid, counts.tolist(), lengths + counts, self.fusion.kernels, general)
+        step = kind(cache, new, position, valid, counts.tolist(), lengths + counts, self.fusion.kernels, general, fresh)
         logits = self._run(step, ids, wanted)
         step.finish()
         cache.lengths = step.seen.tolist()

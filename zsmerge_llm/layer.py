@@ -178,7 +178,7 @@ class LayerCache(Slots):
         used, full = self._used(arrival), self.fills_up(arrival)
         self.fills = [self.config.slots or 0 if due else end for due, end in zip(full, used, strict=True)]
         if any(full) or not held.in_place:
-            self._compress(held, full, arrival.seen, passages)
+            self._compress(held, full, arrival.seen, passages, arrival.fresh)
 
     def fills_up(self, arrival: Arrival) -> list[bool]:
         """Which rows have to compress when these tokens come in."""
@@ -317,7 +317,9 @@ class LayerCache(Slots):
         score.copy_(torch.where(due, torch.maximum(score * self.config.decay, now), score))
         return paid
 
-    def _compress(self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None) -> None:
+    def _compress(
+        self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
+    ) -> None:
         """Alg. 1: of each full row keep what ranks highest, and merge or drop the rest. Other rows keep everything.
 
         Where the arriving tokens stand beside the slots, this also moves them in, for all rows.
@@ -331,7 +333,7 @@ class LayerCache(Slots):
         if not everyone:
             main = {name: tensor[index] for name, tensor in main.items()}
         due = torch.tensor([full[row] for row in rows], device=seen.device)[:, None, None]
-        ranking = self._ranking(main, seen[index], passages)
+        ranking = self._ranking(main, seen[index], passages, fresh)
         lost = policy.lowest(ranking, config.slots - residual)
         gone = policy.take(main["count"], lost) * due
         merged = {name: policy.take(main[name], lost) for name in ("keys", "values", "position") if residual}
@@ -348,27 +350,30 @@ class LayerCache(Slots):
         else:
             self.dropped[place] += gone.sum(-1)
 
-    def _ranking(self, slots: dict[str, Tensor], seen: Tensor, passages: Tensor | None) -> Tensor:
+    def _ranking(self, slots: dict[str, Tensor], seen: Tensor, passages: Tensor | None, fresh: int) -> Tensor:
         """float32 [B, H, C]: who stays, the highest first. seen: [B], tokens read by each row."""
-        config, anyway = self.config, self.config.sink + self.config.recent
+        size = self.config.slots or 0
+        fresh = min(fresh, size // 2)
+        alone = self.config.keeping(fresh)
 
-        def ranked(worth: Tensor) -> Tensor:
+        def ranked(config: CacheConfig, worth: Tensor) -> Tensor:
             return policy.priority(worth, slots["count"], slots["position"], seen, config.sink, config.recent)
 
-        def by_questions(context: int) -> Tensor:
-            ranking = ranked(self._worth(slots))
+        def by_questions(config: CacheConfig, context: int) -> Tensor:
+            ranking = ranked(config, self._worth(slots))
             if passages is None:
                 return ranking
-            places = ranked(passages.to(ranking.device)[slots["position"].clamp(min=0)])
-            return policy.reserving(places, ranking, anyway + round(config.passages * context))
+            places = ranked(config, passages.to(ranking.device)[slots["position"].clamp(min=0)])
+            return policy.reserving(places, ranking, config.anyway + round(config.passages * context))
 
-        if config.scoring != "window" or not config.reserve:
-            return by_questions(config.context)
-        others = ranked(policy.worth(slots["guess"], slots["values"], AHEAD_FLOOR))
-        both = policy.reserving(by_questions(config.asked), others, anyway + config.asked)
+        if alone.scoring != "window" or not alone.reserve:
+            return by_questions(alone, alone.context)
+        going = self.config.keeping(max(fresh, round(alone.latest * size)))
+        others = ranked(going, policy.worth(slots["guess"], slots["values"], AHEAD_FLOOR))
+        both = policy.reserving(by_questions(going, going.asked), others, going.anyway + going.asked)
         looked = slots["guess"].amax((1, 2), keepdim=True) > 0
         # Until the general probe has looked, a question decides alone.
-        return torch.where(looked, both, by_questions(config.context))
+        return torch.where(looked, both, by_questions(alone, alone.context))
 
     def _worth(self, slots: dict[str, Tensor]) -> Tensor:
         """float32 [B, H, C]: by what the slots are ranked, but for the reserve."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from threading import Event, RLock
 from typing import TYPE_CHECKING, Any, Literal
 
-from zsmerge_llm.answer import Answer, check_length, collect, speak, together
+from zsmerge_llm.answer import Answer, Prompt, check_length, collect, speak, together
 from zsmerge_llm.chat import normalise
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.documents import read_text
-from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.errors import InputError
 from zsmerge_llm.grammar import Grammar
-from zsmerge_llm.parts import Parts, assemble
+from zsmerge_llm.parts import Parts, assemble, check_settings
 from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe, going_on, message_probe
 from zsmerge_llm.types import Chunk, Message, Progress, ResponseFormat, Result, ToolChoice
 
@@ -47,6 +47,8 @@ class LLM:
         chunk: tokens read in one forward pass.
         compile: whether decode steps run through compiled layers: True compiles while loading; "auto" later, once
             enough was decoded for it to pay; False never. Where it is not possible, that is logged, and nothing else.
+        recall: tokens of earlier text that fit a question and are read again before it, where the cache has lost
+            some; half of its slots at most. 0: none.
         max_input_tokens: a longer prompt raises ContextLimitError; None sets no limit. Nothing is ever truncated.
         sessions_dir: where conversations are kept for good, to go on after a restart; None keeps them for this process.
         session_memory: bytes that all conversations together may hold in memory, such as "4GiB"; the least recently
@@ -71,19 +73,13 @@ class LLM:
         template_args: dict[str, Any] | None = None,
         chunk: int = 512,
         compile: bool | Literal["auto"] = "auto",
+        recall: int = 256,
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        if cache is not None and not isinstance(cache, CacheConfig):
-            raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
-        if quantization not in (None, "nf4", "int8", "int4"):
-            raise ConfigError(f"quantization must be None, 'nf4', 'int8' or 'int4', not {quantization!r}.")
-        if compile not in (True, False, "auto"):
-            raise ConfigError(f"compile must be True, False or 'auto', not {compile!r}.")
-        if device_map is not None and device != "auto":
-            raise ConfigError("Give either device or device_map, not both.")
+        check_settings(cache, device, device_map, quantization, compile, recall)
         self.model = model
         self.cache = cache or CacheConfig()
         self.chunk = chunk
@@ -100,7 +96,7 @@ class LLM:
         }
         memory = parse_bytes(session_memory)
         self._assemble = partial(
-            assemble, model, self.cache, chunk, compile, loading, template_args, sessions_dir, memory
+            assemble, model, self.cache, chunk, compile, loading, template_args, recall, sessions_dir, memory
         )
         self._lock = RLock()
         self._parts: Parts | None = None
@@ -245,10 +241,19 @@ class LLM:
         parts = self._load()
         form = parts.forms.chat(checked, tools, tool_choice, parallel_tool_calls, response_format, grammar)
         turn = parts.conversations.begin(form.noted(checked), tools, session, reread=reread)
-        check_length(len(turn.tokens), params, self.max_input_tokens, parts.engine.reach)
+        check_length(len(turn.tokens) - turn.recalled, params, self.max_input_tokens, parts.engine.reach)
         template = parts.template
         asking = chat_probe(template, probe) if probe else message_probe(template, checked[-1]["content"])
-        answer = Answer(turn.cache, turn.tokens, params, parts.tokenizer, turn.cache.seen, turn.reuse, form=form)
+        answer = Answer(
+            turn.cache,
+            turn.tokens,
+            params,
+            parts.tokenizer,
+            turn.cache.seen,
+            turn.reuse,
+            form=form,
+            recalled=turn.recalled,
+        )
         return self._run(turn, answer, asking, cancel, progress)
 
     def batch(
@@ -269,13 +274,12 @@ class LLM:
         checked = [normalise(messages) for messages in conversations]
         wanted = (tools, tool_choice, parallel_tool_calls, response_format, grammar)
         forms = [parts.forms.chat(each, *wanted) for each in checked]
-        probes = [message_probe(template, each[-1]["content"]) for each in checked]
-        noted = [form.noted(each) for form, each in zip(forms, checked, strict=True)]
-        prompts = [template.encode(template.render(each, tools)) for each in noted]
-        params, limit = sampling or SamplingParams(), self.max_input_tokens
-        later = [going_on(each) for each in checked]
-        budget = parts.profile.config
-        return together(parts.engine, parts.tokenizer, prompts, probes, later, forms, params, limit, cancel, budget)
+        prompts = []
+        for form, each in zip(forms, checked, strict=True):
+            ids, recalled = parts.conversations.prompt(template, form.noted(each), tools)
+            prompts.append(Prompt(ids, message_probe(template, each[-1]["content"]), going_on(each), recalled))
+        params, limit, budget = sampling or SamplingParams(), self.max_input_tokens, parts.profile.config
+        return together(parts.engine, parts.tokenizer, prompts, forms, params, limit, cancel, budget)
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
@@ -385,11 +389,11 @@ class LLM:
         """Continue several texts together, in order. Raises as `stream_complete`, before anything is read."""
         ids = [self._prompt_ids(prompt) for prompt in prompts]
         parts = self._load()
-        probes = [completion_probe(parts.template, *each) for each in zip(ids, prompts, strict=True)]
-        forms = [parts.forms.plain(response_format, grammar)] * len(ids)
-        params, limit, later = sampling or SamplingParams(), self.max_input_tokens, [False] * len(ids)
-        engine, tokenizer, budget = parts.engine, parts.tokenizer, parts.profile.config
-        return together(engine, tokenizer, ids, probes, later, forms, params, limit, cancel, budget, continues=True)
+        template, budget = parts.template, parts.profile.config
+        read = [Prompt(own, completion_probe(template, own, prompt)) for own, prompt in zip(ids, prompts, strict=True)]
+        forms, params = [parts.forms.plain(response_format, grammar)] * len(ids), sampling or SamplingParams()
+        limit = self.max_input_tokens
+        return together(parts.engine, parts.tokenizer, read, forms, params, limit, cancel, budget, continues=True)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or not prompt:

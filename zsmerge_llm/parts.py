@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.chat import Template
 from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.forms import Forms
 from zsmerge_llm.grammar import Grammars
 
@@ -33,6 +34,27 @@ class Parts:
     profile: Profile
 
 
+def check_settings(
+    cache: CacheConfig | None,
+    device: str,
+    device_map: Any,
+    quantization: str | None,
+    compile: bool | str,
+    recall: int,
+) -> None:
+    """Refuse at once what cannot be loaded later. Raises ConfigError."""
+    if cache is not None and not isinstance(cache, CacheConfig):
+        raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
+    if quantization not in (None, "nf4", "int8", "int4"):
+        raise ConfigError(f"quantization must be None, 'nf4', 'int8' or 'int4', not {quantization!r}.")
+    if compile not in (True, False, "auto"):
+        raise ConfigError(f"compile must be True, False or 'auto', not {compile!r}.")
+    if device_map is not None and device != "auto":
+        raise ConfigError("Give either device or device_map, not both.")
+    if isinstance(recall, bool) or not isinstance(recall, int) or recall < 0:
+        raise ConfigError(f"recall must be a number of tokens, 0 for none, not {recall!r}.")
+
+
 def assemble(
     model: str | Path | PreTrainedModel,
     cache: CacheConfig,
@@ -40,6 +62,7 @@ def assemble(
     compile: bool | Literal["auto"],
     loading: dict[str, Any],
     template_args: dict[str, Any] | None,
+    recall: int,
     sessions_dir: str | Path | None,
     session_memory: int,
 ) -> Parts:
@@ -54,6 +77,7 @@ def assemble(
     from zsmerge_llm.loader import load
     from zsmerge_llm.probe import general_probe
     from zsmerge_llm.profile import Profile, profile_path
+    from zsmerge_llm.recall import Recall
     from zsmerge_llm.store import Store
 
     loaded = load(model, **loading)
@@ -66,5 +90,6 @@ def assemble(
     store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices)
     forms = Forms(template, Grammars(tokenizer, engine.vocab_size, engine.stop_ids))
     profile = Profile(engine, template, profile_path(mark.weights), loading.get("progress"))
-    conversations = Conversations(store, template, engine.new_cache, profile.config, profile.document_config)
+    search = Recall(template, recall)
+    conversations = Conversations(store, template, engine.new_cache, profile.config, profile.document_config, search)
     return Parts(loaded.name, tokenizer, engine, template, forms, conversations, profile)

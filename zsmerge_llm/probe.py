@@ -14,23 +14,34 @@ from zsmerge_llm.types import Message
 
 LONGEST = 64
 """Tokens of a question found at a prompt's end. Of a longer last line, only the end is taken."""
+LABEL = 3
+"""Words of a last line that only says where the answer goes."""
 GENERIC = "What is said in the text above? Repeat its facts, names, numbers, dates and places word for word."
 """Stands for the questions nobody has asked yet, when a document is read ahead."""
 
 
-def last_line(text: str) -> str:
-    """Where a prompt asks: its last line that is not empty."""
-    return text.rstrip().rsplit("\n", 1)[-1]
+def question_start(text: str) -> int:
+    """Where a prompt begins to ask: at its last line that is not empty, or the one before a label such as "Answer:"."""
+    said = text.rstrip()
+    start = said.rfind("\n") + 1
+    if said.endswith(":") and len(said[start:].split()) <= LABEL and said[:start].strip():
+        start = said[:start].rstrip().rfind("\n") + 1
+    return start
+
+
+def question(text: str) -> str:
+    """What a prompt asks."""
+    return text[question_start(text) :].rstrip()
 
 
 def completion_probe(template: Template, ids: list[int], prompt: str) -> list[int]:
-    """The last line of a plain prompt, as it stands at the end of its `ids`."""
-    return ids[-min(len(template.encode(last_line(prompt))), LONGEST) :]
+    """The question of a plain prompt, as it stands at the end of its `ids`."""
+    return ids[-min(len(template.encode(question(prompt))), LONGEST) :]
 
 
-def chat_probe(template: Template, question: str) -> list[int]:
+def chat_probe(template: Template, asked: str) -> list[int]:
     """A question with what the template writes after a user's message, up to the beginning of the answer."""
-    return template.encode(question) + _closing(template)
+    return template.encode(asked) + _closing(template)
 
 
 def general_probe(template: Template) -> list[int]:
@@ -48,7 +59,7 @@ def going_on(messages: Sequence[Message]) -> bool:
 
 def message_probe(template: Template, message: str) -> list[int]:
     """`chat_probe` of the question that a message ends with."""
-    return template.encode(last_line(message))[-LONGEST:] + _closing(template)
+    return template.encode(question(message))[-LONGEST:] + _closing(template)
 
 
 def _closing(template: Template) -> list[int]:

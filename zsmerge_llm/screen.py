@@ -166,6 +166,7 @@ class Screen:
         """What the answer cost. `full`: bytes an exact cache would hold."""
         read, new = usage.prompt_tokens, usage.prompt_tokens - usage.cached_tokens
         again = "" if new == read else f" ({new:,} of them now)"
+        again += f", {usage.recalled_tokens:,} once more" if usage.recalled_tokens else ""
         rate = usage.completion_tokens / usage.decode_seconds if usage.decode_seconds else 0.0
         self.note(
             f"{read:,} tokens read{again} | cache {_megabytes(usage.cache_bytes)}, a full cache {_megabytes(full)} | "

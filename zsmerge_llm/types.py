@@ -42,6 +42,8 @@ class Usage:
     """Where the conversation was taken up: `new`, `continued`, `restored` or `reread: <reason>`."""
     reasoning_tokens: int = 0
     """The part of `completion_tokens` in which a reasoning model thought."""
+    recalled_tokens: int = 0
+    """The part of `prompt_tokens` that repeats passages of the conversation which the cache could not hold."""
 
     @property
     def total_tokens(self) -> int:

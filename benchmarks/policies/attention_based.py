@@ -32,14 +32,16 @@ class CaM(PolicyLayer):
 
     NEXT = 8
 
-    def _compress(self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None) -> None:
+    def _compress(
+        self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
+    ) -> None:
         slots = self.config.slots
         assert slots is not None
         ranking = policy.priority(held.score, held.count, held.position, seen, self.config.sink, self.config.recent)
         kept = ranking >= ranking.topk(slots, dim=-1).values[..., -1:]
         share = self._shares(held, kept)
         held.values.add_((share.mT @ held.values.float()).to(held.values.dtype))
-        super()._compress(held, full, seen, passages)
+        super()._compress(held, full, seen, passages, fresh)
 
     def _shares(self, held: Held, kept: Tensor) -> Tensor:
         """float32 [B, H, C, C]: what each slot gives to each other one."""

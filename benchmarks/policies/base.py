@@ -79,7 +79,7 @@ class Policy:
     chunk: tokens a pass; None reads everything in one pass and compresses each layer then, as policies do that need
     the full cache first. budgets: slots of each full-attention layer, from the mean and the number of these;
     profiled: how far they follow from the model's profile (`zsmerge_llm.profile`), 1 is wholly. newest_only: the text
-    is cut to its end instead.
+    is cut to its end instead. recall: tokens of passages that are read again before a question (`zsmerge_llm.recall`).
     """
 
     name: str
@@ -90,6 +90,7 @@ class Policy:
     budgets: Callable[[int, int], list[int]] | None = None
     profiled: float = 0.0
     newest_only: bool = False
+    recall: int = 0
 
     @property
     def whole(self) -> bool:

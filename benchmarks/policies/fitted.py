@@ -36,7 +36,9 @@ class Fitted(ValuedMean):
         typical = self.rope.rotate(arrival.queries[:, :, some], ahead)
         return typical if arrival.probe is None else torch.cat([arrival.probe.float(), typical], dim=2)
 
-    def _compress(self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None) -> None:
+    def _compress(
+        self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
+    ) -> None:
         slots = self.config.slots
         assert slots is not None
         ranking = policy.priority(held.score, held.count, held.position, seen, self.config.sink, self.config.recent)
@@ -46,7 +48,7 @@ class Fitted(ValuedMean):
             added = self._refit(held, kept, evicted, min(self.REFIT, slots // 4))
             self.dropped -= added
             held.score.scatter_(2, evicted, policy.NEVER)
-        super()._compress(held, full, seen, passages)
+        super()._compress(held, full, seen, passages, fresh)
 
     def _refit(self, held: Held, kept: Tensor, evicted: Tensor, size: int) -> Tensor:
         """Changes count, value and score of the last `size` of the kept slots: the count added, [B, H]."""

@@ -69,8 +69,10 @@ class LMInfinite(PolicyLayer):
 
     moved = 0
 
-    def _compress(self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None) -> None:
-        super()._compress(held, full, seen, passages)
+    def _compress(
+        self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
+    ) -> None:
+        super()._compress(held, full, seen, passages, fresh)
         assert self.rope is not None
         assert self.config.slots is not None
         sinks = slice(0, self.config.sink)

@@ -1,0 +1,130 @@
+"""What a compressed cache no longer holds is looked up in the text itself, and read once more before the question.
+
+Text is cheap to keep, keys and values are not: a token takes some 4 bytes as text and 10,000 and more in a cache. So a
+turn whose cache loses something looks for those passages of what was said before that share the question's rarest words
+(BM25), and reads a fixed number of their tokens again, as a part of the question's message. Nobody has to know before
+what will be asked, and what is read for a turn does not grow with the conversation.
+
+The search finds words, not meanings: the cache is what knows the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from zsmerge_llm.chat import Template
+from zsmerge_llm.probe import LONGEST, question, question_start
+from zsmerge_llm.types import Message
+
+WORDS = 80
+"""Words after which a passage ends with the next sentence."""
+TIGHT = 4
+"""Tokens of the budget for each word of a passage, where that makes passages shorter: one has to fit in whole."""
+ROOT = 5
+"""Letters of a word that tell it from others: "compresses" and "compressed" are the same to the search."""
+TERM = "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\w+"
+"""What is searched for: words, and single characters of scripts that write no spaces."""
+HEADING = 12
+"""Words that a paragraph has to have to be a passage of its own."""
+END = "[.!?][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\n(?![a-z])\\s*"
+"""Where a sentence, a line or, with two line ends, a paragraph ends; a line that goes on in small letters does not."""
+OPENING = "From the text above:"
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Puts passages of what was said before into the message that asks for them.
+
+    tokens: how many of them at most. 0: none, ever.
+    """
+
+    template: Template
+    tokens: int
+
+    def into(self, messages: list[Message], slots: int) -> list[Message]:
+        """The messages, the last of them with the passages that it asks for; unchanged where there are none.
+
+        Only a user's message asks. Of a message that is longer than the `slots` of the cache, the end asks for what
+        stands before; of any other, the passages come first. They take up half of the cache at most.
+        """
+        *before, last = messages
+        if last["role"] != "user" or not self.tokens:
+            return messages
+        content, start = last["content"], question_start(last["content"])
+        size = len(self.template.encode(content))
+        if size <= slots:
+            start = 0
+        asked = content if size <= LONGEST else question(content)
+        said = [*before, {**last, "content": content[:start]}]
+        found = self.passages(said, asked, min(self.tokens, slots // 2))
+        if not found:
+            return messages
+        block = "\n\n".join([OPENING, *found, ""])
+        return [*before, {**last, "content": content[:start] + block + content[start:]}]
+
+    def passages(self, said: Sequence[Message], asked: str, most: int) -> list[str]:
+        """Those passages of what was said that fit best to what is asked, of `most` tokens together, in their order."""
+        size = min(WORDS, max(HEADING, most // TIGHT))
+        passages: list[str] = []
+        for message in said:
+            content, role = message["content"], message["role"]
+            if role == "assistant" and passages and _words(content) < HEADING:  # is found by what it answers
+                passages[-1] += f"\n\n{content}"
+            elif role != "system":
+                passages += split(content, size)
+        found: list[int] = []
+        for index in ranked(passages, asked):
+            cost = len(self.template.encode(passages[index] + "\n\n"))
+            if cost <= most:
+                found.append(index)
+                most -= cost
+            elif found:
+                break
+        return [passages[index] for index in sorted(found)]
+
+
+def split(text: str, size: int = WORDS) -> list[str]:
+    """A text in passages: paragraphs, and those of more than `size` words in parts that end with a sentence or a line.
+    Headings belong to what follows them, and a short end to what stands before it."""
+    starts = [0]
+    for end, closes in _ends(text, size):
+        if _words(text[starts[-1] : end]) >= (HEADING if closes else size):
+            starts.append(end)
+    if len(starts) > 1 and _words(text[starts[-1] :]) < size // 2:
+        starts.pop()
+    passages = [text[start:end].strip() for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+    return [passage for passage in passages if _words(passage)]
+
+
+def _ends(text: str, size: int) -> Iterator[tuple[int, bool]]:
+    """Where sentences and lines end, and whether a paragraph does; what has no end for long is cut between words."""
+    start = 0
+    for found in re.finditer(END, text + "\n\n"):
+        words = [start + each.end() for each in re.finditer(TERM, text[start : found.end()])]
+        yield from ((end, False) for end in words[size - 1 : -size : size])
+        yield found.end(), found[0].count("\n") > 1
+        start = found.end()
+
+
+def ranked(passages: Sequence[str], asked: str) -> list[int]:
+    """Numbers of the passages that share a word with what is asked, those that share the rarest first."""
+    import bm25s  # takes a moment, and is not needed before something was lost
+
+    sought, told = sorted(set(terms(asked))), [terms(passage) for passage in passages]
+    if not sought or not any(told):
+        return []
+    index = bm25s.BM25()
+    index.index(told, show_progress=False)
+    scores = index.get_scores(sought)
+    return [at for at in (-scores).argsort(kind="stable").tolist() if scores[at] > 0]
+
+
+def _words(text: str) -> int:
+    return len(re.findall(TERM, text))
+
+
+def terms(text: str) -> list[str]:
+    """What a text is found by."""
+    return [word[:ROOT] for word in re.findall(TERM, text.lower())]
