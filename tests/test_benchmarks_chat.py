@@ -65,6 +65,21 @@ def test_policies_read_the_same_chat_in_the_memory_they_have(name: str, reader: 
     assert cache.seen == (288 if name == "truncate" else made.item.tokens)
 
 
+def test_a_policy_that_looks_things_up_knows_only_what_was_said_before(reader: quality_run.Reader) -> None:
+    made = quality_chat.chat(reader.template, record(24), 4)
+    policy, budget = POLICIES["ours-chat-recall"], quality_run.Budget(400)
+    asked = made.item.questions[-1]
+    for before in (2, 6):
+        found = reader.passages(policy, budget, made.item, before, asked.text)
+        assert found
+        said = "\n\n".join(message["content"] for message in made.item.said[:before])
+        assert all(line in said for each in found for line in each.split("\n\n"))
+    *_, cache = quality_chat.turns(reader, policy, 160, made.item)
+    *_, plain = quality_chat.turns(reader, POLICIES["ours-chat"], 160, made.item)
+    assert cache.seen > plain.seen == made.item.tokens
+    assert cache.nbytes == plain.nbytes
+
+
 def test_the_product_makes_room_behind_each_answer(reader: quality_run.Reader) -> None:
     made = quality_chat.chat(reader.template, record(24), 4)
     for number, cache in enumerate(quality_chat.turns(reader, POLICIES["ours-chat"], 160, made.item), start=1):

@@ -49,6 +49,23 @@ def test_a_question_behind_a_long_text_finds_its_answer_in_an_eighth_of_the_memo
     assert result.usage.merged_tokens > 6 * 256
 
 
+def test_what_the_cache_has_forgotten_is_found_again_in_the_text(smollm2: LLM) -> None:
+    """Read ahead, before any question, into an eighth of the memory: the cache alone says 7371 and 1780."""
+    llm = LLM(smollm2.engine.model, tokenizer=smollm2.tokenizer, cache=CacheConfig(slots=256))
+    filler = "The harbour was quiet, and the boats lay still along the wooden pier under a grey sky. "
+    facts = [
+        "\n\nThe old safe opens with the code 7351.\n\n",
+        "\n\nThe miller's dog has the name Bruno.\n\n",
+        "\n\nThe chapel was built in the year 1742.\n\n",
+    ]
+    document = llm.read_document(text=(filler * 25).join(["", *facts, ""]))
+    for question, answer in (("What is the code of the old safe?", "7351"), ("When was the chapel built?", "1742")):
+        result = llm.chat(question, session=document, sampling=SamplingParams(max_tokens=24))
+        assert answer in result.text
+        assert 0 < result.usage.recalled_tokens <= 140
+        assert result.usage.merged_tokens > 6 * 256
+
+
 def test_stop_strings_end_an_answer_and_are_not_part_of_it(smollm2: LLM) -> None:
     params = SamplingParams(max_tokens=60)
     whole = smollm2.complete("One, two, three, four,", sampling=params).text

@@ -197,8 +197,8 @@ def test_a_setting_that_is_no_number_of_tokens_is_refused_at_once(wrong: object)
 # -- what is being read stays ------------------------------------------------------------------------------------------
 
 
-def test_a_turn_that_fits_into_half_of_the_cache_is_held_whole_while_it_is_read() -> None:
-    config = TIGHT.replace(slots=64, recent=4, stage=8)
+def test_a_turn_that_fits_into_the_newest_share_is_held_whole_while_it_is_read() -> None:
+    config = TIGHT.replace(slots=64, recent=4, stage=8, latest=0.5)
     engine = Engine(tiny_model("qwen2"), config)
     cache = engine.new_cache()
     engine.read(cache, tokens(200))

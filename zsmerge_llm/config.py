@@ -47,9 +47,9 @@ class CacheConfig:
       (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None. `reserve` is the share
       of the context slots that these do not decide about, once a conversation goes on: it goes by (g + 0.02) · ‖v‖,
       where g is what a general probe paid, one that stands for all that has not been asked yet; and the newest tokens
-      have at least `latest` of the slots then: most of what is said next is about them. While a text longer
-      than `slots` is read with its question, of the slots that the question decides about `passages` is the share
-      that goes to the passages which all layers together look at;
+      have at least `latest` of the slots then: most of what is said next is about them. A turn that fits into these is
+      held whole while it is read. While a text longer than `slots` is read with its question, `passages` is the share
+      of the slots decided by the question that goes to the passages which all layers together look at;
     - `"position"`: newest first (sliding window with sinks).
 
     `shares` are weights of the full-attention layers, first layer first, with mean 1: layer i holds about
@@ -119,6 +119,11 @@ class CacheConfig:
     def asked(self) -> int:
         """Context slots that go by what was asked, rather than by what else may be (`reserve`)."""
         return self.context - round(self.reserve * self.context)
+
+    @property
+    def lately(self) -> int:
+        """Slots that the newest tokens get of `latest`. 0 for the exact cache."""
+        return round(self.latest * (self.slots or 0))
 
     def keeping(self, newest: int) -> CacheConfig:
         """This rule where so many of the newest tokens stay, as far as they fit and a window decides."""

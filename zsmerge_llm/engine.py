@@ -146,7 +146,7 @@ class Engine:
         tokens = self._ids(ids)
         asking = self._probe(cache, probe, reserving, len(tokens))
         _one_row(cache)
-        done, short = 0, cache.slots is not None and len(tokens) <= cache.slots // 2
+        done, short = 0, len(tokens) <= cache.config.lately
         for chunk in tokens.split(self.chunk):
             _check(cancel)
             done += len(chunk)

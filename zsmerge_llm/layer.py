@@ -352,9 +352,7 @@ class LayerCache(Slots):
 
     def _ranking(self, slots: dict[str, Tensor], seen: Tensor, passages: Tensor | None, fresh: int) -> Tensor:
         """float32 [B, H, C]: who stays, the highest first. seen: [B], tokens read by each row."""
-        size = self.config.slots or 0
-        fresh = min(fresh, size // 2)
-        alone = self.config.keeping(fresh)
+        alone = self.config.keeping(min(fresh, self.config.lately))
 
         def ranked(config: CacheConfig, worth: Tensor) -> Tensor:
             return policy.priority(worth, slots["count"], slots["position"], seen, config.sink, config.recent)
@@ -368,7 +366,7 @@ class LayerCache(Slots):
 
         if alone.scoring != "window" or not alone.reserve:
             return by_questions(alone, alone.context)
-        going = self.config.keeping(max(fresh, round(alone.latest * size)))
+        going = self.config.keeping(self.config.lately)
         others = ranked(going, policy.worth(slots["guess"], slots["values"], AHEAD_FLOOR))
         both = policy.reserving(by_questions(going, going.asked), others, going.anyway + going.asked)
         looked = slots["guess"].amax((1, 2), keepdim=True) > 0
