@@ -15,6 +15,9 @@ from platformdirs import user_cache_dir
 
 from zsmerge_llm import LLM
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is loaded: threads of two workers would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")

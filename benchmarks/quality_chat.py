@@ -32,7 +32,7 @@ from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
 from zsmerge_llm.recall import OPENING
 
-DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,ours-question,ours-chat"
+DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,ours-chat,ours-chat-recall,truncate-recall"
 EARLY = 1 / 3
 
 

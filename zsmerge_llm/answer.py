@@ -13,6 +13,7 @@ from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.forms import FREE, Form
 from zsmerge_llm.messages import spoken
+from zsmerge_llm.recall import tail
 from zsmerge_llm.toolcalls import Parsed, canonical
 from zsmerge_llm.types import Chunk, FinishReason, Message, Result, Usage
 
@@ -266,7 +267,8 @@ def together(
     try:
         for answer, each in zip(answers, prompts, strict=True):
             started = time.perf_counter()
-            engine.read(answer.cache, each.ids, probe=each.probe, reserving=each.reserving, cancel=cancel)
+            behind = tail(each.recalled)
+            engine.read(answer.cache, each.ids, probe=each.probe, reserving=each.reserving, tail=behind, cancel=cancel)
             answer.begin(time.perf_counter() - started)
         _speak_together(engine, answers, cancel)
         if repeating := [answer for answer in answers if answer.repeats]:

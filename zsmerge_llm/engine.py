@@ -126,6 +126,7 @@ class Engine:
         *,
         probe: Ids | None = None,
         reserving: bool = False,
+        tail: int = 0,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -136,6 +137,8 @@ class Engine:
                 cache has to compress ("window" scoring). They are not read into the cache.
             reserving: whether the general probe looks too, so that the reserve (`CacheConfig.reserve`) is kept for what
                 comes later. Not for a text that comes with its question: that decides alone.
+            tail: how many of the last `ids` are held whole while they are read; all are, where they fit into the share
+                of the newest tokens (`CacheConfig.latest`).
             cancel: stops after the current chunk.
             progress: called with (tokens read, tokens to read) after each chunk.
 
@@ -146,13 +149,13 @@ class Engine:
         tokens = self._ids(ids)
         asking = self._probe(cache, probe, reserving, len(tokens))
         _one_row(cache)
-        done, short = 0, len(tokens) <= cache.config.lately
+        done, passing = 0, 0 if len(tokens) <= cache.config.lately else len(tokens) - tail
         for chunk in tokens.split(self.chunk):
             _check(cancel)
             done += len(chunk)
             looking = None if cache.fits(len(chunk)) else asking
             with self._turn:
-                logits = self._forward(cache, chunk[None], probe=looking, fresh=done if short else 0)
+                logits = self._forward(cache, chunk[None], probe=looking, fresh=max(0, done - passing))
             if progress is not None:
                 progress(done, len(tokens))
         return logits[0, -1].float()

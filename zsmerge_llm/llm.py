@@ -18,6 +18,7 @@ from zsmerge_llm.errors import InputError
 from zsmerge_llm.grammar import Grammar
 from zsmerge_llm.parts import Parts, assemble, check_settings
 from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe, going_on, message_probe
+from zsmerge_llm.recall import tail
 from zsmerge_llm.types import Chunk, Message, Progress, ResponseFormat, Result, ToolChoice
 
 if TYPE_CHECKING:
@@ -244,16 +245,8 @@ class LLM:
         check_length(len(turn.tokens) - turn.recalled, params, self.max_input_tokens, parts.engine.reach)
         template = parts.template
         asking = chat_probe(template, probe) if probe else message_probe(template, checked[-1]["content"])
-        answer = Answer(
-            turn.cache,
-            turn.tokens,
-            params,
-            parts.tokenizer,
-            turn.cache.seen,
-            turn.reuse,
-            form=form,
-            recalled=turn.recalled,
-        )
+        given, read, again = (turn.cache, turn.tokens, params, parts.tokenizer), turn.cache.seen, turn.recalled
+        answer = Answer(*given, read, turn.reuse, form=form, recalled=again)
         return self._run(turn, answer, asking, cancel, progress)
 
     def batch(
@@ -443,7 +436,13 @@ class LLM:
             turn.mark("prefix", int(turn.messages[0]["role"] == "system"), ids[:first])
         if ids[first:]:
             self.engine.read(
-                answer.cache, ids[first:], probe=probe, reserving=reserving, cancel=cancel, progress=progress
+                answer.cache,
+                ids[first:],
+                probe=probe,
+                reserving=reserving,
+                tail=tail(answer.recalled),
+                cancel=cancel,
+                progress=progress,
             )
         if turn is not None:
             turn.mark("prompt", len(turn.messages), answer.prompt)

@@ -30,7 +30,12 @@ HEADING = 12
 """Words that a paragraph has to have to be a passage of its own."""
 END = "[.!?][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\n(?![a-z])\\s*"
 """Where a sentence, a line or, with two line ends, a paragraph ends; a line that goes on in small letters does not."""
-OPENING = "From the text above:"
+OPENING = "Remember this part of the text:"
+
+
+def tail(recalled: int) -> int:
+    """Tokens at a prompt's end that hold its `recalled` ones and the question behind them, however it is put."""
+    return recalled + 2 * LONGEST if recalled else 0
 
 
 @dataclass(frozen=True)
