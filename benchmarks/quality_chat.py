@@ -30,7 +30,7 @@ from quality_tasks import GUIDE, Item, item, load
 from zsmerge_llm import LLM
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
-from zsmerge_llm.recall import OPENING
+from zsmerge_llm.recall import block
 
 DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,ours-chat,ours-chat-recall,truncate-recall"
 EARLY = 1 / 3
@@ -106,9 +106,8 @@ def turns(reader: Reader, policy: Policy, slots: int, read: Item) -> Iterator[Ca
 def looked_up(reader: Reader, policy: Policy, slots: int, read: Item, number: int) -> list[int]:
     """A user's message with the passages of earlier ones that it asks for."""
     content = read.said[number]["content"]
-    found = reader.passages(policy, Budget(slots), read, number, content)
-    block = "".join(f"{passage}\n\n" for passage in [OPENING, *found]) if found else ""
-    return reader.template.encode(read.texts[number].replace(content, block + content, 1))
+    again = block(reader.passages(policy, Budget(slots), read, number, content))
+    return reader.template.encode(read.texts[number].replace(content, again + content, 1))
 
 
 def measure(reader: Reader, policy: Policy, slots: int, chat: Chat) -> list[dict[str, Any]]:

@@ -119,8 +119,8 @@ class Reader:
         generic = self.generic if policy.probe in ("generic", "both") else []
         return generic + (question if policy.probe in ("question", "both") else [])
 
-    def passages(self, policy: Policy, budget: Budget, item: Item, before: int, asked: str) -> list[str]:
-        """What the first `before` messages (of a document: its text) say about a question."""
+    def passages(self, policy: Policy, budget: Budget, item: Item, before: int | None, asked: str) -> list[str]:
+        """What the first `before` messages (all of them where None; of a document: its text) say about a question."""
         most = min(policy.recall, budget.slots(item.tokens) // 2)
         return Recall(self.template, most).passages(item.said[:before], question(asked), most)
 
@@ -136,7 +136,7 @@ class Reader:
         """The ids of a question, with the passages that the policy looks up for it (`before`: in so many messages)."""
         if not policy.recall:
             return asked.following if follows else asked.asking
-        found = self.passages(policy, budget, item, len(item.said) if before is None else before, asked.text)
+        found = self.passages(policy, budget, item, before, asked.text)
         return asked.behind(self.template, found, follows)
 
     def scores(
@@ -151,9 +151,9 @@ class Reader:
     ) -> list[Score]:
         """What answers to questions are worth, each asked of the same cache. Passages that are looked up are read
         into a copy of it, as the product does: they are more than a cache has room for."""
-        if not policy.recall or not questions:
-            asked = [(each.following if follows else each.asking, each.answer) for each in questions]
-            return ask(self.engine, cache, asked) if asked else []
+        if not policy.recall:
+            asked = [(self.asking(policy, budget, item, each, follows), each.answer) for each in questions]
+            return ask(self.engine, cache, asked)
         found = []
         for each in questions:
             ids, own = self.asking(policy, budget, item, each, follows, before), copy.deepcopy(cache)

@@ -17,7 +17,7 @@ from typing import Any
 
 from zsmerge_llm.chat import Template
 from zsmerge_llm.probe import chat_probe, question
-from zsmerge_llm.recall import OPENING
+from zsmerge_llm.recall import block
 
 GUIDE = "Answer with a few words from the text above.\nQuestion: "
 MARK = "@@question@@"
@@ -40,8 +40,7 @@ class Question:
 
     def behind(self, template: Template, passages: Sequence[str], follows: bool) -> list[int]:
         """`asking` or `following` with passages that are read again before the question, as `LLM` puts them."""
-        block = "".join(f"{passage}\n\n" for passage in [OPENING, *passages]) if passages else ""
-        return template.encode(self.forms[follows].replace(MARK, block))
+        return template.encode(self.forms[follows].replace(MARK, block(passages)))
 
 
 @dataclass(frozen=True)

@@ -256,9 +256,9 @@ def together(
 
     if not prompts:
         return []
-    for ids, _, _, recalled in prompts:
-        check_length(len(ids) - recalled, params, limit, engine.reach)
-    caches = [engine.new_cache(budget(len(ids))) for ids, *_ in prompts]
+    for each in prompts:
+        check_length(len(each.ids) - each.recalled, params, limit, engine.reach)
+    caches = [engine.new_cache(budget(len(each.ids))) for each in prompts]
     answers = [
         Answer(cache, each.ids, params, tokenizer, continues=continues, form=form, recalled=each.recalled)
         for cache, each, form in zip(caches, prompts, forms, strict=True)

@@ -18,7 +18,7 @@ from zsmerge_llm.errors import InputError
 from zsmerge_llm.grammar import Grammar
 from zsmerge_llm.parts import Parts, assemble, check_settings
 from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe, going_on, message_probe
-from zsmerge_llm.recall import tail
+from zsmerge_llm.recall import TOKENS, tail
 from zsmerge_llm.types import Chunk, Message, Progress, ResponseFormat, Result, ToolChoice
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class LLM:
         template_args: dict[str, Any] | None = None,
         chunk: int = 512,
         compile: bool | Literal["auto"] = "auto",
-        recall: int = 256,
+        recall: int = TOKENS,
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",
@@ -245,8 +245,16 @@ class LLM:
         check_length(len(turn.tokens) - turn.recalled, params, self.max_input_tokens, parts.engine.reach)
         template = parts.template
         asking = chat_probe(template, probe) if probe else message_probe(template, checked[-1]["content"])
-        given, read, again = (turn.cache, turn.tokens, params, parts.tokenizer), turn.cache.seen, turn.recalled
-        answer = Answer(*given, read, turn.reuse, form=form, recalled=again)
+        answer = Answer(
+            turn.cache,
+            turn.tokens,
+            params,
+            parts.tokenizer,
+            cached=turn.cache.seen,
+            reuse=turn.reuse,
+            form=form,
+            recalled=turn.recalled,
+        )
         return self._run(turn, answer, asking, cancel, progress)
 
     def batch(
@@ -427,23 +435,16 @@ class LLM:
     ) -> None:
         """Read what is new of the prompt, and keep the points worth going back to."""
         started, ids = time.perf_counter(), answer.prompt[answer.cached :]
+        read = partial(self.engine.read, answer.cache, probe=probe, cancel=cancel, progress=progress)
         reserving = turn is not None and not turn.alone and going_on(turn.messages)
         first = turn.prefix if turn is not None else 0
         if not answer.cache.fits(first):
             first = 0  # compressed for this question, a beginning would be worth little to the next
         if turn is not None and first:
-            self.engine.read(answer.cache, ids[:first], probe=probe, cancel=cancel, progress=progress)
+            read(ids[:first])
             turn.mark("prefix", int(turn.messages[0]["role"] == "system"), ids[:first])
         if ids[first:]:
-            self.engine.read(
-                answer.cache,
-                ids[first:],
-                probe=probe,
-                reserving=reserving,
-                tail=tail(answer.recalled),
-                cancel=cancel,
-                progress=progress,
-            )
+            read(ids[first:], reserving=reserving, tail=tail(answer.recalled))
         if turn is not None:
             turn.mark("prompt", len(turn.messages), answer.prompt)
         answer.begin(time.perf_counter() - started)

@@ -18,6 +18,8 @@ from zsmerge_llm.chat import Template
 from zsmerge_llm.probe import LONGEST, question, question_start
 from zsmerge_llm.types import Message
 
+TOKENS = 256
+"""How many are read again at most, unless a user sets another number."""
 WORDS = 80
 """Words after which a passage ends with the next sentence."""
 TIGHT = 4
@@ -63,11 +65,8 @@ class Recall:
             start = 0
         asked = content if size <= LONGEST else question(content)
         said = [*before, {**last, "content": content[:start]}]
-        found = self.passages(said, asked, min(self.tokens, slots // 2))
-        if not found:
-            return messages
-        block = "\n\n".join([OPENING, *found, ""])
-        return [*before, {**last, "content": content[:start] + block + content[start:]}]
+        again = block(self.passages(said, asked, min(self.tokens, slots // 2)))
+        return [*before, {**last, "content": content[:start] + again + content[start:]}] if again else messages
 
     def passages(self, said: Sequence[Message], asked: str, most: int) -> list[str]:
         """Those passages of what was said that fit best to what is asked, of `most` tokens together, in their order."""
@@ -88,6 +87,11 @@ class Recall:
             elif found:
                 break
         return [passages[index] for index in sorted(found)]
+
+
+def block(passages: Sequence[str]) -> str:
+    """Passages as they stand before a question; "" for none."""
+    return "\n\n".join([OPENING, *passages, ""]) if passages else ""
 
 
 def split(text: str, size: int = WORDS) -> list[str]:

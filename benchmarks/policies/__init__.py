@@ -9,9 +9,7 @@ from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
 from policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.profile import KNOWN
-
-RECALL = 256
-"""Tokens, as `LLM` has it."""
+from zsmerge_llm.recall import TOKENS
 
 __all__ = ["POLICIES", "Policy", "rope_of"]
 
@@ -76,8 +74,8 @@ def _full(slots: int) -> CacheConfig:
 _ALL = (
     Policy("full", _full, chunk=None),
     Policy("truncate", _full, newest_only=True),
-    Policy("full-recall", _full, chunk=None, recall=RECALL),
-    Policy("truncate-recall", _full, newest_only=True, recall=RECALL),
+    Policy("full-recall", _full, chunk=None, recall=TOKENS),
+    Policy("truncate-recall", _full, newest_only=True, recall=TOKENS),
     Policy("streaming", _streaming),
     Policy("lm-infinite", _streaming, LMInfinite),
     Policy("h2o", _h2o),
@@ -100,16 +98,16 @@ _ALL = (
     Policy("passages-uniform", _passages, probe="question"),
     Policy("passages-half", _half, probe="question", profiled=1),
     Policy("pooled-question", _pooled, probe="question"),
-    Policy("ours-question-recall", _passages, probe="question", profiled=KNOWN, recall=RECALL),
+    Policy("ours-question-recall", _passages, probe="question", profiled=KNOWN, recall=TOKENS),
     Policy("ours-chat", _chat, probe="question"),
-    Policy("ours-chat-recall", _chat, probe="question", recall=RECALL),
+    Policy("ours-chat-recall", _chat, probe="question", recall=TOKENS),
     Policy("chat-asked", _asked, probe="question"),
     Policy("chat-half", _chat, probe="question", profiled=0.5),
     Policy("chat-profile", _chat, probe="question", profiled=1),
     Policy("ours-generic", _ahead, probe="generic"),
     Policy("pooled-generic", _pooled, probe="generic"),
     Policy("ours-profile", _ahead, probe="generic", profiled=1),
-    Policy("ours-recall", _ahead, probe="generic", profiled=1, recall=RECALL),
+    Policy("ours-recall", _ahead, probe="generic", profiled=1, recall=TOKENS),
     Policy("profile-question", _pooled, probe="question", profiled=1),
     Policy("profile-generic", _pooled, probe="generic", profiled=1),
     Policy("profile-generic-whole", _pooled, probe="generic", profiled=1, chunk=None),
