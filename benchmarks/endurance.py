@@ -31,22 +31,23 @@ WAYS: dict[str, Shape | None] = {
     "re-mapped, near 1/16": Shape(near=0.0625),
     "re-mapped, near 1/2": Shape(near=0.5),
 }
-SYSTEM = "You are a helpful assistant. Begin every answer with the word AHOY."
-QUESTIONS = (
-    "Name an animal that lives in the sea.",
-    "What is the capital of France?",
-    "Name a fruit.",
-    "What do bees make?",
-    "Which season comes after winter?",
-    "Name a colour.",
-    "What do we drink in the morning?",
-    "Name a musical instrument.",
+SYSTEM = (
+    "You are the assistant of the shop Miller & Sons. The phone number of the shop is 5512. Whenever somebody asks for "
+    "the manager, say that the manager is Mr. Finch."
 )
+QUESTIONS = {
+    "What is the phone number of the shop?": "5512",
+    "What is the name of the shop?": "miller",
+    "What is the manager's name?": "finch",
+    "Who is the manager?": "finch",
+}
+ASKED = (1, 4, 8, 16, 32, 48)
+"""Turns behind which the chat is asked, beside the last."""
 
 
-def place(engine: Engine, shape: Shape | None, window: int | None = None) -> None:
+def place(engine: Engine, shape: Shape | None) -> None:
     """Let the engine's caches stand in the window as `shape` says; None: never move."""
-    engine.horizon = Horizon(engine.model, engine.specs, (window or engine.window) if shape else None, shape)
+    engine.horizon = Horizon(engine.model, engine.specs, engine.window if shape else None, shape)
 
 
 def block_nll(engine: Engine, cache: Cache, ids: list[int]) -> float:
@@ -81,28 +82,22 @@ def fresh(llm: LLM, ids: list[int]) -> dict[str, Any]:
     return {"blocks": sorted(by_block), "nll": [by_block[block] for block in sorted(by_block)]}
 
 
-def talk(llm: LLM, name: str, text: list[str], window: int) -> dict[str, Any]:
-    """A chat whose every turn brings a passage of the book and a question: which answers obey the system message."""
-    messages, said = [{"role": "system", "content": SYSTEM}], []
-    for turn, passage in enumerate(text):
-        asked = QUESTIONS[turn % len(QUESTIONS)]
-        messages.append({"role": "user", "content": f"Here is a passage.\n\n{passage}\n\n{asked}"})
-        result = llm.chat(messages, session=name, sampling=SamplingParams(max_tokens=12))
-        messages.append({"role": "assistant", "content": result.text})
-        tokens = llm.session(name).cache.seen
-        obeys = result.text.lstrip(" \"*'").upper().startswith("AHOY")
-        said.append({"tokens": tokens, "obeys": obeys, "text": result.text})
-        print(tokens, obeys, repr(result.text), flush=True)
-    return {
-        "slots": llm.engine.config.slots,
-        "within": share([turn["obeys"] for turn in said if turn["tokens"] <= window]),
-        "beyond": share([turn["obeys"] for turn in said if turn["tokens"] > window]),
-        "turns": said,
-    }
-
-
-def share(obeyed: list[bool]) -> str:
-    return f"{sum(obeyed)} of {len(obeyed)}"
+def talk(llm: LLM, text: list[str]) -> list[dict[str, Any]]:
+    """A chat whose every turn brings a passage of the book and OK as its answer: what it says now and then about the
+    system message, asked on a branch, so that no answer of its own tells it later."""
+    messages, found = [{"role": "system", "content": SYSTEM}], []
+    short = SamplingParams(max_tokens=24)
+    for turn, passage in enumerate(text, start=1):
+        messages.append({"role": "user", "content": f"Here is a passage.\n\n{passage}\n\nSay OK."})
+        llm.chat(messages, session="book", sampling=short.replace(max_tokens=1))
+        messages.append({"role": "assistant", "content": "OK."})
+        if turn not in ASKED and turn < len(text):
+            continue
+        said = {q: llm.chat([*messages, {"role": "user", "content": q}], sampling=short).text for q in QUESTIONS}
+        right = sum(word in said[asked].lower() for asked, word in QUESTIONS.items())
+        found.append({"tokens": llm.session("book").cache.seen, "right": right, "said": said})
+        print(found[-1], flush=True)
+    return found
 
 
 def passages(llm: LLM, text: str, size: int, count: int) -> list[str]:
@@ -117,9 +112,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--only", nargs="*", default=["fresh", *WAYS, "chat"], help="ways to measure")
-    parser.add_argument("--window", type=int, help="pretend that the model was trained on fewer positions (chat)")
-    parser.add_argument("--turns", type=int, default=48)
-    parser.add_argument("--passage", type=int, default=400, help="tokens of the passage in each turn (chat)")
+    parser.add_argument("--passage", type=int, default=1000, help="tokens of the passage in each turn (chat)")
     arguments = parser.parse_args()
     path = RESULTS / "endurance.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
@@ -135,16 +128,12 @@ def main() -> None:
             place(llm.engine, WAYS.get(name))
             reading[name] = fresh(llm, ids) if name == "fresh" else endure(llm, ids)
             write("endurance", known)
-    if "chat" in arguments.only:
-        window = arguments.window or llm.engine.window or 0
-        texts = passages(llm, book(arguments.text), arguments.passage, arguments.turns)
-        for name in ("re-mapped", "as is"):
-            place(llm.engine, WAYS[name], window)
-            key = f"{Path(llm.name).stem}, window {window}, {name}"
-            if key not in chats:
-                print(key, flush=True)
-                chats[key] = talk(llm, name, texts, window)
-                write("endurance", known)
+    key = f"{Path(llm.name).stem}, {arguments.tokens} tokens"
+    if "chat" in arguments.only and key not in chats:
+        place(llm.engine, Shape())
+        texts = passages(llm, book(arguments.text), arguments.passage, arguments.tokens // arguments.passage)
+        chats[key] = {"slots": arguments.slots, "questions": len(QUESTIONS), "asked": talk(llm, texts)}
+        write("endurance", known)
     if reading:
         lines = {name: ([(n + 1) * BLOCK for n in way["blocks"]], way["nll"]) for name, way in reading.items()}
         title = f"A book in {known['slots']:,} slots ({known['model']})"

@@ -23,7 +23,7 @@ from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.engine import Engine
 from zsmerge_llm.probe import GENERIC, chat_probe, question
 from zsmerge_llm.profile import Profile
-from zsmerge_llm.recall import Recall
+from zsmerge_llm.recall import Recall, tail
 
 FOLLOW_UPS = 2
 
@@ -80,11 +80,12 @@ class Reader:
             layer.generic = len(self.generic)
         return cache
 
-    def read(self, cache: Cache, policy: Policy, ids: list[int], probe: list[int]) -> None:
-        """Read in passes of equal length, so that each of them ends with a compression once the slots are full."""
+    def read(self, cache: Cache, policy: Policy, ids: list[int], probe: list[int], behind: int = 0) -> None:
+        """Read in passes of equal length, so that each of them ends with a compression once the slots are full.
+        behind: `tail` of `Engine.read`."""
         most = policy.chunk or len(ids)
         self.engine.chunk = -(-len(ids) // -(-len(ids) // most))
-        self.engine.read(cache, ids, probe=probe or None)
+        self.engine.read(cache, ids, probe=probe or None, tail=behind)
 
     def begin(self, policy: Policy, budget: Budget, item: Item) -> Cache | None:
         """What reading a document has in common for all questions: the passes before the last one, without a probe."""
@@ -103,16 +104,17 @@ class Reader:
         """A cache that has read the item; with `asked`, the question too, but for its last token. With `begun`, a copy
         of what has read the item's first tokens goes on."""
         cache = self.new_cache(policy, budget, item.tokens) if begun is None else copy.deepcopy(begun)
-        tail = self.asking(policy, budget, item, asked)[:-1] if asked is not None else []
+        ending = self.asking(policy, budget, item, asked)[:-1] if asked is not None else []
+        behind = 0 if asked is None else tail(len(ending) + 1 - len(asked.asking))
         if policy.newest_only or policy.chunk is None or len(item.parts) == 1:
-            parts = [([token for ids, _ in item.parts for token in ids] + tail, item.parts[-1][1])]
+            parts = [([token for ids, _ in item.parts for token in ids] + ending, item.parts[-1][1])]
             if policy.newest_only:
                 parts = [(parts[0][0][-budget.slots(item.tokens) :], [])]
         else:
-            parts = [*item.parts, *([(tail, [])] if tail else [])]
+            parts = [*item.parts, *([(ending, [])] if ending else [])]
         for ids, own in parts:
             new = ids if begun is None else ids[cache.seen :]
-            self.read(cache, policy, new, self.probe(policy, asked.probe if asked is not None else own))
+            self.read(cache, policy, new, self.probe(policy, asked.probe if asked is not None else own), behind)
         return cache
 
     def probe(self, policy: Policy, question: list[int]) -> list[int]:

@@ -20,8 +20,8 @@ PROMPT = PromptTemplate("{document}\n\n{question}")
 
 
 class Captain(BaseModel):
-    captain_name: str
     ship_name: str
+    captain_name: str
 
 
 class Keeper(BaseModel):

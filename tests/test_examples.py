@@ -34,8 +34,9 @@ def test_the_langchain_chain_answers_over_the_whole_document() -> None:
 
 
 def test_the_llamaindex_engine_answers_over_the_whole_document() -> None:
-    # SmolLM2 names the captain in some forms of the prompt and not in this one, though the passage that does is in it.
-    assert "The keeper of the lighthouse is Agnes Hill." in run("llamaindex_document_query.py")
+    printed = run("llamaindex_document_query.py")
+    assert "Stone" in printed
+    assert "Agnes Hill" in printed
 
 
 def test_the_chat_loop_reads_only_what_is_new() -> None:
@@ -86,6 +87,7 @@ def test_a_chatbot_goes_on_where_another_process_stopped(tmp_path: Path) -> None
 def test_objects_are_extracted_from_a_long_document() -> None:
     printed = run("structured_extraction.py")
     found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    assert [list(each) for each in found] == [["captain_name", "ship_name"], ["keeper_name"]]
-    assert "Marigold" in found[0]["ship_name"]  # its captain's name is beyond SmolLM2 here
+    assert [list(each) for each in found] == [["ship_name", "captain_name"], ["keeper_name"]]
+    assert "Marigold" in found[0]["ship_name"]
+    assert "Stone" in found[0]["captain_name"]
     assert "Agnes Hill" in found[1]["keeper_name"]

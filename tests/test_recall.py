@@ -15,7 +15,7 @@ from tests.tiny import tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.engine import Engine
 from zsmerge_llm.errors import ConfigError
-from zsmerge_llm.recall import HEADING, OPENING, TERM, WORDS, Recall, ranked, split
+from zsmerge_llm.recall import HEADING, OPENING, TERM, WORDS, Recall, content, ranked, split
 
 FACT = "The password of the harbour vault is falcon seven."
 FILLER = ["Rain fell on the quiet village all day long.", "Nobody in the market sold any bread that week."]
@@ -97,14 +97,33 @@ def test_a_short_answer_is_found_by_its_question(recall: Recall) -> None:
     assert "old tower, in feet?\n\nNinety." in recall.into(messages, slots=1000)[-1]["content"]
 
 
-def test_only_users_ask_and_systems_are_not_quoted(recall: Recall) -> None:
+def test_only_users_ask_and_a_system_message_that_is_held_is_not_quoted(recall: Recall) -> None:
     result = {"role": "tool", "content": FACT, "tool_call_id": "1"}
     messages = [*said(FACT, "I see."), result]
     assert recall.into(messages, slots=1000) == messages
     system = {"role": "system", "content": FACT}
-    assert recall.into([system, *said("The password?")], slots=1000) == [system, *said("The password?")]
+    asked = [system, *said("The password?")]
+    assert recall.into(asked, slots=1000, guided=True) == asked, "the cache holds it"
+    assert FACT in recall.into(asked, slots=1000)[-1]["content"]
     asked = said(FACT, "I see.", "The password?")
     assert Recall(recall.template, 0).into(asked, slots=1000) == asked
+
+
+@pytest.mark.parametrize("asked", ["What is the colour of the captain's hat?", "What about it, then?", "??"])
+def test_what_shares_too_little_with_a_question_is_not_read_again(recall: Recall, asked: str) -> None:
+    chat = said(*(text for fact in chatter(14) for text in (fact, "I see.")), asked)
+    assert recall.into(chat, slots=1000) == chat
+
+
+@pytest.mark.parametrize("way", ["{}", "Could you please tell me: {}", "Question: {}\nAnswer:"])
+def test_how_a_question_is_put_does_not_hide_what_it_is_about(recall: Recall, way: str) -> None:
+    chat = said(FACT, "I see.", *FILLER, way.format("What is the password of the vault?"))
+    assert FACT in recall.into(chat, slots=1000)[-1]["content"]
+
+
+def test_common_words_are_left_out_in_the_language_of_the_question() -> None:
+    assert content("When did the war end?") == ["war", "end"]
+    assert content("Wie heißt der Kapitän, der die Reise begann?") == ["heißt", "kapit", "reise", "began"]
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------
@@ -202,12 +221,14 @@ def test_a_turn_that_fits_into_the_newest_share_is_held_whole_while_it_is_read()
     engine = Engine(tiny_model("qwen2"), config)
     cache = engine.new_cache()
     engine.read(cache, tokens(200))
-    engine.read(cache, tokens(32, seed=1), probe=tokens(3, seed=2))
+    assert config.lately == (64 - config.sink) // 2
+    engine.read(cache, tokens(config.lately, seed=1), probe=tokens(3, seed=2))
+    end = 200 + config.lately
     for layer in cache.layers:
         held = layer.position[0][layer.count[0] > 0].view(layer.spec.kv_heads, -1)
-        assert all(set(range(200, 232)) <= set(head.tolist()) for head in held)
+        assert all(set(range(200, end)) <= set(head.tolist()) for head in held)
     engine.read(cache, tokens(50, seed=3), probe=tokens(3, seed=2))
-    newest = [set(head.tolist()) >= set(range(232, 282)) for layer in cache.layers for head in layer.position[0]]
+    newest = [set(head.tolist()) >= set(range(end, end + 50)) for layer in cache.layers for head in layer.position[0]]
     assert not all(newest)  # a longer one has to share
 
 
@@ -219,7 +240,7 @@ def test_a_conversation_that_goes_on_keeps_its_newest_tokens(latest: float) -> N
     engine.read(cache, tokens(200), probe=tokens(3, seed=2))
     engine.read(cache, tokens(80, seed=1), probe=tokens(3, seed=2), reserving=True)
     cache.make_room()
-    kept = int(latest * 64)
+    kept = config.lately
     for layer in cache.layers:
         for head in layer.position[0, :, :64]:
             assert set(range(280 - kept, 280)) <= set(head.tolist())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
@@ -227,11 +227,12 @@ def speak(engine: Engine, answer: Answer, cancel: Event | None) -> Generator[Chu
 
 
 class Prompt(NamedTuple):
-    """One of several prompts that are answered together: its ids and probe; `reserving` as for `Engine.read`,
-    `recalled` as for `Answer`."""
+    """One of several prompts that are answered together: its ids, its probe and what its cache may hold; `reserving`
+    as for `Engine.read`, `recalled` as for `Answer`."""
 
     ids: Sequence[int]
     probe: Sequence[int]
+    config: CacheConfig
     reserving: bool = False
     recalled: int = 0
 
@@ -244,13 +245,11 @@ def together(
     params: SamplingParams,
     limit: int | None,
     cancel: Event | None,
-    budget: Callable[[int], CacheConfig],
     continues: bool = False,
 ) -> list[Result]:
     """Read several prompts one by one, and decode their answers together.
 
-    limit: tokens that a prompt may have; budget: what a cache for so many tokens may hold. Raises as `Answer` and
-    `check_length`, before anything is read.
+    limit: tokens that a prompt may have. Raises as `Answer` and `check_length`, before anything is read.
     """
     from zsmerge_llm.engine import Cancelled
 
@@ -258,7 +257,7 @@ def together(
         return []
     for each in prompts:
         check_length(len(each.ids) - each.recalled, params, limit, engine.reach)
-    caches = [engine.new_cache(budget(len(each.ids))) for each in prompts]
+    caches = [engine.new_cache(each.config) for each in prompts]
     answers = [
         Answer(cache, each.ids, params, tokenizer, continues=continues, form=form, recalled=each.recalled)
         for cache, each, form in zip(caches, prompts, forms, strict=True)

@@ -14,6 +14,8 @@ Scoring = Literal["attention", "window", "position"]
 
 AHEAD_FLOOR = 0.02
 """`floor` where nobody knows yet what will be asked."""
+PINNED = 64
+"""Tokens that are kept for their place, beyond the sinks, come in multiples of this."""
 ROUNDING = 1e-6
 """What a number of slots may be off by before it counts as another."""
 
@@ -47,9 +49,10 @@ class CacheConfig:
       (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None. `reserve` is the share
       of the context slots that these do not decide about, once a conversation goes on: it goes by (g + 0.02) · ‖v‖,
       where g is what a general probe paid, one that stands for all that has not been asked yet; and the newest tokens
-      have at least `latest` of the slots then: most of what is said next is about them. A turn that fits into these is
-      held whole while it is read. While a text longer than `slots` is read with its question, `passages` is the share
-      of the slots decided by the question that goes to the passages which all layers together look at;
+      have at least `latest` of the slots behind the sinks then: most of what is said next is about them. A turn that
+      fits into these is held whole while it is read. While a text longer than `slots` is read with its question,
+      `passages` is the share of the slots decided by the question that goes to the passages which all layers together
+      look at. In a conversation the sinks are all of its system message and tools (`LLM`);
     - `"position"`: newest first (sliding window with sinks).
 
     `shares` are weights of the full-attention layers, first layer first, with mean 1: layer i holds about
@@ -123,7 +126,7 @@ class CacheConfig:
     @property
     def lately(self) -> int:
         """Slots that the newest tokens get of `latest`. 0 for the exact cache."""
-        return round(self.latest * (self.slots or 0))
+        return 0 if self.slots is None else round(self.latest * (self.slots - self.sink))
 
     def keeping(self, newest: int) -> CacheConfig:
         """This rule where so many of the newest tokens stay, as far as they fit and a window decides."""
@@ -131,6 +134,18 @@ class CacheConfig:
             return self
         recent = min(newest, self.slots - self._least + self.recent)
         return self if recent <= self.recent else self.replace(recent=recent)
+
+    def pinning(self, guide: int) -> CacheConfig:
+        """This rule where the first `guide` tokens stay, what a system message and tools say: as sinks.
+
+        They come in multiples of 64, because only conversations with the same rule decode in one pass. Unchanged where
+        they are more than half of the slots, or where no window decides.
+        """
+        if self.scoring != "window" or self.slots is None or not self.sink < guide <= self.slots // 2:
+            return self
+        sink = min(-(-guide // PINNED) * PINNED, self.slots // 2)
+        recent = min(self.recent, self.slots - sink - self.residual - 1)
+        return self.replace(sink=sink, recent=recent) if recent > 0 else self
 
     @property
     def _least(self) -> int:

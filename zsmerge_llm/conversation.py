@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
@@ -70,18 +70,29 @@ class Turn:
         self.points.append(Snapshot(self.digests[messages], messages, tokens, self.cache.clone(), kind))
 
 
+class Whole(NamedTuple):
+    """A conversation from its beginning: its ids, the budget for them, and how many of the ids stem from the system
+    message and the tools (`guide`) or are passages that are read once more (`recalled`)."""
+
+    ids: list[int]
+    guide: int
+    config: CacheConfig
+    recalled: int = 0
+
+
 @dataclass(frozen=True)
 class Conversations:
     """The sessions of one model, as conversations of messages.
 
-    config, document_config: the budget for a first prompt, or a document, of so many tokens. today: the date on which a
-    new one begins.
+    config, document_config: the budget for a first prompt, or a document, of so many tokens; for the former also of how
+    many of these, its first, stem from the system message and the tools, and stay. today: the date on which a new one
+    begins.
     """
 
     store: Store
     template: Template
     new_cache: Callable[[CacheConfig], Cache]
-    config: Callable[[int], CacheConfig]
+    config: Callable[[int, int], CacheConfig]
     document_config: Callable[[int], CacheConfig]
     recall: Recall
     today: Callable[[], date] = date.today
@@ -176,7 +187,7 @@ class Conversations:
         if name is None:
             name = title if title not in self.store else f"{title}-{digest[:8]}"
         session = Session(name, self.store.fingerprint, template.today, document=text)
-        cache = self.new_cache((self.config if known else self.document_config)(len(tokens)))
+        cache = self.new_cache(self.config(len(tokens), 0) if known else self.document_config(len(tokens)))
         return Turn([], None, [digest], template, session, True, None, cache, tokens, 0, "new")
 
     def keep_document(self, turn: Turn) -> None:
@@ -230,27 +241,29 @@ class Conversations:
         cache, plain = turn.cache, len(turn.tokens)
         if cache.lossless is None or cache.config.slots is None or plain <= cache.lossless or not turn.ids:
             return
-        asking = self.recall.into(turn.messages, cache.config.slots)
+        guided = cache.config.sink > self.config(0, 0).sink
+        asking = self.recall.into(turn.messages, cache.config.slots, guided)
         following = self._following(turn.template, found, asking, turn.tools)
         if following is not None:
             turn.tokens = [*found.snapshot.tokens, *following]
             turn.recalled = len(turn.tokens) - plain
 
-    def prompt(self, template: Template, messages: list[Message], tools: Tools) -> tuple[list[int], int]:
-        """The ids of a whole conversation, and how many of them are passages that are read once more."""
+    def whole(self, template: Template, messages: list[Message], tools: Tools) -> Whole:
+        """A whole conversation as it is read from its beginning."""
         tokens = template.encode(template.render(messages, tools))
-        slots = self.config(len(tokens)).slots
-        if slots is None or len(tokens) <= slots:
-            return tokens, 0
-        both = template.encode(template.render(self.recall.into(messages, slots), tools))
-        return both, len(both) - len(tokens)
+        guide = _common_beginning(template, messages, tools, tokens)
+        config = self.config(len(tokens), guide)
+        if config.slots is None or len(tokens) <= config.slots:
+            return Whole(tokens, guide, config)
+        both = template.encode(template.render(self.recall.into(messages, config.slots, config.sink >= guide), tools))
+        return Whole(both, guide, config, len(both) - len(tokens))
 
     def _afresh(
         self, messages: list[Message], tools: Tools, digests: list[str], name: str | None, text: str | None, why: str
     ) -> Turn:
         """A turn that has to read everything, and why."""
         template = self._dated(self.today())
-        tokens, recalled = self.prompt(template, messages, tools)
+        whole = self.whole(template, messages, tools)
         first = 2 + (messages[0]["role"] == "system")  # a greeting alone makes no conversation that is known
         similar = self.store.resembling(digests[first:])
         if text is not None:
@@ -261,9 +274,9 @@ class Conversations:
             why = why or f"the messages and tools are not those of session {name!r}"
         session, expected = self._session(name, template.today, text, {})
         reuse = f"reread: {why}" if why else "new"
-        cache = self.new_cache(self.config(len(tokens)))
-        turn = Turn(messages, tools, digests, template, session, True, expected, cache, tokens, 0, reuse)
-        turn.prefix, turn.recalled = _common_beginning(template, messages, tools, tokens), recalled
+        cache = self.new_cache(whole.config)
+        turn = Turn(messages, tools, digests, template, session, True, expected, cache, whole.ids, 0, reuse)
+        turn.prefix, turn.recalled = whole.guide if whole.guide >= MIN_PREFIX else 0, whole.recalled
         return turn
 
     def _session(
@@ -276,7 +289,10 @@ class Conversations:
 
     def _suits(self, point: Snapshot, following: list[int]) -> bool:
         """Whether the point's cache has the budget that a conversation which begins so would get."""
-        return point.kind != "prefix" or point.cache.config == self.config(len(point.tokens) + len(following))
+        if point.kind != "prefix":
+            return True
+        guide = len(point.tokens)
+        return point.cache.config == self.config(guide + len(following), guide)
 
     def _template(self, found: Found) -> Template:
         """The template as it was when the point was read; a beginning is only shared while its date is right."""
@@ -341,5 +357,4 @@ def _common_beginning(template: Template, messages: list[Message], tools: Tools,
     other = template.encode(template.render([*system, {"role": "user", "content": "\x1f"}], tools))
     special = set(template.tokenizer.all_special_ids)
     same = next((at for at, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b), len(other))
-    cut = max((at for at in range(same) if tokens[at] in special), default=0)
-    return cut if cut >= MIN_PREFIX else 0
+    return max((at for at in range(same) if tokens[at] in special), default=0)

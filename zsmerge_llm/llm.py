@@ -243,8 +243,7 @@ class LLM:
         form = parts.forms.chat(checked, tools, tool_choice, parallel_tool_calls, response_format, grammar)
         turn = parts.conversations.begin(form.noted(checked), tools, session, reread=reread)
         check_length(len(turn.tokens) - turn.recalled, params, self.max_input_tokens, parts.engine.reach)
-        template = parts.template
-        asking = chat_probe(template, probe) if probe else message_probe(template, checked[-1]["content"])
+        asking = chat_probe(parts.template, probe) if probe else message_probe(parts.template, checked[-1]["content"])
         answer = Answer(
             turn.cache,
             turn.tokens,
@@ -271,16 +270,16 @@ class LLM:
     ) -> list[Result]:
         """Answer several conversations together, in order. Raises as `stream`, before anything is read."""
         parts = self._load()
-        template = parts.template
         checked = [normalise(messages) for messages in conversations]
         wanted = (tools, tool_choice, parallel_tool_calls, response_format, grammar)
         forms = [parts.forms.chat(each, *wanted) for each in checked]
         prompts = []
         for form, each in zip(forms, checked, strict=True):
-            ids, recalled = parts.conversations.prompt(template, form.noted(each), tools)
-            prompts.append(Prompt(ids, message_probe(template, each[-1]["content"]), going_on(each), recalled))
-        params, limit, budget = sampling or SamplingParams(), self.max_input_tokens, parts.profile.config
-        return together(parts.engine, parts.tokenizer, prompts, forms, params, limit, cancel, budget)
+            whole = parts.conversations.whole(parts.template, form.noted(each), tools)
+            asking = message_probe(parts.template, each[-1]["content"])
+            prompts.append(Prompt(whole.ids, asking, whole.config, going_on(each), whole.recalled))
+        params = sampling or SamplingParams()
+        return together(parts.engine, parts.tokenizer, prompts, forms, params, self.max_input_tokens, cancel)
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
@@ -388,13 +387,14 @@ class LLM:
         cancel: Event | None = None,
     ) -> list[Result]:
         """Continue several texts together, in order. Raises as `stream_complete`, before anything is read."""
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
-        parts = self._load()
-        template, budget = parts.template, parts.profile.config
-        read = [Prompt(own, completion_probe(template, own, prompt)) for own, prompt in zip(ids, prompts, strict=True)]
-        forms, params = [parts.forms.plain(response_format, grammar)] * len(ids), sampling or SamplingParams()
-        limit = self.max_input_tokens
-        return together(parts.engine, parts.tokenizer, read, forms, params, limit, cancel, budget, continues=True)
+        ids, parts = [self._prompt_ids(prompt) for prompt in prompts], self._load()
+        read = [
+            Prompt(own, completion_probe(parts.template, own, prompt), parts.profile.config(len(own)))
+            for own, prompt in zip(ids, prompts, strict=True)
+        ]
+        forms, limit = [parts.forms.plain(response_format, grammar)] * len(ids), self.max_input_tokens
+        params = sampling or SamplingParams()
+        return together(parts.engine, parts.tokenizer, read, forms, params, limit, cancel, continues=True)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or not prompt:

@@ -62,13 +62,13 @@ class Profile:
                 self._shares = _load(self._path, layers) or self._found(layers)
             return self._shares
 
-    def config(self, tokens: int) -> CacheConfig:
-        """The budget of a conversation whose first prompt has so many tokens.
+    def config(self, tokens: int, guide: int = 0) -> CacheConfig:
+        """The budget of a conversation whose first prompt has so many tokens, of which `guide` say what it is about.
 
         Less uneven than a document's: where the question is known the guess is better, and a small model whose other
         layers have little left talks in circles. No layer gets less than one passage needs, as far as there is so much.
         """
-        config = self._engine.config
+        config = self._engine.config.pinning(guide)
         shares = self._shares_for(config, tokens)
         if config.slots is None or not shares:
             return config

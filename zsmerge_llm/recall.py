@@ -5,11 +5,13 @@ turn whose cache loses something looks for those passages of what was said befor
 (BM25), and reads a fixed number of their tokens again, as a part of the question's message. Nobody has to know before
 what will be asked, and what is read for a turn does not grow with the conversation.
 
-The search finds words, not meanings: the cache is what knows the rest.
+The search finds words, not meanings: the cache is what knows the rest. Where no passage shares enough with the question
+nothing is read again: small models answer from whatever stands before a question (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,23 @@ ROOT = 5
 """Letters of a word that tell it from others: "compresses" and "compressed" are the same to the search."""
 TERM = "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\w+"
 """What is searched for: words, and single characters of scripts that write no spaces."""
+SHARED = 0.35
+"""How much of what a question says one of the passages that fit best has to share, each word counted by how rare it is;
+the others half as much. Where an answer is found without this, 1 to 3 % share less, and 77 % of what fits best to
+a question about another text does (benchmarks/LOG.md)."""
+BEST = 3
+"""Passages among which one has to share so much."""
+UNKNOWN = 0.5
+"""What a word counts for that no passage has, of what the rarest would: it may be just the asker's way to put it."""
+ASKING = frozenset(
+    re.findall(
+        TERM,
+        "above according along another answer aside besides called can could describe different document else example "
+        "explain give kind know many may mean means meant mention might much name named names passage please query "
+        "question refer referred referring say sort tell term terms text type use used usual usually want way would",
+    )
+)
+"""Words that ask, beside those that every English text has: they say nothing about what is asked."""
 HEADING = 12
 """Words that a paragraph has to have to be a passage of its own."""
 END = "[.!?][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\n(?![a-z])\\s*"
@@ -50,11 +69,13 @@ class Recall:
     template: Template
     tokens: int
 
-    def into(self, messages: list[Message], slots: int) -> list[Message]:
+    def into(self, messages: list[Message], slots: int, guided: bool = False) -> list[Message]:
         """The messages, the last of them with the passages that it asks for; unchanged where there are none.
 
         Only a user's message asks. Of a message that is longer than the `slots` of the cache, the end asks for what
         stands before; of any other, the passages come first. They take up half of the cache at most.
+
+        guided: whether the cache holds all that the system says anyway.
         """
         *before, last = messages
         if last["role"] != "user" or not self.tokens:
@@ -65,6 +86,7 @@ class Recall:
             start = 0
         asked = content if size <= LONGEST else question(content)
         said = [*before, {**last, "content": content[:start]}]
+        said = [each for each in said if not guided or each["role"] != "system"]
         again = block(self.passages(said, asked, min(self.tokens, slots // 2)))
         return [*before, {**last, "content": content[:start] + again + content[start:]}] if again else messages
 
@@ -76,7 +98,7 @@ class Recall:
             content, role = message["content"], message["role"]
             if role == "assistant" and passages and _words(content) < HEADING:  # is found by what it answers
                 passages[-1] += f"\n\n{content}"
-            elif role != "system":
+            else:
                 passages += split(content, size)
         found: list[int] = []
         for index in ranked(passages, asked):
@@ -118,16 +140,29 @@ def _ends(text: str, size: int) -> Iterator[tuple[int, bool]]:
 
 
 def ranked(passages: Sequence[str], asked: str) -> list[int]:
-    """Numbers of the passages that share a word with what is asked, those that share the rarest first."""
+    """Numbers of the passages that share enough with what is asked, those that share the rarest words first."""
     import bm25s  # takes a moment, and is not needed before something was lost
 
-    sought, told = sorted(set(terms(asked))), [terms(passage) for passage in passages]
+    sought, told = sorted(set(content(asked))), [terms(passage) for passage in passages]
     if not sought or not any(told):
         return []
+    kinds = [set(passage) for passage in told]
+    rarity = _rarity(sought, kinds)
+    shared = [sum(rarity[term] for term in rarity.keys() & kind) for kind in kinds]
+    least = SHARED * sum(rarity.values())
     index = bm25s.BM25()
     index.index(told, show_progress=False)
-    scores = index.get_scores(sought)
-    return [at for at in (-scores).argsort(kind="stable").tolist() if scores[at] > 0]
+    order = (-index.get_scores(sought)).argsort(kind="stable").tolist()
+    if max(shared[at] for at in order[:BEST]) < least:
+        return []
+    return [at for at in order if shared[at] >= least / 2]
+
+
+def _rarity(sought: Sequence[str], kinds: Sequence[set[str]]) -> dict[str, float]:
+    """BM25's weight of each term sought: the fewer passages have it, the more. kinds: the terms of each passage."""
+    having = {term: sum(term in kind for kind in kinds) for term in sought}
+    weight = {term: math.log1p((len(kinds) - having[term] + 0.5) / (having[term] + 0.5)) for term in sought}
+    return {term: weight[term] if having[term] else UNKNOWN * weight[term] for term in sought}
 
 
 def _words(text: str) -> int:
@@ -137,3 +172,13 @@ def _words(text: str) -> int:
 def terms(text: str) -> list[str]:
     """What a text is found by."""
     return [word[:ROOT] for word in re.findall(TERM, text.lower())]
+
+
+def content(asked: str) -> list[str]:
+    """What a question is about: its terms without the words that every text of its language has."""
+    from bm25s import stopwords
+
+    languages = [getattr(stopwords, name) for name in dir(stopwords) if name.startswith("STOPWORDS_")]
+    words = re.findall(TERM, asked.lower())
+    common = max(languages, key=lambda language: sum(word in language for word in words))
+    return [word[:ROOT] for word in words if word not in common and word not in ASKING]

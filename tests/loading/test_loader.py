@@ -154,8 +154,9 @@ def test_a_model_object_cannot_be_changed(folder: Path, change: dict[str, str]) 
 
 
 def test_something_that_is_no_model_is_refused() -> None:
+    wrong: Any = 3
     with pytest.raises(ConfigError, match="not int"):
-        load(3)  # type: ignore[arg-type]
+        load(wrong)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
