@@ -1,4 +1,4 @@
-"""The C++ kernels of decode steps give what plain PyTorch gives."""
+"""The C++ kernels of decode steps and of reading give what plain PyTorch gives."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.tiny import tiny_model
 from zsmerge_llm import CacheConfig, kernels
 from zsmerge_llm.engine import Engine
+from zsmerge_llm.fusion import READ_AFTER
 from zsmerge_llm.lowbit import round_to_int4, round_to_int8
 
 DTYPES = list(kernels.DTYPES)
@@ -22,6 +23,7 @@ ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
     kernels.build()
+    kernels.build(kernels.READING)
 
 
 def difference(given: Tensor, expected: Tensor) -> float:
@@ -196,6 +198,91 @@ def test_looking_at_slots_is_attention_by_the_book(
         bias = (0.6 * count[row, :, None, :end].log()).masked_fill(hidden, float("-inf"))
         expected = by_the_book(query[row], keys[row, :, :end], values[row, :, :end], bias, size**-0.5, cap, sinks)
         assert difference(output[row], expected) < ROUNDING[dtype]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bases=st.lists(st.integers(0, 700), min_size=1, max_size=3),
+    heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    size=st.sampled_from([8, 32, 48, 64, 80, 128]),
+    tokens=st.one_of(st.integers(9, 200), st.sampled_from([64, 512, 576])),
+    cap=st.sampled_from([None, 5.0]),
+    window=st.sampled_from([None, 40, 300]),
+    merged=st.booleans(),
+    learned=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_reading_is_attention_by_the_book(
+    bases: list[int], heads: int, group: int, size: int, tokens: int, cap: float | None, window: int | None,
+    merged: bool, learned: bool, seed: int,
+) -> None:  # fmt: skip
+    if not kernels.multiplies_bfloat16():
+        return
+    torch.manual_seed(seed)
+    rows, room = len(bases), max(bases) + tokens
+    query = torch.randn(rows, tokens, heads * group, size).bfloat16().transpose(1, 2)  # as models give it
+    keys, values = (torch.randn(rows, heads, room + 5, size).bfloat16()[:, :, :room] for _ in range(2))
+    bias = torch.randn(rows, heads, room) if merged else None
+    if bias is not None:
+        bias[:, :, 1] = float("-inf")  # an empty slot
+    position = torch.arange(room, dtype=torch.int32).expand(rows, room)
+    asking = torch.tensor(bases, dtype=torch.int32)[:, None] + torch.arange(tokens, dtype=torch.int32)
+    sinks = torch.randn(heads * group) if learned else None
+
+    output = kernels.read(
+        query, keys, values, bases, scaling=size**-0.5, softcap=cap, sinks=sinks, window=window, bias=bias,
+        asking=asking, position=position,
+    )  # fmt: skip
+
+    for row, base in enumerate(bases):
+        at = base + torch.arange(tokens)[:, None]
+        hidden = torch.arange(room) > at
+        if window is not None:
+            hidden |= at - torch.arange(room) >= window
+        added = torch.zeros(heads, 1, room) if bias is None else bias[row][:, None]
+        added = added.masked_fill(hidden, float("-inf"))
+        expected = by_the_book(query[row], keys[row], values[row], added, size**-0.5, cap, sinks)
+        assert difference(output[row], expected) < ROUNDING[torch.bfloat16]
+
+
+def test_tokens_that_do_not_stand_in_the_slots_are_refused() -> None:
+    query, slots = torch.ones(1, 2, 20, 8).bfloat16(), torch.ones(1, 1, 30, 8).bfloat16()
+    with pytest.raises(RuntimeError, match=r"do not stand in slots 11 to 31|needs a processor"):
+        kernels.read(query, slots, slots, [11], scaling=1.0, softcap=None, sinks=None)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2-softcap", "gpt_oss-sinks"])
+@pytest.mark.parametrize("config", [CacheConfig(slots=128), CacheConfig.paper(slots=128)], ids=["default", "paper"])
+def test_an_engine_reads_with_the_kernels_what_it_reads_without(name: str, config: CacheConfig) -> None:
+    model, ids = tiny_model(name, dtype=torch.bfloat16), [(7 * at) % 90 for at in range(300)]
+
+    def read(compile: bool) -> Tensor:
+        engine = Engine(model, config, chunk=40, compile=compile)
+        engine.fusion.reads = compile and kernels.multiplies_bfloat16()
+        cache = engine.new_cache()
+        return engine.read(cache, ids, probe=ids[:12])
+
+    assert difference(read(compile=True), read(compile=False)) < 0.05
+
+
+def test_the_kernels_of_reading_load_where_they_were_built_or_when_much_was_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def reads(tokens: int, **how: object) -> bool:
+        engine = Engine(tiny_model(dtype=torch.bfloat16), **how)  # type: ignore[arg-type]
+        for _ in range(tokens // 500):
+            engine.fusion.count(500)
+        return engine.fusion.reads
+
+    can = kernels.multiplies_bfloat16()
+    assert kernels.built(kernels.READING)
+    assert reads(500) == can
+    monkeypatch.setattr(kernels, "built", lambda _: False)
+    assert not reads(READ_AFTER - 500)
+    assert reads(READ_AFTER + 500) == can
+    assert reads(0, compile=True) == can
+    assert not reads(READ_AFTER + 500, compile=False)
 
 
 def test_the_newest_queries_push_out_the_oldest() -> None:

@@ -101,8 +101,8 @@ class Step(Carrier):
 
     position [B, T] covers all T = n + m tokens, valid [B, n] (False: padding; None: no padding) the n = `new` to keep;
     counts: how many of them are no padding, for each row; seen [B]: tokens each row has read, these included.
-    kernels: whether those of `kernels` may serve. general: how many of the probe's tokens, its first, stand for what
-    nobody has asked. fresh: see `Arrival`.
+    kernels, reads: whether those of `kernels` for a few tokens, and for many, may serve. general: how many of the
+    probe's tokens, its first, stand for what nobody has asked. fresh: see `Arrival`.
     """
 
     cache: Cache
@@ -112,6 +112,7 @@ class Step(Carrier):
     counts: list[int]
     seen: Tensor
     kernels: bool = False
+    reads: bool = False
     general: int = 0
     fresh: int = 0
     small: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict)
@@ -130,9 +131,34 @@ class Step(Carrier):
         if call.query.shape[2] > self.new:
             keys = torch.cat([keys, call.key[:, :, self.new :]], dim=2)
             values = torch.cat([values, call.value[:, :, self.new :]], dim=2)
-        output = _attend(call, keys, values, self._bias(layer, held, call))
+        if self.reads and kernels.reads(call.query, call.key, call.value):
+            output = self._read(layer, held, call, keys, values)
+        else:
+            output = _attend(call, keys, values, self._bias(layer, held, call))
         self._settle(layer, held, arrival)
         return output
+
+    def _read(self, layer: LayerCache, held: Held, call: Call, keys: Tensor, values: Tensor) -> Tensor:
+        """`_attend` in one kernel, which needs no mask."""
+        window, bias, asking, position = layer.spec.window, None, None, None
+        if window is not None or layer.config.residual:
+            bias = F.pad(policy.slot_bias(held.count, layer.config.alpha), (0, call.query.shape[2] - self.new))
+        if window is not None:
+            asking = self.marks(call.key.device)["position"].to(torch.int32)
+            position = torch.cat([held.position[:, 0], asking[:, self.new :]], dim=1)
+        return kernels.read(
+            call.query,
+            keys,
+            values,
+            held.base,
+            scaling=call.scaling,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            window=window,
+            bias=bias,
+            asking=asking,
+            position=position,
+        )
 
     def attended(self, call: Call) -> None:
         """What `attend` does behind attention, where the tokens stand in their slots already (`replay`)."""

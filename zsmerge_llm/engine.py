@@ -372,7 +372,8 @@ class Engine:
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
         general = 0 if probe is None else probe.general
         kind = Poll if probe is not None and probe.voting else Step
-        step = kind(cache, new, position, valid, counts.tolist(), lengths + counts, self.fusion.kernels, general, fresh)
+        seen, (few, many) = lengths + counts, (self.fusion.kernels, self.fusion.reads)
+        step = kind(cache, new, position, valid, counts.tolist(), seen, few, many, general, fresh)
         logits = self._run(step, ids, wanted)
         step.finish()
         cache.lengths = step.seen.tolist()

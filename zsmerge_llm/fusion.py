@@ -36,6 +36,9 @@ OPTIONS = {"size_asserts": False, "allow_buffer_reuse": False, "inplace_buffers"
 WIDTHS = (1, 1 + AHEAD)
 """Tokens of the passes that are compiled: one, and one with a whole guess behind it."""
 
+READ_AFTER = 16_384
+"""Tokens read before the kernels of reading are built of their own accord, which takes 10 s once on a machine."""
+
 SHAPES = (*((1, width) for width in WIDTHS), (kernels.MOST, 1))
 """Rows and tokens of the passes that are compiled. Several rows, up to so many, only where they can be recorded too."""
 
@@ -91,6 +94,8 @@ class Fusion:
         self._model = model
         self._expected = layers
         self._left = after
+        self.reads = False
+        self._unread = None if after is None else READ_AFTER
         self._layers: list[FusedLayer] = []
         self._matrices: list[FewRows] = []
 
@@ -110,6 +115,7 @@ class Fusion:
             return
         if self._model.device.type == "cpu":
             self._build()
+            self._build_reading()
         try:
             layers = _decoder_layers(self._model, self._expected)
         except UnsupportedModelError as error:
@@ -130,8 +136,27 @@ class Fusion:
         self.replays = {(rows, width): Replay(self._expected, width, rows) for rows, width in SHAPES}
         self.seconds += time.perf_counter() - started
 
+    def _build_reading(self) -> None:
+        """Load the kernels that read, where this machine and the model's numbers are for them."""
+        if self.reads or self._model.dtype != torch.bfloat16:
+            return
+        started = time.perf_counter()
+        try:
+            with _COMPILER:
+                kernels.build(kernels.READING)
+        except UnsupportedModelError as error:
+            log.warning("Reading goes on without kernels of its own: %s", error)
+            return
+        self.reads = kernels.multiplies_bfloat16()
+        self.seconds += time.perf_counter() - started
+
     def count(self, tokens: int) -> None:
-        """Take note of a pass of so many tokens, if it is one that compiling would make faster."""
+        """Take note of a pass of so many tokens, if it is one that kernels or compiling would make faster."""
+        if self._unread is not None and tokens > kernels.MOST and self._model.device.type == "cpu":
+            self._unread -= tokens
+            if self._unread <= 0 or kernels.built(kernels.READING):
+                self._unread = None
+                self._build_reading()
         if self._left is None or tokens not in WIDTHS:
             return
         self._left -= 1

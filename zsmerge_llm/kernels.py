@@ -1,14 +1,18 @@
-"""The C++ kernels of decode steps on a CPU (`cpp/`): built once for each machine, then loaded in milliseconds.
+"""C++ kernels for a CPU (`cpp/`), of decode steps and of reading: built once for each machine, then loaded in no time.
 
 Which calls they serve is decided here; everything else goes the way of plain PyTorch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import operator
+import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -18,8 +22,9 @@ from torch.fx import Graph, GraphModule, Node
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.lowbit import layout
 
-PARTS = ("vectors", "matrices", "attention", "program")
-"""The files of `cpp`, which are one source."""
+DECODING = ("vectors", "matrices", "attention", "program")
+READING = ("vectors", "reading")
+"""The files of `cpp` that are one source."""
 MOST = 8
 """Rows that share one reading of a matrix, and tokens of a pass."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,22 +35,42 @@ VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 @cache
-def build() -> None:
-    """Compile and load the kernels. The first time on a machine takes about half a minute.
+def build(parts: Sequence[str] = DECODING) -> None:
+    """Compile and load kernels. The first time on a machine takes about half a minute, for those of reading 10 s.
 
     Raises:
         UnsupportedModelError: there is no compiler, or it does not take them; the message says what it said.
     """
     from torch._inductor.codecache import CppCodeCache
 
-    folder = files("zsmerge_llm").joinpath("cpp")
-    source = "\n".join(folder.joinpath(f"{part}.cpp").read_text(encoding="utf-8") for part in PARTS)
     try:
-        CppCodeCache.load(source, needs_vec_isa=True, extra_flags=FLAGS)
+        CppCodeCache.load(_source(parts), needs_vec_isa=False, extra_flags=FLAGS)
     except Exception as error:  # whatever a compiler throws, PyTorch's own operators do the same
         raise UnsupportedModelError(f"The kernels could not be built ({type(error).__name__}: {error}).") from error
-    torch.library.register_fake("zsmerge::rows", _like_rows)
-    _takes_packed()  # while a graph is traced, it could not be found out
+    stamp = _stamp(parts)
+    with suppress(OSError):  # where nothing can be written, they are built again in each process
+        stamp.touch()
+    if parts == DECODING:
+        torch.library.register_fake("zsmerge::rows", _like_rows)
+        _takes_packed()  # while a graph is traced, it could not be found out
+
+
+def built(parts: Sequence[str]) -> bool:
+    """Whether `build` has done this on this machine before, so that it only has to load."""
+    return _stamp(parts).exists()
+
+
+def _source(parts: Sequence[str]) -> str:
+    folder = files("zsmerge_llm").joinpath("cpp")
+    return "\n".join(folder.joinpath(f"{part}.cpp").read_text(encoding="utf-8") for part in parts)
+
+
+def _stamp(parts: Sequence[str]) -> Path:
+    """A file beside PyTorch's compiled code, which goes when that goes."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    made_of = "\n".join([torch.__version__, platform.processor(), *FLAGS, _source(parts)])
+    return Path(cache_dir(), f"zsmerge-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}")
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -79,6 +104,48 @@ def look(
     """
     output: Tensor = torch.ops.zsmerge.look(
         *arriving, *slots, position, fills, scaling, alpha, softcap or 0.0, window or 0, sinks
+    )
+    return output
+
+
+def reads(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `read` takes a query [B, Hq, T, D], key and value [B, H, T, D] and what is held of their kind."""
+    return (
+        query.shape[2] > MOST
+        and query.shape[3] % 2 == 0
+        and all(each.is_cpu and each.dtype == torch.bfloat16 and each.stride(3) == 1 for each in (query, key, value))
+    )
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's kernels read."""
+    return bool(torch.ops.zsmerge.reads())
+
+
+def read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bases: Sequence[int],
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    asking: Tensor | None = None,
+    position: Tensor | None = None,
+) -> Tensor:
+    """Attention of many tokens to all slots, without a mask: [B, Hq, T, D].
+
+    Args:
+        query: [B, Hq, T, D]. keys, values: [B, H, C, D], the tokens' own among them: query t of row b sees the first
+            bases[b] + t + 1.
+        bias: float32 [B, H, C], added to the logits of each slot.
+        asking: int32 [B, T], position: int32 [B, C], where the queries and the slots stand, if there is a `window`.
+    """
+    output: Tensor = torch.ops.zsmerge.read(
+        query, keys, values, bases, scaling, softcap or 0.0, window or 0, bias, asking, position, sinks
     )
     return output
 
@@ -133,7 +200,7 @@ def share(module: GraphModule) -> None:
     for node in module.graph.nodes:
         if node.target is torch.ops.zsmerge.rows.default:
             x, (weight,), _, biases = cast("tuple[Node, list[Node], list[Node], list[Node]]", node.args)
-            kind = _source(x), weight.meta["val"].dtype, len(biases)
+            kind = _shown(x), weight.meta["val"].dtype, len(biases)
             groups.setdefault(kind, []).append(node)
     for group in groups.values():
         _join(module.graph, group)
@@ -153,9 +220,9 @@ def _join(graph: Graph, group: Sequence[Node]) -> None:
                 output.replace_all_uses_with(graph.call_function(operator.getitem, (together, index)))
 
 
-def _source(node: Node) -> Node:
+def _shown(node: Node) -> Node:
     """What a view shows, as long as its rows stay whole."""
     given = node.args[0] if node.target in VIEWS else None
     if isinstance(given, Node) and given.meta["val"].shape[-1] == node.meta["val"].shape[-1]:
-        return _source(given)
+        return _shown(given)
     return node

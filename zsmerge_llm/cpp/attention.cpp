@@ -60,13 +60,6 @@ inline void mix(const T* values, const float* weights, int64_t size, int64_t E, 
     }
 }
 
-inline floats capped(floats logit, float cap) {  // cap tanh(l / cap)
-  const floats size = logit < 0.0f ? -logit : logit;
-  const floats small = exponential(size * (-2.0f / cap));
-  const floats bent = (1.0f - small) / (1.0f + small) * cap;
-  return logit < 0.0f ? -bent : bent;
-}
-
 // Logits [size] and their bias -> e^(logit - largest), in place. Returns the largest and the sum.
 inline std::pair<float, float> softened(float* logits, const float* bias, int64_t size, float cap) {
   const int64_t padded = (size + LANES - 1) / LANES * LANES;

@@ -7,6 +7,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -154,4 +156,11 @@ inline floats exponential(floats x) {
   y = y * r * r + r + 1.0f;
   const ints scaled = (ints)y + (((ints)shifted - 0x4b400000) << 23);
   return (floats)(scaled & counts);
+}
+
+inline floats capped(floats logit, float cap) {  // cap tanh(l / cap)
+  const floats size = logit < 0.0f ? -logit : logit;
+  const floats small = exponential(size * (-2.0f / cap));
+  const floats bent = (1.0f - small) / (1.0f + small) * cap;
+  return logit < 0.0f ? -bent : bent;
 }
