@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import book, plot, repeated, write
+from common import book, median_seconds, plot, repeated, write
 from transformers import DynamicCache
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
@@ -135,6 +135,25 @@ def theirs(engine: Engine, ids: list[int]) -> tuple[float, float]:
     return rate, reading
 
 
+@torch.inference_mode()
+def their_batch(engine: Engine, ids: list[int], rows: int) -> float:
+    """Tokens per second of `rows` conversations in one batch of transformers' full cache."""
+    model, cache = engine.model, DynamicCache(config=engine.model.config)
+    last = torch.tensor([len(ids) - 1])
+    model.set_attn_implementation("sdpa")
+    model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=last)
+    cache.batch_repeat_interleave(rows)
+    token = torch.tensor([ids[:1]] * rows)
+    last[0] = 0
+
+    def follow(_: int) -> None:
+        model(token, past_key_values=cache, use_cache=True, logits_to_keep=last).logits.argmax(-1).tolist()
+
+    rate = rows / steps(follow)
+    model.set_attn_implementation("zsmerge")
+    return rate
+
+
 def llama(path: str, ids: list[int], longest: int) -> tuple[dict[int, float], float]:
     """Tokens per second of llama.cpp after each of HISTORIES as far as `longest`, with a full cache; then of reading.
 
@@ -152,6 +171,11 @@ def llama(path: str, ids: list[int], longest: int) -> tuple[dict[int, float], fl
         seconds[length] = time.perf_counter() - started
         rates[length] = 1 / steps(lambda number: model.eval([ids[number]]))
     return rates, rate_of(seconds)
+
+
+def reading(engine: Engine, ids: list[int]) -> float:
+    """Tokens per second of reading in one go."""
+    return len(ids) / median_seconds(lambda: engine.read(engine.new_cache(), ids), 2)
 
 
 def answers(engine: Engine, ids: list[int]) -> list[list[int]]:
@@ -204,16 +228,19 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
         tensors = [*engine.model.parameters(), *engine.model.buffers()]
         result["weight_bytes"][name] = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
         ids = repeated(llm.tokenizer(text).input_ids, arguments.longest)
-        caches, result["reading"][f"zsmerge {name}"] = histories(engine, ids)
+        caches, result["reading"][f"zsmerge {name} eager"] = histories(engine, ids)
+        result["cache_bytes"] = caches[4096].nbytes
         if name == "bf16":
             lengths = [length for length in HISTORIES if length <= arguments.full]
             both = {length: theirs(engine, ids[:length]) for length in lengths}
             rates["transformers bf16"] = {length: rate for length, (rate, _) in both.items()}
             result["reading"]["transformers bf16"] = both[READ][1] if READ in both else 0.0
+            result["batch"]["transformers bf16"] = {rows: their_batch(engine, ids[:4096], rows) for rows in (1, 8)}
         rates[f"zsmerge {name} eager"] = {length: ours(engine, cache) for length, cache in caches.items()}
         eager = answers(engine, ids)
         engine.fusion.start()
         ours(engine, caches[64])  # compiles
+        result["reading"][f"zsmerge {name}"] = reading(engine, ids[:READ])
         same = [mine == other for mine, other in zip(eager, answers(engine, ids), strict=True)]
         result["same_as_eager"][name] = f"{sum(same)} of {len(same)} prompts"
         print(name, "same text compiled as eager:", result["same_as_eager"][name], flush=True)
@@ -248,6 +275,10 @@ def main() -> None:
         "floor_tokens_per_second": {kind: 1 / seconds for kind, seconds in floor.items()},
         "rate_at_32768_over_1024": {
             kind: rates[32768] / rates[1024] for kind, rates in result["rates"].items() if 32768 in rates
+        },
+        "share_of_the_roofline": {  # of weights and a full cache of constant size, behind 4,096 tokens
+            kind: result["rates"][f"zsmerge {kind}"][4096] * (size + result["cache_bytes"]) / result["bandwidth"]
+            for kind, size in result["weight_bytes"].items()
         },
         "batch_8_over_1": {kind: rates[8] / rates[1] for kind, rates in result["batch"].items()},
         "threads_8_over_1": {kind: rates[8] / rates[1] for kind, rates in result["rows"].items()},

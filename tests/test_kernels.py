@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tiny import tiny_model
-from zsmerge_llm import CacheConfig, kernels
+from zsmerge_llm import CacheConfig, kernels, policy
 from zsmerge_llm.engine import Engine
 from zsmerge_llm.fusion import READ_AFTER
 from zsmerge_llm.lowbit import round_to_int4, round_to_int8
@@ -244,6 +244,44 @@ def test_reading_is_attention_by_the_book(
         added = added.masked_fill(hidden, float("-inf"))
         expected = by_the_book(query[row], keys[row], values[row], added, size**-0.5, cap, sinks)
         assert difference(output[row], expected) < ROUNDING[torch.bfloat16]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 2),
+    slots=st.integers(20, 900),
+    heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    size=st.sampled_from([8, 48, 64, 128]),
+    asked=st.integers(1, 70),
+    cap=st.sampled_from([None, 5.0]),
+    learned=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_what_queries_pay_is_that_of_pytorch(
+    rows: int, slots: int, heads: int, group: int, size: int, asked: int, cap: float | None, learned: bool, seed: int
+) -> None:
+    if not kernels.multiplies_bfloat16():
+        return
+    torch.manual_seed(seed)
+    queries = torch.randn(rows, asked, heads * group, size).bfloat16().transpose(1, 2)
+    keys = torch.randn(rows, heads, slots + 3, size).bfloat16()[:, :, :slots]
+    bias = torch.randn(rows, heads, slots)
+    bias[:, :, 2] = float("-inf")
+    position = torch.arange(slots, dtype=torch.int32).expand(rows, heads, slots)
+    asking = torch.randint(3, 2 * slots, (rows, asked))
+    asking[0, 1:2] = -1
+    sinks = torch.randn(heads * group) if learned else None
+
+    mean, most = kernels.watch(queries, keys, bias, asking, position, size**-0.5, cap, sinks)
+
+    seen = position[:, :, None, :] <= asking[:, None, :, None]
+    hiding = bias[:, :, None, :].masked_fill(~seen, float("-inf"))[:, :, None]
+    grouped = queries.float().reshape(rows, heads, group, asked, size)
+    paid = policy.weights(grouped, keys.float(), hiding, size**-0.5, cap, sinks)
+    torch.testing.assert_close(mean, policy.mean_paid(paid, asking >= 0), rtol=1e-3, atol=1e-6)
+    counted = paid.masked_fill((asking < 0)[:, None, None, :, None], 0.0)
+    torch.testing.assert_close(most, counted.amax((2, 3)), rtol=1e-3, atol=1e-6)
 
 
 def test_tokens_that_do_not_stand_in_the_slots_are_refused() -> None:

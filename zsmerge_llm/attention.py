@@ -131,7 +131,7 @@ class Step(Carrier):
         if call.query.shape[2] > self.new:
             keys = torch.cat([keys, call.key[:, :, self.new :]], dim=2)
             values = torch.cat([values, call.value[:, :, self.new :]], dim=2)
-        if self.reads and kernels.reads(call.query, call.key, call.value):
+        if arrival.many:
             output = self._read(layer, held, call, keys, values)
         else:
             output = _attend(call, keys, values, self._bias(layer, held, call))
@@ -196,6 +196,7 @@ class Step(Carrier):
             general=self.general,
             sinks=call.sinks,
             few=few,
+            many=self.reads and kernels.reads(call.query, call.key, call.value),
             fresh=self.fresh,
         )
 

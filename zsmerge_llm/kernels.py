@@ -150,6 +150,26 @@ def read(
     return output
 
 
+def watch(
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor,
+    asking: Tensor,
+    position: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What queries [B, Hq, m, D] pay each slot: in the mean, and the most that any pays. Two of float32 [B, H, C].
+
+    Args:
+        keys: [B, H, C, D]; bias: float32 [B, H, C]; position: int32 [B, H, C].
+        asking: int [B, m], where the queries stand: they look at nothing behind; -1: not at all.
+    """
+    mean, most = torch.ops.zsmerge.watch(queries, keys, bias, asking, position, scaling, softcap or 0.0, sinks)
+    return mean, most
+
+
 def remember(queries: Tensor, asked: Tensor, newest: Tensor, position: Tensor) -> None:
     """Push newest [B, Hq, T, D] at position int32 [B, T] into the ring queries [B, Hq, W, D], asked int32 [B, W]."""
     torch.ops.zsmerge.remember(queries, asked, newest, position)

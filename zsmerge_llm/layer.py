@@ -193,10 +193,10 @@ class LayerCache(Slots):
         Sinks get none, which are paid whatever is asked, nor do recent tokens: the question may be among them.
         """
         self._remember(arrival)
-        paid = self._look(held, self.fills_up(arrival), arrival)
+        most = self._look(held, self.fills_up(arrival), arrival)
         newest = arrival.seen[:, None, None] - self.config.recent
         counts = (held.position >= self.config.sink) & (held.position < newest) & (held.count > 0)
-        return paid.amax((2, 3)) * counts
+        return most * counts
 
     def settle_first(self, count: int, held: Held, arrival: Arrival) -> None:
         """`settle` for the first `count` tokens of one row, as if the others had never come. They must all fit."""
@@ -283,17 +283,18 @@ class LayerCache(Slots):
     def _look(self, held: Held, full: list[bool], arrival: Arrival | None) -> Tensor:
         """Weigh the slots of full rows by the probe, or by the newest queries where nothing is asked.
 
-        Returns what they pay, [B, H, G, m, C].
+        Returns the most that any of these queries pays each slot, float32 [B, H, C].
         """
         queries, asking, pool, sinks = self.queries, self.query_position, self.config.pool, None
+        many = arrival is not None and arrival.many
         if arrival is not None and arrival.probe is not None and arrival.probe_position is not None:
             general, sinks = arrival.general, arrival.sinks
             probe, position = arrival.probe, arrival.probe_position
             if general:
-                self._weigh(held.guess, held, full, probe[:, :, :general], position[:, :general], 1, sinks)
+                self._weigh(held.guess, held, full, probe[:, :, :general], position[:, :general], 1, sinks, many)
             if probe.shape[2] > general:
                 queries, asking = probe[:, :, general:], position[:, general:]
-        return self._weigh(held.score, held, full, queries, asking, pool, sinks)
+        return self._weigh(held.score, held, full, queries, asking, pool, sinks, many)
 
     def _weigh(
         self,
@@ -304,18 +305,26 @@ class LayerCache(Slots):
         asking: Tensor,
         pool: int,
         sinks: Tensor | None,
+        many: bool,
     ) -> Tensor:
         """What some queries pay each slot of a full row goes into `score`, which keeps the best a slot ever got.
 
-        queries: [B, Hq, m, D]; asking: [B, m], their positions, -1 for none.
+        queries: [B, Hq, m, D]; asking: [B, m], their positions, -1 for none. many: whether the kernels serve.
         """
-        seen = held.position[:, :, None, :] <= asking[:, None, :, None]  # [B, H, m, C]
-        bias = policy.slot_bias(held.count, self.config.alpha)[:, :, None, :].masked_fill(~seen, policy.NEVER)
-        paid = self._paid(queries.float(), held.keys.float(), bias[:, :, None], sinks)
-        now = policy.importance(paid, asking >= 0, pool)
+        bias = policy.slot_bias(held.count, self.config.alpha)
+        if many:
+            mean, most = kernels.watch(
+                queries, held.keys, bias, asking, held.position, self.scaling, self.spec.softcap, sinks
+            )
+        else:
+            seen = held.position[:, :, None, :] <= asking[:, None, :, None]  # [B, H, m, C]
+            hiding = bias[:, :, None, :].masked_fill(~seen, policy.NEVER)[:, :, None]
+            paid = self._paid(queries.float(), held.keys.float(), hiding, sinks)
+            mean, most = policy.mean_paid(paid, asking >= 0), paid.amax((2, 3))
+        now = policy.pooled(mean, pool)
         due = torch.tensor(full, device=now.device)[:, None, None]
         score.copy_(torch.where(due, torch.maximum(score * self.config.decay, now), score))
-        return paid
+        return most
 
     def _compress(
         self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
@@ -402,8 +411,12 @@ class LayerCache(Slots):
         """Weights [B, H, G, m, C] that queries [B, Hq, m, D] pay to keys [B, H, C, D]."""
         batch, heads, count, dim = queries.shape
         grouped = queries.view(batch, keys.shape[1], heads // keys.shape[1], count, dim)
-        scaling = dim**-0.5 if self.spec.scaling is None else self.spec.scaling
-        return policy.weights(grouped, keys, bias, scaling, self.spec.softcap, sinks)
+        return policy.weights(grouped, keys, bias, self.scaling, self.spec.softcap, sinks)
+
+    @property
+    def scaling(self) -> float:
+        """By what queries times keys are multiplied."""
+        return self.spec.key_dim**-0.5 if self.spec.scaling is None else self.spec.scaling
 
     @property
     def nbytes(self) -> int:

@@ -40,20 +40,29 @@ def contribution(score: Tensor, attention: Tensor, valid: Tensor, decay: float) 
 
 
 def importance(attention: Tensor, asking: Tensor, pool: int) -> Tensor:
-    """What a window of queries makes of each slot: its mean attention, max-pooled over `pool` neighbouring slots.
+    """What a window of queries makes of each slot: its mean attention, pooled.
 
     Args:
         attention: float32 [B, H, G, n, C].
         asking: bool [B, n], which queries count.
 
     Returns:
-        float32 [B, H, C]. Pooling keeps whole phrases together (SnapKV, arXiv 2404.14469).
+        float32 [B, H, C].
     """
+    return pooled(mean_paid(attention, asking), pool)
+
+
+def mean_paid(attention: Tensor, asking: Tensor) -> Tensor:
+    """What the asking queries of a KV head pay each slot in the mean: as `importance`, before pooling."""
     batch, heads, group, queries, slots = attention.shape
     share = asking.float() / (group * asking.sum(-1, keepdim=True)).clamp(min=1)  # [B, n]
     share = share.repeat(1, group)[:, None, None].expand(-1, heads, -1, -1)  # [B, H, 1, G·n]
-    mean = (share @ attention.reshape(batch, heads, group * queries, slots))[:, :, 0]
-    return F.max_pool1d(mean, pool, stride=1, padding=pool // 2)
+    return (share @ attention.reshape(batch, heads, group * queries, slots))[:, :, 0]
+
+
+def pooled(paid: Tensor, pool: int) -> Tensor:
+    """[B, H, C], the most within `pool` neighbouring slots: it keeps whole phrases together (SnapKV, 2404.14469)."""
+    return F.max_pool1d(paid, pool, stride=1, padding=pool // 2)
 
 
 def passages(votes: Tensor, width: int) -> Tensor:

@@ -31,8 +31,8 @@ class Arrival:
     and the same as present float32 [B, n]; asking int32 [B, n]: the position, or -1 for padding. counts: how many of
     them are no padding, for each row; seen: [B], tokens read by each row, these included. probe [B, Hq, m, D],
     probe_position [B, m]: queries that only look, if any; the first `general` of them stand for what nobody has asked.
-    few: whether the kernels for a few tokens serve (`kernels`). fresh: how many of the newest tokens belong to a turn
-    that is still being read: they stay.
+    few, many: whether the kernels for a few tokens, or for many, serve (`kernels`). fresh: how many of the newest
+    tokens belong to a turn that is still being read: they stay.
     """
 
     queries: Tensor
@@ -49,6 +49,7 @@ class Arrival:
     general: int = 0
     sinks: Tensor | None = None
     few: bool = False
+    many: bool = False
     fresh: int = 0
 
     @property

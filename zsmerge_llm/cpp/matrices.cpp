@@ -113,33 +113,39 @@ inline void dot4(const uint8_t* codes, const T* ranges, int64_t N, const Rows& r
   alignas(64) uint8_t order[2][64];  // the bytes of two inputs: for one output behind each other, each with a 0
   for (int i = 0; i < 64; ++i)
     for (int upper = 0; upper < 2; ++upper) order[upper][i] = i / 4 + upper * LANES + (i % 4 == 2 ? 32 : 0);
-  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]), low = _mm512_set1_epi16(15);
+  const __m512i orders[2] = {_mm512_load_si512(order[0]), _mm512_load_si512(order[1])};
+  const __m512i low = _mm512_set1_epi16(15);
+  constexpr int TIMES = M > 2 ? 2 : 1, EACH = 2 / TIMES;  // the sums of many rows fit into the registers in two halves
   floats y[M][4] = {};
-  for (int64_t g = 0; g < rows.groups; ++g) {
-    __m512i acc[M][4];
-    for (int m = 0; m < M; ++m)
-      for (int j = 0; j < 4; ++j) acc[m][j] = _mm512_setzero_si512();
-    for (int64_t k = g * rows.group; k < (g + 1) * rows.group; k += 2, codes += PACKED) {
-      __builtin_prefetch(codes + AHEAD, 0, 2);
-      const __m512i both = _mm512_loadu_si512(codes);
-      const __m512i a = _mm512_maskz_permutexvar_epi8(0x5555555555555555, first, both);
-      const __m512i b = _mm512_maskz_permutexvar_epi8(0x5555555555555555, second, both);
-      const __m512i w[4] = {_mm512_and_si512(a, low), _mm512_and_si512(b, low), _mm512_srli_epi16(a, 4),
-                            _mm512_srli_epi16(b, 4)};
-      UNROLL for (int m = 0; m < M; ++m) {
-        const __m512i x = _mm512_set1_epi32(load<int32_t>(rows.codes.data() + m * rows.K + k));
-        UNROLL for (int j = 0; j < 4; ++j) acc[m][j] = _mm512_dpwssd_epi32(acc[m][j], w[j], x);
+  for (int64_t g = 0; g < rows.groups; ++g, codes += rows.group / 2 * PACKED)
+    UNROLL for (int half = 0; half < TIMES; ++half) {
+      __m512i acc[M][2 * EACH];
+      for (int m = 0; m < M; ++m)
+        for (int i = 0; i < 2 * EACH; ++i) acc[m][i] = _mm512_setzero_si512();
+      for (int64_t k = 0; k < rows.group; k += 2) {
+        if (half == 0) __builtin_prefetch(codes + k / 2 * PACKED + AHEAD, 0, 2);
+        const __m512i both = _mm512_loadu_si512(codes + k / 2 * PACKED);
+        __m512i w[2 * EACH];
+        UNROLL for (int i = 0; i < EACH; ++i) {
+          const __m512i a = _mm512_maskz_permutexvar_epi8(0x5555555555555555, orders[half * EACH + i], both);
+          w[i] = _mm512_and_si512(a, low);
+          w[EACH + i] = _mm512_srli_epi16(a, 4);
+        }
+        UNROLL for (int m = 0; m < M; ++m) {
+          const __m512i x = _mm512_set1_epi32(load<int32_t>(rows.codes.data() + m * rows.K + g * rows.group + k));
+          UNROLL for (int i = 0; i < 2 * EACH; ++i) acc[m][i] = _mm512_dpwssd_epi32(acc[m][i], w[i], x);
+        }
+      }
+      for (int i = 0; i < 2 * EACH; ++i) {
+        const int j = i / EACH * 2 + half * EACH + i % EACH;
+        const Pair range = scales_and_zeros(ranges + (g * N + j * LANES) * 2);
+        const floats zero = range.b - range.a * 8.0f;
+        for (int m = 0; m < M; ++m) {
+          const int64_t at = m * rows.groups + g;
+          y[m][j] += range.a * rows.scale[at] * (floats)_mm512_cvtepi32_ps(acc[m][i]) + zero * rows.sum_of[at];
+        }
       }
     }
-    for (int j = 0; j < 4; ++j) {
-      const Pair range = scales_and_zeros(ranges + (g * N + j * LANES) * 2);
-      const floats zero = range.b - range.a * 8.0f;
-      for (int m = 0; m < M; ++m) {
-        const int64_t at = m * rows.groups + g;
-        y[m][j] += range.a * rows.scale[at] * (floats)_mm512_cvtepi32_ps(acc[m][j]) + zero * rows.sum_of[at];
-      }
-    }
-  }
   for (int m = 0; m < M; ++m)
     for (int j = 0; j < 4; ++j) store(y[m][j], out + m * PACKED + j * LANES);
 }

@@ -24,7 +24,7 @@ struct Reading {
 };
 
 // Pairs of numbers stand together, as the products take them; what is padding is 0.
-void pack(const Reading& task, const Tensor& keys, const Tensor& values, int64_t item) {
+void pack_keys(const Reading& task, const Tensor& keys, int64_t item) {
   const int64_t strides = task.room / STRIDE, row = item / strides, start = item % strides * STRIDE;
   const int64_t H = task.heads / task.group, b = row / H, h = row % H, size = std::min(STRIDE, task.slots - start);
   const auto* key = keys.const_data_ptr<BFloat16>() + b * keys.stride(0) + h * keys.stride(1) + start * keys.stride(2);
@@ -34,6 +34,11 @@ void pack(const Reading& task, const Tensor& keys, const Tensor& values, int64_t
     for (int64_t d = 0; d < task.D / 2; ++d) std::memcpy(to + d * STRIDE + c, from + 2 * d, sizeof(uint32_t));
   }
   for (int64_t d = 0; d < task.D / 2; ++d) std::fill(to + d * STRIDE + size, to + (d + 1) * STRIDE, 0);
+}
+
+void pack_values(const Reading& task, const Tensor& values, int64_t item) {
+  const int64_t strides = task.room / STRIDE, row = item / strides, start = item % strides * STRIDE;
+  const int64_t H = task.heads / task.group, b = row / H, h = row % H, size = std::min(STRIDE, task.slots - start);
   const int64_t step = values.stride(2);
   const auto* value = values.const_data_ptr<BFloat16>() + b * values.stride(0) + h * values.stride(1) + start * step;
   BFloat16* out = task.values + (row * task.room + start) * task.E;
@@ -115,6 +120,49 @@ void read_block(const Reading& task, int64_t item, Desk& desk, BFloat16* out) {
   }
 }
 
+// Behind packed keys: what some queries of one KV head, [TOKENS, D], pay its slots [C]. Into `out`: the sum over the
+// queries, each times its share, and the most that any of them pays.
+void watch_block(const Reading& task, int64_t row, const std::vector<const BFloat16*>& queries,
+                 const std::vector<int32_t>& asking, const std::vector<float>& sinks, float share,
+                 const int32_t* position, Desk& desk, float* out) {
+  const int64_t size = queries.size(), M = padded_to(size, LANES);
+  for (int64_t q = 0; q < M; ++q)
+    std::memcpy(desk.query.data() + q * task.D, queries[std::min(q, size - 1)], task.D * sizeof(BFloat16));
+  std::vector<float>& logits = desk.logits;
+  logits.resize(TOKENS * task.room);
+  for (int64_t start = 0; start < task.room; start += STRIDE)
+    at::native::cpublas::brgemm(M, STRIDE, task.D, task.D, STRIDE, task.room, false, desk.query.data(),
+                                task.keys + (row * task.room + start) * task.D, logits.data() + start);
+  std::fill_n(out, 2 * task.room, 0.0f);
+  const float* bias = task.bias + row * task.room;
+  for (int64_t q = 0; q < size; ++q) {
+    if (asking[q] < 0) continue;
+    float* line = logits.data() + q * task.room;
+    floats top = all(sinks[q]), sums = {};
+    for (int64_t c = 0; c < task.room; c += LANES) {
+      floats logit = load<floats>(line + c) * task.scaling;
+      if (task.cap > 0) logit = capped(logit, task.cap);
+      logit = load<ints>(position + c) <= asking[q] ? logit + load<floats>(bias + c) : all(NEVER);
+      store(logit, line + c);
+      top = logit > top ? logit : top;
+    }
+    float largest = NEVER;
+    for (int64_t l = 0; l < LANES; ++l) largest = std::max(largest, top[l]);
+    for (int64_t c = 0; c < task.room; c += LANES) {
+      const floats weight = exponential(load<floats>(line + c) - largest);
+      sums += weight;
+      store(weight, line + c);
+    }
+    const float whole = sum(sums) + (sinks[q] > NEVER ? std::exp(sinks[q] - largest) : 0.0f);
+    const floats part = all(1 / whole);
+    for (int64_t c = 0; c < task.room; c += LANES) {
+      const floats paid = load<floats>(line + c) * part, most = load<floats>(out + task.room + c);
+      store(load<floats>(out + c) + paid * share, out + c);
+      store(paid > most ? paid : most, out + task.room + c);
+    }
+  }
+}
+
 template <typename T>
 const T* data(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
@@ -147,7 +195,7 @@ Tensor read(const Tensor& query, const Tensor& keys, const Tensor& values, at::I
                     packed_values.data_ptr<BFloat16>()};
   Tensor out = at::empty({B, T, heads, E}, query.options());
   at::parallel_for(0, B * H * (room / STRIDE), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) pack(task, keys, values, item);
+    for (int64_t item = begin; item < end; ++item) pack_keys(task, keys, item), pack_values(task, values, item);
   });
   BFloat16* to = out.data_ptr<BFloat16>();
   at::parallel_for(0, B * heads * ((T + TOKENS - 1) / TOKENS), 1, [&](int64_t begin, int64_t end) {
@@ -156,6 +204,52 @@ Tensor read(const Tensor& query, const Tensor& keys, const Tensor& values, at::I
     at::native::cpublas::brgemm_release();
   });
   return out.transpose(1, 2);
+}
+
+// What queries [B, Hq, m, D] at asking int32 [B, m] (-1: none) pay slots of keys [B, H, C, D] at position int32
+// [B, H, C], none of what came after them; bias float [B, H, C]. float [2, B, H, C]: the mean over the queries of a KV
+// head, and the most that any of them pays.
+Tensor watch(const Tensor& query, const Tensor& keys, const Tensor& bias, const Tensor& asking, const Tensor& position,
+             double scaling, double softcap, const std::optional<Tensor>& sinks) {
+  const int64_t B = query.size(0), heads = query.size(1), m = query.size(2), D = query.size(3);
+  const int64_t H = keys.size(1), C = keys.size(2), room = padded_to(C, STRIDE), G = heads / H, many = G * m;
+  for (const Tensor& each : {query, keys})
+    TORCH_CHECK(each.scalar_type() == at::kBFloat16 && each.stride(3) == 1, "zsmerge::watch takes rows of bfloat16");
+  TORCH_CHECK(D % 2 == 0 && heads % H == 0 && m > 0, "zsmerge::watch: these shapes do not match");
+  const Tensor added = at::constant_pad_nd(bias.to(at::kFloat), {0, room - C}, NEVER).contiguous();
+  const Tensor stands = at::constant_pad_nd(position.to(at::kInt), {0, room - C}, 0).contiguous();
+  const Tensor asks = asking.to(at::kInt).contiguous(), learned = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
+  const Tensor packed = at::empty({B, H, room, D}, keys.options());
+  const int64_t blocks = (many + TOKENS - 1) / TOKENS;
+  const Tensor parts = at::empty({B * H, blocks, 2, room}, added.options());
+  const Reading task{query.const_data_ptr<BFloat16>(), query.strides(), {}, m, heads, G, C, room, D, 0, 0,
+                     static_cast<float>(scaling), static_cast<float>(softcap), data<float>(added), data<float>(learned),
+                     data<int32_t>(asks), data<int32_t>(stands), packed.data_ptr<BFloat16>(), nullptr};
+  at::parallel_for(0, B * H * (room / STRIDE), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) pack_keys(task, keys, item);
+  });
+  at::parallel_for(0, B * H * blocks, 1, [&](int64_t begin, int64_t end) {
+    Desk desk(task);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item / blocks, b = row / H, first = item % blocks * TOKENS;
+      const int32_t* when = task.asking + b * m;
+      const float share = 1.0f / static_cast<float>(G * std::max<int64_t>(1, std::count_if(when, when + m, [](int32_t at) { return at >= 0; })));
+      std::vector<const BFloat16*> queries;
+      std::vector<int32_t> times;
+      std::vector<float> sinks_of;
+      for (int64_t q = first; q < std::min(first + TOKENS, many); ++q) {
+        const int64_t head = row % H * G + q / m, t = q % m;
+        queries.push_back(task.query + b * task.steps[0] + head * task.steps[1] + t * task.steps[2]);
+        times.push_back(when[t]);
+        sinks_of.push_back(task.sinks == nullptr ? NEVER : task.sinks[head]);
+      }
+      watch_block(task, row, queries, times, sinks_of, share, task.position + row * room, desk,
+                  parts.data_ptr<float>() + item * 2 * room);
+    }
+    at::native::cpublas::brgemm_release();
+  });
+  const Tensor mean = parts.select(2, 0).sum(1), most = parts.select(2, 1).amax(1);
+  return at::stack({mean, most}).view({2, B, H, room}).slice(3, 0, C);
 }
 
 bool reads() { return true; }
@@ -169,6 +263,12 @@ Tensor read(const Tensor& query, const Tensor&, const Tensor&, int64_t, double, 
   return query;
 }
 
+Tensor watch(const Tensor& query, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
+             const std::optional<Tensor>&) {
+  TORCH_CHECK(false, "zsmerge::watch needs a processor that multiplies bfloat16");
+  return query;
+}
+
 bool reads() { return false; }
 
 #endif
@@ -178,8 +278,14 @@ TORCH_LIBRARY_FRAGMENT(zsmerge, library) {
   library.def(
       "read(Tensor query, Tensor keys, Tensor values, int[] bases, float scaling, float softcap, int window, Tensor? bias, "
       "Tensor? asking, Tensor? position, Tensor? sinks) -> Tensor");
+  library.def(
+      "watch(Tensor query, Tensor keys, Tensor bias, Tensor asking, Tensor position, float scaling, float softcap, "
+      "Tensor? sinks) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(zsmerge, CPU, library) { library.impl("read", &read); }
+TORCH_LIBRARY_IMPL(zsmerge, CPU, library) { 
+  library.impl("read", &read);
+  library.impl("watch", &watch);
+}
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
