@@ -321,6 +321,10 @@ def test_the_kernels_of_reading_load_where_they_were_built_or_when_much_was_read
     assert reads(READ_AFTER + 500) == can
     assert reads(0, compile=True) == can
     assert not reads(READ_AFTER + 500, compile=False)
+    engine = Engine(tiny_model(dtype=torch.bfloat16))
+    engine.fusion.load_reading()
+    assert engine.fusion.reads == can
+    assert not engine.fusion.may_read
 
 
 def test_the_newest_queries_push_out_the_oldest() -> None:

@@ -233,7 +233,10 @@ def _open(
             sessions_dir=sessions_dir,
             progress=step,
         )
-        network = llm.engine.model
+        network, fusion = llm.engine.model, llm.engine.fusion
+        if fusion.may_read:
+            step("Loading the kernels that read, built once on a machine in about 10 s")
+            fusion.load_reading()
     screen.loaded(llm.name, str(network.device), str(network.dtype).removeprefix("torch."))
     return llm
 

@@ -136,8 +136,18 @@ class Fusion:
         self.replays = {(rows, width): Replay(self._expected, width, rows) for rows, width in SHAPES}
         self.seconds += time.perf_counter() - started
 
+    @property
+    def may_read(self) -> bool:
+        """Whether the kernels that read will be loaded sooner or later, but are not yet."""
+        return self._unread is not None and self._model.device.type == "cpu" and self._model.dtype == torch.bfloat16
+
+    def load_reading(self) -> None:
+        """Load the kernels that read now, where they would be later."""
+        if self.may_read:
+            self._build_reading()
+        self._unread = None
+
     def _build_reading(self) -> None:
-        """Load the kernels that read, where this machine and the model's numbers are for them."""
         if self.reads or self._model.dtype != torch.bfloat16:
             return
         started = time.perf_counter()
@@ -152,11 +162,10 @@ class Fusion:
 
     def count(self, tokens: int) -> None:
         """Take note of a pass of so many tokens, if it is one that kernels or compiling would make faster."""
-        if self._unread is not None and tokens > kernels.MOST and self._model.device.type == "cpu":
+        if self._unread is not None and tokens > kernels.MOST:
             self._unread -= tokens
             if self._unread <= 0 or kernels.built(kernels.READING):
-                self._unread = None
-                self._build_reading()
+                self.load_reading()
         if self._left is None or tokens not in WIDTHS:
             return
         self._left -= 1

@@ -146,11 +146,11 @@ class LLM:
         return self._load().conversations.store
 
     def warm_up(self) -> None:
-        """Load the model and what grammars need now, rather than at the first use.
+        """Load the model, what grammars need, and the kernels that read, now rather than at the first use.
 
-        Importing PyTorch, and reading weights and the vocabulary, run in native code that lets no other thread run for
-        up to half a second at a time. A server calls this before its event loop has others to serve.
+        Native code holds all threads for up to half a second at a time: call it before an event loop has others to serve.
         """
+        self.engine.fusion.load_reading()
         self.complete("a", grammar=Grammar.choice("a"), sampling=SamplingParams(max_tokens=1))
 
     def _load(self) -> Parts:
