@@ -148,7 +148,7 @@ class LLM:
     def warm_up(self) -> None:
         """Load the model, what grammars need, and the kernels that read, now rather than at the first use.
 
-        Native code holds all threads for up to half a second at a time: call it before an event loop has others to serve.
+        Native code holds all threads for up to half a second at a time: call it before an event loop serves others.
         """
         self.engine.fusion.load_reading()
         self.complete("a", grammar=Grammar.choice("a"), sampling=SamplingParams(max_tokens=1))
