@@ -31,6 +31,7 @@ struct Program : torch::CustomClassHolder {
     std::optional<Tensor> sinks;
   };
   std::vector<std::variant<Code, Product, Attention>> parts;
+  int64_t most = 1;  // rows it was recorded for
 
   int64_t size() { return parts.size(); }
 
@@ -49,6 +50,7 @@ struct Program : torch::CustomClassHolder {
 
   void add_look(Tensor query, Tensor key, Tensor value, Tensor out, double scaling, double softcap, int64_t window,
                 std::optional<Tensor> sinks) {
+    most = query.size(0);
     parts.emplace_back(Attention{query, key, value, out, scaling, softcap, window, sinks});
   }
 
@@ -67,7 +69,9 @@ struct Program : torch::CustomClassHolder {
       if (const auto* code = std::get_if<Code>(&part)) {
         call(code->function, code->data);
       } else if (auto* product = std::get_if<Product>(&part)) {
-        rows_into(product->x, product->weights, product->scales, product->biases, product->out);
+        // One row alone would be rounded in another way than among others.
+        const int64_t needed = product->x.size(0) / most * std::min(most, std::max<int64_t>(rows, 2));
+        rows_into(product->x.narrow(0, 0, needed), product->weights, product->scales, product->biases, product->out);
       } else {
         const auto& look = std::get<Attention>(part);
         const Tensor* own = &slots.at(8 * layer + 7) - 7;
