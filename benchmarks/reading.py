@@ -32,6 +32,7 @@ def beside_transformers(model: str, text: str, repeats: int) -> list[dict[str, f
     """Tokens per second of both, for several lengths, in turns within one process."""
     llm = LLM(model, cache=CacheConfig(slots=1024))
     engine, rows = llm.engine, []
+    engine.fusion.load_reading()
     for length in LENGTHS:
         ids = tokens(llm, text, length)
         batch = torch.tensor([ids])
@@ -69,6 +70,7 @@ def alone(model: str, text: str, length: int) -> dict[str, object]:
     """In this process: read `length` tokens into 1,024 slots; peak memory and the seconds of each chunk."""
     llm = LLM(model, cache=CacheConfig(slots=1024))
     engine, ids, seconds = llm.engine, tokens(llm, text, length), []
+    engine.fusion.load_reading()
     cache = engine.new_cache()
     forget_peak()
     latest = time.perf_counter()
