@@ -30,8 +30,18 @@ class FakeNetwork:
     device, dtype = "cpu", "torch.float32"
 
 
+class FakeFusion:
+    may_read = True
+
+    def load_reading(self) -> None:
+        self.may_read = False
+
+
 class FakeEngine:
     model = FakeNetwork()
+
+    def __init__(self) -> None:
+        self.fusion = FakeFusion()
 
     def new_cache(self, rows: int) -> FakeCache:
         return FakeCache()
@@ -150,6 +160,11 @@ def test_quiet_prints_the_answer_alone(document: Path) -> None:
     result = run("ask", document, "What is it?", "--quiet")
     assert result.stdout == "It is honey [red].\n"
     assert result.stderr == ""
+
+
+def test_the_kernels_that_read_are_loaded_before_the_answer(document: Path, fake: type[FakeLLM]) -> None:
+    run("ask", document, "What is it?")
+    assert not fake.made[0].engine.fusion.may_read
 
 
 def test_nothing_but_plain_text_goes_to_a_pipe(document: Path, fake: type[FakeLLM]) -> None:
