@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -290,6 +293,16 @@ def test_tokens_that_do_not_stand_in_the_slots_are_refused() -> None:
         kernels.read(query, slots, slots, [11], scaling=1.0, softcap=None, sinks=None)
 
 
+@pytest.mark.slow
+def test_a_processor_without_products_of_bfloat16_reads_by_pytorch() -> None:
+    code = (
+        "from zsmerge_llm import kernels; kernels.FLAGS = (*kernels.FLAGS, '-U__AVX512BF16__'); "
+        "kernels.build(kernels.READING); print(kernels.multiplies_bfloat16())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2-softcap", "gpt_oss-sinks"])
 @pytest.mark.parametrize("config", [CacheConfig(slots=128), CacheConfig.paper(slots=128)], ids=["default", "paper"])
 def test_an_engine_reads_with_the_kernels_what_it_reads_without(name: str, config: CacheConfig) -> None:
@@ -307,8 +320,8 @@ def test_an_engine_reads_with_the_kernels_what_it_reads_without(name: str, confi
 def test_the_kernels_of_reading_load_where_they_were_built_or_when_much_was_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def reads(tokens: int, **how: object) -> bool:
-        engine = Engine(tiny_model(dtype=torch.bfloat16), **how)  # type: ignore[arg-type]
+    def reads(tokens: int, compile: bool | Literal["auto"] = "auto") -> bool:
+        engine = Engine(tiny_model(dtype=torch.bfloat16), compile=compile)
         for _ in range(tokens // 500):
             engine.fusion.count(500)
         return engine.fusion.reads

@@ -70,8 +70,7 @@ inline std::pair<float, float> softened(float* logits, const float* bias, int64_
     store(logit, logits + c);
     most = logit > most ? logit : most;
   }
-  float largest = NEVER;
-  for (int64_t l = 0; l < LANES; ++l) largest = std::max(largest, most[l]);
+  const float largest = highest(most);
   for (int64_t c = 0; c < padded; c += LANES) {
     const floats weight = exponential(load<floats>(logits + c) - largest);
     total += weight;

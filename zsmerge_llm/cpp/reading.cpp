@@ -1,4 +1,4 @@
-// Attention while a chunk is read: many tokens to all slots, in bfloat16. Behind attention.cpp.
+// Attention while a chunk is read: many tokens to all slots, in bfloat16. Behind vectors.cpp.
 //
 // Products go through oneDNN's blocks as ATen exposes them (AMX where there is any, else AVX-512), the softmax between
 // them is ours and in float32. No mask is made, and what no token of a block may see is not computed.
@@ -64,8 +64,7 @@ float weigh(float* logits, BFloat16* weights, int64_t size, int64_t visible, con
     store(logit, logits + c);
     top = logit > top ? logit : top;
   }
-  float largest = NEVER;
-  for (int64_t l = 0; l < LANES; ++l) largest = std::max(largest, top[l]);
+  const float largest = highest(top);
   floats sums = {};
   for (int64_t c = 0; c < size; c += LANES) {
     const floats weight = exponential(load<floats>(logits + c) - largest);
@@ -146,8 +145,7 @@ void watch_block(const Reading& task, int64_t row, const std::vector<const BFloa
       store(logit, line + c);
       top = logit > top ? logit : top;
     }
-    float largest = NEVER;
-    for (int64_t l = 0; l < LANES; ++l) largest = std::max(largest, top[l]);
+    const float largest = highest(top);
     for (int64_t c = 0; c < task.room; c += LANES) {
       const floats weight = exponential(load<floats>(line + c) - largest);
       sums += weight;
@@ -168,23 +166,27 @@ const T* data(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
 }
 
+// Something of each slot, [..., C] -> [..., room].
+Tensor widened(const Tensor& given, at::ScalarType type, int64_t room, double filling) {
+  return at::constant_pad_nd(given.to(type), {0, room - given.size(-1)}, filling).contiguous();
+}
+
 // query [B, Hq, T, D] to keys [B, H, C, D] and values [B, H, C, E]: out [B, Hq, T, E], standing as [B, T, Hq, E].
-// Query t of row b sees the first bases[b] + t + 1 slots; bias float [B, H, C] is added to its logits; with a window it sees no slot
-// whose position [B, C] is `window` or more behind its own, asking [B, T]. sinks float [Hq].
-Tensor read(const Tensor& query, const Tensor& keys, const Tensor& values, at::IntArrayRef bases, double scaling, double softcap,
-            int64_t window, const std::optional<Tensor>& bias, const std::optional<Tensor>& asking,
+// Query t of row b sees the first bases[b] + t + 1 slots; bias float [B, H, C] is added to its logits; with a window it
+// sees no slot whose position [B, C] is `window` or more behind its own, asking [B, T]. sinks float [Hq].
+Tensor read(const Tensor& query, const Tensor& keys, const Tensor& values, at::IntArrayRef bases, double scaling,
+            double softcap, int64_t window, const std::optional<Tensor>& bias, const std::optional<Tensor>& asking,
             const std::optional<Tensor>& position, const std::optional<Tensor>& sinks) {
   const int64_t B = query.size(0), heads = query.size(1), T = query.size(2), D = query.size(3);
   const int64_t H = keys.size(1), C = keys.size(2), E = values.size(3), room = padded_to(C, STRIDE);
   for (const Tensor& each : {query, keys, values})
     TORCH_CHECK(each.scalar_type() == at::kBFloat16 && each.stride(3) == 1, "zsmerge::read takes rows of bfloat16");
-  TORCH_CHECK(D % 2 == 0 && heads % H == 0 && static_cast<int64_t>(bases.size()) == B, "zsmerge::read: these shapes do not match");
+  TORCH_CHECK(D % 2 == 0 && heads % H == 0 && static_cast<int64_t>(bases.size()) == B,
+              "zsmerge::read: these shapes do not match");
   for (const int64_t base : bases)
     TORCH_CHECK(base >= 0 && base + T <= C, "zsmerge::read: the tokens do not stand in slots ", base, " to ", base + T);
-  const auto wide = [&](const std::optional<Tensor>& given, at::ScalarType type, double filling) {
-    return given ? at::constant_pad_nd(given->to(type), {0, room - C}, filling).contiguous() : Tensor();
-  };
-  const Tensor added = wide(bias, at::kFloat, NEVER), stands = wide(window > 0 ? position : std::nullopt, at::kInt, 0);
+  const Tensor added = bias ? widened(*bias, at::kFloat, room, NEVER) : Tensor();
+  const Tensor stands = window > 0 ? widened(*position, at::kInt, room, 0) : Tensor();
   const Tensor asks = window > 0 ? asking->to(at::kInt).contiguous() : Tensor();
   const Tensor learned = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
   const Tensor packed_keys = at::empty({B, H, room, D}, keys.options());
@@ -216,8 +218,7 @@ Tensor watch(const Tensor& query, const Tensor& keys, const Tensor& bias, const 
   for (const Tensor& each : {query, keys})
     TORCH_CHECK(each.scalar_type() == at::kBFloat16 && each.stride(3) == 1, "zsmerge::watch takes rows of bfloat16");
   TORCH_CHECK(D % 2 == 0 && heads % H == 0 && m > 0, "zsmerge::watch: these shapes do not match");
-  const Tensor added = at::constant_pad_nd(bias.to(at::kFloat), {0, room - C}, NEVER).contiguous();
-  const Tensor stands = at::constant_pad_nd(position.to(at::kInt), {0, room - C}, 0).contiguous();
+  const Tensor added = widened(bias, at::kFloat, room, NEVER), stands = widened(position, at::kInt, room, 0);
   const Tensor asks = asking.to(at::kInt).contiguous(), learned = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
   const Tensor packed = at::empty({B, H, room, D}, keys.options());
   const int64_t blocks = (many + TOKENS - 1) / TOKENS;
@@ -233,7 +234,8 @@ Tensor watch(const Tensor& query, const Tensor& keys, const Tensor& bias, const 
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / blocks, b = row / H, first = item % blocks * TOKENS;
       const int32_t* when = task.asking + b * m;
-      const float share = 1.0f / static_cast<float>(G * std::max<int64_t>(1, std::count_if(when, when + m, [](int32_t at) { return at >= 0; })));
+      const int64_t count = std::count_if(when, when + m, [](int32_t at) { return at >= 0; });
+      const float share = 1.0f / static_cast<float>(G * std::max<int64_t>(1, count));
       std::vector<const BFloat16*> queries;
       std::vector<int32_t> times;
       std::vector<float> sinks_of;
@@ -256,7 +258,7 @@ bool reads() { return true; }
 
 #else
 
-Tensor read(const Tensor& query, const Tensor&, const Tensor&, int64_t, double, double, int64_t,
+Tensor read(const Tensor& query, const Tensor&, const Tensor&, at::IntArrayRef, double, double, int64_t,
             const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
             const std::optional<Tensor>&) {
   TORCH_CHECK(false, "zsmerge::read needs a processor that multiplies bfloat16");
@@ -283,7 +285,7 @@ TORCH_LIBRARY_FRAGMENT(zsmerge, library) {
       "Tensor? sinks) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(zsmerge, CPU, library) { 
+TORCH_LIBRARY_IMPL(zsmerge, CPU, library) {
   library.impl("read", &read);
   library.impl("watch", &watch);
 }

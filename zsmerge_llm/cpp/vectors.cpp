@@ -144,6 +144,12 @@ inline float sum(floats v) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+inline float highest(floats v) {
+  float largest = NEVER;
+  for (int64_t l = 0; l < LANES; ++l) largest = std::max(largest, v[l]);
+  return largest;
+}
+
 // e^x for x <= 0, to a few units in the last place; 0 below e^-80.
 inline floats exponential(floats x) {
   const ints counts = x > -80.0f;
