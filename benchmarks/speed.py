@@ -111,8 +111,9 @@ def about_a_document(engine: Engine, llm: LLM) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def theirs(engine: Engine, ids: list[int]) -> tuple[float, float]:
-    """The same for transformers' full cache and SDPA; then its tokens per second of reading."""
+def theirs(engine: Engine, ids: list[int], rows: int = 1) -> tuple[float, float]:
+    """The same for transformers' full cache and SDPA, of `rows` conversations in one batch; then its tokens per second
+    of reading one of them."""
     model, cache = engine.model, DynamicCache(config=engine.model.config)
     last = torch.tensor([0])
 
@@ -124,34 +125,17 @@ def theirs(engine: Engine, ids: list[int]) -> tuple[float, float]:
     started = time.perf_counter()
     token = step(torch.tensor([ids]))
     reading = len(ids) / (time.perf_counter() - started)
+    cache.batch_repeat_interleave(rows)
+    token = token.repeat(rows, 1)
 
     def follow(_: int) -> None:
         nonlocal token
         token = step(token)
-        token.item()
-
-    rate = 1 / steps(follow)
-    model.set_attn_implementation("zsmerge")
-    return rate, reading
-
-
-@torch.inference_mode()
-def their_batch(engine: Engine, ids: list[int], rows: int) -> float:
-    """Tokens per second of `rows` conversations in one batch of transformers' full cache."""
-    model, cache = engine.model, DynamicCache(config=engine.model.config)
-    last = torch.tensor([len(ids) - 1])
-    model.set_attn_implementation("sdpa")
-    model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=last)
-    cache.batch_repeat_interleave(rows)
-    token = torch.tensor([ids[:1]] * rows)
-    last[0] = 0
-
-    def follow(_: int) -> None:
-        model(token, past_key_values=cache, use_cache=True, logits_to_keep=last).logits.argmax(-1).tolist()
+        token.tolist()
 
     rate = rows / steps(follow)
     model.set_attn_implementation("zsmerge")
-    return rate
+    return rate, reading
 
 
 def llama(path: str, ids: list[int], longest: int) -> tuple[dict[int, float], float]:
@@ -235,7 +219,7 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
             both = {length: theirs(engine, ids[:length]) for length in lengths}
             rates["transformers bf16"] = {length: rate for length, (rate, _) in both.items()}
             result["reading"]["transformers bf16"] = both[READ][1] if READ in both else 0.0
-            result["batch"]["transformers bf16"] = {rows: their_batch(engine, ids[:4096], rows) for rows in (1, 8)}
+            result["batch"]["transformers bf16"] = {rows: theirs(engine, ids[:4096], rows)[0] for rows in (1, 8)}
         rates[f"zsmerge {name} eager"] = {length: ours(engine, cache) for length, cache in caches.items()}
         eager = answers(engine, ids)
         engine.fusion.start()

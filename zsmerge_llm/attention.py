@@ -142,10 +142,9 @@ class Step(Carrier):
         """`_attend` in one kernel, which needs no mask."""
         window, bias, asking, position = layer.spec.window, None, None, None
         if window is not None or layer.config.residual:
-            bias = F.pad(policy.slot_bias(held.count, layer.config.alpha), (0, call.query.shape[2] - self.new))
+            bias = self._slot_bias(layer, held, call)
         if window is not None:
-            asking = self.marks(call.key.device)["position"].to(torch.int32)
-            position = torch.cat([held.position[:, 0], asking[:, self.new :]], dim=1)
+            asking, position = self._places(held, call)
         return kernels.read(
             call.query,
             keys,
@@ -213,18 +212,25 @@ class Step(Carrier):
 
     def _bias(self, layer: LayerCache, held: Held, call: Call) -> Tensor | None:
         """What is added to the logits, broadcastable to [B, Hq, T, C + m]; None where nothing is."""
-        total, probing, window = call.query.shape[2], call.query.shape[2] - self.new, layer.spec.window
+        total, window = call.query.shape[2], layer.spec.window
         if window is None and layer.config.residual == 0:  # every slot in use holds just one token
             return None if total == 1 and layer.level else self._causal(layer, held, call)
-        bias = F.pad(policy.slot_bias(held.count, layer.config.alpha), (0, probing))[:, :, None, :]  # [B, H, 1, C + m]
+        bias = self._slot_bias(layer, held, call)[:, :, None, :]
         if total > 1:
             bias = bias + self._causal(layer, held, call)
         if window is not None:
-            position = self.marks(call.key.device)["position"]
-            keys = torch.cat([held.position[:, 0], position[:, self.new :].to(torch.int32)], dim=1)
-            bias = bias + policy.window_bias(position, keys, window)[:, None]
+            bias = bias + policy.window_bias(*self._places(held, call), window)[:, None]
         group = call.query.shape[1] // call.key.shape[1]
         return bias.to(call.query.dtype).repeat_interleave(group, dim=1)
+
+    def _slot_bias(self, layer: LayerCache, held: Held, call: Call) -> Tensor:
+        """float32 [B, H, C + m]: that of the slots, and 0 for the probe."""
+        return F.pad(policy.slot_bias(held.count, layer.config.alpha), (0, call.query.shape[2] - self.new))
+
+    def _places(self, held: Held, call: Call) -> tuple[Tensor, Tensor]:
+        """int32 [B, T] and [B, C + m]: where the queries stand, and the keys of a layer with a window."""
+        position = self.marks(call.key.device)["position"].to(torch.int32)
+        return position, torch.cat([held.position[:, 0], position[:, self.new :]], dim=1)
 
     def _causal(self, layer: LayerCache, held: Held, call: Call) -> Tensor:
         """[B, 1, T, C + m]; made once for all layers of the same fill. The probe stands behind all slots."""

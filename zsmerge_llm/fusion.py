@@ -125,40 +125,41 @@ class Fusion:
 
     def _build(self) -> None:
         """Load the kernels and let the matrices use them; what is compiled works without them too."""
+        if self._loads(kernels.DECODING, "Decoding"):
+            self._matrices = [FewRows(each) for each in self._model.modules() if _is_matrix(each)]
+            self.replays = {(rows, width): Replay(self._expected, width, rows) for rows, width in SHAPES}
+
+    def _build_reading(self) -> None:
+        """Load the kernels that read, where the model is one for them."""
+        if self._fits_reading:
+            self.reads = self._loads(kernels.READING, "Reading") and kernels.multiplies_bfloat16()
+
+    def _loads(self, parts: Sequence[str], what: str) -> bool:
+        """Load kernels; where that does not work, say so."""
         started = time.perf_counter()
         try:
             with _COMPILER:
-                kernels.build()
+                kernels.build(parts)
         except UnsupportedModelError as error:
-            log.warning("Decoding goes on without kernels of its own: %s", error)
-            return
-        self._matrices = [FewRows(each) for each in self._model.modules() if _is_matrix(each)]
-        self.replays = {(rows, width): Replay(self._expected, width, rows) for rows, width in SHAPES}
+            log.warning("%s goes on without kernels of its own: %s", what, error)
+            return False
         self.seconds += time.perf_counter() - started
+        return True
+
+    @property
+    def _fits_reading(self) -> bool:
+        return self._model.device.type == "cpu" and self._model.dtype == torch.bfloat16
 
     @property
     def may_read(self) -> bool:
         """Whether the kernels that read will be loaded sooner or later, but are not yet."""
-        return self._unread is not None and self._model.device.type == "cpu" and self._model.dtype == torch.bfloat16
+        return self._unread is not None and self._fits_reading
 
     def load_reading(self) -> None:
         """Load the kernels that read now, where they would be later."""
-        if self.may_read:
+        if self._unread is not None:
+            self._unread = None
             self._build_reading()
-        self._unread = None
-
-    def _build_reading(self) -> None:
-        if self.reads or self._model.dtype != torch.bfloat16:
-            return
-        started = time.perf_counter()
-        try:
-            with _COMPILER:
-                kernels.build(kernels.READING)
-        except UnsupportedModelError as error:
-            log.warning("Reading goes on without kernels of its own: %s", error)
-            return
-        self.reads = kernels.multiplies_bfloat16()
-        self.seconds += time.perf_counter() - started
 
     def count(self, tokens: int) -> None:
         """Take note of a pass of so many tokens, if it is one that kernels or compiling would make faster."""

@@ -65,6 +65,7 @@ def _source(parts: Sequence[str]) -> str:
     return "\n".join(folder.joinpath(f"{part}.cpp").read_text(encoding="utf-8") for part in parts)
 
 
+@cache  # asked for with each chunk that is read until then
 def _stamp(parts: Sequence[str]) -> Path:
     """A file beside PyTorch's compiled code, which goes when that goes."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -75,12 +76,12 @@ def _stamp(parts: Sequence[str]) -> Path:
 
 def serves(*tensors: Tensor) -> bool:
     """Whether queries, keys and values [B, H, T, D] are what `look` and `remember` take."""
-    first = tensors[0]
-    return (
-        first.shape[2] <= MOST
-        and first.dtype in DTYPES
-        and all(each.dtype == first.dtype and each.is_cpu and each.stride(3) == 1 for each in tensors)
-    )
+    return tensors[0].shape[2] <= MOST and tensors[0].dtype in DTYPES and _alike(tensors)
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are on the CPU, of one dtype, and their rows in one piece."""
+    return all(each.dtype == tensors[0].dtype and each.is_cpu and each.stride(3) == 1 for each in tensors)
 
 
 def look(
@@ -110,11 +111,8 @@ def look(
 
 def reads(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `read` takes a query [B, Hq, T, D], key and value [B, H, T, D] and what is held of their kind."""
-    return (
-        query.shape[2] > MOST
-        and query.shape[3] % 2 == 0
-        and all(each.is_cpu and each.dtype == torch.bfloat16 and each.stride(3) == 1 for each in (query, key, value))
-    )
+    fits = query.shape[2] > MOST and query.shape[3] % 2 == 0 and query.dtype == torch.bfloat16
+    return fits and _alike((query, key, value))
 
 
 def multiplies_bfloat16() -> bool:

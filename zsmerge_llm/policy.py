@@ -39,8 +39,8 @@ def contribution(score: Tensor, attention: Tensor, valid: Tensor, decay: float) 
     return score * total[:, None, None] + paid
 
 
-def importance(attention: Tensor, asking: Tensor, pool: int) -> Tensor:
-    """What a window of queries makes of each slot: its mean attention, pooled.
+def mean_paid(attention: Tensor, asking: Tensor) -> Tensor:
+    """What a window of queries makes of each slot: its mean attention over the queries of a KV head.
 
     Args:
         attention: float32 [B, H, G, n, C].
@@ -49,11 +49,6 @@ def importance(attention: Tensor, asking: Tensor, pool: int) -> Tensor:
     Returns:
         float32 [B, H, C].
     """
-    return pooled(mean_paid(attention, asking), pool)
-
-
-def mean_paid(attention: Tensor, asking: Tensor) -> Tensor:
-    """What the asking queries of a KV head pay each slot in the mean: as `importance`, before pooling."""
     batch, heads, group, queries, slots = attention.shape
     share = asking.float() / (group * asking.sum(-1, keepdim=True)).clamp(min=1)  # [B, n]
     share = share.repeat(1, group)[:, None, None].expand(-1, heads, -1, -1)  # [B, H, 1, G·n]

@@ -15,7 +15,7 @@ class SnapKV(RankedLayer):
     def rank(self, held: Held, arrival: Arrival) -> Tensor:
         asking = arrival.position[:, -32:]
         paid = self.paid_by(held, arrival.queries[:, :, -32:], asking, arrival.sinks)
-        return policy.importance(paid, asking >= 0, 7)
+        return policy.pooled(policy.mean_paid(paid, asking >= 0), 7)
 
 
 class TOVA(RankedLayer):
