@@ -34,6 +34,13 @@ def difference(given: Tensor, expected: Tensor) -> float:
     return float((given.float() - expected).norm() / expected.norm().clamp(min=1e-9))
 
 
+def in_8_bits(x: Tensor, group: int) -> Tensor:
+    """float32 [M, K]: each `group` inputs of a row rounded to 255 values."""
+    parts = [part.float() for part in x.split(group, dim=-1)]
+    scales = [part.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127 for part in parts]
+    return torch.cat([(part / scale).round() * scale for part, scale in zip(parts, scales, strict=True)], dim=-1)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
@@ -106,9 +113,34 @@ def test_rows_times_matrices_of_4_bits_are_those_of_torchs_own_kernel(
 
     products = kernels.rows(x, [weight for weight, _ in packed], [ranges for _, ranges in packed], [])
 
+    entering = x.float() if dtype == torch.float32 else in_8_bits(x, 32)
     for product, (weight, ranges) in zip(products, packed, strict=True):
-        expected = torch.ops.aten._weight_int4pack_mm_for_cpu(x.float(), weight, 32, ranges.float())
+        expected = torch.ops.aten._weight_int4pack_mm_for_cpu(entering, weight, 32, ranges.float())
         assert difference(product, expected) < max(ROUNDING[dtype], 1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    count=st.integers(1, kernels.MOST),
+    inputs=st.integers(1, 12).map(lambda each: 16 * each),
+    more=st.integers(0, 100),
+    seed=st.integers(0, 9),
+)
+def test_several_rows_enter_an_output_layer_of_8_bits_in_8_bits(
+    dtype: torch.dtype, count: int, inputs: int, more: int, seed: int
+) -> None:
+    if not torch.ops.zsmerge.packed():  # this processor multiplies float32
+        return
+    torch.manual_seed(seed)
+    x = (torch.randn(count, inputs) + 1).to(dtype)
+    weight, scale = round_to_int8(torch.randn(2**15 + more, inputs), dtype)
+
+    (product,) = kernels.rows(x, [weight], [scale], [])
+
+    entering = x.float() if dtype == torch.float32 or count == 1 else in_8_bits(x, 128)
+    expected = entering @ (weight.float() * scale.float()[:, None]).T
+    assert difference(product, expected) < max(ROUNDING[dtype], 1e-4)
 
 
 def test_more_rows_than_the_kernels_take_are_refused() -> None:

@@ -60,12 +60,12 @@ inline void mix(const T* values, const float* weights, int64_t size, int64_t E, 
     }
 }
 
-// Logits [size] and their bias -> e^(logit - largest), in place. Returns the largest and the sum.
-inline std::pair<float, float> softened(float* logits, const float* bias, int64_t size, float cap) {
+// Products [size], times `scaling`, and their bias -> e^(logit - largest), in place. Returns the largest and the sum.
+inline std::pair<float, float> softened(float* logits, const float* bias, int64_t size, float scaling, float cap) {
   const int64_t padded = (size + LANES - 1) / LANES * LANES;
   floats most = all(NEVER), total = {};
   for (int64_t c = 0; c < padded; c += LANES) {
-    floats logit = load<floats>(logits + c);
+    floats logit = load<floats>(logits + c) * scaling;
     logit = (cap > 0 ? capped(logit, cap) : logit) + load<floats>(bias + c);
     store(logit, logits + c);
     most = logit > most ? logit : most;
@@ -83,7 +83,7 @@ inline std::pair<float, float> softened(float* logits, const float* bias, int64_
 // values weighted so, arranged [E]. biases [Q] points at a line of [BLOCK] for each.
 template <typename T, int Q>
 void attend(const float* queries, const T* keys, const T* values, const float* const* biases, int64_t size, int64_t D,
-            int64_t E, float cap, float* results) {
+            int64_t E, float scaling, float cap, float* results) {
   constexpr int R = 4;
   alignas(64) float logits[Q * BLOCK] = {};
   float some[R * Q];
@@ -100,7 +100,7 @@ void attend(const float* queries, const T* keys, const T* values, const float* c
   }
   const int64_t each = E + 2;
   for (int q = 0; q < Q; ++q)
-    std::tie(results[q * each], results[q * each + 1]) = softened(logits + q * BLOCK, biases[q], size, cap);
+    std::tie(results[q * each], results[q * each + 1]) = softened(logits + q * BLOCK, biases[q], size, scaling, cap);
   int64_t e = 0;
   for (; e + 2 * PAIR <= E; e += 2 * PAIR) mix<T, Q, 2>(values + e, logits, size, E, each, results + 2 + e);
   for (; e + PAIR <= E; e += PAIR) mix<T, Q, 1>(values + e, logits, size, E, each, results + 2 + e);
@@ -112,6 +112,79 @@ void attend(const float* queries, const T* keys, const T* values, const float* c
     }
 }
 
+#if BFLOAT16_PRODUCTS
+// As `mix`, two slots at a time, whose weights are rounded to bfloat16 and stand beside each other: [Q, BLOCK].
+template <int Q, int P>
+inline void mix_pairs(const BFloat16* values, const BFloat16* weights, int64_t size, int64_t E, int64_t each, float* out) {
+  __m512 acc[Q][P][2];
+  for (int q = 0; q < Q; ++q)
+    for (int i = 0; i < P; ++i) acc[q][i][0] = acc[q][i][1] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < size; c += 2) {
+    const BFloat16 *one = values + c * E, *other = c + 1 < size ? one + E : one;  // what is not there weighs nothing
+    UNROLL for (int i = 0; i < P; ++i) {
+      const __m512i a = _mm512_loadu_si512(one + i * PAIR), b = _mm512_loadu_si512(other + i * PAIR);
+      const __m512bh lower = (__m512bh)_mm512_unpacklo_epi16(a, b), upper = (__m512bh)_mm512_unpackhi_epi16(a, b);
+      UNROLL for (int q = 0; q < Q; ++q) {
+        const __m512bh weight = (__m512bh)_mm512_set1_epi32(load<int32_t>(weights + q * BLOCK + c));
+        acc[q][i][0] = _mm512_dpbf16_ps(acc[q][i][0], lower, weight);
+        acc[q][i][1] = _mm512_dpbf16_ps(acc[q][i][1], upper, weight);
+      }
+    }
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int i = 0; i < P; ++i) {  // in the order of `widen`
+      const floats a = (floats)acc[q][i][0], b = (floats)acc[q][i][1];
+      float* to = out + q * each + i * PAIR;
+      store(__builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30), to);
+      store(__builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31), to + LANES);
+    }
+}
+
+// As `attend`, for queries of bfloat16 as they are, where two products and their sum are one instruction. Needs E to be
+// a multiple of PAIR.
+template <int Q>
+void attend_pairs(const BFloat16* queries, const BFloat16* keys, const BFloat16* values, const float* const* biases,
+                  int64_t size, int64_t D, int64_t E, float scaling, float cap, float* results) {
+  constexpr int R = 4;
+  alignas(64) float logits[Q * BLOCK];
+  alignas(64) BFloat16 weights[Q * BLOCK];
+  for (int64_t c = 0; c < size; c += R) {
+    __m512 acc[4][R];
+    for (int q = 0; q < 4; ++q)
+      for (int r = 0; r < R; ++r) acc[q][r] = _mm512_setzero_ps();
+    for (int64_t e = 0; e < R * E; e += PAIR) __builtin_prefetch(values + c * E + e);  // needed next
+    for (int64_t d = 0; d < D; d += PAIR) {
+      const __mmask32 there = D - d >= PAIR ? ~0u : (1u << (D - d)) - 1;
+      __m512bh key[R];
+      UNROLL for (int r = 0; r < R; ++r)  // beyond the last: again the last, which is hidden there
+        key[r] = (__m512bh)_mm512_maskz_loadu_epi16(there, keys + std::min(c + r, size - 1) * D + d);
+      UNROLL for (int q = 0; q < Q; ++q) {
+        const __m512bh query = (__m512bh)_mm512_maskz_loadu_epi16(there, queries + q * D + d);
+        UNROLL for (int r = 0; r < R; ++r) acc[q][r] = _mm512_dpbf16_ps(acc[q][r], key[r], query);
+      }
+    }
+    const floats products = sums((const floats*)acc);
+    std::memcpy(logits + c, &products, sizeof(floats4));
+    UNROLL for (int q = 1; q < Q; ++q)
+      std::memcpy(logits + q * BLOCK + c, (const float*)&products + q * R, sizeof(floats4));
+  }
+  const int64_t each = E + 2, padded = (size + PAIR - 1) / PAIR * PAIR;
+  for (int q = 0; q < Q; ++q) {
+    float* line = logits + q * BLOCK;
+    for (int64_t c = (size + R - 1) / R * R; c < padded; ++c) line[c] = 0;
+    std::tie(results[q * each], results[q * each + 1]) = softened(line, biases[q], size, scaling, cap);
+    for (int64_t c = (size + LANES - 1) / LANES * LANES; c < padded; ++c) line[c] = 0;
+    for (int64_t c = 0; c < padded; c += PAIR) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_load_ps(line + c + LANES), _mm512_load_ps(line + c));
+      std::memcpy(weights + q * BLOCK + c, &both, sizeof(both));
+    }
+  }
+  int64_t e = 0;
+  for (; e + 2 * PAIR <= E; e += 2 * PAIR) mix_pairs<Q, 2>(values + e, weights, size, E, each, results + 2 + e);
+  for (; e < E; e += PAIR) mix_pairs<Q, 1>(values + e, weights, size, E, each, results + 2 + e);
+}
+#endif
+
 template <typename T>
 void attend_all(const Tensor& query, const Slots& slots, const int32_t* now, at::IntArrayRef fills, const How& how,
                 const float* sinks, Tensor& out) {
@@ -119,14 +192,21 @@ void attend_all(const Tensor& query, const Slots& slots, const int32_t* now, at:
   const int64_t H = slots.keys.size(1), P = slots.keys.size(2), E = slots.values.size(3), G = heads / H;
   const int64_t asking = G * count, most = *std::max_element(fills.begin(), fills.end()) + count;
   const int64_t blocks = (most + BLOCK - 1) / BLOCK, each = E + 2;
-  std::vector<float> wide(B * heads * count * D), parts(B * H * blocks * asking * each);
+  constexpr bool packs = BFLOAT16_PRODUCTS && std::is_same_v<T, BFloat16>;
+  const bool pairs = packs && E % PAIR == 0;
+  std::vector<float> wide(pairs ? 0 : B * heads * count * D), parts(B * H * blocks * asking * each);
+  std::vector<T> same(pairs ? B * heads * count * D : 0);
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t t = 0; t < count; ++t) {
         const T* from = query.const_data_ptr<T>() + b * query.stride(0) + h * query.stride(1) + t * query.stride(2);
-        arrange(from, D, static_cast<float>(how.scaling), wide.data() + ((b * heads + h) * count + t) * D);
+        const int64_t at = ((b * heads + h) * count + t) * D;
+        if (pairs)
+          std::memcpy(same.data() + at, from, D * sizeof(T));
+        else
+          arrange(from, D, 1.0f, wide.data() + at);
       }
-  const float cap = static_cast<float>(how.softcap);
+  const float scaling = static_cast<float>(how.scaling), cap = static_cast<float>(how.softcap);
   at::parallel_for(0, B * H * blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> bias(count * BLOCK);
     std::vector<const float*> biases(asking);
@@ -144,10 +224,23 @@ void attend_all(const Tensor& query, const Slots& slots, const int32_t* now, at:
                 now[b * count + t], size, fills[b] + t + 1 - start, how, bias.data() + t * BLOCK);
       const T *keys = slots.keys.const_data_ptr<T>() + at * D, *values = slots.values.const_data_ptr<T>() + at * E;
       for (int64_t q = 0; q < asking;) {
-        const float* asks = wide.data() + (row * asking + q) * D;
-        const int64_t left = asking - q;
-        const auto some = left >= 4 ? attend<T, 4> : left == 3 ? attend<T, 3> : left == 2 ? attend<T, 2> : attend<T, 1>;
-        some(asks, keys, values, biases.data() + q, size, D, E, cap, results + q * each);
+        const int64_t left = asking - q, asks = (row * asking + q) * D;
+        const auto some = [&](auto number) {
+          constexpr int Q = number();
+#if BFLOAT16_PRODUCTS
+          if constexpr (packs)
+            if (pairs)
+              return attend_pairs<Q>(same.data() + asks, keys, values, biases.data() + q, size, D, E, scaling, cap,
+                                     results + q * each);
+#endif
+          attend<T, Q>(wide.data() + asks, keys, values, biases.data() + q, size, D, E, scaling, cap, results + q * each);
+        };
+        switch (left) {
+          case 1: some(std::integral_constant<int, 1>()); break;
+          case 2: some(std::integral_constant<int, 2>()); break;
+          case 3: some(std::integral_constant<int, 3>()); break;
+          default: some(std::integral_constant<int, 4>());
+        }
         q += std::min<int64_t>(left, 4);
       }
     }

@@ -29,12 +29,22 @@ struct Rows {
   std::vector<float> plain;  // [M, K], arranged
   std::vector<BFloat16> same;  // [M, K] as they are, for weights of bfloat16 where two products and their sum are one
                                // instruction: with several rows, float32 would keep the processor busy for longer
-  // As int16, each `group` inputs with a scale of their own: for weights of 8 and 4 bits as good as float32, and two
-  // products and their sum are one instruction.
+  // As integers, each `group` inputs with a scale of their own. In 16 bits, for weights of 8 and 4 bits as good as
+  // float32, two products and their sum are one instruction; in 8 bits, four. Only one of the two is filled.
   std::vector<int16_t> codes;        // [M, K]
+  std::vector<int8_t> short_codes;   // [M, K]
   std::vector<float> scale, sum_of;  // [M, groups]
+  std::vector<float> less;           // [M]: what 128 in place of each weight comes to
   int64_t group, groups;
 };
+
+// Whether inputs of 8 bits do. Beside weights of 4 bits they are not noticed. Weights of 8 bits are there to be exact; but
+// what an output layer rounds, no other layer makes larger, and several rows keep the processor busy there.
+template <typename T>
+bool shortens(const Tensor& weight, int64_t rows, int64_t group) {
+  if (sizeof(T) > 2) return false;
+  return weight.scalar_type() == at::kByte ? group % 4 == 0 : rows > 1 && weight.size(0) >= VOCABULARY;
+}
 
 inline ints nearest(floats x) { return (ints)(x + 12582912.0f) - 0x4b400000; }
 
@@ -51,35 +61,40 @@ inline void narrow<BFloat16>(ints a, ints b, int16_t* to) {
 }
 
 template <typename T>
-void round_group(const T* x, int64_t size, int16_t* codes, float* scale, float* sum_of) {
-  floats most = {}, total = {};
+inline void narrow(ints a, ints b, int8_t* to) {
+  int16_t wide[PAIR];
+  narrow<T>(a, b, wide);
+  for (int64_t i = 0; i < PAIR; ++i) to[i] = static_cast<int8_t>(wide[i]);
+}
+
+// sum_of is of what the codes stand for: beside codes of weights from 0 to 15, what their rounding adds would else count
+// for the mean of these too.
+template <typename T, typename C>
+void round_group(const T* x, int64_t size, C* codes, float* scale, float* sum_of) {
+  constexpr float TOP = std::numeric_limits<C>::max();
+  floats most = {};
   int64_t k = 0;
   for (; k + PAIR <= size; k += PAIR) {
     const Pair pair = widen(x + k);
-    total += pair.a + pair.b;
     for (const floats v : {pair.a, -pair.a, pair.b, -pair.b}) most = v > most ? v : most;
   }
-  float largest = 1e-30f, all_in_all = sum(total);
-  for (int64_t l = 0; l < LANES; ++l) largest = std::max(largest, most[l]);
-  for (int64_t rest = k; rest < size; ++rest) {
-    largest = std::max(largest, std::abs(static_cast<float>(x[rest])));
-    all_in_all += static_cast<float>(x[rest]);
-  }
-  const float factor = 32767.0f / largest;
+  float largest = std::max(1e-30f, highest(most));
+  for (int64_t rest = k; rest < size; ++rest) largest = std::max(largest, std::abs(static_cast<float>(x[rest])));
+  const float factor = TOP / largest;
   for (k = 0; k + PAIR <= size; k += PAIR) {
     const Pair pair = widen(x + k);
     narrow<T>(nearest(pair.a * factor), nearest(pair.b * factor), codes + k);
   }
-  for (; k < size; ++k) codes[k] = static_cast<int16_t>(std::nearbyint(static_cast<float>(x[k]) * factor));
-  *scale = largest / 32767.0f;
-  *sum_of = all_in_all;
+  for (; k < size; ++k) codes[k] = static_cast<C>(std::nearbyint(static_cast<float>(x[k]) * factor));
+  *scale = largest / TOP;
+  *sum_of = *scale * static_cast<float>(std::accumulate(codes, codes + size, 0));
 }
 
 template <typename T>
 Rows prepared(const Tensor& given, int64_t room, const Tensor& weight, at::TensorList scales) {
   const Tensor x = given.contiguous();
   const T* from = x.const_data_ptr<T>();
-  Rows rows{x.size(0), x.size(1), {}, {}, {}, {}, {}, 128, 0};
+  Rows rows{.M = x.size(0), .K = x.size(1), .group = 128, .groups = 0};
   if (BFLOAT16_PRODUCTS && room > 1 && weight.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16) {
     const auto* whole = x.const_data_ptr<BFloat16>();
     rows.same.assign(whole, whole + rows.M * rows.K);
@@ -93,14 +108,22 @@ Rows prepared(const Tensor& given, int64_t room, const Tensor& weight, at::Tenso
   } else {
     if (weight.scalar_type() == at::kByte) rows.group = rows.K / scales[0].size(0);
     rows.groups = (rows.K + rows.group - 1) / rows.group;
-    rows.codes.resize(room * rows.K);
     rows.scale.resize(room * rows.groups);
     rows.sum_of.resize(room * rows.groups);
-    for (int64_t i = 0; i < rows.M * rows.groups; ++i) {
-      const int64_t start = i % rows.groups * rows.group, at = i / rows.groups * rows.K + start;
-      round_group(from + at, std::min(rows.group, rows.K - start), rows.codes.data() + at, &rows.scale[i],
-                  &rows.sum_of[i]);
-    }
+    rows.less.resize(room);
+    const auto round_all = [&](auto& codes) {
+      codes.resize(room * rows.K);
+      for (int64_t i = 0; i < rows.M * rows.groups; ++i) {
+        const int64_t start = i % rows.groups * rows.group, at = i / rows.groups * rows.K + start;
+        const int64_t size = std::min(rows.group, rows.K - start);
+        round_group(from + at, size, codes.data() + at, &rows.scale[i], &rows.sum_of[i]);
+        rows.less[i / rows.groups] += 128 * rows.sum_of[i];
+      }
+    };
+    if (shortens<T>(weight, room, rows.group))
+      round_all(rows.short_codes);
+    else
+      round_all(rows.codes);
   }
   return rows;
 }
@@ -148,6 +171,89 @@ inline void dot4(const uint8_t* codes, const T* ranges, int64_t N, const Rows& r
     }
   for (int m = 0; m < M; ++m)
     for (int j = 0; j < 4; ++j) store(y[m][j], out + m * PACKED + j * LANES);
+}
+
+// As `dot4`, where the rows have short codes: four inputs at a time.
+template <typename T, int M>
+inline void dot4_short(const uint8_t* codes, const T* ranges, int64_t N, const Rows& rows, int64_t row, float* out) {
+  alignas(64) uint8_t order[2][64];  // the bytes of four inputs, for one output behind each other
+  for (int i = 0; i < 64; ++i)
+    for (int upper = 0; upper < 2; ++upper) order[upper][i] = i / 4 + upper * LANES + i % 4 * 32;
+  const __m512i orders[2] = {_mm512_load_si512(order[0]), _mm512_load_si512(order[1])};
+  const __m512i low = _mm512_set1_epi8(15);
+  constexpr int TIMES = M > 2 ? 2 : 1, EACH = 2 / TIMES;
+  floats y[M][4] = {};
+  for (int64_t g = 0; g < rows.groups; ++g, codes += rows.group / 2 * PACKED)
+    UNROLL for (int half = 0; half < TIMES; ++half) {
+      __m512i acc[M][2 * EACH];
+      for (int m = 0; m < M; ++m)
+        for (int i = 0; i < 2 * EACH; ++i) acc[m][i] = _mm512_setzero_si512();
+      for (int64_t k = 0; k < rows.group; k += 4) {
+        const uint8_t* from = codes + k / 2 * PACKED;
+        if (half == 0) __builtin_prefetch(from + AHEAD, 0, 2);
+        if (half == 0) __builtin_prefetch(from + AHEAD + 64, 0, 2);
+        const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 64);
+        __m512i w[2 * EACH];
+        UNROLL for (int i = 0; i < EACH; ++i) {
+          const __m512i a = _mm512_permutex2var_epi8(first, orders[half * EACH + i], second);
+          w[i] = _mm512_and_si512(a, low);
+          w[EACH + i] = _mm512_and_si512(_mm512_srli_epi16(a, 4), low);
+        }
+        UNROLL for (int m = 0; m < M; ++m) {
+          const __m512i x = _mm512_set1_epi32(load<int32_t>(rows.short_codes.data() + (row + m) * rows.K + g * rows.group + k));
+          UNROLL for (int i = 0; i < 2 * EACH; ++i) acc[m][i] = _mm512_dpbusd_epi32(acc[m][i], w[i], x);
+        }
+      }
+      for (int i = 0; i < 2 * EACH; ++i) {
+        const int j = i / EACH * 2 + half * EACH + i % EACH;
+        const Pair range = scales_and_zeros(ranges + (g * N + j * LANES) * 2);
+        const floats zero = range.b - range.a * 8.0f;
+        for (int m = 0; m < M; ++m) {
+          const int64_t at = (row + m) * rows.groups + g;
+          y[m][j] += range.a * rows.scale[at] * (floats)_mm512_cvtepi32_ps(acc[m][i]) + zero * rows.sum_of[at];
+        }
+      }
+    }
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < 4; ++j) store(y[m][j], out + (row + m) * PACKED + j * LANES);
+}
+
+// As `dot8`, where the rows have short codes. The instruction takes weights without a sign, so each is 128 larger.
+template <int M, int R>
+inline void dot8_short(const int8_t* weight, const Rows& rows, float* out) {
+  static_assert(R * M <= LANES);
+  constexpr int S = std::min(R, M <= 2 ? 4 : M <= 5 ? 2 : 1);  // outputs at once, whose sums stay in registers
+  const __m512i raise = _mm512_set1_epi8(-128);
+  floats all_of[LANES] = {};
+  for (int first = 0; first < R; first += S) {
+    floats y[S][M] = {};
+    for (int64_t g = 0; g < rows.groups; ++g) {
+      __m512i acc[S][M];
+      for (int r = 0; r < S; ++r)
+        for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_si512();
+      const int64_t end = std::min((g + 1) * rows.group, rows.K);
+      for (int64_t k = g * rows.group; k < end; k += 64) {
+        const __mmask64 there = end - k >= 64 ? ~0ull : (1ull << (end - k)) - 1;
+        __m512i w[S];
+        UNROLL for (int r = 0; r < S; ++r) {
+          const int8_t* from = weight + (first + r) * rows.K + k;
+          __builtin_prefetch(from + R * rows.K, 0, 2);
+          w[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, from), raise);
+        }
+        UNROLL for (int m = 0; m < M; ++m) {
+          const __m512i x = _mm512_maskz_loadu_epi8(there, rows.short_codes.data() + m * rows.K + k);
+          UNROLL for (int r = 0; r < S; ++r) acc[r][m] = _mm512_dpbusd_epi32(acc[r][m], w[r], x);
+        }
+      }
+      for (int m = 0; m < M; ++m)
+        for (int r = 0; r < S; ++r) y[r][m] += (floats)_mm512_cvtepi32_ps(acc[r][m]) * rows.scale[m * rows.groups + g];
+    }
+    for (int r = 0; r < S; ++r)
+      for (int m = 0; m < M; ++m) all_of[(first + r) * M + m] = y[r][m];
+  }
+  const floats total = sums(all_of);
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) out[r * M + m] = total[r * M + m] - rows.less[m];
 }
 
 // As `dot`, for weights of 8 bits.
@@ -200,15 +306,18 @@ inline void dot16(const BFloat16* weight, const BFloat16* x, int64_t K, float* o
 }
 #endif
 
-template <int M, int R>
+template <int M, int R, bool SHORT>
 inline void multiply(const int8_t* weight, const Rows& rows, float* out) {
 #if INT16_PRODUCTS
-  dot8<M, R>(weight, rows, out);
+  if constexpr (SHORT)
+    dot8_short<M, R>(weight, rows, out);
+  else
+    dot8<M, R>(weight, rows, out);
 #else
   dot<int8_t, M, R>(weight, rows.plain.data(), rows.K, out);
 #endif
 }
-template <int M, int R, typename W>
+template <int M, int R, bool SHORT, typename W>
 inline void multiply(const W* weight, const Rows& rows, float* out) {
 #if BFLOAT16_PRODUCTS
   if constexpr (M > 1 && std::is_same_v<W, BFloat16>) return dot16<M, R>(weight, rows.same.data(), rows.K, out);
@@ -217,18 +326,18 @@ inline void multiply(const W* weight, const Rows& rows, float* out) {
 }
 
 // Outputs [first, last) of a matrix with one line of weights for each. finish(n, y) takes y [M] of output n.
-template <int M, typename W, typename F>
+template <int M, bool SHORT, typename W, typename F>
 void by_lines(const W* weight, const Rows& rows, int64_t first, int64_t last, F finish) {
   constexpr bool packs = BFLOAT16_PRODUCTS && std::is_same_v<W, BFloat16>;
-  constexpr int R = M == 1 ? 4 : packs ? (M == 2 ? 6 : M <= 5 ? 4 : 3) : M == 2 ? 2 : 1;
+  constexpr int R = M == 1 ? 4 : packs ? (M == 2 ? 6 : M <= 5 ? 4 : 3) : SHORT ? (M == 2 ? 4 : 2) : M == 2 ? 2 : 1;
   float y[R * M];
   int64_t n = first;
   for (; n + R <= last; n += R) {
-    multiply<M, R>(weight + n * rows.K, rows, y);
+    multiply<M, R, SHORT>(weight + n * rows.K, rows, y);
     for (int r = 0; r < R; ++r) finish(n + r, y + r * M);
   }
   for (; n < last; ++n) {
-    multiply<M, 1>(weight + n * rows.K, rows, y);
+    multiply<M, 1, SHORT>(weight + n * rows.K, rows, y);
     finish(n, y);
   }
 }
@@ -244,16 +353,24 @@ void some_outputs(const Tensor& weight, const Tensor* scale, const Tensor* bias,
   };
   if (weight.scalar_type() == at::kChar) {
     const T* factors = scale->const_data_ptr<T>();
-    by_lines<M>(weight.const_data_ptr<int8_t>(), rows, first, last,
-                [&](int64_t n, const float* y) { finish(n, static_cast<float>(factors[n]), y); });
+    const auto scaled = [&](int64_t n, const float* y) { finish(n, static_cast<float>(factors[n]), y); };
+    const auto by = rows.short_codes.empty() ? by_lines<M, false, int8_t, decltype(scaled)>
+                                             : by_lines<M, true, int8_t, decltype(scaled)>;
+    by(weight.const_data_ptr<int8_t>(), rows, first, last, scaled);
   } else if (weight.scalar_type() != at::kByte) {
-    by_lines<M>(weight.const_data_ptr<T>(), rows, first, last, [&](int64_t n, const float* y) { finish(n, 1.0f, y); });
+    by_lines<M, false>(weight.const_data_ptr<T>(), rows, first, last, [&](int64_t n, const float* y) { finish(n, 1.0f, y); });
   } else {
 #if INT16_PRODUCTS
     float y[M * PACKED], one[M];
     for (int64_t n = first; n < last; n += PACKED) {
-      dot4<T, M>(weight.const_data_ptr<uint8_t>() + n * rows.K / 2, scale->const_data_ptr<T>() + n * 2, N, rows,
-                 y);
+      const uint8_t* codes = weight.const_data_ptr<uint8_t>() + n * rows.K / 2;
+      const T* ranges = scale->const_data_ptr<T>() + n * 2;
+      if (rows.short_codes.empty())
+        dot4<T, M>(codes, ranges, N, rows, y);
+      else if constexpr (M > 5)
+        for (int64_t row = 0; row < M; row += M / 2) dot4_short<T, M / 2>(codes, ranges, N, rows, row, y);
+      else
+        dot4_short<T, M>(codes, ranges, N, rows, 0, y);
       for (int64_t j = 0; j < PACKED; ++j) {
         for (int m = 0; m < M; ++m) one[m] = y[m * PACKED + j];
         finish(n + j, 1.0f, one);

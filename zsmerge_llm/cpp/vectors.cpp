@@ -17,6 +17,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <numeric>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -50,6 +52,7 @@ constexpr int64_t PAIR = 2 * LANES;
 constexpr int MOST = 8;           // rows that share one reading of a matrix
 constexpr int64_t BLOCK = 256;    // slots that one thread attends to at a time
 constexpr int64_t PACKED = 64;    // outputs that stand together in a packed matrix of 4 bits
+constexpr int64_t VOCABULARY = 1 << 15;  // outputs from which on a matrix is taken for the output layer
 constexpr int64_t AHEAD = 4096;   // bytes of packed weights asked for before they are needed
 constexpr float NEVER = -1e30f;   // a logit that weighs nothing, and can be subtracted from itself
 
@@ -142,6 +145,22 @@ inline float sum(floats v) {
   std::memcpy(quarter, &eight, sizeof(eight));
   const floats4 four = quarter[0] + quarter[1];
   return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The sums of 16 vectors, in their order.
+inline floats sums(const floats* v) {
+  floats eight[8], four[4], two[2];
+  UNROLL for (int i = 0; i < 8; ++i)
+    eight[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  UNROLL for (int i = 0; i < 4; ++i)
+    four[i] = __builtin_shufflevector(eight[i], eight[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+              __builtin_shufflevector(eight[i], eight[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  UNROLL for (int i = 0; i < 2; ++i)
+    two[i] = __builtin_shufflevector(four[i], four[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+             __builtin_shufflevector(four[i], four[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return __builtin_shufflevector(two[0], two[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         __builtin_shufflevector(two[0], two[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
 inline float highest(floats v) {
