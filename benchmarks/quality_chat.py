@@ -99,7 +99,7 @@ def turns(reader: Reader, policy: Policy, slots: int, read: Item) -> Iterator[Ca
             part = looked_up(reader, policy, slots, read, number)
         reader.engine.read(cache, part, probe=reader.probe(policy, question) or None, reserving=number > 0)
         if own and not question:  # an answer: the product makes room before the next turn
-            reader.engine.make_room(cache)
+            cache.make_room()
         yield cache
 
 

@@ -209,13 +209,13 @@ def test_looking_at_slots_is_attention_by_the_book(
     keys, values = (torch.randn(rows, heads, room, size).to(dtype) for _ in range(2))
     count = torch.ones(rows, heads, room)
     count[:, :, :3] = torch.tensor([0.0, 1.0, 300.0])
-    score, guess = torch.ones(2, rows, heads, room)
+    score, accumulated = torch.ones(2, rows, heads, room)
     position = torch.arange(room, dtype=torch.int32).expand(rows, heads, room).clone()
     now = torch.tensor([[fill + step for step in range(tokens)] for fill in fills], dtype=torch.int32)
     sinks = torch.randn(heads * group) if learned else None
 
     output = kernels.look(
-        (query, key, value), (keys, values, count, score, guess, position), now, fills,
+        (query, key, value), (keys, values, count, score, accumulated, position), now, fills,
         scaling=size**-0.5, alpha=0.6, softcap=cap, window=window, sinks=sinks,
     )  # fmt: skip
 
@@ -225,7 +225,7 @@ def test_looking_at_slots_is_attention_by_the_book(
         assert torch.equal(values[row, :, fill:end], value[row])
         assert bool((count[row, :, fill:end] == 1).all())
         assert bool((score[row, :, fill:end] == 0).all())
-        assert bool((guess[row, :, fill:end] == 0).all())
+        assert bool((accumulated[row, :, fill:end] == 0).all())
         at, seen = now[row][:, None], position[row, 0, :end]
         hidden = torch.arange(end) > fill + torch.arange(tokens)[:, None]
         if window is not None:

@@ -99,7 +99,7 @@ def test_a_short_turn_of_a_chat_asks_each_layer_alone() -> None:
     """Passages for its question would cost what was said before; a long text with its question still gets them."""
     held = []
     for passages in (0.0, 1.0):
-        reader = Engine(tiny_model("qwen2"), CONFIG.replace(passages=passages), general=lambda: [11, 12])
+        reader = Engine(tiny_model("qwen2"), CONFIG.replace(passages=passages))
         cache = reader.new_cache()
         reader.read(cache, tokens(60)[:25], reserving=True)
         reader.read(cache, tokens(60)[25:50], probe=QUESTION, reserving=True)

@@ -154,7 +154,7 @@ def test_the_same_request_again_finds_the_passages_read(llm: LLM) -> None:
 
     assert second.text == first.text
     assert second.usage.reuse == "restored"
-    assert sum(passes) <= SHORT.max_tokens + 1
+    assert sum(passes) < first.usage.recalled_tokens
 
 
 def test_nothing_is_read_twice_while_the_cache_holds_everything() -> None:
@@ -235,7 +235,7 @@ def test_a_turn_that_fits_into_the_newest_share_is_held_whole_while_it_is_read()
 @pytest.mark.parametrize("latest", [0.25, 0.75])
 def test_a_conversation_that_goes_on_keeps_its_newest_tokens(latest: float) -> None:
     config = TIGHT.replace(slots=64, recent=4, stage=8, latest=latest)
-    engine = Engine(tiny_model("qwen2"), config, general=lambda: tokens(5, seed=7))
+    engine = Engine(tiny_model("qwen2"), config)
     cache = engine.new_cache()
     engine.read(cache, tokens(200), probe=tokens(3, seed=2))
     engine.read(cache, tokens(80, seed=1), probe=tokens(3, seed=2), reserving=True)

@@ -101,8 +101,8 @@ class Step(Carrier):
 
     position [B, T] covers all T = n + m tokens, valid [B, n] (False: padding; None: no padding) the n = `new` to keep;
     counts: how many of them are no padding, for each row; seen [B]: tokens each row has read, these included.
-    kernels, reads: whether those of `kernels` for a few tokens, and for many, may serve. general: how many of the
-    probe's tokens, its first, stand for what nobody has asked. fresh: see `Arrival`.
+    kernels, reads: whether those of `kernels` for a few tokens, and for many, may serve. fresh,
+    reserving: see `Arrival`.
     """
 
     cache: Cache
@@ -113,8 +113,8 @@ class Step(Carrier):
     seen: Tensor
     kernels: bool = False
     reads: bool = False
-    general: int = 0
     fresh: int = 0
+    reserving: bool = False
     small: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict)
     causal: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
@@ -192,11 +192,11 @@ class Step(Carrier):
             probe=probe,
             probe_position=probe_position,
             counts=self.counts,
-            general=self.general,
             sinks=call.sinks,
             few=few,
             many=self.reads and kernels.reads(call.query, call.key, call.value),
             fresh=self.fresh,
+            reserving=self.reserving,
         )
 
     def marks(self, device: torch.device) -> dict[str, Tensor]:
@@ -271,24 +271,16 @@ class Poll(Step):
         vote = layer.vote(held, arrival) * layer.config.slots**2
         place = held.position.clamp(min=0).flatten().to(self.votes.device)
         self.votes.index_add_(0, place, vote.flatten().to(self.votes.device))
-        self.waiting.append((layer, arrival.unasked, held.score, held.guess))
+        self.waiting.append((layer, arrival.unasked, held.score, held.accumulated))
 
     def finish(self) -> None:
         passages = policy.passages(self.votes, PASSAGE)
-        for layer, arrival, score, guess in self.waiting:
+        for layer, arrival, score, accumulated in self.waiting:
             held = layer.append(arrival)  # again, because copies for all layers at once would be as large as the cache
             held.score.copy_(score)
-            held.guess.copy_(guess)
+            held.accumulated.copy_(accumulated)
             layer.close(held, arrival, passages)
         self.waiting.clear()
-
-
-@dataclass
-class Pause(Step):
-    """A pass of a probe alone: every layer empties its stage by what it looks at."""
-
-    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
-        layer.make_room(self.marks(layer.spec.device)["seen"], arrival)
 
 
 @dataclass

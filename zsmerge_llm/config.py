@@ -47,10 +47,10 @@ class CacheConfig:
     - `"window"`: the attention a paid by the prompt's probe, or by the newest `window` queries where there is none:
       their mean, max-pooled over `pool` neighbours; a slot keeps the best it ever got. Slots rank by
       (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None. `reserve` is the share
-      of the context slots that these do not decide about, once a conversation goes on: it goes by (g + 0.02) · ‖v‖,
-      where g is what a general probe paid, one that stands for all that has not been asked yet; and the newest tokens
-      have at least `latest` of the slots behind the sinks then: most of what is said next is about them. A turn that
-      fits into these is held whole while it is read. While a text longer than `slots` is read with its question,
+      of the context slots that these do not decide about, once a conversation goes on: it goes by (s + 0.02) · ‖v‖,
+      where s sums up what the conversation's own queries paid, turn by turn (as H2O, arXiv 2306.14048); and the newest
+      tokens have at least `latest` of the slots behind the sinks then: most of what is said next is about them. A turn
+      that fits into these is held whole while it is read. While a text longer than `slots` is read with its question,
       `passages` is the share of the slots decided by the question that goes to the passages which all layers together
       look at. In a conversation the sinks are all of its system message and tools (`LLM`);
     - `"position"`: newest first (sliding window with sinks).
@@ -76,7 +76,7 @@ class CacheConfig:
     window: int = 32
     pool: int = 5
     floor: float | None = None
-    reserve: float = 0.4
+    reserve: float = 0.7
     passages: float = 0.7
     latest: float = 0.75
     shares: tuple[float, ...] | None = None

@@ -7,10 +7,9 @@ forward passes take turns, first come first served.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from threading import Event
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zsmerge_llm import kernels
-from zsmerge_llm.attention import Draft, Pause, Poll, Step, forward, prepare
+from zsmerge_llm.attention import Draft, Poll, Step, forward, prepare
 from zsmerge_llm.batching import Batcher, Row
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, SamplingParams
@@ -39,14 +38,10 @@ FUSE_AFTER = 512
 
 @dataclass(frozen=True)
 class Probe:
-    """Token ids [m] that only look; the first `general` of them stand for what nobody has asked.
-
-    voting: whether the others decide together with all layers which passages are kept.
-    """
+    """Token ids [m] that only look. voting: whether all layers decide together which passages are kept."""
 
     tokens: Tensor
-    general: int
-    voting: bool = False
+    voting: bool
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
@@ -62,8 +57,6 @@ class Engine:
         chunk: tokens read in one forward pass. Peak memory grows with it.
         compile: whether decode steps run through compiled layers (`fusion`): at once, never, or, with "auto", once so
             many tokens have been decoded that it pays.
-        general: gives the tokens of a probe that stands for all that has not been asked yet: it decides who gets the
-            reserve (`CacheConfig.reserve`). None: there is no reserve.
 
     Raises:
         UnsupportedModelError: an architecture or feature the cache cannot carry.
@@ -75,7 +68,6 @@ class Engine:
         cache: CacheConfig | None = None,
         chunk: int = 512,
         compile: bool | Literal["auto"] = "auto",
-        general: Callable[[], Ids] | None = None,
     ) -> None:
         if chunk < 1:
             raise ConfigError(f"chunk must be at least 1 token, not {chunk}.")
@@ -87,7 +79,6 @@ class Engine:
         self.stop_ids = _stop_ids(model)
         self.horizon = Horizon(model, self.specs, self.window)
         self.fusion = Fusion(model, len(self.specs), after=FUSE_AFTER if compile == "auto" else None)
-        self._general = None if general is None else lru_cache(1)(general)
         self._turn = FairLock()
         self._together = Batcher(self._forward, self._turn)
         if compile is True:
@@ -135,8 +126,8 @@ class Engine:
         Args:
             probe: tokens that decide, by the attention they would pay if they came next, what is kept whenever the
                 cache has to compress ("window" scoring). They are not read into the cache.
-            reserving: whether the general probe looks too, so that the reserve (`CacheConfig.reserve`) is kept for what
-                comes later. Not for a text that comes with its question: that decides alone.
+            reserving: whether a conversation goes on, so that the reserve (`CacheConfig.reserve`) is kept for what it
+                has looked at so far. Not for a text that comes with its question: that decides alone.
             tail: how many of the last `ids` are held whole while they are read; all are, where they fit into the share
                 of the newest tokens (`CacheConfig.latest`).
             cancel: stops after the current chunk.
@@ -155,24 +146,11 @@ class Engine:
             done += len(chunk)
             looking = None if cache.fits(len(chunk)) else asking
             with self._turn:
-                logits = self._forward(cache, chunk[None], probe=looking, fresh=max(0, done - passing))
+                held_whole = max(0, done - passing)
+                logits = self._forward(cache, chunk[None], probe=looking, fresh=held_whole, reserving=reserving)
             if progress is not None:
                 progress(done, len(tokens))
         return logits[0, -1].float()
-
-    @torch.inference_mode()
-    def make_room(self, cache: Cache) -> None:
-        """Empty the stage of a one-row cache between two turns, rather than while the next one is waited for."""
-        _one_row(cache)
-        probe = self._probe(cache, None, True, 0) if cache.crowded else None
-        if probe is None or not self.horizon.reaches(cache, len(probe.tokens)):
-            cache.make_room()
-            return
-        with self._turn:
-            seen = torch.tensor(cache.lengths)
-            position = seen[:, None] + torch.arange(len(probe.tokens))
-            step = Pause(cache, 0, position, None, [0], seen, general=probe.general)
-            self._run(step, probe.tokens[None], torch.tensor([0]))
 
     @torch.inference_mode()
     def read_batch(self, cache: Cache, rows: Sequence[Ids], *, cancel: Event | None = None) -> Tensor:
@@ -350,6 +328,7 @@ class Engine:
         probe: Probe | None = None,
         keep: int | None = None,
         fresh: int = 0,
+        reserving: bool = False,
     ) -> Tensor:
         """One forward pass of ids [B, n] (and a probe behind them): logits [B, 1, vocab] after each row's last token.
 
@@ -359,7 +338,7 @@ class Engine:
         ahead = 0 if probe is None else len(probe.tokens)
         room = self.horizon.room(cache, new, ahead)
         if new > room:
-            return self._in_parts(cache, ids, valid, room, probe=probe, keep=keep, fresh=fresh)
+            return self._in_parts(cache, ids, valid, room, probe=probe, keep=keep, fresh=fresh, reserving=reserving)
         lengths = torch.tensor(cache.lengths)
         counts = torch.full((batch,), new) if valid is None else valid.sum(-1)
         self.horizon.make_way(cache, counts.tolist(), ahead)
@@ -370,10 +349,9 @@ class Engine:
             position = torch.minimum(position, (lengths + counts - 1).clamp(min=0)[:, None])
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
-        general = 0 if probe is None else probe.general
         kind = Poll if probe is not None and probe.voting else Step
         seen, (few, many) = lengths + counts, (self.fusion.kernels, self.fusion.reads)
-        step = kind(cache, new, position, valid, counts.tolist(), seen, few, many, general, fresh)
+        step = kind(cache, new, position, valid, counts.tolist(), seen, few, many, fresh, reserving)
         logits = self._run(step, ids, wanted)
         step.finish()
         cache.lengths = step.seen.tolist()
@@ -405,17 +383,12 @@ class Engine:
 
     def _probe(self, cache: Cache, asked: Ids | None, reserving: bool, new: int) -> Probe | None:
         """What looks ahead when `cache` compresses to take in `new` tokens, as far as its rule heeds it."""
-        config, parts = cache.config, []
-        if config.slots is None or config.scoring != "window":
+        config = cache.config
+        if config.slots is None or config.scoring != "window" or asked is None or not len(asked):
             return None
-        if reserving and config.reserve and self._general is not None:
-            parts.append(self._ids(self._general()))
-        first = sum(map(len, parts))
-        if asked is not None and len(asked):
-            parts.append(self._ids(asked))
         # In a chat whole passages for a short turn's question would cost what earlier turns said (benchmarks/LOG.md).
-        voting = len(parts) > bool(first) and config.passages > 0 and (not reserving or new > config.slots)
-        return Probe(torch.cat(parts), first, voting) if parts else None
+        voting = config.passages > 0 and (not reserving or new > config.slots)
+        return Probe(self._ids(asked), voting)
 
     def _ids(self, ids: Ids) -> Tensor:
         """Token ids as a checked CPU tensor int64 [T]."""

@@ -100,7 +100,8 @@ def look(
 
     Args:
         arriving: queries [B, Hq, T, D], keys and values [B, H, T, D].
-        slots: keys, values [B, H, P, D], count, score, guess float32 [B, H, P], position int32 [B, H, P]; written to.
+        slots: keys, values [B, H, P, D], count, score, accumulated float32 [B, H, P], position int32 [B, H, P];
+            written to.
         position: int32 [B, T]. Others: as in `policy.weights`, `policy.slot_bias` and `policy.window_bias`.
     """
     output: Tensor = torch.ops.zsmerge.look(

@@ -68,7 +68,7 @@ class LayerCache(Slots):
         self.values = zeros(heads, capacity, spec.value_dim, dtype=spec.dtype)
         self.count = zeros(heads, capacity)
         self.score = zeros(heads, capacity)
-        self.guess = zeros(heads, capacity)  # the general probe's attention
+        self.accumulated = zeros(heads, capacity)  # what a conversation's own queries paid in all
         self.position = zeros(heads, capacity, dtype=torch.int32)
         # The means in float32: rounded to bfloat16 at each merge, they would stop moving after some 200 tokens.
         self.residual_keys = zeros(heads, self.config.residual, spec.key_dim)
@@ -92,17 +92,18 @@ class LayerCache(Slots):
         """Which rows have tokens in their stage."""
         return [self.config.slots is not None and fill > self.config.slots for fill in self.fills]
 
-    def make_room(self, seen: Tensor, arrival: Arrival | None = None) -> None:
+    def make_room(self, seen: Tensor) -> None:
         """Compress now, by the newest queries, what would be compressed while the next tokens are waited for.
 
-        seen: [B], tokens read by each row. arrival: of no tokens, with a general probe, if that looks too.
+        seen: [B], tokens read by each row.
         """
         slots, used, full = self.config.slots, max(self.fills), self.crowded
         if slots is None or not any(full):
             return
         held = Held(self, used, self.fills, in_place=True)
         if self.config.scoring == "window":
-            self._look(held, full, arrival)
+            self._accumulate(held, full)
+            self._look(held, full, None)
         self.fills = [slots if due else fill for due, fill in zip(full, self.fills, strict=True)]
         self._compress(held, full, seen.to(self.spec.device))
 
@@ -192,7 +193,7 @@ class LayerCache(Slots):
 
         Sinks get none, which are paid whatever is asked, nor do recent tokens: the question may be among them.
         """
-        self._remember(arrival)
+        self._take_note(held, arrival)
         most = self._look(held, self.fills_up(arrival), arrival)
         newest = arrival.seen[:, None, None] - self.config.recent
         counts = (held.position >= self.config.sink) & (held.position < newest) & (held.count > 0)
@@ -210,7 +211,7 @@ class LayerCache(Slots):
         if self.config.scoring == "attention":
             self._contribute(held, arrival)
         elif self.config.scoring == "window":
-            self._remember(arrival)
+            self._take_note(held, arrival)
             if any(full := self.fills_up(arrival)):
                 self._look(held, full, arrival)
 
@@ -266,6 +267,19 @@ class LayerCache(Slots):
         paid = self._paid(arrival.queries, keys, bias + causal, arrival.sinks)
         held.score.copy_(policy.contribution(held.score, paid, arrival.valid, self.config.decay))
 
+    def _take_note(self, held: Held, arrival: Arrival) -> None:
+        """Of the newest queries, and in a conversation that goes on of what they pay."""
+        self._remember(arrival)
+        if arrival.reserving:
+            self._accumulate(held, [True] * len(self.fills), arrival.many)
+
+    def _accumulate(self, held: Held, rows: list[bool], many: bool = False) -> None:
+        """Add what the newest queries pay each slot of some rows, as H2O does with all queries: of every pass that is
+        read these are enough (benchmarks/LOG.md)."""
+        if self.config.reserve:
+            paid, _ = self._paid_by(self.queries, self.query_position, held, None, many)
+            held.accumulated.add_(paid * torch.tensor(rows, device=paid.device)[:, None, None])
+
     def _remember(self, arrival: Arrival) -> None:
         """Keep the newest queries: they decide at the next compression, unless a probe does."""
         room = self.config.window
@@ -285,46 +299,31 @@ class LayerCache(Slots):
 
         Returns the most that any of these queries pays each slot, float32 [B, H, C].
         """
-        queries, asking, pool, sinks = self.queries, self.query_position, self.config.pool, None
-        many = arrival is not None and arrival.many
+        queries, asking, sinks = self.queries, self.query_position, None
         if arrival is not None and arrival.probe is not None and arrival.probe_position is not None:
-            general, sinks = arrival.general, arrival.sinks
-            probe, position = arrival.probe, arrival.probe_position
-            if general:
-                self._weigh(held.guess, held, full, probe[:, :, :general], position[:, :general], 1, sinks, many)
-            if probe.shape[2] > general:
-                queries, asking = probe[:, :, general:], position[:, general:]
-        return self._weigh(held.score, held, full, queries, asking, pool, sinks, many)
+            queries, asking, sinks = arrival.probe, arrival.probe_position, arrival.sinks
+        mean, most = self._paid_by(queries, asking, held, sinks, arrival is not None and arrival.many)
+        now = policy.pooled(mean, self.config.pool)
+        due = torch.tensor(full, device=now.device)[:, None, None]
+        held.score.copy_(torch.where(due, torch.maximum(held.score * self.config.decay, now), held.score))
+        return most
 
-    def _weigh(
-        self,
-        score: Tensor,
-        held: Held,
-        full: list[bool],
-        queries: Tensor,
-        asking: Tensor,
-        pool: int,
-        sinks: Tensor | None,
-        many: bool,
-    ) -> Tensor:
-        """What some queries pay each slot of a full row goes into `score`, which keeps the best a slot ever got.
+    def _paid_by(
+        self, queries: Tensor, asking: Tensor, held: Held, sinks: Tensor | None, many: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What some queries pay each slot: the mean over them and a KV head's group, and the most, float32 [B, H, C].
 
         queries: [B, Hq, m, D]; asking: [B, m], their positions, -1 for none. many: whether the kernels serve.
         """
         bias = policy.slot_bias(held.count, self.config.alpha)
         if many:
-            mean, most = kernels.watch(
+            return kernels.watch(
                 queries, held.keys, bias, asking, held.position, self.scaling, self.spec.softcap, sinks
             )
-        else:
-            seen = held.position[:, :, None, :] <= asking[:, None, :, None]  # [B, H, m, C]
-            hiding = bias[:, :, None, :].masked_fill(~seen, policy.NEVER)[:, :, None]
-            paid = self._paid(queries.float(), held.keys.float(), hiding, sinks)
-            mean, most = policy.mean_paid(paid, asking >= 0), paid.amax((2, 3))
-        now = policy.pooled(mean, pool)
-        due = torch.tensor(full, device=now.device)[:, None, None]
-        score.copy_(torch.where(due, torch.maximum(score * self.config.decay, now), score))
-        return most
+        seen = held.position[:, :, None, :] <= asking[:, None, :, None]  # [B, H, m, C]
+        hiding = bias[:, :, None, :].masked_fill(~seen, policy.NEVER)[:, :, None]
+        paid = self._paid(queries.float(), held.keys.float(), hiding, sinks)
+        return policy.mean_paid(paid, asking >= 0), paid.amax((2, 3))
 
     def _compress(
         self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
@@ -355,7 +354,7 @@ class LayerCache(Slots):
         if residual:
             self._absorb(place, {**merged, "count": gone})
             self.score[:, :, :residual] = held.score[:, :, :residual]
-            self.guess[:, :, :residual] = held.guess[:, :, :residual]
+            self.accumulated[:, :, :residual] = held.accumulated[:, :, :residual]
         else:
             self.dropped[place] += gone.sum(-1)
 
@@ -376,10 +375,10 @@ class LayerCache(Slots):
         if alone.scoring != "window" or not alone.reserve:
             return by_questions(alone, alone.context)
         going = self.config.keeping(self.config.lately)
-        others = ranked(going, policy.worth(slots["guess"], slots["values"], AHEAD_FLOOR))
+        others = ranked(going, policy.worth(slots["accumulated"], slots["values"], AHEAD_FLOOR))
         both = policy.reserving(by_questions(going, going.asked), others, going.anyway + going.asked)
-        looked = slots["guess"].amax((1, 2), keepdim=True) > 0
-        # Until the general probe has looked, a question decides alone.
+        looked = slots["accumulated"].amax((1, 2), keepdim=True) > 0
+        # Until a conversation goes on, a question decides alone.
         return torch.where(looked, both, by_questions(alone, alone.context))
 
     def _worth(self, slots: dict[str, Tensor]) -> Tensor:

@@ -420,7 +420,7 @@ class LLM:
             self._read(turn, answer, probe, cancel, progress)
             with closing(speak(self.engine, answer, cancel)) as pieces:
                 yield from pieces
-            self.engine.make_room(answer.cache)
+            answer.cache.make_room()
             last = answer.finish()
             reply = answer.message()
         except Cancelled:

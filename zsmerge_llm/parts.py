@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,7 +74,6 @@ def assemble(
     from zsmerge_llm.engine import Engine
     from zsmerge_llm.fingerprint import fingerprint
     from zsmerge_llm.loader import load
-    from zsmerge_llm.probe import general_probe
     from zsmerge_llm.profile import Profile, profile_path
     from zsmerge_llm.recall import Recall
     from zsmerge_llm.store import Store
@@ -83,7 +81,7 @@ def assemble(
     loaded = load(model, **loading)
     tokenizer = loaded.tokenizer
     template = Template(tokenizer, args=template_args)
-    engine = Engine(loaded.model, cache, chunk, compile, partial(general_probe, template))
+    engine = Engine(loaded.model, cache, chunk, compile)
     source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
     mark = fingerprint(loaded.model, tokenizer, source, cache)
     devices = [str(spec.device) for spec in engine.specs]

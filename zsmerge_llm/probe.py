@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zsmerge_llm.chat import Template
-from zsmerge_llm.errors import InputError, MissingTemplateError
 from zsmerge_llm.types import Message
 
 LONGEST = 64
@@ -42,14 +41,6 @@ def completion_probe(template: Template, ids: list[int], prompt: str) -> list[in
 def chat_probe(template: Template, asked: str) -> list[int]:
     """A question with what the template writes after a user's message, up to the beginning of the answer."""
     return template.encode(asked) + _closing(template)
-
-
-def general_probe(template: Template) -> list[int]:
-    """Stands for whatever else may be asked: in a chat, or of a plain text where no chat template can be used."""
-    try:
-        return chat_probe(template, GENERIC)
-    except (InputError, MissingTemplateError):
-        return template.encode(GENERIC)
 
 
 def going_on(messages: Sequence[Message]) -> bool:

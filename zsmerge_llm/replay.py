@@ -28,7 +28,7 @@ KERNEL = "cpp_fused"
 MEMORY = {"empty_strided_cpu", "reinterpret_tensor", "assert_size_stride", "assert_alignment"}
 KNOWN = {"torch", "ops", "zsmerge", "rows", "attend", "default", "clear"} | MEMORY
 """What else a generated function may name."""
-STATE = ("keys", "values", "count", "score", "guess", "position", "queries", "query_position")
+STATE = ("keys", "values", "count", "score", "accumulated", "position", "queries", "query_position")
 """What of a layer's cache a program is given."""
 DEEP = 8
 """Functions around a generated one."""

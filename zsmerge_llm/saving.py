@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zsmerge_llm.errors import SessionCorruptError, SessionMismatchError, SessionNotFoundError
 
-FORMAT = 3
+FORMAT = 4
 TEMPORARY = (".saving-", ".tmp")
 """How the name of an unfinished file begins and ends."""
 MAX_HEADER = 100_000_000

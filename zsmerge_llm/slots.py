@@ -30,9 +30,9 @@ class Arrival:
     queries [B, Hq, n, D], keys and values [B, H, n, D]: the tokens to keep. position int32 [B, n]; valid bool [B, n],
     and the same as present float32 [B, n]; asking int32 [B, n]: the position, or -1 for padding. counts: how many of
     them are no padding, for each row; seen: [B], tokens read by each row, these included. probe [B, Hq, m, D],
-    probe_position [B, m]: queries that only look, if any; the first `general` of them stand for what nobody has asked.
-    few, many: whether the kernels for a few tokens, or for many, serve (`kernels`). fresh: how many of the newest
-    tokens belong to a turn that is still being read: they stay.
+    probe_position [B, m]: queries that only look, if any. few, many: whether the kernels for a few tokens, or for many,
+    serve (`kernels`). fresh: how many of the newest tokens belong to a turn that is still being read: they stay.
+    reserving: whether they are read in a conversation that goes on (`CacheConfig.reserve`).
     """
 
     queries: Tensor
@@ -46,11 +46,11 @@ class Arrival:
     probe: Tensor | None
     probe_position: Tensor | None
     counts: list[int]
-    general: int = 0
     sinks: Tensor | None = None
     few: bool = False
     many: bool = False
     fresh: int = 0
+    reserving: bool = False
 
     @property
     def padded(self) -> bool:
@@ -76,7 +76,7 @@ class Slots:
     values: Tensor
     count: Tensor
     score: Tensor
-    guess: Tensor
+    accumulated: Tensor
     position: Tensor
 
 
@@ -112,8 +112,8 @@ class Held:
         return self.slots.score[:, :, : self.end]
 
     @property
-    def guess(self) -> Tensor:
-        return self.slots.guess[:, :, : self.end]
+    def accumulated(self) -> Tensor:
+        return self.slots.accumulated[:, :, : self.end]
 
     @property
     def position(self) -> Tensor:

@@ -1,7 +1,7 @@
 // Attention to slots. Behind matrices.cpp.
 
 struct Slots {  // of one layer: [B, H, P, D], and [B, H, P]
-  Tensor keys, values, count, score, guess, position;
+  Tensor keys, values, count, score, accumulated, position;
 };
 
 struct How {
@@ -26,7 +26,7 @@ void write(const Slots& slots, const Tensor& key, const Tensor& value, const int
                     E * sizeof(T));
         slots.count.data_ptr<float>()[at] = present == nullptr || present[b] ? 1 : 0;
         slots.score.data_ptr<float>()[at] = 0;
-        slots.guess.data_ptr<float>()[at] = 0;
+        slots.accumulated.data_ptr<float>()[at] = 0;
         slots.position.data_ptr<int32_t>()[at] = now[b * count + t];
       }
 }
@@ -273,7 +273,7 @@ void attend_all(const Tensor& query, const Slots& slots, const int32_t* now, at:
 void look_into(const Tensor& query, const Tensor& key, const Tensor& value, const Slots& slots, const Tensor& now,
                at::IntArrayRef fills, const int64_t* present, const How& how, const std::optional<Tensor>& sinks,
                Tensor& out) {
-  for (const Tensor& each : {slots.keys, slots.values, slots.count, slots.score, slots.guess, slots.position})
+  for (const Tensor& each : {slots.keys, slots.values, slots.count, slots.score, slots.accumulated, slots.position})
     TORCH_CHECK(each.is_contiguous() && each.size(0) == query.size(0) && each.size(2) == slots.keys.size(2),
                 "zsmerge::look writes to contiguous slots of as many rows as there are queries");
   for (const int64_t fill : fills)
@@ -295,10 +295,10 @@ void look_into(const Tensor& query, const Tensor& key, const Tensor& value, cons
 }
 
 Tensor look(const Tensor& query, const Tensor& key, const Tensor& value, Tensor keys, Tensor values, Tensor count,
-            Tensor score, Tensor guess, Tensor position, const Tensor& now, at::IntArrayRef fills, double scaling, double alpha,
+            Tensor score, Tensor accumulated, Tensor position, const Tensor& now, at::IntArrayRef fills, double scaling, double alpha,
             double softcap, int64_t window, const std::optional<Tensor>& sinks) {
   Tensor out = at::empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options());
-  const Slots slots{keys, values, count, score, guess, position};
+  const Slots slots{keys, values, count, score, accumulated, position};
   look_into(query, key, value, slots, now, fills, nullptr, {scaling, alpha, softcap, window}, sinks, out);
   return out;
 }

@@ -96,7 +96,7 @@ TORCH_LIBRARY_FRAGMENT(zsmerge, library) {
   library.def("rows(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases) -> Tensor[]");
   library.def(
       "look(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) count, "
-      "Tensor(d!) score, Tensor(e!) guess, Tensor(f!) position, Tensor now, int[] fills, float scaling, float alpha, float softcap, "
+      "Tensor(d!) score, Tensor(e!) accumulated, Tensor(f!) position, Tensor now, int[] fills, float scaling, float alpha, float softcap, "
       "int window, Tensor? sinks) -> Tensor");
   library.def("remember(Tensor(a!) queries, Tensor(b!) asked, Tensor newest, Tensor now) -> ()");
   library.class_<Program>("Program")
