@@ -102,8 +102,12 @@ def test_a_text_with_its_question_is_kept_for_the_question_alone(engine: Engine)
 def test_where_there_is_room_none_is_made(engine: Engine) -> None:
     cache = engine.new_cache()
     engine.read(cache, tokens(29))
+    before = cache.clone()
     cache.make_room()
-    assert not any(layer.accumulated.any() or layer.dropped.any() for layer in cache.layers)
+    for layer, old in zip(cache.layers, before.layers, strict=True):
+        assert torch.equal(layer.accumulated, old.accumulated)
+        assert not layer.dropped.any()
+        assert not layer.goes_on.any()
 
 
 def test_what_a_slot_is_paid_adds_up_with_each_turn(engine: Engine) -> None:

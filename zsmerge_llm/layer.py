@@ -22,7 +22,7 @@ from zsmerge_llm.config import AHEAD_FLOOR, CacheConfig
 from zsmerge_llm.rotary import Rotation
 from zsmerge_llm.slots import PER_SLOT, Arrival, Held, LayerSpec, Slots
 
-TENSORS = (*PER_SLOT, "residual_keys", "residual_values", "dropped", "queries", "query_position")
+TENSORS = (*PER_SLOT, "residual_keys", "residual_values", "dropped", "goes_on", "queries", "query_position")
 
 
 def layer_configs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[CacheConfig]:
@@ -74,6 +74,9 @@ class LayerCache(Slots):
         self.residual_keys = zeros(heads, self.config.residual, spec.key_dim)
         self.residual_values = zeros(heads, self.config.residual, spec.value_dim)
         self.dropped = zeros(heads)
+        self.goes_on = zeros(
+            dtype=torch.bool
+        )  # whether a row is a conversation that goes on, so that the reserve counts
         self.queries = zeros(spec.query_heads, asked, spec.key_dim, dtype=spec.dtype)
         self.query_position = zeros(asked, dtype=torch.int32) - 1
 
@@ -102,7 +105,9 @@ class LayerCache(Slots):
             return
         held = Held(self, used, self.fills, in_place=True)
         if self.config.scoring == "window":
-            self._accumulate(held, full)
+            due = torch.tensor(full, device=self.spec.device)
+            self.goes_on |= due
+            self._accumulate(held, due)
             self._look(held, full, None)
         self.fills = [slots if due else fill for due, fill in zip(full, self.fills, strict=True)]
         self._compress(held, full, seen.to(self.spec.device))
@@ -268,17 +273,19 @@ class LayerCache(Slots):
         held.score.copy_(policy.contribution(held.score, paid, arrival.valid, self.config.decay))
 
     def _take_note(self, held: Held, arrival: Arrival) -> None:
-        """Of the newest queries, and in a conversation that goes on of what they pay."""
+        """Of the newest queries, of what they pay unless they are few, and of whether the conversation goes on."""
         self._remember(arrival)
         if arrival.reserving:
-            self._accumulate(held, [True] * len(self.fills), arrival.many)
+            self.goes_on.fill_(True)
+        if arrival.queries.shape[2] > kernels.MOST:
+            self._accumulate(held, torch.ones_like(self.goes_on), arrival.many)
 
-    def _accumulate(self, held: Held, rows: list[bool], many: bool = False) -> None:
-        """Add what the newest queries pay each slot of some rows, as H2O does with all queries: of every pass that is
-        read these are enough (benchmarks/LOG.md)."""
+    def _accumulate(self, held: Held, rows: Tensor, many: bool = False) -> None:
+        """Add what the newest queries pay each slot of some rows, bool [B]. H2O does so with all queries: of every pass
+        that is read these are enough (benchmarks/LOG.md)."""
         if self.config.reserve:
             paid, _ = self._paid_by(self.queries, self.query_position, held, None, many)
-            held.accumulated.add_(paid * torch.tensor(rows, device=paid.device)[:, None, None])
+            held.accumulated.add_(paid * rows[:, None, None])
 
     def _remember(self, arrival: Arrival) -> None:
         """Keep the newest queries: they decide at the next compression, unless a probe does."""
@@ -341,7 +348,7 @@ class LayerCache(Slots):
         if not everyone:
             main = {name: tensor[index] for name, tensor in main.items()}
         due = torch.tensor([full[row] for row in rows], device=seen.device)[:, None, None]
-        ranking = self._ranking(main, seen[index], passages, fresh)
+        ranking = self._ranking(main, seen[index], self.goes_on[index], passages, fresh)
         lost = policy.lowest(ranking, config.slots - residual)
         gone = policy.take(main["count"], lost) * due
         merged = {name: policy.take(main[name], lost) for name in ("keys", "values", "position") if residual}
@@ -358,8 +365,10 @@ class LayerCache(Slots):
         else:
             self.dropped[place] += gone.sum(-1)
 
-    def _ranking(self, slots: dict[str, Tensor], seen: Tensor, passages: Tensor | None, fresh: int) -> Tensor:
-        """float32 [B, H, C]: who stays, the highest first. seen: [B], tokens read by each row."""
+    def _ranking(
+        self, slots: dict[str, Tensor], seen: Tensor, goes_on: Tensor, passages: Tensor | None, fresh: int
+    ) -> Tensor:
+        """float32 [B, H, C]: who stays, the highest first. seen: [B], tokens read by each row; goes_on: bool [B]."""
         alone = self.config.keeping(min(fresh, self.config.lately))
 
         def ranked(config: CacheConfig, worth: Tensor) -> Tensor:
@@ -377,9 +386,8 @@ class LayerCache(Slots):
         going = self.config.keeping(self.config.lately)
         others = ranked(going, policy.worth(slots["accumulated"], slots["values"], AHEAD_FLOOR))
         both = policy.reserving(by_questions(going, going.asked), others, going.anyway + going.asked)
-        looked = slots["accumulated"].amax((1, 2), keepdim=True) > 0
         # Until a conversation goes on, a question decides alone.
-        return torch.where(looked, both, by_questions(alone, alone.context))
+        return torch.where(goes_on[:, None, None], both, by_questions(alone, alone.context))
 
     def _worth(self, slots: dict[str, Tensor]) -> Tensor:
         """float32 [B, H, C]: by what the slots are ranked, but for the reserve."""
