@@ -124,6 +124,19 @@ def test_what_a_slot_is_paid_adds_up_with_each_turn(engine: Engine) -> None:
         before = [layer.accumulated.clone() for layer in cache.layers]
 
 
+def test_making_room_behind_a_turn_does_not_count_its_tokens_twice(engine: Engine) -> None:
+    cache = engine.new_cache()
+    engine.read(cache, tokens(33), reserving=True)
+    before = cache.clone()
+    cache.make_room()
+    for layer, old in zip(cache.layers, before.layers, strict=True):
+        assert layer.dropped.any()
+        for head in range(layer.spec.kv_heads):
+            paid = {int(at): float(paid) for at, paid in zip(old.position[0, head], old.accumulated[0, head], strict=True)}
+            for at in range(CONFIG.slots or 0):
+                assert float(layer.accumulated[0, head, at]) == paid[int(layer.position[0, head, at])]
+
+
 def test_a_long_turn_does_not_make_the_conversation_forget_what_it_looked_at(engine: Engine) -> None:
     """What was paid most before a long turn is held after it, though the turn's own question looks elsewhere."""
     cache = engine.new_cache(CONFIG.replace(reserve=1.0))

@@ -22,7 +22,7 @@ from zsmerge_llm.config import AHEAD_FLOOR, CacheConfig
 from zsmerge_llm.rotary import Rotation
 from zsmerge_llm.slots import PER_SLOT, Arrival, Held, LayerSpec, Slots
 
-TENSORS = (*PER_SLOT, "residual_keys", "residual_values", "dropped", "goes_on", "queries", "query_position")
+TENSORS = (*PER_SLOT, "residual_keys", "residual_values", "dropped", "goes_on", "summed", "queries", "query_position")
 
 
 def layer_configs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[CacheConfig]:
@@ -74,9 +74,8 @@ class LayerCache(Slots):
         self.residual_keys = zeros(heads, self.config.residual, spec.key_dim)
         self.residual_values = zeros(heads, self.config.residual, spec.value_dim)
         self.dropped = zeros(heads)
-        self.goes_on = zeros(
-            dtype=torch.bool
-        )  # whether a row is a conversation that goes on, so that the reserve counts
+        self.goes_on = zeros(dtype=torch.bool)  # whether the conversation does, so that the reserve counts
+        self.summed = zeros(dtype=torch.int32) - 1  # the newest position whose query is in `accumulated`
         self.queries = zeros(spec.query_heads, asked, spec.key_dim, dtype=spec.dtype)
         self.query_position = zeros(asked, dtype=torch.int32) - 1
 
@@ -281,11 +280,16 @@ class LayerCache(Slots):
             self._accumulate(held, torch.ones_like(self.goes_on), arrival.many)
 
     def _accumulate(self, held: Held, rows: Tensor, many: bool = False) -> None:
-        """Add what the newest queries pay each slot of some rows, bool [B]. H2O does so with all queries: of every pass
-        that is read these are enough (benchmarks/LOG.md)."""
-        if self.config.reserve:
-            paid, _ = self._paid_by(self.queries, self.query_position, held, None, many)
-            held.accumulated.add_(paid * rows[:, None, None])
+        """Add what those of the newest queries pay that have not been heard yet, in some rows, bool [B].
+
+        H2O does so with all queries: of every pass that is read these are enough (benchmarks/LOG.md).
+        """
+        if not self.config.reserve:
+            return
+        unheard = (self.query_position > self.summed[:, None]) & rows[:, None]
+        paid, _ = self._paid_by(self.queries, self.query_position.masked_fill(~unheard, -1), held, None, many)
+        held.accumulated.add_(paid * rows[:, None, None])
+        self.summed.copy_(torch.where(rows, self.query_position.amax(1), self.summed))
 
     def _remember(self, arrival: Arrival) -> None:
         """Keep the newest queries: they decide at the next compression, unless a probe does."""
