@@ -76,10 +76,6 @@ class Horizon:
             "positions that the model was trained on: use a shorter probe or fewer sinks."
         )
 
-    def reaches(self, cache: Cache, ahead: int) -> bool:
-        """Whether `ahead` tokens behind each row still stand within the window as it is."""
-        return self.window is None or max(self._end(cache, row, ahead) for row in range(cache.rows)) <= self.window
-
     def make_way(self, cache: Cache, coming: Sequence[int], ahead: int) -> None:
         """Before a pass: an epoch for every row whose last token would stand beyond the limit.
 
