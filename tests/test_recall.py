@@ -150,11 +150,11 @@ def test_the_same_request_again_finds_the_passages_read(llm: LLM) -> None:
     first = talk.tell("What is the password of the harbour vault?")
     talk.messages.pop()
     with counted() as passes:
-        second = talk.again()
+        second = talk.again(sampling=SHORT.replace(lookup=False))  # guesses would be read, too
 
     assert second.text == first.text
     assert second.usage.reuse == "restored"
-    assert sum(passes) < first.usage.recalled_tokens
+    assert sum(passes) <= SHORT.max_tokens + 1
 
 
 def test_nothing_is_read_twice_while_the_cache_holds_everything() -> None:

@@ -74,8 +74,9 @@ def test_without_a_reserve_nothing_is_accumulated(engine: Engine) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "gpt_oss-sinks"])
 def test_making_room_between_two_turns_leaves_no_trace_but_the_room(family: str) -> None:
-    cache = Engine(tiny_model(family), CONFIG).new_cache()
-    Engine(tiny_model(family), CONFIG).read(cache, tokens(33))
+    engine = Engine(tiny_model(family), CONFIG)
+    cache = engine.new_cache()
+    engine.read(cache, tokens(33))
     logits = cache.logits.clone()
     cache.make_room()
     assert cache.seen == 33
@@ -169,6 +170,13 @@ def test_conversations_with_a_reserve_go_on_and_are_saved(tmp_path: Path) -> Non
     loaded = talker(cache=TIGHT.replace(reserve=0.5)).load_session(tmp_path / "ann.zsmerge")
     for mine, theirs in zip(loaded.cache.layers, llm.session("ann").cache.layers, strict=True):
         assert torch.equal(mine.accumulated, theirs.accumulated)
+
+
+def test_plain_completion_needs_no_chat_template_for_its_reserve() -> None:
+    llm = talker(cache=TIGHT.replace(reserve=0.5))
+    llm.tokenizer.chat_template = None
+    result = llm.complete("Tell me about the sea, at length. " * 20, sampling=SHORT)
+    assert result.usage.merged_tokens > 0
 
 
 @pytest.mark.parametrize("reserve", [-0.1, 1.1, float("nan"), "half"])
