@@ -129,15 +129,23 @@ Rows prepared(const Tensor& given, int64_t room, const Tensor& weight, at::Tenso
 }
 
 #if INT16_PRODUCTS
-// 64 outputs of a packed matrix: a byte holds the outputs n and n + 32 of one input. ranges points at this block's first
-// scale in [G, N, 2]; out [M, 64].
-template <typename T, int M>
-inline void dot4(const uint8_t* codes, const T* ranges, int64_t N, const Rows& rows, float* out) {
-  alignas(64) uint8_t order[2][64];  // the bytes of two inputs: for one output behind each other, each with a 0
+inline __m512i product(__m512i sums, __m512i weights, __m512i inputs, int16_t) {
+  return _mm512_dpwssd_epi32(sums, weights, inputs);
+}
+inline __m512i product(__m512i sums, __m512i weights, __m512i inputs, int8_t) {
+  return _mm512_dpbusd_epi32(sums, weights, inputs);
+}
+
+// 64 outputs of a packed matrix times rows [row, row + M) of codes x [.., K], two of 16 bits or four of 8 at a time: a byte
+// holds the outputs n and n + 32 of one input. ranges points at this block's first scale in [G, N, 2]; out [.., 64].
+template <typename T, int M, typename C>
+inline void dot4(const uint8_t* codes, const T* ranges, int64_t N, const Rows& rows, const C* x, int64_t row, float* out) {
+  constexpr int STEP = 4 / sizeof(C);
+  alignas(64) uint8_t order[2][64];  // the bytes of STEP inputs: for one output behind each other
   for (int i = 0; i < 64; ++i)
-    for (int upper = 0; upper < 2; ++upper) order[upper][i] = i / 4 + upper * LANES + (i % 4 == 2 ? 32 : 0);
+    for (int upper = 0; upper < 2; ++upper) order[upper][i] = i / 4 + upper * LANES + i % 4 / sizeof(C) * 32;
   const __m512i orders[2] = {_mm512_load_si512(order[0]), _mm512_load_si512(order[1])};
-  const __m512i low = _mm512_set1_epi16(15);
+  const __m512i low = _mm512_set1_epi8(15);
   constexpr int TIMES = M > 2 ? 2 : 1, EACH = 2 / TIMES;  // the sums of many rows fit into the registers in two halves
   floats y[M][4] = {};
   for (int64_t g = 0; g < rows.groups; ++g, codes += rows.group / 2 * PACKED)
@@ -145,63 +153,24 @@ inline void dot4(const uint8_t* codes, const T* ranges, int64_t N, const Rows& r
       __m512i acc[M][2 * EACH];
       for (int m = 0; m < M; ++m)
         for (int i = 0; i < 2 * EACH; ++i) acc[m][i] = _mm512_setzero_si512();
-      for (int64_t k = 0; k < rows.group; k += 2) {
-        if (half == 0) __builtin_prefetch(codes + k / 2 * PACKED + AHEAD, 0, 2);
-        const __m512i both = _mm512_loadu_si512(codes + k / 2 * PACKED);
-        __m512i w[2 * EACH];
-        UNROLL for (int i = 0; i < EACH; ++i) {
-          const __m512i a = _mm512_maskz_permutexvar_epi8(0x5555555555555555, orders[half * EACH + i], both);
-          w[i] = _mm512_and_si512(a, low);
-          w[EACH + i] = _mm512_srli_epi16(a, 4);
-        }
-        UNROLL for (int m = 0; m < M; ++m) {
-          const __m512i x = _mm512_set1_epi32(load<int32_t>(rows.codes.data() + m * rows.K + g * rows.group + k));
-          UNROLL for (int i = 0; i < 2 * EACH; ++i) acc[m][i] = _mm512_dpwssd_epi32(acc[m][i], w[i], x);
-        }
-      }
-      for (int i = 0; i < 2 * EACH; ++i) {
-        const int j = i / EACH * 2 + half * EACH + i % EACH;
-        const Pair range = scales_and_zeros(ranges + (g * N + j * LANES) * 2);
-        const floats zero = range.b - range.a * 8.0f;
-        for (int m = 0; m < M; ++m) {
-          const int64_t at = m * rows.groups + g;
-          y[m][j] += range.a * rows.scale[at] * (floats)_mm512_cvtepi32_ps(acc[m][i]) + zero * rows.sum_of[at];
-        }
-      }
-    }
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < 4; ++j) store(y[m][j], out + m * PACKED + j * LANES);
-}
-
-// As `dot4`, where the rows have short codes: four inputs at a time.
-template <typename T, int M>
-inline void dot4_short(const uint8_t* codes, const T* ranges, int64_t N, const Rows& rows, int64_t row, float* out) {
-  alignas(64) uint8_t order[2][64];  // the bytes of four inputs, for one output behind each other
-  for (int i = 0; i < 64; ++i)
-    for (int upper = 0; upper < 2; ++upper) order[upper][i] = i / 4 + upper * LANES + i % 4 * 32;
-  const __m512i orders[2] = {_mm512_load_si512(order[0]), _mm512_load_si512(order[1])};
-  const __m512i low = _mm512_set1_epi8(15);
-  constexpr int TIMES = M > 2 ? 2 : 1, EACH = 2 / TIMES;
-  floats y[M][4] = {};
-  for (int64_t g = 0; g < rows.groups; ++g, codes += rows.group / 2 * PACKED)
-    UNROLL for (int half = 0; half < TIMES; ++half) {
-      __m512i acc[M][2 * EACH];
-      for (int m = 0; m < M; ++m)
-        for (int i = 0; i < 2 * EACH; ++i) acc[m][i] = _mm512_setzero_si512();
-      for (int64_t k = 0; k < rows.group; k += 4) {
+      for (int64_t k = 0; k < rows.group; k += STEP) {
         const uint8_t* from = codes + k / 2 * PACKED;
-        if (half == 0) __builtin_prefetch(from + AHEAD, 0, 2);
-        if (half == 0) __builtin_prefetch(from + AHEAD + 64, 0, 2);
-        const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 64);
+        if (half == 0)
+          for (int64_t next = 0; next < STEP * PACKED / 2; next += 64) __builtin_prefetch(from + AHEAD + next, 0, 2);
         __m512i w[2 * EACH];
         UNROLL for (int i = 0; i < EACH; ++i) {
-          const __m512i a = _mm512_permutex2var_epi8(first, orders[half * EACH + i], second);
+          const __m512i first = _mm512_loadu_si512(from), which = orders[half * EACH + i];
+          __m512i a;
+          if constexpr (STEP == 2)  // each with a 0
+            a = _mm512_maskz_permutexvar_epi8(0x5555555555555555, which, first);
+          else
+            a = _mm512_permutex2var_epi8(first, which, _mm512_loadu_si512(from + 64));
           w[i] = _mm512_and_si512(a, low);
           w[EACH + i] = _mm512_and_si512(_mm512_srli_epi16(a, 4), low);
         }
         UNROLL for (int m = 0; m < M; ++m) {
-          const __m512i x = _mm512_set1_epi32(load<int32_t>(rows.short_codes.data() + (row + m) * rows.K + g * rows.group + k));
-          UNROLL for (int i = 0; i < 2 * EACH; ++i) acc[m][i] = _mm512_dpbusd_epi32(acc[m][i], w[i], x);
+          const __m512i inputs = _mm512_set1_epi32(load<int32_t>(x + (row + m) * rows.K + g * rows.group + k));
+          UNROLL for (int i = 0; i < 2 * EACH; ++i) acc[m][i] = product(acc[m][i], w[i], inputs, C());
         }
       }
       for (int i = 0; i < 2 * EACH; ++i) {
@@ -363,14 +332,13 @@ void some_outputs(const Tensor& weight, const Tensor* scale, const Tensor* bias,
 #if INT16_PRODUCTS
     float y[M * PACKED], one[M];
     for (int64_t n = first; n < last; n += PACKED) {
-      const uint8_t* codes = weight.const_data_ptr<uint8_t>() + n * rows.K / 2;
-      const T* ranges = scale->const_data_ptr<T>() + n * 2;
-      if (rows.short_codes.empty())
-        dot4<T, M>(codes, ranges, N, rows, y);
-      else if constexpr (M > 5)
-        for (int64_t row = 0; row < M; row += M / 2) dot4_short<T, M / 2>(codes, ranges, N, rows, row, y);
-      else
-        dot4_short<T, M>(codes, ranges, N, rows, 0, y);
+      const auto times = [&](const auto* x) {
+        constexpr int SOME = M > 5 ? M / 2 : M;  // more do not fit into the registers
+        for (int64_t row = 0; row < M; row += SOME)
+          dot4<T, SOME>(weight.const_data_ptr<uint8_t>() + n * rows.K / 2, scale->const_data_ptr<T>() + n * 2, N, rows, x,
+                        row, y);
+      };
+      rows.short_codes.empty() ? times(rows.codes.data()) : times(rows.short_codes.data());
       for (int64_t j = 0; j < PACKED; ++j) {
         for (int m = 0; m < M; ++m) one[m] = y[m * PACKED + j];
         finish(n + j, 1.0f, one);
