@@ -16,7 +16,7 @@ STOREYS = (
     {"layer", "gguf", "chat"},
     {"cache", "adapters", "hub", "forms", "probe"},
     {"attention", "sampling", "loader", "batching", "recall"},
-    {"horizon", "replay", "speaker"},
+    {"horizon", "replay", "speaker", "glance"},
     {"fusion"},
     {"engine", "session", "answer"},
     {"files", "fingerprint", "memory", "profile"},

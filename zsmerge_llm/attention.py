@@ -284,6 +284,25 @@ class Poll(Step):
 
 
 @dataclass
+class Look(Step):
+    """A pass of tokens that only look, one row's: nothing is taken in.
+
+    most: float32 [H, C] of each full-attention layer, the most that any of the tokens pays each slot.
+    """
+
+    most: dict[int, Tensor] = field(default_factory=dict)
+
+    def attend(self, call: Call) -> Tensor:
+        layer = self.cache.layers[call.layer]
+        arrival = self._arrival(layer, call)
+        held = layer.append(arrival)
+        if layer.spec.window is None:
+            self.most[call.layer] = layer.paid_most(held, arrival)[0]
+        keys, values = torch.cat([held.keys, call.key], dim=2), torch.cat([held.values, call.value], dim=2)
+        return _attend(call, keys, values, self._bias(layer, held, call))
+
+
+@dataclass
 class Draft(Step):
     """A pass over tokens of which only a beginning may stay: no layer takes them in before `keep`.
 

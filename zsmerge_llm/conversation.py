@@ -21,7 +21,8 @@ from zsmerge_llm.chat import Template
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import InputError, SessionError, SessionNotFoundError
 from zsmerge_llm.files import new_name
-from zsmerge_llm.recall import Recall
+from zsmerge_llm.glance import Glance
+from zsmerge_llm.recall import Recall, Search
 from zsmerge_llm.session import Kind, Session, Snapshot
 from zsmerge_llm.store import Found, Store
 from zsmerge_llm.types import Message
@@ -95,6 +96,7 @@ class Conversations:
     config: Callable[[int, int], CacheConfig]
     document_config: Callable[[int], CacheConfig]
     recall: Recall
+    glance: Glance
     today: Callable[[], date] = date.today
 
     def begin(
@@ -242,11 +244,19 @@ class Conversations:
         if cache.lossless is None or cache.config.slots is None or plain <= cache.lossless or not turn.ids:
             return
         guided = cache.config.sink > self.config(0, 0).sink
-        asking = self.recall.into(turn.messages, cache.config.slots, guided)
+        asking = self.recall.into(turn.messages, cache.config.slots, guided, self._by_looks(turn))
         following = self._following(turn.template, found, asking, turn.tools)
         if following is not None:
             turn.tokens = [*found.snapshot.tokens, *following]
             turn.recalled = len(turn.tokens) - plain
+
+    def _by_looks(self, turn: Turn) -> Search | None:
+        """How to find places of the document that a turn is about by what its cache still holds of it."""
+        document = turn.session.document
+        if document is None:
+            return None
+        read = turn.tokens[: len(turn.template.encode(_document_head(turn.template, document)))]
+        return lambda asked, most: self.glance.passages(turn.cache, read, asked, most)
 
     def whole(self, template: Template, messages: list[Message], tools: Tools) -> Whole:
         """A whole conversation as it is read from its beginning."""

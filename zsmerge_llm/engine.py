@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zsmerge_llm import kernels
-from zsmerge_llm.attention import Draft, Poll, Step, forward, prepare
+from zsmerge_llm.attention import Draft, Look, Poll, Step, forward, prepare
 from zsmerge_llm.batching import Batcher, Row
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, SamplingParams
@@ -151,6 +151,26 @@ class Engine:
             if progress is not None:
                 progress(done, len(tokens))
         return logits[0, -1].float()
+
+    @torch.inference_mode()
+    def look(self, cache: Cache, ids: Ids) -> dict[int, Tensor]:
+        """What tokens that came next in a one-row cache would look at, without reading them.
+
+        Returns:
+            For each full-attention layer, float32 [H, C], the most that any of them pays each of its slots.
+
+        Raises:
+            InputError: as `read`.
+        """
+        _one_row(cache)
+        tokens = self._ids(ids)
+        with self._turn:
+            self.horizon.make_way(cache, [0], len(tokens))
+            seen = torch.tensor(cache.lengths)
+            position = seen[:, None] + torch.arange(len(tokens))
+            step = Look(cache, 0, position, None, [0], seen, reads=self.fusion.reads)
+            self._run(step, tokens[None], torch.tensor([len(tokens) - 1]))
+        return step.most
 
     @torch.inference_mode()
     def read_batch(self, cache: Cache, rows: Sequence[Ids], *, cancel: Event | None = None) -> Tensor:

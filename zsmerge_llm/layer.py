@@ -203,6 +203,12 @@ class LayerCache(Slots):
         counts = (held.position >= self.config.sink) & (held.position < newest) & (held.count > 0)
         return most * counts
 
+    def paid_most(self, held: Held, arrival: Arrival) -> Tensor:
+        """The most that any query of the probe pays each slot, float32 [B, H, C]."""
+        assert arrival.probe is not None
+        assert arrival.probe_position is not None
+        return self._paid_by(arrival.probe, arrival.probe_position, held, arrival.sinks, arrival.many)[1]
+
     def settle_first(self, count: int, held: Held, arrival: Arrival) -> None:
         """`settle` for the first `count` tokens of one row, as if the others had never come. They must all fit."""
         new, used = arrival.keys.shape[2], self.fills[0]

@@ -73,6 +73,7 @@ def assemble(
     from zsmerge_llm.conversation import Conversations
     from zsmerge_llm.engine import Engine
     from zsmerge_llm.fingerprint import fingerprint
+    from zsmerge_llm.glance import Glance
     from zsmerge_llm.loader import load
     from zsmerge_llm.profile import Profile, profile_path
     from zsmerge_llm.recall import Recall
@@ -88,6 +89,7 @@ def assemble(
     store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices)
     forms = Forms(template, Grammars(tokenizer, engine.vocab_size, engine.stop_ids))
     profile = Profile(engine, template, profile_path(mark.weights), loading.get("progress"))
-    search = Recall(template, recall)
-    conversations = Conversations(store, template, engine.new_cache, profile.config, profile.document_config, search)
+    budgets = (engine.new_cache, profile.config, profile.document_config)
+    searches = (Recall(template, recall), Glance(engine.look, template))
+    conversations = Conversations(store, template, *budgets, *searches)
     return Parts(loaded.name, tokenizer, engine, template, forms, conversations, profile)

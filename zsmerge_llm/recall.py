@@ -5,21 +5,24 @@ turn whose cache loses something looks for those passages of what was said befor
 (BM25), and reads a fixed number of their tokens again, as a part of the question's message. Nobody has to know before
 what will be asked, and what is read for a turn does not grow with the conversation.
 
-The search finds words, not meanings: the cache is what knows the rest. Where no passage shares enough with the question
-nothing is read again: small models answer from whatever stands before a question (benchmarks/LOG.md).
+The search finds words, not meanings. Where no passage shares enough with the question it finds nothing: small models
+answer from whatever stands before a question (benchmarks/LOG.md). About a document the cache itself is asked then
+(`glance`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from zsmerge_llm.chat import Template
 from zsmerge_llm.probe import LONGEST, question, question_start
 from zsmerge_llm.types import Message
 
+Search = Callable[[str, int], list[str]]
+"""What is asked, and how many tokens of passages at most → the passages."""
 TOKENS = 256
 """How many are read again at most, unless a user sets another number."""
 WORDS = 80
@@ -69,13 +72,16 @@ class Recall:
     template: Template
     tokens: int
 
-    def into(self, messages: list[Message], slots: int, guided: bool = False) -> list[Message]:
+    def into(
+        self, messages: list[Message], slots: int, guided: bool = False, otherwise: Search | None = None
+    ) -> list[Message]:
         """The messages, the last of them with the passages that it asks for; unchanged where there are none.
 
         Only a user's message asks. Of a message that is longer than the `slots` of the cache, the end asks for what
         stands before; of any other, the passages come first. They take up half of the cache at most.
 
-        guided: whether the cache holds all that the system says anyway.
+        guided: whether the cache holds all that the system says anyway. otherwise: what else to ask where words find
+        nothing.
         """
         *before, last = messages
         if last["role"] != "user" or not self.tokens:
@@ -87,7 +93,9 @@ class Recall:
         asked = content if size <= LONGEST else question(content)
         said = [*before, {**last, "content": content[:start]}]
         said = [each for each in said if not guided or each["role"] != "system"]
-        again = block(self.passages(said, asked, min(self.tokens, slots // 2)))
+        most = min(self.tokens, slots // 2)
+        found = self.passages(said, asked, most)
+        again = block(otherwise(asked, most) if otherwise and not found else found)
         return [*before, {**last, "content": content[:start] + again + content[start:]}] if again else messages
 
     def passages(self, said: Sequence[Message], asked: str, most: int) -> list[str]:
