@@ -24,7 +24,7 @@ from common import RESULTS
 from policies import POLICIES
 from quality_report import report
 from quality_run import Budget, Reader
-from quality_tasks import item, load, needles, summary
+from quality_tasks import item, load, needles, rephrased, summary
 
 from zsmerge_llm import LLM
 from zsmerge_llm.chat import Template
@@ -53,7 +53,8 @@ def done(path: Path) -> set[Cell]:
 
 
 def records(arguments: argparse.Namespace, reader: Reader) -> Iterator[dict[str, Any]]:
-    yield from load(arguments.data, arguments.documents, arguments.join)
+    loaded = load(arguments.data, arguments.documents, arguments.join)
+    yield from loaded if arguments.rephrased is None else rephrased(loaded, Path(arguments.rephrased))
     if arguments.needles:
         yield from needles(Path(arguments.needles), reader.template, arguments.documents or 6, arguments.needle_tokens)
 
@@ -86,6 +87,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", nargs="*", default=[], help="JSON lines")
+    parser.add_argument(
+        "--rephrased", help="JSON: document → question's number → the question in other words (only those)"
+    )
     parser.add_argument("--needles", help="a long text to hide secret codes in")
     parser.add_argument("--needle-tokens", type=int, default=4000)
     parser.add_argument("--policies", default=DEFAULT, help=f"of {', '.join(POLICIES)}")

@@ -21,6 +21,7 @@ from zsmerge_llm.cache import Cache
 from zsmerge_llm.chat import Template
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.engine import Engine
+from zsmerge_llm.glance import Glance
 from zsmerge_llm.probe import GENERIC, chat_probe, question
 from zsmerge_llm.profile import Profile
 from zsmerge_llm.recall import Recall, tail
@@ -121,10 +122,16 @@ class Reader:
         generic = self.generic if policy.probe in ("generic", "both") else []
         return generic + (question if policy.probe in ("question", "both") else [])
 
-    def passages(self, policy: Policy, budget: Budget, item: Item, before: int | None, asked: str) -> list[str]:
-        """What the first `before` messages (all of them where None; of a document: its text) say about a question."""
+    def passages(
+        self, policy: Policy, budget: Budget, item: Item, before: int | None, asked: str, cache: Cache | None = None
+    ) -> list[str]:
+        """What the first `before` messages (all of them where None; of a document: its text) say about a question; what
+        a document's cache looks at (`Policy.glance`), where its words find nothing."""
         most = min(policy.recall, budget.slots(item.tokens) // 2)
-        return Recall(self.template, most).passages(item.said[:before], question(asked), most)
+        found = Recall(self.template, most).passages(item.said[:before], question(asked), most)
+        if found or cache is None or not policy.glance:
+            return found
+        return Glance(self.engine.look, self.template).passages(cache, item.parts[0][0], question(asked), most)
 
     def asking(
         self,
@@ -134,11 +141,12 @@ class Reader:
         asked: Question,
         follows: bool = False,
         before: int | None = None,
+        cache: Cache | None = None,
     ) -> list[int]:
         """The ids of a question, with the passages that the policy looks up for it (`before`: in so many messages)."""
         if not policy.recall:
             return asked.following if follows else asked.asking
-        found = self.passages(policy, budget, item, before, asked.text)
+        found = self.passages(policy, budget, item, before, asked.text, cache)
         return asked.behind(self.template, found, follows)
 
     def scores(
@@ -158,7 +166,8 @@ class Reader:
             return ask(self.engine, cache, asked)
         found = []
         for each in questions:
-            ids, own = self.asking(policy, budget, item, each, follows, before), copy.deepcopy(cache)
+            own = copy.deepcopy(cache)
+            ids = self.asking(policy, budget, item, each, follows, before, own)
             self.engine.chunk = 512
             reserving = follows or len(item.parts) > 1
             self.engine.read(own, ids[:-1], probe=each.probe, reserving=reserving)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -69,6 +69,15 @@ def load(paths: Sequence[str | Path], limit: int | None, join: int = 1) -> Itera
         for start in range(0, len(records) - join + 1, join):
             record = joined(records[start : start + join]) if join > 1 else records[start]
             yield {**record, "file": path.stem if join == 1 else f"{path.stem}x{join}"}
+
+
+def rephrased(records: Iterable[dict[str, Any]], words: Path) -> Iterator[dict[str, Any]]:
+    """The records that a file knows, with those of their questions that it puts in other words."""
+    known = json.loads(words.read_text(encoding="utf-8"))
+    for record in records:
+        if own := known.get(record["id"]):
+            qa = [{**record["qa"][int(index)], "q": asked} for index, asked in own.items()]
+            yield {**record, "qa": qa, "file": f"{record['file']}-rephrased"}
 
 
 def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

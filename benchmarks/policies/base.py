@@ -79,7 +79,8 @@ class Policy:
     chunk: tokens a pass; None reads everything in one pass and compresses each layer then, as policies do that need
     the full cache first. budgets: slots of each full-attention layer, from the mean and the number of these;
     profiled: how far they follow from the model's profile (`zsmerge_llm.profile`), 1 is wholly. newest_only: the text
-    is cut to its end instead. recall: tokens of passages that are read again before a question (`zsmerge_llm.recall`).
+    is cut to its end instead. recall: tokens of passages that are read again before a question (`zsmerge_llm.recall`);
+    glance: whether the cache is asked where words find nothing (`zsmerge_llm.glance`).
     """
 
     name: str
@@ -91,6 +92,7 @@ class Policy:
     profiled: float = 0.0
     newest_only: bool = False
     recall: int = 0
+    glance: bool = False
 
     @property
     def whole(self) -> bool:
