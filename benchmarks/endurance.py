@@ -20,6 +20,7 @@ from common import RESULTS, book, plot, write
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.cache import Cache
 from zsmerge_llm.engine import Engine
+from zsmerge_llm.grammar import Grammar
 from zsmerge_llm.horizon import Horizon, Shape
 
 BLOCK, BEFORE, FRESH = 4096, 3072, (1, 15, 7, 11, 3)
@@ -89,13 +90,15 @@ def talk(llm: LLM, text: list[str]) -> list[dict[str, Any]]:
     short = SamplingParams(max_tokens=24)
     for turn, passage in enumerate(text, start=1):
         messages.append({"role": "user", "content": f"Here is a passage.\n\n{passage}\n\nSay OK."})
-        llm.chat(messages, session="book", sampling=short.replace(max_tokens=1))
-        messages.append({"role": "assistant", "content": "OK."})
+        answer = llm.chat(messages, session="book", sampling=short, grammar=Grammar.choice("OK."))
+        messages.append({"role": "assistant", "content": answer.text})
         if turn not in ASKED and turn < len(text):
             continue
-        said = {q: llm.chat([*messages, {"role": "user", "content": q}], sampling=short).text for q in QUESTIONS}
-        right = sum(word in said[asked].lower() for asked, word in QUESTIONS.items())
-        found.append({"tokens": llm.session("book").cache.seen, "right": right, "said": said})
+        asked = {q: llm.chat([*messages, {"role": "user", "content": q}], sampling=short) for q in QUESTIONS}
+        said = {q: answer.text for q, answer in asked.items()}
+        right = sum(word in said[question].lower() for question, word in QUESTIONS.items())
+        read = [answer.usage.prompt_tokens - answer.usage.cached_tokens for answer in asked.values()]
+        found.append({"tokens": llm.session("book").cache.seen, "right": right, "read": read, "said": said})
         print(found[-1], flush=True)
     return found
 
