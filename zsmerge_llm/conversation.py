@@ -253,10 +253,12 @@ class Conversations:
     def _by_looks(self, turn: Turn) -> Search | None:
         """How to find places of the document that a turn is about by what its cache still holds of it."""
         document = turn.session.document
-        if document is None:
-            return None
-        read = turn.tokens[: len(turn.template.encode(_document_head(turn.template, document)))]
-        return lambda asked, most: self.glance.passages(turn.cache, read, asked, most)
+
+        def search(asked: str, most: int) -> list[str]:
+            read = len(turn.template.encode(_document_head(turn.template, document or "")))
+            return self.glance.passages(turn.cache, turn.tokens[:read], asked, most)
+
+        return search if document is not None else None
 
     def whole(self, template: Template, messages: list[Message], tools: Tools) -> Whole:
         """A whole conversation as it is read from its beginning."""

@@ -95,7 +95,7 @@ class Recall:
         said = [each for each in said if not guided or each["role"] != "system"]
         most = min(self.tokens, slots // 2)
         found = self.passages(said, asked, most)
-        again = block(otherwise(asked, most) if otherwise and not found else found)
+        again = block(found if found or otherwise is None else otherwise(asked, most))
         return [*before, {**last, "content": content[:start] + again + content[start:]}] if again else messages
 
     def passages(self, said: Sequence[Message], asked: str, most: int) -> list[str]:
