@@ -61,7 +61,8 @@ def test_a_look_is_what_the_model_itself_would_pay(family: str) -> None:
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         exact = model(torch.tensor([read + asked]), output_attentions=True).attentions
-    for layer, most in paid.items():
+    layers = [index for index, layer in enumerate(cache.layers) if layer.spec.window is None]
+    for layer, most in zip(layers, paid, strict=True):
         rows = exact[layer][0, :, len(read) :]  # [Hq, m, n + m]
         own, learned_sink = rows[..., : len(read)], 1 - rows.sum(-1, keepdim=True)
         own = own / (own.sum(-1, keepdim=True) + learned_sink)  # what they pay each other does not count
@@ -104,7 +105,7 @@ def gazing(at: int, general: Sequence[int] = ()) -> tuple[Glance, Cache, list[in
         if not looks:
             paid[:, at] = 0.4
         looks.append(asked)
-        return {0: paid}
+        return [paid, *[torch.zeros_like(paid)] * (len(cache.layers) - 1)]
 
     return Glance(look, own), cache, ids
 
@@ -143,11 +144,12 @@ def test_nothing_behind_the_document_and_no_sink_is_voted_for() -> None:
     engine = Engine(tiny_model("llama"), SMALL.replace(slots=256))
     cache = engine.new_cache()
     engine.read(cache, tokens(100))
-    paid = {0: torch.ones(cache.layers[0].keys.shape[1], 100)}
-    voted = votes(cache, paid, {0: torch.zeros_like(paid[0])}, 50)
+    paid = [torch.ones(layer.keys.shape[1], 100) for layer in cache.layers]
+    voted = votes(cache, paid, [torch.zeros_like(each) for each in paid], 50)
     assert voted is not None
     assert len(voted) == 50
-    assert votes(cache, {0: paid[0][:, :2]}, {0: torch.zeros_like(paid[0][:, :2])}, 50) is None
+    sinks = [each[:, :2] for each in paid]
+    assert votes(cache, sinks, [torch.zeros_like(each) for each in sinks], 50) is None
 
 
 # -- in the product ----------------------------------------------------------------------------------------------------

@@ -287,19 +287,14 @@ class Poll(Step):
 class Look(Step):
     """A pass of tokens that only look, one row's: nothing is taken in.
 
-    most: float32 [H, C] of each full-attention layer, the most that any of the tokens pays each slot.
+    most: float32 [H, C] of each full-attention layer, in their order: the most that any of the tokens pays each slot.
     """
 
-    most: dict[int, Tensor] = field(default_factory=dict)
+    most: list[Tensor] = field(default_factory=list)
 
-    def attend(self, call: Call) -> Tensor:
-        layer = self.cache.layers[call.layer]
-        arrival = self._arrival(layer, call)
-        held = layer.append(arrival)
+    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
         if layer.spec.window is None:
-            self.most[call.layer] = layer.paid_most(held, arrival)[0]
-        keys, values = torch.cat([held.keys, call.key], dim=2), torch.cat([held.values, call.value], dim=2)
-        return _attend(call, keys, values, self._bias(layer, held, call))
+            self.most.append(layer.paid_most(held, arrival)[0])
 
 
 @dataclass

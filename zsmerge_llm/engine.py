@@ -153,11 +153,11 @@ class Engine:
         return logits[0, -1].float()
 
     @torch.inference_mode()
-    def look(self, cache: Cache, ids: Ids) -> dict[int, Tensor]:
+    def look(self, cache: Cache, ids: Ids) -> list[Tensor]:
         """What tokens that came next in a one-row cache would look at, without reading them.
 
         Returns:
-            For each full-attention layer, float32 [H, C], the most that any of them pays each of its slots.
+            For each full-attention layer, in their order, float32 [H, C]: the most that any of them pays each slot.
 
         Raises:
             InputError: as `read`.

@@ -20,7 +20,7 @@ from zsmerge_llm.chat import Template
 from zsmerge_llm.probe import GENERIC, chat_probe, message_probe
 from zsmerge_llm.recall import END
 
-Looks = dict[int, Tensor]
+Looks = list[Tensor]
 """float32 [H, C] of each full-attention layer: what a question pays each slot (`Engine.look`)."""
 WIDTH = 33
 """Tokens over which votes are averaged: what is looked at is a phrase, and slots are few."""
@@ -75,12 +75,12 @@ def votes(cache: Cache, own: Looks, any_question: Looks, length: int) -> Tensor 
     Layers count by the square of their slots, as where passages are voted for (`attention.Poll`).
     """
     total, raw = torch.zeros(length), 0.0
-    for index, paid in own.items():
-        layer = cache.layers[index]
+    full = [layer for layer in cache.layers if layer.spec.window is None]
+    for layer, paid, anyway in zip(full, own, any_question, strict=True):
         position = layer.position[0, :, : paid.shape[1]]
         counts = (layer.count[0, :, : paid.shape[1]] > 0) & (position >= layer.config.sink) & (position < length)
         weight = counts * float(layer.config.slots or 1) ** 2
-        more = (paid - any_question[index]).clamp(min=0) * weight
+        more = (paid - anyway).clamp(min=0) * weight
         total.index_add_(0, position.clamp(0, length - 1).flatten().cpu(), more.flatten().cpu())
         raw += float((paid * weight).sum())
     if not raw or float(total.sum()) < OWN * raw:
