@@ -22,6 +22,10 @@ ROOMY = CacheConfig(slots=16_000, recent=8, stage=64)
 TIGHT = CacheConfig(slots=96, recent=16, stage=16, window=8)
 """A budget that every chat here overflows."""
 SHORT = SamplingParams(max_tokens=6)
+SYSTEM = {
+    "role": "system",
+    "content": "You know all there is to know about islands, lighthouses and their keepers. " * 3,
+}
 
 
 def talker(name: str = "smollm2", *, cache: CacheConfig = TIGHT, seed: int = 0, **settings: Any) -> LLM:

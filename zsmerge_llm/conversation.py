@@ -42,7 +42,8 @@ class Turn:
     under its own name. expected: what was under that name when the turn began. tokens: the conversation's ids, this
     prompt included; those from `start` on are still to be read. prefix: how many of these form a beginning that other
     conversations may share; 0 if none is worth keeping. alone: whether this turn's question alone decides what is kept.
-    recalled: how many of the tokens are passages that are read once more (`recall`).
+    recalled: how many of the tokens are passages that are read once more (`recall`). origin: the point of its own
+    session that it goes on from.
     """
 
     messages: list[Message]
@@ -59,6 +60,7 @@ class Turn:
     prefix: int = 0
     alone: bool = False
     recalled: int = 0
+    origin: Snapshot | None = None
     points: list[Snapshot] = field(default_factory=list)
 
     @property
@@ -163,6 +165,8 @@ class Conversations:
             points = [*points, Snapshot(chain[-1], len(conversation), tokens, turn.cache, "answer")]
         if all(point.kind == "prefix" for point in points):
             return turn.session
+        if turn.origin is not None:  # whoever goes back to it does so again, and it must not have gone meanwhile
+            points = [turn.origin, *points]
         return self.store.advance(turn.session, points, chain, turn.expected, turn.new)
 
     # -- documents ---------------------------------------------------------------------------------------------------
@@ -236,7 +240,9 @@ class Conversations:
         reuse = "continued" if point.digest == found.head and point.kind == "answer" else "restored"
         tokens = [*point.tokens, *following]
         cache = point.cache.clone()
-        return Turn(messages, tools, digests, template, session, not own, expected, cache, tokens, cache.seen, reuse)
+        turn = Turn(messages, tools, digests, template, session, not own, expected, cache, tokens, cache.seen, reuse)
+        turn.origin = point if own else None
+        return turn
 
     def _look_up(self, turn: Turn, found: Found) -> None:
         """Let a resumed turn read again what its cache has lost, or is about to lose, of what it asks for."""

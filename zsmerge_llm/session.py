@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import cached_property
@@ -115,12 +115,12 @@ class Session:
         )
 
     def add(self, snapshots: Iterable[Snapshot], chain: Sequence[str] = ()) -> None:
-        """Move on to the last of `snapshots`. Old points go, but a document's and the common beginning stay."""
-        kept = dict(self.snapshots)
-        for snapshot in snapshots:
-            kept.pop(snapshot.digest, None)
-            kept[snapshot.digest] = snapshot
-        for snapshot in _superfluous(list(kept.values())):
+        """Move on to the last of `snapshots`. Others go with time, but a document's and the common beginning stay."""
+        kept, newest = dict(self.snapshots), {snapshot.digest: snapshot for snapshot in snapshots}
+        for digest, snapshot in newest.items():
+            kept.pop(digest, None)
+            kept[digest] = snapshot
+        for snapshot in _superfluous(list(kept.values()), set(newest)):
             del kept[snapshot.digest]
         self.snapshots = kept  # in one step: others may be looking
         self.chain = tuple(chain) or self.chain
@@ -205,8 +205,9 @@ def load_session(
     )
 
 
-def _superfluous(snapshots: list[Snapshot]) -> list[Snapshot]:
-    """The points to let go: all prompts and beginnings but the newest, and answers too close to their neighbours."""
+def _superfluous(snapshots: list[Snapshot], newest: Set[str]) -> list[Snapshot]:
+    """The points to let go: all prompts and beginnings but the last, and answers too close to their neighbours. Those
+    with the digests `newest` stay."""
     gone = []
     for kind in ("prompt", "prefix"):
         gone += [snapshot for snapshot in snapshots if snapshot.kind == kind][:-1]
@@ -216,4 +217,4 @@ def _superfluous(snapshots: list[Snapshot]) -> list[Snapshot]:
         # Going back by n messages costs reading about as many again: let the smallest gap for its age go.
         gaps = [(at[i + 2] - at[i]) / (1 + at[-1] - at[i + 1]) for i in range(len(answers) - 2)]
         gone.append(answers.pop(gaps.index(min(gaps))))
-    return gone
+    return [snapshot for snapshot in gone if snapshot.digest not in newest]
