@@ -52,6 +52,19 @@ def test_a_system_message_is_held_whole_by_every_head_for_ever() -> None:
     assert not held_by_all(chat_on(talker(), []), cache.config.sink)
 
 
+def test_it_is_said_again_once_it_is_as_many_tokens_behind_as_there_are_slots() -> None:
+    llm = talker(cache=TIGHT.replace(slots=256))
+    talk = Talk(llm, "it", [GUIDE])
+    again = [talk.tell(f"Go on with {number}.").usage.recalled_tokens for number in range(40)]
+    text = llm.tokenizer.decode(llm.session("it").tokens)
+    parts = [len(llm.tokenizer.encode(part)) for part in text.split(GUIDE["content"])]
+
+    assert len(parts) > 4
+    assert max(parts[1:]) <= 256 + 64  # a turn more at most
+    assert min(parts[1:-1]) >= 256 - 64
+    assert sum(count > 0 for count in again) == len(parts) - 2
+
+
 def test_tools_are_held_as_the_system_message_is() -> None:
     llm = talker("qwen2.5", cache=WIDE)
     cache = chat_on(llm, [GUIDE], 24, tools=[LOOKUP], tool_choice="none")

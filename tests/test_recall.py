@@ -15,7 +15,7 @@ from tests.tiny import tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.engine import Engine
 from zsmerge_llm.errors import ConfigError
-from zsmerge_llm.recall import HEADING, OPENING, TERM, WORDS, Recall, content, ranked, split
+from zsmerge_llm.recall import FIRST, HEADING, OPENING, TERM, WORDS, Recall, content, ranked, split
 
 FACT = "The password of the harbour vault is falcon seven."
 FILLER = ["Rain fell on the quiet village all day long.", "Nobody in the market sold any bread that week."]
@@ -97,16 +97,29 @@ def test_a_short_answer_is_found_by_its_question(recall: Recall) -> None:
     assert "old tower, in feet?\n\nNinety." in recall.into(messages, slots=1000)[-1]["content"]
 
 
-def test_only_users_ask_and_a_system_message_that_is_held_is_not_quoted(recall: Recall) -> None:
+def test_only_users_ask(recall: Recall) -> None:
     result = {"role": "tool", "content": FACT, "tool_call_id": "1"}
     messages = [*said(FACT, "I see."), result]
     assert recall.into(messages, slots=1000) == messages
-    system = {"role": "system", "content": FACT}
-    asked = [system, *said("The password?")]
-    assert recall.into(asked, slots=1000, guided=True) == asked, "the cache holds it"
-    assert FACT in recall.into(asked, slots=1000)[-1]["content"]
     asked = said(FACT, "I see.", "The password?")
     assert Recall(recall.template, 0).into(asked, slots=1000) == asked
+
+
+def test_a_short_system_message_is_said_again_whatever_is_asked_unless_it_was_just_heard(recall: Recall) -> None:
+    system = {"role": "system", "content": FACT}
+    asked = [system, *said(*chatter(7)[1:], "Good morning to you.")]
+    assert recall.into(asked, slots=1000)[-1]["content"] == f"{FIRST}\n\n{FACT}\n\nGood morning to you."
+    assert recall.into(asked, slots=1000, heard=f"... {FACT}\nRain fell.") == asked
+    wide = Recall(recall.template, 4 * BUDGET)
+    both = wide.into([system, *said("The market sells no bread.", "I see.", "The market?")], slots=1000)
+    assert both[-1]["content"].startswith(f"{FIRST}\n\n{FACT}\n\n{OPENING}\n\nThe market sells no bread.")
+
+
+def test_of_a_long_system_message_only_what_is_asked_for_is_said_again(recall: Recall) -> None:
+    rules = [f"In room {number} nobody may ever open a window or a door without asking first." for number in range(12)]
+    system = {"role": "system", "content": "\n\n".join([*rules[:6], f"{FACT} Tell it to nobody.", *rules[6:]])}
+    again = recall.into([system, *said("The password of the vault?")], slots=1000)[-1]["content"]
+    assert again == f"{OPENING}\n\n{FACT} Tell it to nobody.\n\nThe password of the vault?"
 
 
 @pytest.mark.parametrize("asked", ["What is the colour of the captain's hat?", "What about it, then?", "??"])

@@ -249,8 +249,8 @@ class Conversations:
         cache, plain = turn.cache, len(turn.tokens)
         if cache.lossless is None or cache.config.slots is None or plain <= cache.lossless or not turn.ids:
             return
-        guided = cache.config.sink > self.config(0, 0).sink
-        asking = self.recall.into(turn.messages, cache.config.slots, guided, self._by_looks(turn))
+        heard = turn.template.tokenizer.decode(turn.tokens[-cache.config.slots :])
+        asking = self.recall.into(turn.messages, cache.config.slots, heard, self._by_looks(turn))
         following = self._following(turn.template, found, asking, turn.tools)
         if following is not None:
             turn.tokens = [*found.snapshot.tokens, *following]
@@ -273,7 +273,8 @@ class Conversations:
         config = self.config(len(tokens), guide)
         if config.slots is None or len(tokens) <= config.slots:
             return Whole(tokens, guide, config)
-        both = template.encode(template.render(self.recall.into(messages, config.slots, config.sink >= guide), tools))
+        heard = template.tokenizer.decode(tokens[-config.slots :])
+        both = template.encode(template.render(self.recall.into(messages, config.slots, heard), tools))
         return Whole(both, guide, config, len(both) - len(tokens))
 
     def _afresh(

@@ -55,6 +55,7 @@ HEADING = 12
 END = "[.!?][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\n(?![a-z])\\s*"
 """Where a sentence, a line or, with two line ends, a paragraph ends; a line that goes on in small letters does not."""
 OPENING = "Remember this part of the text:"
+FIRST = "Remember what you were told first:"
 
 
 def tail(recalled: int) -> int:
@@ -73,15 +74,17 @@ class Recall:
     tokens: int
 
     def into(
-        self, messages: list[Message], slots: int, guided: bool = False, otherwise: Search | None = None
+        self, messages: list[Message], slots: int, heard: str = "", otherwise: Search | None = None
     ) -> list[Message]:
-        """The messages, the last of them with the passages that it asks for; unchanged where there are none.
+        """The messages, the last of them with what it asks for; unchanged where there is nothing.
 
         Only a user's message asks. Of a message that is longer than the `slots` of the cache, the end asks for what
-        stands before; of any other, the passages come first. They take up half of the cache at most.
+        stands before; of any other, what is said again comes first. It takes up half of the cache at most. What the
+        system says is said again as a whole if that takes no more than half of this, however little is asked for: from
+        far behind, models do not heed it, even where the cache holds all of it.
 
-        guided: whether the cache holds all that the system says anyway. otherwise: what else to ask where words find
-        nothing.
+        heard: the text that the cache has read last; what the system says is not repeated where it stands there.
+        otherwise: what else to ask where words find nothing.
         """
         *before, last = messages
         if last["role"] != "user" or not self.tokens:
@@ -90,13 +93,20 @@ class Recall:
         size = len(self.template.encode(content))
         if size <= slots:
             start = 0
-        asked = content if size <= LONGEST else question(content)
-        said = [*before, {**last, "content": content[:start]}]
-        said = [each for each in said if not guided or each["role"] != "system"]
         most = min(self.tokens, slots // 2)
+        guide = self._guide(before, most // 2)
+        asked = content if size <= LONGEST else question(content)
+        said = [*before[bool(guide) :], {**last, "content": content[:start]}]
+        again = "" if _dense(guide) in _dense(heard) else block([guide], FIRST)
+        most -= len(self.template.encode(again))
         found = self.passages(said, asked, most)
-        again = block(found if found or otherwise is None else otherwise(asked, most))
+        again += block(found if found or otherwise is None else otherwise(asked, most))
         return [*before, {**last, "content": content[:start] + again + content[start:]}] if again else messages
+
+    def _guide(self, messages: Sequence[Message], most: int) -> str:
+        """What the system says, if it has `most` tokens at most."""
+        guide = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
+        return guide if len(self.template.encode(guide)) <= most else ""
 
     def passages(self, said: Sequence[Message], asked: str, most: int) -> list[str]:
         """Those passages of what was said that fit best to what is asked, of `most` tokens together, in their order."""
@@ -119,9 +129,14 @@ class Recall:
         return [passages[index] for index in sorted(found)]
 
 
-def block(passages: Sequence[str]) -> str:
+def block(passages: Sequence[str], opening: str = OPENING) -> str:
     """Passages as they stand before a question; "" for none."""
-    return "\n\n".join([OPENING, *passages, ""]) if passages else ""
+    return "\n\n".join([opening, *passages, ""]) if passages else ""
+
+
+def _dense(text: str) -> str:
+    """Without spaces, which tokens do not always keep."""
+    return "".join(text.split())
 
 
 def split(text: str, size: int = WORDS) -> list[str]:
