@@ -15,7 +15,7 @@ from tests.tiny import tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.engine import Engine
 from zsmerge_llm.errors import ConfigError
-from zsmerge_llm.recall import FIRST, HEADING, OPENING, TERM, WORDS, Recall, content, ranked, split
+from zsmerge_llm.recall import HEADING, OPENING, TERM, WORDS, Recall, content, ranked, split
 
 FACT = "The password of the harbour vault is falcon seven."
 FILLER = ["Rain fell on the quiet village all day long.", "Nobody in the market sold any bread that week."]
@@ -108,11 +108,11 @@ def test_only_users_ask(recall: Recall) -> None:
 def test_a_short_system_message_is_said_again_whatever_is_asked_unless_it_was_just_heard(recall: Recall) -> None:
     system = {"role": "system", "content": FACT}
     asked = [system, *said(*chatter(7)[1:], "Good morning to you.")]
-    assert recall.into(asked, slots=1000)[-1]["content"] == f"{FIRST}\n\n{FACT}\n\nGood morning to you."
+    assert recall.into(asked, slots=1000)[-1]["content"] == f"{FACT}\n\nGood morning to you."
     assert recall.into(asked, slots=1000, heard=f"... {FACT}\nRain fell.") == asked
     wide = Recall(recall.template, 4 * BUDGET)
     both = wide.into([system, *said("The market sells no bread.", "I see.", "The market?")], slots=1000)
-    assert both[-1]["content"].startswith(f"{FIRST}\n\n{FACT}\n\n{OPENING}\n\nThe market sells no bread.")
+    assert both[-1]["content"].startswith(f"{FACT}\n\n{OPENING}\n\nThe market sells no bread.")
 
 
 def test_of_a_long_system_message_only_what_is_asked_for_is_said_again(recall: Recall) -> None:

@@ -55,7 +55,6 @@ HEADING = 12
 END = "[.!?][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\n(?![a-z])\\s*"
 """Where a sentence, a line or, with two line ends, a paragraph ends; a line that goes on in small letters does not."""
 OPENING = "Remember this part of the text:"
-FIRST = "Remember what you were told first:"
 
 
 def tail(recalled: int) -> int:
@@ -97,7 +96,7 @@ class Recall:
         guide = self._guide(before, most // 2)
         asked = content if size <= LONGEST else question(content)
         said = [*before[bool(guide) :], {**last, "content": content[:start]}]
-        again = "" if _dense(guide) in _dense(heard) else block([guide], FIRST)
+        again = "" if _dense(guide) in _dense(heard) else f"{guide}\n\n"
         most -= len(self.template.encode(again))
         found = self.passages(said, asked, most)
         again += block(found if found or otherwise is None else otherwise(asked, most))
@@ -129,9 +128,9 @@ class Recall:
         return [passages[index] for index in sorted(found)]
 
 
-def block(passages: Sequence[str], opening: str = OPENING) -> str:
+def block(passages: Sequence[str]) -> str:
     """Passages as they stand before a question; "" for none."""
-    return "\n\n".join([opening, *passages, ""]) if passages else ""
+    return "\n\n".join([OPENING, *passages, ""]) if passages else ""
 
 
 def _dense(text: str) -> str:
