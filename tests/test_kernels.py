@@ -329,10 +329,10 @@ def test_tokens_that_do_not_stand_in_the_slots_are_refused() -> None:
 def test_a_processor_without_products_of_bfloat16_reads_by_pytorch() -> None:
     code = (
         "from zsmerge_llm import kernels; kernels.FLAGS = (*kernels.FLAGS, '-U__AVX512BF16__'); "
-        "kernels.build(kernels.READING); print(kernels.multiplies_bfloat16())"
+        "kernels.build(kernels.READING); print(kernels.multiplies_bfloat16(), kernels.multiplies_packed())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
+    assert done.stdout == "False False\n", done.stderr
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma2-softcap", "gpt_oss-sinks"])

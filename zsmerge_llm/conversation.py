@@ -249,7 +249,7 @@ class Conversations:
         cache, plain = turn.cache, len(turn.tokens)
         if cache.lossless is None or cache.config.slots is None or plain <= cache.lossless or not turn.ids:
             return
-        heard = turn.template.tokenizer.decode(turn.tokens[-cache.config.slots :])
+        heard = str(turn.template.tokenizer.decode(turn.tokens[-cache.config.slots :]))
         asking = self.recall.into(turn.messages, cache.config.slots, heard, self._by_looks(turn))
         following = self._following(turn.template, found, asking, turn.tools)
         if following is not None:
@@ -273,7 +273,7 @@ class Conversations:
         config = self.config(len(tokens), guide)
         if config.slots is None or len(tokens) <= config.slots:
             return Whole(tokens, guide, config)
-        heard = template.tokenizer.decode(tokens[-config.slots :])
+        heard = str(template.tokenizer.decode(tokens[-config.slots :]))
         both = template.encode(template.render(self.recall.into(messages, config.slots, heard), tools))
         return Whole(both, guide, config, len(both) - len(tokens))
 

@@ -98,6 +98,7 @@ class Fusion:
         self._unread = None if after is None else READ_AFTER
         self._layers: list[FusedLayer] = []
         self._matrices: list[FewRows] = []
+        self._chunks: list[ManyRows] = []
 
     @property
     def kernels(self) -> bool:
@@ -131,8 +132,10 @@ class Fusion:
 
     def _build_reading(self) -> None:
         """Load the kernels that read, where the model is one for them."""
-        if self._fits_reading:
-            self.reads = self._loads(kernels.READING, "Reading") and kernels.multiplies_bfloat16()
+        if self._fits_reading and self._loads(kernels.READING, "Reading"):
+            self.reads = kernels.multiplies_bfloat16()
+            if kernels.multiplies_packed():
+                self._chunks = [ManyRows(each) for each in self._model.modules() if isinstance(each, Int4Linear)]
 
     def _loads(self, parts: Sequence[str], what: str) -> bool:
         """Load kernels; where that does not work, say so."""
@@ -308,6 +311,22 @@ class FewRows:
             return self.eager(x)
         (output,) = kernels.rows(x.reshape(-1, x.shape[-1]), [weight], scales, biases)
         return output.view(*x.shape[:-1], -1)
+
+
+class ManyRows:
+    """Stands in for the forward of one matrix of 4 bits: the rows of a chunk go through the kernels."""
+
+    def __init__(self, layer: Int4Linear) -> None:
+        self.layer = layer
+        self.eager = layer.forward
+        layer.forward = self  # type: ignore[method-assign]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        own = self.layer
+        if not kernels.takes_many(x, own.weight, own.scales_and_zeros):
+            return self.eager(x)
+        return kernels.many(x, own.weight, own.scales_and_zeros, own.bias)
 
 
 def _some(tensor: Any) -> list[Tensor]:

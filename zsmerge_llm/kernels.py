@@ -22,8 +22,8 @@ from torch.fx import Graph, GraphModule, Node
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.lowbit import layout
 
-DECODING = ("vectors", "matrices", "attention", "program")
-READING = ("vectors", "reading")
+DECODING = ("vectors", "rounding", "matrices", "attention", "program")
+READING = ("vectors", "rounding", "products", "reading")
 """The files of `cpp` that are one source."""
 MOST = 8
 """Rows that share one reading of a matrix, and tokens of a pass."""
@@ -167,6 +167,24 @@ def watch(
     """
     mean, most = torch.ops.zsmerge.watch(queries, keys, bias, asking, position, scaling, softcap or 0.0, sinks)
     return mean, most
+
+
+def multiplies_packed() -> bool:
+    """Whether this machine's kernels of reading multiply with weights of 4 bits, faster than by dequantising."""
+    return bool(torch.ops.zsmerge.reads_packed()) and layout() == (PACKED, True)
+
+
+def takes_many(x: Tensor, weight: Tensor, ranges: Tensor) -> bool:
+    """Whether `many` takes x [..., K] and a matrix of 4 bits, where `multiplies_packed` holds."""
+    kinds = x.dtype == ranges.dtype == torch.bfloat16 and weight.dtype == torch.uint8
+    return kinds and x.is_cpu and x.numel() > x.shape[-1] * MOST and len(weight) % PACKED == 0
+
+
+def many(x: Tensor, weight: Tensor, ranges: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] of a chunk times a matrix uint8 [N, K / 2], ranges [K / group, N, 2], + bias [N]: [..., N]."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    output: Tensor = torch.ops.zsmerge.many(rows, weight, ranges, bias)
+    return output.view(*x.shape[:-1], len(weight))
 
 
 def remember(queries: Tensor, asked: Tensor, newest: Tensor, position: Tensor) -> None:

@@ -46,50 +46,6 @@ bool shortens(const Tensor& weight, int64_t rows, int64_t group) {
   return weight.scalar_type() == at::kByte ? group % 4 == 0 : rows > 1 && weight.size(0) >= VOCABULARY;
 }
 
-inline ints nearest(floats x) { return (ints)(x + 12582912.0f) - 0x4b400000; }
-
-// Two vectors of `widen` as int16, in the order they came in.
-template <typename T>
-inline void narrow(ints a, ints b, int16_t* to) {
-  const shorts pair[2] = {__builtin_convertvector(a, shorts), __builtin_convertvector(b, shorts)};
-  std::memcpy(to, pair, sizeof(pair));
-}
-template <>
-inline void narrow<BFloat16>(ints a, ints b, int16_t* to) {
-  const words both = ((words)a & 0xffffu) | ((words)b << 16);
-  std::memcpy(to, &both, sizeof(both));
-}
-
-template <typename T>
-inline void narrow(ints a, ints b, int8_t* to) {
-  int16_t wide[PAIR];
-  narrow<T>(a, b, wide);
-  for (int64_t i = 0; i < PAIR; ++i) to[i] = static_cast<int8_t>(wide[i]);
-}
-
-// sum_of is of what the codes stand for: beside codes of weights from 0 to 15, what their rounding adds would else count
-// for the mean of these too.
-template <typename T, typename C>
-void round_group(const T* x, int64_t size, C* codes, float* scale, float* sum_of) {
-  constexpr float TOP = std::numeric_limits<C>::max();
-  floats most = {};
-  int64_t k = 0;
-  for (; k + PAIR <= size; k += PAIR) {
-    const Pair pair = widen(x + k);
-    for (const floats v : {pair.a, -pair.a, pair.b, -pair.b}) most = v > most ? v : most;
-  }
-  float largest = std::max(1e-30f, highest(most));
-  for (int64_t rest = k; rest < size; ++rest) largest = std::max(largest, std::abs(static_cast<float>(x[rest])));
-  const float factor = TOP / largest;
-  for (k = 0; k + PAIR <= size; k += PAIR) {
-    const Pair pair = widen(x + k);
-    narrow<T>(nearest(pair.a * factor), nearest(pair.b * factor), codes + k);
-  }
-  for (; k < size; ++k) codes[k] = static_cast<C>(std::nearbyint(static_cast<float>(x[k]) * factor));
-  *scale = largest / TOP;
-  *sum_of = *scale * static_cast<float>(std::accumulate(codes, codes + size, 0));
-}
-
 template <typename T>
 Rows prepared(const Tensor& given, int64_t room, const Tensor& weight, at::TensorList scales) {
   const Tensor x = given.contiguous();
@@ -116,7 +72,8 @@ Rows prepared(const Tensor& given, int64_t room, const Tensor& weight, at::Tenso
       for (int64_t i = 0; i < rows.M * rows.groups; ++i) {
         const int64_t start = i % rows.groups * rows.group, at = i / rows.groups * rows.K + start;
         const int64_t size = std::min(rows.group, rows.K - start);
-        round_group(from + at, size, codes.data() + at, &rows.scale[i], &rows.sum_of[i]);
+        rows.scale[i] = round_group(from + at, size, codes.data() + at);
+        rows.sum_of[i] = sum_of(codes.data() + at, size, rows.scale[i]);
         rows.less[i / rows.groups] += 128 * rows.sum_of[i];
       }
     };

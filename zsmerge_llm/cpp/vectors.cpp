@@ -61,6 +61,8 @@ typedef float floats8 __attribute__((vector_size(32)));
 typedef float floats4 __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef int16_t shorts __attribute__((vector_size(32)));
+typedef int16_t shorts32 __attribute__((vector_size(64)));
+typedef int8_t bytes32 __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef _Float16 halves __attribute__((vector_size(32)));
 typedef int8_t bytes __attribute__((vector_size(16)));
@@ -164,9 +166,13 @@ inline floats sums(const floats* v) {
 }
 
 inline float highest(floats v) {
-  float largest = NEVER;
-  for (int64_t l = 0; l < LANES; ++l) largest = std::max(largest, v[l]);
-  return largest;
+  floats8 half[2];
+  floats4 quarter[2];
+  std::memcpy(half, &v, sizeof(v));
+  const floats8 eight = half[0] > half[1] ? half[0] : half[1];
+  std::memcpy(quarter, &eight, sizeof(eight));
+  const floats4 four = quarter[0] > quarter[1] ? quarter[0] : quarter[1];
+  return std::max(std::max(NEVER, std::max(four[0], four[2])), std::max(four[1], four[3]));
 }
 
 // e^x for x <= 0, to a few units in the last place; 0 below e^-80.

@@ -1,0 +1,107 @@
+"""Chunks times matrices of 4 bits: the kernel gives what the matrix it stands for gives, inputs rounded to 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.tiny import tiny_model
+from zsmerge_llm import CacheConfig, kernels
+from zsmerge_llm.engine import Engine
+from zsmerge_llm.lowbit import Int4Linear, pack, round_to_int4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    kernels.build(kernels.READING)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def chunk(rows: int, groups: int, outputs: int, biased: bool, seed: int) -> tuple[Tensor, Int4Linear]:
+    torch.manual_seed(seed)
+    x = torch.randn(rows, 32 * groups)
+    x[:, 5] = 60  # one large input must not take the precision of all others
+    bias = torch.randn(outputs).bfloat16() if biased else None
+    weight = torch.randn(outputs, 32 * groups) + 0.5  # not around zero: zeros count
+    return x.bfloat16(), Int4Linear(*round_to_int4(weight, torch.bfloat16), bias)
+
+
+def product(x: Tensor, layer: Int4Linear) -> Tensor:
+    return kernels.many(x, layer.weight, layer.scales_and_zeros, layer.bias)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(kernels.MOST + 1, 100),
+    groups=st.integers(1, 13),
+    outputs=st.integers(1, 4).map(lambda each: 64 * each),
+    biased=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_a_chunk_times_a_matrix_of_4_bits_is_that_of_the_matrix_it_stands_for(
+    rows: int, groups: int, outputs: int, biased: bool, seed: int
+) -> None:
+    if not kernels.multiplies_packed():  # this processor dequantises
+        return
+    x, layer = chunk(rows, groups, outputs, biased, seed)
+    given, whole = product(x.view(1, *x.shape), layer)[0], layer.dequantised()
+    expected = x.float() @ whole.T + (0 if layer.bias is None else layer.bias.float())
+
+    span = 32 * next(each for each in (4, 2, 1) if groups % each == 0)
+    largest = x.float().view(rows, -1, span).abs().amax(-1, keepdim=True).expand(-1, -1, span).reshape(rows, -1)
+    rounding = (largest / 254) @ whole.abs().T  # half a step of each input
+    terms = x.float().abs() @ whole.abs().T
+    assert given.dtype == torch.bfloat16
+    assert bool(((given.float() - expected).abs() <= rounding + 0.01 * terms).all())
+
+
+@pytest.mark.usefixtures("threads")
+def test_neither_the_number_of_threads_nor_the_other_rows_change_a_product() -> None:
+    if not kernels.multiplies_packed():
+        return
+    x, layer = chunk(200, 6, 128, True, 0)
+    whole = product(x, layer)
+    torch.set_num_threads(1)
+    assert torch.equal(product(x, layer), whole)
+    assert torch.equal(product(x[37:90], layer), whole[37:90])
+
+
+def test_what_does_not_fit_is_left_to_pytorch_or_refused() -> None:
+    if not kernels.multiplies_packed():
+        return
+    x, layer = chunk(20, 2, 64, False, 0)
+    assert kernels.takes_many(x, layer.weight, layer.scales_and_zeros)
+    assert not kernels.takes_many(x.float(), layer.weight, layer.scales_and_zeros)
+    assert not kernels.takes_many(x[: kernels.MOST], layer.weight, layer.scales_and_zeros)
+    assert not kernels.takes_many(x, layer.weight[:48], layer.scales_and_zeros[:, :48])
+    with pytest.raises(RuntimeError, match="do not match"):
+        kernels.many(x[:, :32], layer.weight, layer.scales_and_zeros, None)
+
+
+def test_a_model_of_4_bits_reads_through_the_kernel_what_it_reads_without() -> None:
+    ids = [(7 * at) % 90 for at in range(300)]
+    model = tiny_model(hidden_size=128, intermediate_size=192)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(0.4)  # a calmer one, that does not make rounding larger from layer to layer
+    pack(model, 4, torch.bfloat16)
+
+    def read(compile: bool) -> Tensor:
+        engine = Engine(model, CacheConfig(slots=512), chunk=40, compile=compile)
+        return engine.read(engine.new_cache(), ids).float()
+
+    plain, through = read(compile=False), read(compile=True)
+    if kernels.multiplies_packed():
+        assert not torch.equal(plain, through), "the kernel was not used"
+    assert float((plain - through).norm() / plain.norm()) < 0.05
