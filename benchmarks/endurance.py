@@ -3,9 +3,9 @@
     python benchmarks/endurance.py --text BOOK [--model smollm2] [--tokens 65536] [--slots 1024] [--only NAME ...]
 
 For every way of placing tokens: mean NLL of each block of 4,096 tokens, and a text written at the end. `fresh` is what
-the text itself costs: some blocks, each in a new cache behind the 3,072 tokens before it. Then a chat: an instruction
-in the system message, turns until the window is long passed, and how many of the late answers still obey. What the
-result file knows already is not measured again. Writes results/endurance.json and results/endurance.png.
+the text itself costs: some blocks, each in a new cache behind the 3,072 tokens before it. Then three chats: facts and
+instructions in the system message, turns until the window is long passed, and how many answers still heed it. What
+the result file knows already is not measured again. Writes results/endurance.json and results/endurance.png.
 """
 
 from __future__ import annotations
@@ -32,16 +32,40 @@ WAYS: dict[str, Shape | None] = {
     "re-mapped, near 1/16": Shape(near=0.0625),
     "re-mapped, near 1/2": Shape(near=0.5),
 }
-SYSTEM = (
-    "You are the assistant of the shop Miller & Sons. The phone number of the shop is 5512. Whenever somebody asks for "
-    "the manager, say that the manager is Mr. Finch."
-)
-QUESTIONS = {
-    "What is the phone number of the shop?": "5512",
-    "What is the name of the shop?": "miller",
-    "What is the manager's name?": "finch",
-    "Who is the manager?": "finch",
+ASSISTANTS = {
+    "shop": (
+        "You are the assistant of the shop Miller & Sons. The phone number of the shop is 5512. Whenever somebody asks "
+        "for the manager, say that the manager is Mr. Finch.",
+        {
+            "What is the phone number of the shop?": "5512",
+            "What is the name of the shop?": "miller",
+            "What is the manager's name?": "finch",
+            "Who is the manager?": "finch",
+        },
+    ),
+    "library": (
+        "You are Marvin, the helper of the public library of Eastbrook. The library opens at nine. A lost book costs 30 "
+        "dollars. Always address the reader as Captain.",
+        {
+            "When does the library open?": "nine",
+            "What does a lost book cost?": "30",
+            "What is your name?": "marvin",
+            "Good morning!": "captain",
+            "In which town is the library?": "eastbrook",
+        },
+    ),
+    "hotel": (
+        "You answer the questions of guests of the Hotel Aurora. The password of the wireless network is bluefish. "
+        "Breakfast is served in the Garden Room. If somebody asks for a doctor, send them to Dr. Keller.",
+        {
+            "What is the password of the wireless network?": "bluefish",
+            "Where is breakfast served?": "garden",
+            "I need a doctor. Whom should I see?": "keller",
+            "What is the name of the hotel?": "aurora",
+        },
+    ),
 }
+"""What the system message of a chat says, and the word that the answer to a question about it has."""
 ASKED = (1, 4, 8, 16, 32, 48)
 """Turns behind which the chat is asked, beside the last."""
 
@@ -83,10 +107,10 @@ def fresh(llm: LLM, ids: list[int]) -> dict[str, Any]:
     return {"blocks": sorted(by_block), "nll": [by_block[block] for block in sorted(by_block)]}
 
 
-def talk(llm: LLM, text: list[str]) -> list[dict[str, Any]]:
+def talk(llm: LLM, system: str, questions: dict[str, str], text: list[str]) -> list[dict[str, Any]]:
     """A chat whose every turn brings a passage of the book and OK as its answer: what it says now and then about the
     system message, asked on a branch, so that no answer of its own tells it later."""
-    messages, found = [{"role": "system", "content": SYSTEM}], []
+    messages, found = [{"role": "system", "content": system}], []
     short = SamplingParams(max_tokens=24)
     for turn, passage in enumerate(text, start=1):
         messages.append({"role": "user", "content": f"Here is a passage.\n\n{passage}\n\nSay OK."})
@@ -94,9 +118,9 @@ def talk(llm: LLM, text: list[str]) -> list[dict[str, Any]]:
         messages.append({"role": "assistant", "content": answer.text})
         if turn not in ASKED and turn < len(text):
             continue
-        asked = {q: llm.chat([*messages, {"role": "user", "content": q}], sampling=short) for q in QUESTIONS}
+        asked = {q: llm.chat([*messages, {"role": "user", "content": q}], sampling=short) for q in questions}
         said = {q: answer.text for q, answer in asked.items()}
-        right = sum(word in said[question].lower() for question, word in QUESTIONS.items())
+        right = sum(word in said[question].lower() for question, word in questions.items())
         read = [answer.usage.prompt_tokens - answer.usage.cached_tokens for answer in asked.values()]
         found.append({"tokens": llm.session("book").cache.seen, "right": right, "read": read, "said": said})
         print(found[-1], flush=True)
@@ -116,12 +140,13 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--only", nargs="*", default=["fresh", *WAYS, "chat"], help="ways to measure")
     parser.add_argument("--passage", type=int, default=1000, help="tokens of the passage in each turn (chat)")
+    parser.add_argument("--recall", type=int, default=256, help="tokens read again at most (chat)")
     arguments = parser.parse_args()
     path = RESULTS / "endurance.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     known.pop("machine", None)
     reading, chats = known.setdefault("reading", {}), known.setdefault("chats", {})
-    llm = LLM(arguments.model, cache=CacheConfig(slots=arguments.slots))
+    llm = LLM(arguments.model, cache=CacheConfig(slots=arguments.slots), recall=arguments.recall)
     if set(arguments.only) != {"chat"}:
         known.update({"block": BLOCK, "slots": arguments.slots, "model": Path(llm.name).stem})
     ids = llm.tokenizer(book(arguments.text), add_special_tokens=False, verbose=False).input_ids[: arguments.tokens]
@@ -131,12 +156,14 @@ def main() -> None:
             place(llm.engine, WAYS.get(name))
             reading[name] = fresh(llm, ids) if name == "fresh" else endure(llm, ids)
             write("endurance", known)
-    key = f"{Path(llm.name).stem}, {arguments.tokens} tokens"
-    if "chat" in arguments.only and key not in chats:
-        place(llm.engine, Shape())
-        texts = passages(llm, book(arguments.text), arguments.passage, arguments.tokens // arguments.passage)
-        chats[key] = {"slots": arguments.slots, "questions": len(QUESTIONS), "asked": talk(llm, texts)}
-        write("endurance", known)
+    for name, (system, questions) in ASSISTANTS.items():
+        key = f"{Path(llm.name).stem}, {name}, {arguments.tokens} tokens, {arguments.recall} read again"
+        if "chat" in arguments.only and key not in chats:
+            place(llm.engine, Shape())
+            texts = passages(llm, book(arguments.text), arguments.passage, arguments.tokens // arguments.passage)
+            asked = talk(llm, system, questions, texts)
+            chats[key] = {"slots": arguments.slots, "questions": len(questions), "asked": asked}
+            write("endurance", known)
     if reading:
         lines = {name: ([(n + 1) * BLOCK for n in way["blocks"]], way["nll"]) for name, way in reading.items()}
         title = f"A book in {known['slots']:,} slots ({known['model']})"
