@@ -44,8 +44,8 @@ ASSISTANTS = {
         },
     ),
     "library": (
-        "You are Marvin, the helper of the public library of Eastbrook. The library opens at nine. A lost book costs 30 "
-        "dollars. Always address the reader as Captain.",
+        "You are Marvin, the helper of the public library of Eastbrook. The library opens at nine. A lost book costs "
+        "30 dollars. Always address the reader as Captain.",
         {
             "When does the library open?": "nine",
             "What does a lost book cost?": "30",

@@ -7,7 +7,8 @@ full cache, and zsmerge-llm with 1,024 slots in each number format, as transform
 compiled, after histories of 64 to 32,768 tokens (the others as far as --full); then several conversations of 4,096
 tokens decoding in one batch, and in threads; then answers about the demo's document with and without prompt lookup; and
 greedy answers to 20 prompts, eager against compiled. `floor` is the bytes of the weights divided by the bandwidth that
-a plain sum over memory reaches in this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
+a plain sum over memory reaches in this run; `reading_limit` is what reading would reach if it were nothing but products
+with the layers' matrices, as fast as PyTorch multiplies large ones in bfloat16 in this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
 """
 
 from __future__ import annotations
@@ -53,6 +54,17 @@ def bandwidth() -> float:
         block.sum()
         times.append(time.perf_counter() - started)
     return block.nbytes / min(times)
+
+
+def multiplication() -> float:
+    """Multiply-adds per second of bfloat16 matrices, a chunk times one of a layer's size, the best of many."""
+    rows, matrix = torch.ones(512, 1024, dtype=torch.bfloat16), torch.ones(4096, 1024, dtype=torch.bfloat16)
+    times = []
+    for _ in range(40):
+        started = time.perf_counter()
+        torch.nn.functional.linear(rows, matrix)
+        times.append(time.perf_counter() - started)
+    return len(rows) * matrix.numel() / min(times)
 
 
 def steps(run: Any) -> float:
@@ -201,7 +213,7 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
     parts: dict[str, Any] = {
         name: {} for name in ("rates", "reading", "batch", "rows", "weight_bytes", "answers", "same_as_eager")
     }
-    result = {"bandwidth": bandwidth(), **parts}
+    result = {"bandwidth": bandwidth(), "multiplication": multiplication(), **parts}
     if arguments.llama:
         ids = repeated(LLM(arguments.model).tokenizer(text).input_ids, arguments.full)
         result["rates"]["llama.cpp"], result["reading"]["llama.cpp"] = llama(arguments.llama, ids, arguments.full)
@@ -215,6 +227,8 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
         caches, result["reading"][f"zsmerge {name} eager"] = histories(engine, ids)
         result["cache_bytes"] = caches[4096].nbytes
         if name == "bf16":
+            weights = [each for each in engine.model.get_decoder().layers.parameters() if each.dim() == 2]
+            result["reading_limit"] = result["multiplication"] / sum(each.numel() for each in weights)
             lengths = [length for length in HISTORIES if length <= arguments.full]
             both = {length: theirs(engine, ids[:length]) for length in lengths}
             rates["transformers bf16"] = {length: rate for length, (rate, _) in both.items()}
@@ -239,7 +253,7 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
         show(f"{name} in threads", result["rows"][name])
         show(f"{name} answers", result["answers"][name])
         del llm, engine, caches
-    show(f"reading {READ} tokens", result["reading"])
+    show(f"reading {READ} tokens", {**result["reading"], "limit": result.get("reading_limit", 0.0)})
     return result
 
 
