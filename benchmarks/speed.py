@@ -8,7 +8,8 @@ compiled, after histories of 64 to 32,768 tokens (the others as far as --full); 
 tokens decoding in one batch, and in threads; then answers about the demo's document with and without prompt lookup; and
 greedy answers to 20 prompts, eager against compiled. `floor` is the bytes of the weights divided by the bandwidth that
 a plain sum over memory reaches in this run; `reading_limit` is what reading would reach if it were nothing but products
-with the layers' matrices, as fast as PyTorch multiplies large ones in bfloat16 in this run. Writes results/speed-MODEL.json and .png. Run it with nothing else running.
+with the layers' matrices, as fast as PyTorch multiplies large ones in bfloat16 in this run. Writes
+results/speed-MODEL.json and .png. Run it with nothing else running.
 """
 
 from __future__ import annotations
