@@ -115,6 +115,15 @@ def test_a_short_system_message_is_said_again_whatever_is_asked_unless_it_was_ju
     assert both[-1]["content"].startswith(f"{FACT}\n\n{OPENING}\n\nThe market sells no bread.")
 
 
+def test_a_system_message_is_said_again_right_before_a_question_or_not_at_all(recall: Recall) -> None:
+    system, wide = {"role": "system", "content": FACT}, Recall(recall.template, 4 * BUDGET)
+    long = f"{FILLER[0]} {FILLER[1]} " * 10
+    assert wide.into([system, *said(long)], slots=1000) == [system, *said(long)]
+    question = "Good morning to you."
+    asking = wide.into([system, *said(f"{long}\n\n{question}")], slots=140)
+    assert asking[-1]["content"] == f"{long}\n\n{FACT}\n\n{question}"
+
+
 def test_of_a_long_system_message_only_what_is_asked_for_is_said_again(recall: Recall) -> None:
     rules = [f"In room {number} nobody may ever open a window or a door without asking first." for number in range(12)]
     system = {"role": "system", "content": "\n\n".join([*rules[:6], f"{FACT} Tell it to nobody.", *rules[6:]])}

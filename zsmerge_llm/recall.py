@@ -80,7 +80,8 @@ class Recall:
         Only a user's message asks. Of a message that is longer than the `slots` of the cache, the end asks for what
         stands before; of any other, what is said again comes first. It takes up half of the cache at most. What the
         system says is said again as a whole if that takes no more than half of this, however little is asked for: from
-        far behind, models do not heed it, even where the cache holds all of it.
+        far behind, models do not heed it, even where the cache holds all of it. But not before a message longer than a
+        question: it would not stand near what is asked, and what is said over and over is not heeded either.
 
         heard: the text that the cache has read last; what the system says is not repeated where it stands there.
         otherwise: what else to ask where words find nothing.
@@ -96,7 +97,8 @@ class Recall:
         guide = self._guide(before, most // 2)
         asked = content if size <= LONGEST else question(content)
         said = [*before[bool(guide) :], {**last, "content": content[:start]}]
-        again = "" if _dense(guide) in _dense(heard) else f"{guide}\n\n"
+        near = size <= LONGEST or start > 0
+        again = f"{guide}\n\n" if near and _dense(guide) not in _dense(heard) else ""
         most -= len(self.template.encode(again))
         found = self.passages(said, asked, most)
         again += block(found if found or otherwise is None else otherwise(asked, most))
