@@ -120,7 +120,7 @@ def test_a_system_message_is_said_again_right_before_a_question_or_not_at_all(re
     long = f"{FILLER[0]} {FILLER[1]} " * 10
     assert wide.into([system, *said(long)], slots=1000) == [system, *said(long)]
     question = "Good morning to you."
-    asking = wide.into([system, *said(f"{long}\n\n{question}")], slots=140)
+    asking = wide.into([system, *said(f"{long}\n\n{question}")], slots=300)
     assert asking[-1]["content"] == f"{long}\n\n{FACT}\n\n{question}"
 
 
