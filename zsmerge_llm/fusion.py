@@ -98,7 +98,6 @@ class Fusion:
         self._unread = None if after is None else READ_AFTER
         self._layers: list[FusedLayer] = []
         self._matrices: list[FewRows] = []
-        self._chunks: list[ManyRows] = []
 
     @property
     def kernels(self) -> bool:
@@ -135,7 +134,9 @@ class Fusion:
         if self._fits_reading and self._loads(kernels.READING, "Reading"):
             self.reads = kernels.multiplies_bfloat16()
             if kernels.multiplies_packed():
-                self._chunks = [ManyRows(each) for each in self._model.modules() if isinstance(each, Int4Linear)]
+                for each in self._model.modules():
+                    if isinstance(each, Int4Linear):
+                        each.forward = ManyRows(each)  # type: ignore[method-assign]
 
     def _loads(self, parts: Sequence[str], what: str) -> bool:
         """Load kernels; where that does not work, say so."""
@@ -319,7 +320,6 @@ class ManyRows:
     def __init__(self, layer: Int4Linear) -> None:
         self.layer = layer
         self.eager = layer.forward
-        layer.forward = self  # type: ignore[method-assign]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
