@@ -7,7 +7,7 @@ what will be asked, and what is read for a turn does not grow with the conversat
 
 The search finds words, not meanings. Where no passage shares enough with the question it finds nothing: small models
 answer from whatever stands before a question (benchmarks/LOG.md). About a document the cache itself is asked then
-(`glance`).
+(`glance`). What the system says is held for ever, but models heed it less the further behind it is: it is said again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def tail(recalled: int) -> int:
 
 @dataclass(frozen=True)
 class Recall:
-    """Puts passages of what was said before into the message that asks for them.
+    """Puts passages of what was said before into the message that asks for them, and what the system says.
 
     tokens: how many of them at most. 0: none, ever.
     """
