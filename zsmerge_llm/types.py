@@ -43,7 +43,7 @@ class Usage:
     reasoning_tokens: int = 0
     """The part of `completion_tokens` in which a reasoning model thought."""
     recalled_tokens: int = 0
-    """The part of `prompt_tokens` that repeats passages of the conversation which the cache could not hold."""
+    """The part of `prompt_tokens` that repeats what was said: passages that the cache lost, the system message."""
 
     @property
     def total_tokens(self) -> int:

@@ -107,7 +107,7 @@ class ZSMergeLLM(StructuredPrediction):
     template_args: dict[str, Any] | None = Field(
         default=None, description="Variables for the chat template, such as {'enable_thinking': False}."
     )
-    recall: int = Field(default=256, description="Tokens of lost text read again before a question; 0: none.")
+    recall: int = Field(default=256, description="Tokens of earlier text read again before a question; 0: none.")
     max_input_tokens: int | None = Field(default=None, description="A longer prompt is an error; None: no limit.")
     sessions_dir: PathText | None = Field(default=None, description="Folder in which sessions are kept.")
     session_memory: int | str = Field(default="4GiB", description="What all sessions may hold in memory.")
