@@ -156,11 +156,11 @@ def main() -> None:
             place(llm.engine, WAYS.get(name))
             reading[name] = fresh(llm, ids) if name == "fresh" else endure(llm, ids)
             write("endurance", known)
+    place(llm.engine, Shape())
+    texts = passages(llm, book(arguments.text), arguments.passage, arguments.tokens // arguments.passage)
     for name, (system, questions) in ASSISTANTS.items():
         key = f"{Path(llm.name).stem}, {name}, {arguments.tokens} tokens, {arguments.recall} read again"
         if "chat" in arguments.only and key not in chats:
-            place(llm.engine, Shape())
-            texts = passages(llm, book(arguments.text), arguments.passage, arguments.tokens // arguments.passage)
             asked = talk(llm, system, questions, texts)
             chats[key] = {"slots": arguments.slots, "questions": len(questions), "asked": asked}
             write("endurance", known)

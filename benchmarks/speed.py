@@ -18,6 +18,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
@@ -47,25 +48,26 @@ QUESTIONS = (
 FORMATS = {"bf16": None, "int8": "int8", "int4": "int4"}
 
 
+def fastest(run: Callable[[], object], repeats: int) -> float:
+    """Seconds of the quickest of some runs: what the machine can do, whatever else it does now and then."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
 def bandwidth() -> float:
     """Bytes per second of reading memory, the best of a few sums over 512 MB."""
-    block, times = torch.ones(128 * 1024 * 1024), []
-    for _ in range(5):
-        started = time.perf_counter()
-        block.sum()
-        times.append(time.perf_counter() - started)
-    return block.nbytes / min(times)
+    block = torch.ones(128 * 1024 * 1024)
+    return block.nbytes / fastest(block.sum, 5)
 
 
 def multiplication() -> float:
     """Multiply-adds per second of bfloat16 matrices, a chunk times one of a layer's size, the best of many."""
     rows, matrix = torch.ones(512, 1024, dtype=torch.bfloat16), torch.ones(4096, 1024, dtype=torch.bfloat16)
-    times = []
-    for _ in range(40):
-        started = time.perf_counter()
-        torch.nn.functional.linear(rows, matrix)
-        times.append(time.perf_counter() - started)
-    return len(rows) * matrix.numel() / min(times)
+    return len(rows) * matrix.numel() / fastest(lambda: torch.nn.functional.linear(rows, matrix), 40)
 
 
 def steps(run: Any) -> float:

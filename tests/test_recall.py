@@ -109,7 +109,7 @@ def test_a_short_system_message_is_said_again_whatever_is_asked_unless_it_was_ju
     system = {"role": "system", "content": FACT}
     asked = [system, *said(*chatter(7)[1:], "Good morning to you.")]
     assert recall.into(asked, slots=1000)[-1]["content"] == f"{FACT}\n\nGood morning to you."
-    assert recall.into(asked, slots=1000, heard=f"... {FACT}\nRain fell.") == asked
+    assert recall.into(asked, slots=1000, heard=recall.template.encode(f"... {FACT}\nRain fell.")) == asked
     wide = Recall(recall.template, 4 * BUDGET)
     both = wide.into([system, *said("The market sells no bread.", "I see.", "The market?")], slots=1000)
     assert both[-1]["content"].startswith(f"{FACT}\n\n{OPENING}\n\nThe market sells no bread.")

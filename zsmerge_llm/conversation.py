@@ -240,17 +240,17 @@ class Conversations:
         reuse = "continued" if point.digest == found.head and point.kind == "answer" else "restored"
         tokens = [*point.tokens, *following]
         cache = point.cache.clone()
-        turn = Turn(messages, tools, digests, template, session, not own, expected, cache, tokens, cache.seen, reuse)
-        turn.origin = point if own else None
-        return turn
+        start, kept = cache.seen, point if own else None
+        return Turn(
+            messages, tools, digests, template, session, not own, expected, cache, tokens, start, reuse, origin=kept
+        )
 
     def _look_up(self, turn: Turn, found: Found) -> None:
         """Let a resumed turn read again what its cache has lost, or is about to lose, of what it asks for."""
         cache, plain = turn.cache, len(turn.tokens)
         if cache.lossless is None or cache.config.slots is None or plain <= cache.lossless or not turn.ids:
             return
-        heard = str(turn.template.tokenizer.decode(turn.tokens[-cache.config.slots :]))
-        asking = self.recall.into(turn.messages, cache.config.slots, heard, self._by_looks(turn))
+        asking = self.recall.into(turn.messages, cache.config.slots, turn.tokens, self._by_looks(turn))
         following = self._following(turn.template, found, asking, turn.tools)
         if following is not None:
             turn.tokens = [*found.snapshot.tokens, *following]
@@ -273,8 +273,7 @@ class Conversations:
         config = self.config(len(tokens), guide)
         if config.slots is None or len(tokens) <= config.slots:
             return Whole(tokens, guide, config)
-        heard = str(template.tokenizer.decode(tokens[-config.slots :]))
-        both = template.encode(template.render(self.recall.into(messages, config.slots, heard), tools))
+        both = template.encode(template.render(self.recall.into(messages, config.slots, tokens), tools))
         return Whole(both, guide, config, len(both) - len(tokens))
 
     def _afresh(

@@ -114,8 +114,8 @@ class Fusion:
         if self._layers or self.trouble is not None:
             return
         if self._model.device.type == "cpu":
-            self._build()
             self._build_reading()
+            self._build()
         try:
             layers = _decoder_layers(self._model, self._expected)
         except UnsupportedModelError as error:
@@ -131,12 +131,13 @@ class Fusion:
 
     def _build_reading(self) -> None:
         """Load the kernels that read, where the model is one for them."""
-        if self._fits_reading and self._loads(kernels.READING, "Reading"):
-            self.reads = kernels.multiplies_bfloat16()
-            if kernels.multiplies_packed():
-                for each in self._model.modules():
-                    if isinstance(each, Int4Linear):
-                        each.forward = ManyRows(each)  # type: ignore[method-assign]
+        if self.reads or not self._fits_reading or not self._loads(kernels.READING, "Reading"):
+            return
+        self.reads = kernels.multiplies_bfloat16()
+        if kernels.multiplies_packed():
+            for each in self._model.modules():
+                if isinstance(each, Int4Linear):
+                    ManyRows(each)
 
     def _loads(self, parts: Sequence[str], what: str) -> bool:
         """Load kernels; where that does not work, say so."""
@@ -317,9 +318,10 @@ class FewRows:
 class ManyRows:
     """Stands in for the forward of one matrix of 4 bits: the rows of a chunk go through the kernels."""
 
-    def __init__(self, layer: Int4Linear) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = cast(Int4Linear, layer)
         self.eager = layer.forward
+        layer.forward = self
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""

@@ -73,7 +73,7 @@ class Recall:
     tokens: int
 
     def into(
-        self, messages: list[Message], slots: int, heard: str = "", otherwise: Search | None = None
+        self, messages: list[Message], slots: int, heard: Sequence[int] = (), otherwise: Search | None = None
     ) -> list[Message]:
         """The messages, the last of them with what it asks for; unchanged where there is nothing.
 
@@ -83,7 +83,7 @@ class Recall:
         far behind, models do not heed it, even where the cache holds all of it. But not before a message longer than a
         question: it would not stand near what is asked, and what is said over and over is not heeded either.
 
-        heard: the text that the cache has read last; what the system says is not repeated where it stands there.
+        heard: ids of the conversation; where the last `slots` of them have what the system says, it is not repeated.
         otherwise: what else to ask where words find nothing.
         """
         *before, last = messages
@@ -98,7 +98,7 @@ class Recall:
         asked = content if size <= LONGEST else question(content)
         said = [*before[bool(guide) :], {**last, "content": content[:start]}]
         near = size <= LONGEST or start > 0
-        again = f"{guide}\n\n" if near and _dense(guide) not in _dense(heard) else ""
+        again = f"{guide}\n\n" if guide and near and not self._stands(guide, heard[-slots:]) else ""
         most -= len(self.template.encode(again))
         found = self.passages(said, asked, most)
         again += block(found if found or otherwise is None else otherwise(asked, most))
@@ -108,6 +108,11 @@ class Recall:
         """What the system says, if it has `most` tokens at most."""
         guide = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
         return guide if len(self.template.encode(guide)) <= most else ""
+
+    def _stands(self, text: str, tokens: Sequence[int]) -> bool:
+        """Whether a text is in some tokens, but for spaces, which they do not always keep."""
+        there = str(self.template.tokenizer.decode(list(tokens)))
+        return "".join(text.split()) in "".join(there.split())
 
     def passages(self, said: Sequence[Message], asked: str, most: int) -> list[str]:
         """Those passages of what was said that fit best to what is asked, of `most` tokens together, in their order."""
@@ -133,11 +138,6 @@ class Recall:
 def block(passages: Sequence[str]) -> str:
     """Passages as they stand before a question; "" for none."""
     return "\n\n".join([OPENING, *passages, ""]) if passages else ""
-
-
-def _dense(text: str) -> str:
-    """Without spaces, which tokens do not always keep."""
-    return "".join(text.split())
 
 
 def split(text: str, size: int = WORDS) -> list[str]:
