@@ -1,4 +1,4 @@
-"""Chunks times matrices of 4 bits: the kernel gives what the matrix it stands for gives, inputs rounded to 8 bits."""
+"""Chunks times matrices of 4 or 8 bits: the kernel gives what the matrix it stands for gives, inputs in 8 bits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.tiny import tiny_model
 from zsmerge_llm import CacheConfig, kernels
 from zsmerge_llm.engine import Engine
-from zsmerge_llm.lowbit import Int4Linear, pack, round_to_int4
+from zsmerge_llm.lowbit import Int4Linear, Int8Linear, pack, packed_linear
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,38 +28,52 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def chunk(rows: int, groups: int, outputs: int, biased: bool, seed: int) -> tuple[Tensor, Int4Linear]:
+def chunk(
+    rows: int, inputs: int, outputs: int, biased: bool, seed: int, bits: int = 4
+) -> tuple[Tensor, Int4Linear | Int8Linear]:
     torch.manual_seed(seed)
-    x = torch.randn(rows, 32 * groups)
+    x = torch.randn(rows, inputs)
     x[:, 5] = 60  # one large input must not take the precision of all others
-    bias = torch.randn(outputs).bfloat16() if biased else None
-    weight = torch.randn(outputs, 32 * groups) + 0.5  # not around zero: zeros count
-    return x.bfloat16(), Int4Linear(*round_to_int4(weight, torch.bfloat16), bias)
+    plain = nn.Linear(inputs, outputs, bias=biased)
+    with torch.no_grad():
+        plain.weight.copy_(torch.randn(outputs, inputs) + 0.5)  # not around zero: zeros count
+    layer = packed_linear(plain, bits, torch.bfloat16)
+    assert isinstance(layer, Int4Linear | Int8Linear)
+    return x.bfloat16(), layer
 
 
-def product(x: Tensor, layer: Int4Linear) -> Tensor:
-    return kernels.many(x, layer.weight, layer.scales_and_zeros, layer.bias)
+def product(x: Tensor, layer: Int4Linear | Int8Linear) -> Tensor:
+    return kernels.many(x, layer.weight, layer.ranges, layer.bias)
+
+
+def span(inputs: int, bits: int) -> int:
+    """Inputs with one scale."""
+    if bits == 4:
+        return 32 * next(each for each in (4, 2, 1) if inputs // 32 % each == 0)
+    return next(each for each in range(min(256, inputs), 0, -1) if inputs % each == 0 == each % 4)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(kernels.MOST + 1, 100),
-    groups=st.integers(1, 13),
+    bits=st.sampled_from([4, 8]),
+    groups=st.integers(1, 26),
     outputs=st.integers(1, 4).map(lambda each: 64 * each),
     biased=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_a_chunk_times_a_matrix_of_4_bits_is_that_of_the_matrix_it_stands_for(
-    rows: int, groups: int, outputs: int, biased: bool, seed: int
+def test_a_chunk_times_a_matrix_of_4_or_8_bits_is_that_of_the_matrix_it_stands_for(
+    rows: int, bits: int, groups: int, outputs: int, biased: bool, seed: int
 ) -> None:
     if not kernels.multiplies_packed():  # this processor dequantises
         return
-    x, layer = chunk(rows, groups, outputs, biased, seed)
+    inputs = 16 * groups if bits == 8 else 32 * groups
+    x, layer = chunk(rows, inputs, outputs, biased, seed, bits)
     given, whole = product(x.view(1, *x.shape), layer)[0], layer.dequantised()
     expected = x.float() @ whole.T + (0 if layer.bias is None else layer.bias.float())
 
-    span = 32 * next(each for each in (4, 2, 1) if groups % each == 0)
-    largest = x.float().view(rows, -1, span).abs().amax(-1, keepdim=True).expand(-1, -1, span).reshape(rows, -1)
+    size = span(inputs, bits)
+    largest = x.float().view(rows, -1, size).abs().amax(-1, keepdim=True).expand(-1, -1, size).reshape(rows, -1)
     rounding = (largest / 254) @ whole.abs().T  # half a step of each input
     terms = x.float().abs() @ whole.abs().T
     assert given.dtype == torch.bfloat16
@@ -67,35 +81,38 @@ def test_a_chunk_times_a_matrix_of_4_bits_is_that_of_the_matrix_it_stands_for(
 
 
 @pytest.mark.usefixtures("threads")
-def test_neither_the_number_of_threads_nor_the_other_rows_change_a_product() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_neither_the_number_of_threads_nor_the_other_rows_change_a_product(bits: int) -> None:
     if not kernels.multiplies_packed():
         return
-    x, layer = chunk(200, 6, 128, True, 0)
+    x, layer = chunk(200, 192, 128, True, 0, bits)
     whole = product(x, layer)
     torch.set_num_threads(1)
     assert torch.equal(product(x, layer), whole)
     assert torch.equal(product(x[37:90], layer), whole[37:90])
 
 
-def test_what_does_not_fit_is_left_to_pytorch_or_refused() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_does_not_fit_is_left_to_pytorch_or_refused(bits: int) -> None:
     if not kernels.multiplies_packed():
         return
-    x, layer = chunk(20, 2, 64, False, 0)
-    assert kernels.takes_many(x, layer.weight, layer.scales_and_zeros)
-    assert not kernels.takes_many(x.float(), layer.weight, layer.scales_and_zeros)
-    assert not kernels.takes_many(x[: kernels.MOST], layer.weight, layer.scales_and_zeros)
-    assert not kernels.takes_many(x, layer.weight[:48], layer.scales_and_zeros[:, :48])
+    x, layer = chunk(20, 64, 64, False, 0, bits)
+    assert kernels.takes_many(x, layer.weight, layer.ranges)
+    assert not kernels.takes_many(x.float(), layer.weight, layer.ranges)
+    assert not kernels.takes_many(x[: kernels.MOST], layer.weight, layer.ranges)
+    assert not kernels.takes_many(x, layer.weight[:48], layer.ranges)
     with pytest.raises(RuntimeError, match="do not match"):
-        kernels.many(x[:, :32], layer.weight, layer.scales_and_zeros, None)
+        kernels.many(x[:, :32].contiguous(), layer.weight, layer.ranges, None)
 
 
-def test_a_model_of_4_bits_reads_through_the_kernel_what_it_reads_without() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_of_few_bits_reads_through_the_kernel_what_it_reads_without(bits: int) -> None:
     ids = [(7 * at) % 90 for at in range(300)]
     model = tiny_model(hidden_size=128, intermediate_size=192)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(0.4)  # a calmer one, that does not make rounding larger from layer to layer
-    pack(model, 4, torch.bfloat16)
+    pack(model, bits, torch.bfloat16)
 
     def read(compile: bool) -> Tensor:
         engine = Engine(model, CacheConfig(slots=512), chunk=40, compile=compile)

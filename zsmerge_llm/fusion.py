@@ -136,7 +136,7 @@ class Fusion:
         self.reads = kernels.multiplies_bfloat16()
         if kernels.multiplies_packed():
             for each in self._model.modules():
-                if isinstance(each, Int4Linear):
+                if isinstance(each, Int4Linear | Int8Linear):
                     ManyRows(each)
 
     def _loads(self, parts: Sequence[str], what: str) -> bool:
@@ -307,8 +307,7 @@ class FewRows:
         """[..., K] → [..., N]."""
         own = self.layer
         weight = cast(Tensor, own.weight)
-        scale = getattr(own, "scale", None) if weight.dtype == torch.int8 else getattr(own, "scales_and_zeros", None)
-        scales, biases = _some(scale), _some(own.bias)
+        scales, biases = _some(getattr(own, "ranges", None)), _some(own.bias)
         if not kernels.multiplies(x, weight) or any(each.dtype != x.dtype for each in (*scales, *biases)):
             return self.eager(x)
         (output,) = kernels.rows(x.reshape(-1, x.shape[-1]), [weight], scales, biases)
@@ -316,19 +315,19 @@ class FewRows:
 
 
 class ManyRows:
-    """Stands in for the forward of one matrix of 4 bits: the rows of a chunk go through the kernels."""
+    """Stands in for the forward of one matrix of 4 or 8 bits: the rows of a chunk go through the kernels."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = cast(Int4Linear, layer)
+    def __init__(self, layer: Int4Linear | Int8Linear) -> None:
+        self.layer = layer
         self.eager = layer.forward
         layer.forward = self
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         own = self.layer
-        if not kernels.takes_many(x, own.weight, own.scales_and_zeros):
+        if not kernels.takes_many(x, own.weight, own.ranges):
             return self.eager(x)
-        return kernels.many(x, own.weight, own.scales_and_zeros, own.bias)
+        return kernels.many(x, own.weight, own.ranges, own.bias)
 
 
 def _some(tensor: Any) -> list[Tensor]:

@@ -170,18 +170,21 @@ def watch(
 
 
 def multiplies_packed() -> bool:
-    """Whether this machine's kernels of reading multiply with weights of 4 bits, faster than by dequantising."""
+    """Whether this machine's kernels of reading multiply with weights of 4 and 8 bits, faster than by dequantising."""
     return bool(torch.ops.zsmerge.reads_packed()) and layout() == (PACKED, True)
 
 
 def takes_many(x: Tensor, weight: Tensor, ranges: Tensor) -> bool:
-    """Whether `many` takes x [..., K] and a matrix of 4 bits, where `multiplies_packed` holds."""
-    kinds = x.dtype == ranges.dtype == torch.bfloat16 and weight.dtype == torch.uint8
+    """Whether `many` takes x [..., K] and a matrix of 4 or 8 bits, where `multiplies_packed` holds."""
+    kinds = x.dtype == ranges.dtype == torch.bfloat16 and weight.dtype in (torch.uint8, torch.int8)
     return kinds and x.is_cpu and x.numel() > x.shape[-1] * MOST and len(weight) % PACKED == 0
 
 
 def many(x: Tensor, weight: Tensor, ranges: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] of a chunk times a matrix uint8 [N, K / 2], ranges [K / group, N, 2], + bias [N]: [..., N]."""
+    """x [..., K] of a chunk times a matrix, + bias [N]: [..., N].
+
+    A matrix is uint8 [N, K / 2] with ranges [K / group, N, 2], or int8 [N, K] with ranges [N].
+    """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     output: Tensor = torch.ops.zsmerge.many(rows, weight, ranges, bias)
     return output.view(*x.shape[:-1], len(weight))

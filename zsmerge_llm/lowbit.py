@@ -42,6 +42,11 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
 
+    @property
+    def ranges(self) -> Tensor:
+        """What the kernels take beside the weight."""
+        return self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         rows = x.reshape(-1, self.in_features).contiguous()
@@ -82,6 +87,11 @@ class Int4Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scales_and_zeros", scales_and_zeros)
         self.register_buffer("bias", bias)
+
+    @property
+    def ranges(self) -> Tensor:
+        """What the kernels take beside the weight."""
+        return self.scales_and_zeros
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
