@@ -317,8 +317,8 @@ class FewRows:
 class ManyRows:
     """Stands in for the forward of one matrix of 4 or 8 bits: the rows of a chunk go through the kernels."""
 
-    def __init__(self, layer: Int4Linear | Int8Linear) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = cast("Int4Linear | Int8Linear", layer)
         self.eager = layer.forward
         layer.forward = self
 
