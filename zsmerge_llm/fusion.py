@@ -95,6 +95,7 @@ class Fusion:
         self._expected = layers
         self._left = after
         self.reads = False
+        self._many: list[ManyRows] = []
         self._unread = None if after is None else READ_AFTER
         self._layers: list[FusedLayer] = []
         self._matrices: list[FewRows] = []
@@ -131,13 +132,12 @@ class Fusion:
 
     def _build_reading(self) -> None:
         """Load the kernels that read, where the model is one for them."""
-        if self.reads or not self._fits_reading or not self._loads(kernels.READING, "Reading"):
+        if self.reads or self._many or not self._fits_reading or not self._loads(kernels.READING, "Reading"):
             return
         self.reads = kernels.multiplies_bfloat16()
         if kernels.multiplies_packed():
-            for each in self._model.modules():
-                if isinstance(each, Int4Linear | Int8Linear):
-                    ManyRows(each)
+            packed = [each for each in self._model.modules() if isinstance(each, Int4Linear | Int8Linear)]
+            self._many = [ManyRows(each) for each in packed]
 
     def _loads(self, parts: Sequence[str], what: str) -> bool:
         """Load kernels; where that does not work, say so."""

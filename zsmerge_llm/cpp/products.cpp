@@ -1,9 +1,10 @@
 // Many rows, those of a chunk that is read, times a matrix of 4 or 8 bits. Behind vectors.cpp and rounding.cpp.
 //
-// Inputs are rounded to 8 bits, as beside a few rows (matrices.cpp): four products and their sum are one instruction then,
-// twice as many as in bfloat16, and nothing is dequantised. Where there is AMX, products of bfloat16 are faster.
+// Inputs are rounded to 8 bits: four products and their sum are one instruction then, twice as many as in bfloat16.
+// Weights of 4 bits become 8 bits with one scale for as many inputs as share one, 64 outputs at a time: scales for each 32
+// inputs cost more than that rounding does harm. Where there is AMX, products of bfloat16 are faster.
 
-#if INT16_PRODUCTS && BFLOAT16_PRODUCTS && !defined(__AMX_BF16__)
+#if INT16_PRODUCTS && !defined(__AMX_BF16__)
 #define PACKED_PRODUCTS 1
 #else
 #define PACKED_PRODUCTS 0
@@ -12,93 +13,107 @@
 #if PACKED_PRODUCTS
 
 constexpr int64_t TALL = 5;           // rows whose sums stay in registers
-constexpr int64_t STRIP = 8 * TALL;   // rows whose share of the zeros is one product
+constexpr int64_t STRIP = 8 * TALL;   // rows worked on before the next
 constexpr int64_t PARTS = PACKED / LANES;
-constexpr int64_t WIDEST = 256;       // inputs with one scale, at most
+constexpr int64_t WIDEST = 128;       // inputs with one scale, at most
 
 // The rows of one call: codes from 1 to 255 for [-1, 1] times their scale, one for each `span` inputs. Padded to whole
 // strips with zeros.
 struct Chunk {
-  int64_t M, K, groups, group, span, pairs;  // pairs: of groups, where the weights have zeros
-  std::vector<uint8_t> codes;                // [M, K]
-  std::vector<float> scale;                  // [M, K / span]
-  std::vector<BFloat16> sums;                // [M, 2 * pairs]: of a group's inputs
+  int64_t M, K, spans, span;
+  std::vector<uint8_t> codes;  // [M, K]
+  std::vector<float> scale;    // [M, spans]
 };
 
-// Codes of a group: adds 128 to each and returns what their sum was.
-int64_t lift(uint8_t* codes, int64_t size) {
-  const __m512i higher = _mm512_set1_epi8(-128);
-  __m512i sums = _mm512_setzero_si512();
-  for (int64_t k = 0; k < size; k += 64) {
-    const __mmask64 there = size - k >= 64 ? ~0ull : (1ull << (size - k)) - 1;
-    const __m512i lifted = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, codes + k), higher);
-    _mm512_mask_storeu_epi8(codes + k, there, lifted);
-    sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_maskz_mov_epi8(there, lifted), _mm512_setzero_si512()));
-  }
-  return _mm512_reduce_add_epi64(sums) - 128 * size;
+// The inputs with one scale: as many as divide all, whole groups of weights.
+int64_t widest(int64_t K, int64_t group) {
+  int64_t span = std::max(group, std::min(WIDEST, K) / group * group);
+  while (K % span != 0) span -= group;
+  return span;
 }
 
-// `each`: groups that share a scale. zeros: whether the weights have some.
-Chunk rounded(const Tensor& x, int64_t groups, int64_t each, bool zeros) {
-  const int64_t M = x.size(0), K = x.size(1), group = K / groups, rows = (M + STRIP - 1) / STRIP * STRIP;
-  const int64_t span = group * each, spans = K / span, pairs = zeros ? (groups + 1) / 2 : 0;
-  Chunk chunk{M, K, groups, group, span, pairs, std::vector<uint8_t>(rows * K), std::vector<float>(rows * spans),
-              std::vector<BFloat16>(rows * pairs * 2)};
+Chunk rounded(const Tensor& x, int64_t span) {
+  const int64_t M = x.size(0), K = x.size(1), rows = (M + STRIP - 1) / STRIP * STRIP, spans = K / span;
+  Chunk chunk{M, K, spans, span, std::vector<uint8_t>(rows * K), std::vector<float>(rows * spans)};
   const auto* from = x.const_data_ptr<BFloat16>();
   at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m)
-      for (int64_t s = 0; s < spans; ++s) {
-        uint8_t* codes = chunk.codes.data() + m * K + s * span;
-        const float scale = round_group(from + m * K + s * span, span, reinterpret_cast<int8_t*>(codes));
-        chunk.scale[m * spans + s] = scale;
-        for (int64_t g = 0; g < each; ++g) {
-          const int64_t sum = lift(codes + g * group, group);
-          if (zeros) chunk.sums[m * 2 * pairs + s * each + g] = scale * sum;
-        }
-      }
+    for (int64_t i = begin * spans; i < end * spans; ++i)
+      chunk.scale[i] = round_group(from + i * span, span, reinterpret_cast<int8_t*>(chunk.codes.data() + i * span));
+    for (int64_t k = begin * K; k < end * K; ++k) chunk.codes[k] ^= 128;
   });
   return chunk;
 }
 
-// 64 outputs of a matrix, as the products take them.
+// 64 outputs of a matrix, as the products take them: codes from -127 to 127.
 struct Panel {
   explicit Panel(const Chunk& chunk)
-      : codes(chunk.K * PACKED), less(chunk.groups * PACKED), scale(chunk.groups * PACKED),
-        zeros(2 * chunk.pairs * PACKED), out(STRIP * PACKED) {}
-  std::vector<int8_t> codes;      // [K / 4, 64, 4]
-  std::vector<int32_t> less;      // [groups, 64]: what 128 in place of each input comes to, negative
-  std::vector<float> scale;       // [groups, 64]
-  std::vector<BFloat16> zeros;    // [pairs, 64, 2]
-  std::vector<float> out;         // [STRIP, 64]
+      : codes(chunk.K * PACKED), less(chunk.spans * PACKED), scale(chunk.spans * PACKED), out(STRIP * PACKED) {}
+  std::vector<int8_t> codes;  // [K / 4, 64, 4]
+  std::vector<int32_t> less;  // [spans, 64]: what 128 in place of each input comes to, negative
+  std::vector<float> scale;   // [spans, 64]
+  std::vector<float> out;     // [STRIP, 64]
 };
 
-// Of 4 bits as torch packs them: codes from -8 to 7.
-void unpack(const uint8_t* packed, const BFloat16* ranges, int64_t N, const Chunk& chunk, Panel& panel) {
+// A weight of 4 bits is (scale * code + zero) / 256 in 8 bits, all of them integers: of 16 outputs, each twice.
+struct Wider {
+  __m512i scale, zero;
+};
+
+inline __m512i twice(floats x) {
+  const words whole = (words)nearest(x) & 0xffffu;
+  return (__m512i)(whole | (whole << 16));
+}
+
+inline __m512i widened(__m512i codes, const Wider& by) {
+  const __m512i upper = _mm512_set1_epi16(-256);
+  const __m512i even = _mm512_mullo_epi16(_mm512_andnot_si512(upper, codes), by.scale);
+  const __m512i odd = _mm512_mullo_epi16(_mm512_srli_epi16(codes, 8), by.scale);
+  return _mm512_or_si512(_mm512_srli_epi16(_mm512_add_epi16(even, by.zero), 8),
+                         _mm512_and_si512(_mm512_add_epi16(odd, by.zero), upper));
+}
+
+// What 8 bits are to be times: for a span of 16 outputs, in groups whose scales and zeros stand N apart.
+floats common(const BFloat16* ranges, int64_t N, int64_t groups) {
+  floats most = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    const Pair range = widen(ranges + g * N * 2);
+    for (const floats end : {range.b - range.a * 8.0f, range.b + range.a * 7.0f}) {
+      const floats size = end < 0.0f ? -end : end;
+      most = size > most ? size : most;
+    }
+  }
+  return (most > 1e-30f ? most : all(1e-30f)) / 127.0f;
+}
+
+// Of 4 bits as torch packs them, with scales and zeros [G, N, 2], of which this panel's come first.
+void unpack(const uint8_t* packed, const BFloat16* ranges, int64_t N, int64_t group, const Chunk& chunk, Panel& panel) {
   alignas(64) uint8_t order[2][64];  // a byte holds the outputs n and n + 32: the bytes of four inputs behind each other
   for (int i = 0; i < 64; ++i)
     for (int upper = 0; upper < 2; ++upper) order[upper][i] = i / 4 + upper * LANES + i % 4 * 32;
-  const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), ones = _mm512_set1_epi8(1);
+  const __m512i low = _mm512_set1_epi8(15);
   auto* to = reinterpret_cast<__m512i*>(panel.codes.data());
-  for (int64_t g = 0; g < chunk.groups; ++g) {
-    __m512i sums[PARTS] = {};
-    for (int64_t k = 0; k < chunk.group; k += 4, packed += 2 * PACKED, to += PARTS) {
-      const __m512i first = _mm512_loadu_si512(packed), second = _mm512_loadu_si512(packed + 64);
-      for (int half = 0; half < 2; ++half) {
-        const __m512i both = _mm512_permutex2var_epi8(first, _mm512_load_si512(order[half]), second);
-        const __m512i w[2] = {_mm512_and_si512(both, low), _mm512_and_si512(_mm512_srli_epi16(both, 4), low)};
-        for (int upper = 0; upper < 2; ++upper) {
-          const __m512i code = _mm512_sub_epi8(w[upper], eight);
-          _mm512_storeu_si512(to + 2 * upper + half, code);
-          sums[2 * upper + half] = _mm512_dpbusd_epi32(sums[2 * upper + half], ones, code);
+  for (int64_t s = 0; s < chunk.spans; ++s, ranges += chunk.span / group * N * 2) {
+    floats scale[PARTS];
+    for (int64_t part = 0; part < PARTS; ++part) {
+      scale[part] = common(ranges + part * PAIR, N, chunk.span / group);
+      store(scale[part], panel.scale.data() + s * PACKED + part * LANES);
+    }
+    for (int64_t g = 0; g < chunk.span / group; ++g) {
+      Wider by[PARTS];
+      for (int64_t part = 0; part < PARTS; ++part) {
+        const Pair range = widen(ranges + g * N * 2 + part * PAIR);
+        const floats factor = 256.0f / scale[part];
+        by[part] = {twice(range.a * factor), twice((range.b - range.a * 8.0f) * factor + 128.0f)};
+      }
+      for (int64_t k = 0; k < group; k += 4, packed += 2 * PACKED, to += PARTS) {
+        const __m512i first = _mm512_loadu_si512(packed), second = _mm512_loadu_si512(packed + 64);
+        for (int half = 0; half < 2; ++half) {
+          const __m512i both = _mm512_permutex2var_epi8(first, _mm512_load_si512(order[half]), second);
+          _mm512_storeu_si512(to + half, widened(_mm512_and_si512(both, low), by[half]));
+          const __m512i later = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+          _mm512_storeu_si512(to + 2 + half, widened(later, by[2 + half]));
         }
       }
-    }
-    for (int64_t part = 0; part < PARTS; ++part) {
-      const int64_t n = g * PACKED + part * LANES;
-      const Pair range = widen(ranges + (g * N + part * LANES) * 2);
-      _mm512_storeu_si512(panel.less.data() + n, _mm512_slli_epi32(_mm512_sub_epi32(__m512i{}, sums[part]), 7));
-      store(range.a, panel.scale.data() + n);
-      for (int64_t i = 0; i < LANES; ++i) panel.zeros[(g / 2 * PACKED + part * LANES + i) * 2 + g % 2] = range.b[i];
     }
   }
 }
@@ -133,74 +148,62 @@ void unpack(const int8_t* lines, const BFloat16* scale, const Chunk& chunk, Pane
       for (int64_t i = 0; i < size / 4; ++i)
         _mm512_storeu_si512(panel.codes.data() + (k + 4 * i) * PACKED + part * 64, (__m512i)v[i]);
     }
+  for (int64_t i = 0; i < chunk.spans * PACKED; ++i) panel.scale[i] = scale[i % PACKED];
+}
+
+// What the inputs' codes being 128 larger comes to.
+void weigh(const Chunk& chunk, Panel& panel) {
   const __m512i ones = _mm512_set1_epi8(1);
   const int8_t* codes = panel.codes.data();
-  for (int64_t g = 0; g < chunk.groups; ++g) {
+  for (int64_t s = 0; s < chunk.spans; ++s) {
     __m512i sums[PARTS] = {};
-    for (int64_t k = 0; k < chunk.group; k += 4)
+    for (int64_t k = 0; k < chunk.span; k += 4)
       UNROLL for (int part = 0; part < PARTS; ++part, codes += 64)
         sums[part] = _mm512_dpbusd_epi32(sums[part], ones, _mm512_loadu_si512(codes));
     for (int64_t part = 0; part < PARTS; ++part)
-      _mm512_storeu_si512(panel.less.data() + g * PACKED + part * LANES,
+      _mm512_storeu_si512(panel.less.data() + s * PACKED + part * LANES,
                           _mm512_slli_epi32(_mm512_sub_epi32(__m512i{}, sums[part]), 7));
-    for (int64_t n = 0; n < PACKED; ++n) panel.scale[g * PACKED + n] = scale[n];
   }
 }
 
 // Inputs of one span, of rows [row, row + TALL), times a panel: added to out [TALL, 64].
 void multiply_tile(const Chunk& chunk, const Panel& panel, int64_t row, int64_t s, float* out) {
-  const uint8_t* x = chunk.codes.data() + row * chunk.K + s * chunk.span;
+  const int64_t K = chunk.K;
+  const uint8_t* x = chunk.codes.data() + row * K + s * chunk.span;
   const int8_t* w = panel.codes.data() + s * chunk.span * PACKED;
-  const int64_t K = chunk.K, each = chunk.span / chunk.group, steps = chunk.group / 4;
-  floats together[TALL][PARTS] = {};
-  for (int64_t g = s * each; g < (s + 1) * each; ++g) {
-    __m512i acc[TALL][PARTS];
-    UNROLL for (int part = 0; part < PARTS; ++part)
-      UNROLL for (int r = 0; r < TALL; ++r) acc[r][part] = _mm512_loadu_si512(panel.less.data() + g * PACKED + part * LANES);
-    for (int64_t k = 0; k < steps; ++k, x += 4, w += 4 * PACKED) {
-      __m512i codes[PARTS];
-      UNROLL for (int part = 0; part < PARTS; ++part) codes[part] = _mm512_loadu_si512(w + part * 64);
-      UNROLL for (int r = 0; r < TALL; ++r) {
-        const __m512i inputs = _mm512_set1_epi32(load<int32_t>(x + r * K));
-        UNROLL for (int part = 0; part < PARTS; ++part)  // GCC moves the sums of the intrinsic out of their registers
-          asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][part]) : "v"(inputs), "v"(codes[part]));
-      }
-    }
-    UNROLL for (int part = 0; part < PARTS; ++part) {
-      const floats scale = load<floats>(panel.scale.data() + g * PACKED + part * LANES);
-      UNROLL for (int r = 0; r < TALL; ++r) together[r][part] += (floats)_mm512_cvtepi32_ps(acc[r][part]) * scale;
+  __m512i acc[TALL][PARTS];
+  UNROLL for (int part = 0; part < PARTS; ++part)
+    UNROLL for (int r = 0; r < TALL; ++r)
+      acc[r][part] = _mm512_loadu_si512(panel.less.data() + s * PACKED + part * LANES);
+  for (int64_t k = 0; k < chunk.span; k += 4, x += 4, w += 4 * PACKED) {
+    __m512i codes[PARTS];
+    UNROLL for (int part = 0; part < PARTS; ++part) codes[part] = _mm512_loadu_si512(w + part * 64);
+    UNROLL for (int r = 0; r < TALL; ++r) {
+      const __m512i inputs = _mm512_set1_epi32(load<int32_t>(x + r * K));
+      UNROLL for (int part = 0; part < PARTS; ++part)  // GCC moves the sums of the intrinsic out of their registers
+        asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][part]) : "v"(inputs), "v"(codes[part]));
     }
   }
-  UNROLL for (int r = 0; r < TALL; ++r) {
-    const float scale = chunk.scale[(row + r) * (K / chunk.span) + s];
-    UNROLL for (int part = 0; part < PARTS; ++part) {
+  UNROLL for (int part = 0; part < PARTS; ++part) {
+    const floats scale = load<floats>(panel.scale.data() + s * PACKED + part * LANES);
+    UNROLL for (int r = 0; r < TALL; ++r) {
       float* to = out + r * PACKED + part * LANES;
-      store(load<floats>(to) + together[r][part] * scale, to);
+      const floats both = scale * chunk.scale[(row + r) * chunk.spans + s];
+      store(load<floats>(to) + (floats)_mm512_cvtepi32_ps(acc[r][part]) * both, to);
     }
   }
 }
 
 // Rows from `start` on times a panel, + its biases if there are any: into out [M, N].
 void multiply_strip(const Chunk& chunk, Panel& panel, int64_t start, int64_t N, BFloat16* out, const BFloat16* bias) {
-  const int64_t zeros = 2 * chunk.pairs, end = std::min(chunk.M, start + STRIP);
-  if (zeros > 0)
-    at::native::cpublas::brgemm(STRIP, PACKED, zeros, zeros, PACKED, PACKED, false, chunk.sums.data() + start * zeros,
-                                panel.zeros.data(), panel.out.data());
-  else
-    std::fill(panel.out.begin(), panel.out.end(), 0.0f);
-  for (int64_t s = 0; s < chunk.K / chunk.span; ++s)  // whose codes stay in the nearest cache
+  const int64_t end = std::min(chunk.M, start + STRIP);
+  std::fill(panel.out.begin(), panel.out.end(), 0.0f);
+  for (int64_t s = 0; s < chunk.spans; ++s)  // whose codes stay in the nearest cache
     for (int64_t row = start; row < end; row += TALL)
       multiply_tile(chunk, panel, row, s, panel.out.data() + (row - start) * PACKED);
   for (int64_t m = start; m < end; ++m)
     for (int64_t n = 0; n < PACKED; ++n)
       out[m * N + n] = panel.out[(m - start) * PACKED + n] + (bias == nullptr ? 0.0f : static_cast<float>(bias[n]));
-}
-
-// The inputs with one scale where the weights ask for none: as many as divide all, whole steps of 4.
-int64_t widest(int64_t K) {
-  int64_t span = std::min(WIDEST, K);
-  while (K % span != 0 || span % 4 != 0) --span;
-  return span;
 }
 
 // x bfloat16 [M, K] times a matrix, + bias [N] -> [M, N]. uint8 [N, K / 2] is packed by torch, with scales and zeros
@@ -213,8 +216,8 @@ Tensor many(const Tensor& x, const Tensor& weight, const Tensor& ranges, const s
               "zsmerge::many takes contiguous rows and scales of bfloat16");
   TORCH_CHECK((packed ? 2 : 1) * weight.size(1) == K && N % PACKED == 0 && K % (packed ? 4 * ranges.size(0) : 4) == 0,
               "zsmerge::many: these shapes do not match");
-  const int64_t G = packed ? ranges.size(0) : K / widest(K);
-  const Chunk chunk = rounded(x, G, !packed ? 1 : G % 4 == 0 ? 4 : G % 2 == 0 ? 2 : 1, packed);
+  const int64_t group = packed ? K / ranges.size(0) : 4;
+  const Chunk chunk = rounded(x, widest(K, group));
   Tensor out = at::empty({M, N}, x.options());
   auto* to = out.data_ptr<BFloat16>();
   const auto* scales = ranges.const_data_ptr<BFloat16>();
@@ -227,14 +230,14 @@ Tensor many(const Tensor& x, const Tensor& weight, const Tensor& ranges, const s
       const int64_t first = item / pieces * PACKED, piece = item % pieces;
       if (item == begin || piece == 0) {
         if (packed)
-          unpack(weight.const_data_ptr<uint8_t>() + first * K / 2, scales + first * 2, N, chunk, panel);
+          unpack(weight.const_data_ptr<uint8_t>() + first * K / 2, scales + first * 2, N, group, chunk, panel);
         else
           unpack(weight.const_data_ptr<int8_t>() + first * K, scales + first, chunk, panel);
+        weigh(chunk, panel);
       }
       for (int64_t strip = strips * piece / pieces; strip < strips * (piece + 1) / pieces; ++strip)
         multiply_strip(chunk, panel, strip * STRIP, N, to + first, more == nullptr ? nullptr : more + first);
     }
-    at::native::cpublas::brgemm_release();
   });
   return out;
 }
