@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from policies.attention_based import TOVA, CaM, SnapKV, pyramid
 from policies.base import STAGE, Policy, plain, probed, rope_of
+from policies.by_head import ByHead, ByHeadShare
 from policies.fitted import Fitted
 from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
 from policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
@@ -109,6 +110,8 @@ _ALL = (
     Policy("ours-profile", _ahead, probe="generic", profiled=1),
     Policy("ours-recall", _ahead, probe="generic", profiled=1, recall=TOKENS, glance=True),
     Policy("ours-words", _ahead, probe="generic", profiled=1, recall=TOKENS),
+    Policy("by-head", _ahead, ByHead, probe="generic", profiled=1),
+    Policy("by-head-share", _ahead, ByHeadShare, probe="generic", profiled=1),
     Policy("profile-question", _pooled, probe="question", profiled=1),
     Policy("profile-generic", _pooled, probe="generic", profiled=1),
     Policy("profile-generic-whole", _pooled, probe="generic", profiled=1, chunk=None),
