@@ -48,10 +48,10 @@ class ByHead(PolicyLayer):
         """Who stays, bool [B, H, C], of float32 [B, H, C]."""
         assert self.even.slots is not None
         heads, most = ranking.shape[1], self.config.slots or 0
-        place = ranking.argsort(-1, descending=True, stable=True).argsort(-1)
+        place = ranking.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         sure = (place < round((1 - self.SPREAD) * self.even.slots)) & (ranking > NEVER)
         between = ranking.masked_fill(sure, float("inf")).masked_fill(place >= most, NEVER)
-        order = between.flatten(1).argsort(-1, descending=True, stable=True)[:, : heads * self.even.slots]
+        order = between.flatten(1).argsort(dim=-1, descending=True, stable=True)[:, : heads * self.even.slots]
         chosen = torch.zeros_like(between, dtype=torch.bool).flatten(1).scatter(1, order, True).view_as(between)
         return chosen & (between > NEVER)
 
