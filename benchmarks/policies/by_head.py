@@ -37,6 +37,7 @@ class ByHead(PolicyLayer):
         ranking = super()._ranking(slots, seen, goes_on, *rest)
         self.config = room
         stays = self.shared_out(self.comparable(ranking))
+        self.dropped += (slots["count"] * ~stays).sum(-1)  # one row: these never read batches
         slots["count"].masked_fill_(~stays, 0)
         return ranking.masked_fill(~stays, NEVER)
 
