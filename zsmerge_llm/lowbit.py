@@ -2,7 +2,8 @@
 
 What decodes is bound by reading the weights, so a few rows at a time go through the packed kernels, which read a
 quarter or half of the bytes. Many rows (a chunk of a document, a large batch) are bound by arithmetic, where those
-kernels lose: for them a matrix is dequantised piece by piece, for the time of the call, and multiplied as usual.
+kernels lose: for them a matrix is dequantised piece by piece, for the time of the call, and multiplied as usual, unless
+kernels of our own serve (`kernels.many`).
 
 4 bits: groups of 32 inputs of one output share a scale and a zero. 8 bits: one scale for each output. The output layer
 and the embeddings have 8 bits in both modes, and are one matrix where they are tied. Left as they are: norms, biases,
