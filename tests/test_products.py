@@ -49,7 +49,7 @@ def product(x: Tensor, layer: Int4Linear | Int8Linear) -> Tensor:
 def span(inputs: int, bits: int) -> int:
     """Inputs with one scale."""
     step = 32 if bits == 4 else 4
-    return next(each for each in range(min(128, inputs), 0, -1) if inputs % each == 0 == each % step)
+    return next(each for each in range(min(64, inputs), 0, -1) if inputs % each == 0 == each % step)
 
 
 @settings(max_examples=60, deadline=None)

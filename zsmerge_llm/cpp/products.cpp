@@ -15,7 +15,7 @@
 constexpr int64_t TALL = 5;           // rows whose sums stay in registers
 constexpr int64_t STRIP = 8 * TALL;   // rows worked on before the next
 constexpr int64_t PARTS = PACKED / LANES;
-constexpr int64_t WIDEST = 128;       // inputs with one scale, at most
+constexpr int64_t WIDEST = 64;        // inputs with one scale, at most
 
 // The rows of one call: codes from 1 to 255 for [-1, 1] times their scale, one for each `span` inputs. Padded to whole
 // strips with zeros.
