@@ -1,8 +1,8 @@
-"""Chunks times matrices of 4 or 8 bits: the kernel gives what the matrix it stands for gives, inputs in 8 bits."""
+"""Chunks times matrices of 4 or 8 bits: the kernel gives what the matrix it stands for gives, inputs in 8 or 16 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,15 +16,19 @@ from zsmerge_llm.engine import Engine
 from zsmerge_llm.lowbit import Int4Linear, Int8Linear, pack, packed_linear
 
 
+SHORT = 64
+"""Rows whose inputs have 16 bits, at most."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
     kernels.build(kernels.READING)
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
@@ -54,7 +58,7 @@ def span(inputs: int, bits: int) -> int:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(kernels.MOST + 1, 100),
+    rows=st.integers(kernels.MOST + 1, 3 * SHORT // 2),
     bits=st.sampled_from([4, 8]),
     groups=st.integers(1, 26),
     outputs=st.integers(1, 4).map(lambda each: 64 * each),
@@ -73,7 +77,8 @@ def test_a_chunk_times_a_matrix_of_4_or_8_bits_is_that_of_the_matrix_it_stands_f
 
     size = span(inputs, bits)
     largest = x.float().view(rows, -1, size).abs().amax(-1, keepdim=True).expand(-1, -1, size).reshape(rows, -1)
-    rounding = (largest / 254) @ whole.abs().T  # half a step of each input
+    steps = 127 if rows > SHORT else 127 * 127
+    rounding = (largest / (2 * steps)) @ whole.abs().T  # half a step of each input
     if bits == 4:  # and half a step of each weight
         most = whole.view(outputs, -1, size).abs().amax(-1, keepdim=True).expand(-1, -1, size).reshape(outputs, -1)
         rounding = rounding + x.float().abs() @ (most / 250).T
@@ -82,16 +87,19 @@ def test_a_chunk_times_a_matrix_of_4_or_8_bits_is_that_of_the_matrix_it_stands_f
     assert bool(((given.float() - expected).abs() <= rounding + 0.01 * terms).all())
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("bits", [4, 8])
-def test_neither_the_number_of_threads_nor_the_other_rows_change_a_product(bits: int) -> None:
+def test_neither_the_number_of_threads_nor_the_other_rows_change_a_product(
+    bits: int, threads: Callable[[int], None]
+) -> None:
     if not kernels.multiplies_packed():
         return
-    x, layer = chunk(200, 192, 128, True, 0, bits)
-    whole = product(x, layer)
-    torch.set_num_threads(1)
-    assert torch.equal(product(x, layer), whole)
-    assert torch.equal(product(x[37:90], layer), whole[37:90])
+    for rows, some in ((SHORT, slice(23, 60)), (300, slice(37, 200))):
+        x, layer = chunk(rows, 192, 128, True, 0, bits)
+        whole = product(x, layer)
+        threads(1)
+        assert torch.equal(product(x, layer), whole)
+        threads(2)
+        assert torch.equal(product(x[some], layer), whole[some])
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,8 +1,10 @@
 // Many rows, those of a chunk that is read, times a matrix of 4 or 8 bits. Behind vectors.cpp and rounding.cpp.
 //
 // Inputs are rounded to 8 bits: four products and their sum are one instruction then, twice as many as in bfloat16.
-// Weights of 4 bits become 8 bits with one scale for as many inputs as share one, 64 outputs at a time: scales for each 32
-// inputs cost more than that rounding does harm. Where there is AMX, products of bfloat16 are faster.
+// Weights of 4 bits become 8 bits with one scale for as many inputs as share one, 64 outputs at a time: scales for each
+// 32 inputs cost more than that rounding does harm. Few rows, a question, are easily misunderstood: what rounding leaves
+// of them is multiplied too; most of their time goes into unpacking anyway. Where there is AMX, products of bfloat16 are
+// faster.
 
 #if INT16_PRODUCTS && !defined(__AMX_BF16__)
 #define PACKED_PRODUCTS 1
@@ -16,13 +18,14 @@ constexpr int64_t TALL = 5;           // rows whose sums stay in registers
 constexpr int64_t STRIP = 8 * TALL;   // rows worked on before the next
 constexpr int64_t PARTS = PACKED / LANES;
 constexpr int64_t WIDEST = 64;        // inputs with one scale, at most
+constexpr int64_t SHORT = 64;         // rows of which nothing is left out, at most
 
-// The rows of one call: codes from 1 to 255 for [-1, 1] times their scale, one for each `span` inputs. Padded to whole
-// strips with zeros.
+// The rows of one call: codes from 1 to 255 for [-1, 1] times their scale, one for each `span` inputs. A second layer
+// holds what the first leaves. Padded to whole strips with zeros.
 struct Chunk {
-  int64_t M, K, spans, span;
-  std::vector<uint8_t> codes;  // [M, K]
-  std::vector<float> scale;    // [M, spans]
+  int64_t M, K, spans, span, layers;
+  std::vector<uint8_t> codes;  // [M, layers, K]
+  std::vector<float> scale;    // [M, layers, spans]
 };
 
 // The inputs with one scale: as many as divide all, whole groups of weights.
@@ -32,14 +35,30 @@ int64_t widest(int64_t K, int64_t group) {
   return span;
 }
 
+// What rounding to codes leaves.
+void subtract(const BFloat16* x, const int8_t* codes, float scale, int64_t size, BFloat16* rest) {
+  for (int64_t k = 0; k < size; ++k) rest[k] = static_cast<float>(x[k]) - static_cast<float>(codes[k]) * scale;
+}
+
 Chunk rounded(const Tensor& x, int64_t span) {
   const int64_t M = x.size(0), K = x.size(1), rows = (M + STRIP - 1) / STRIP * STRIP, spans = K / span;
-  Chunk chunk{M, K, spans, span, std::vector<uint8_t>(rows * K), std::vector<float>(rows * spans)};
-  const auto* from = x.const_data_ptr<BFloat16>();
+  const int64_t layers = M <= SHORT ? 2 : 1;
+  Chunk chunk{M, K, spans, span, layers};
+  chunk.codes.resize(rows * layers * K);
+  chunk.scale.resize(rows * layers * spans);
   at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * spans; i < end * spans; ++i)
-      chunk.scale[i] = round_group(from + i * span, span, reinterpret_cast<int8_t*>(chunk.codes.data() + i * span));
-    for (int64_t k = begin * K; k < end * K; ++k) chunk.codes[k] ^= 128;
+    std::vector<BFloat16> rest(K);
+    for (int64_t m = begin; m < end; ++m)
+      for (int64_t layer = 0; layer < layers; ++layer) {
+        const auto* from = layer == 0 ? x.const_data_ptr<BFloat16>() + m * K : rest.data();
+        auto* codes = reinterpret_cast<int8_t*>(chunk.codes.data()) + (m * layers + layer) * K;
+        float* scale = chunk.scale.data() + (m * layers + layer) * spans;
+        for (int64_t s = 0; s < spans; ++s) scale[s] = round_group(from + s * span, span, codes + s * span);
+        if (layer + 1 < layers)
+          for (int64_t s = 0; s < spans; ++s)
+            subtract(from + s * span, codes + s * span, scale[s], span, rest.data() + s * span);
+      }
+    for (int64_t k = begin * layers * K; k < end * layers * K; ++k) chunk.codes[k] ^= 128;
   });
   return chunk;
 }
@@ -166,10 +185,10 @@ void weigh(const Chunk& chunk, Panel& panel) {
   }
 }
 
-// Inputs of one span, of rows [row, row + TALL), times a panel: added to out [TALL, 64].
-void multiply_tile(const Chunk& chunk, const Panel& panel, int64_t row, int64_t s, float* out) {
-  const int64_t K = chunk.K;
-  const uint8_t* x = chunk.codes.data() + row * K + s * chunk.span;
+// Inputs of one span and layer, of rows [row, row + TALL), times a panel: added to out [TALL, 64].
+void multiply_tile(const Chunk& chunk, const Panel& panel, int64_t row, int64_t layer, int64_t s, float* out) {
+  const int64_t stride = chunk.layers * chunk.K;
+  const uint8_t* x = chunk.codes.data() + row * stride + layer * chunk.K + s * chunk.span;
   const int8_t* w = panel.codes.data() + s * chunk.span * PACKED;
   __m512i acc[TALL][PARTS];
   UNROLL for (int part = 0; part < PARTS; ++part)
@@ -179,7 +198,7 @@ void multiply_tile(const Chunk& chunk, const Panel& panel, int64_t row, int64_t 
     __m512i codes[PARTS];
     UNROLL for (int part = 0; part < PARTS; ++part) codes[part] = _mm512_loadu_si512(w + part * 64);
     UNROLL for (int r = 0; r < TALL; ++r) {
-      const __m512i inputs = _mm512_set1_epi32(load<int32_t>(x + r * K));
+      const __m512i inputs = _mm512_set1_epi32(load<int32_t>(x + r * stride));
       UNROLL for (int part = 0; part < PARTS; ++part)  // GCC moves the sums of the intrinsic out of their registers
         asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][part]) : "v"(inputs), "v"(codes[part]));
     }
@@ -188,7 +207,7 @@ void multiply_tile(const Chunk& chunk, const Panel& panel, int64_t row, int64_t 
     const floats scale = load<floats>(panel.scale.data() + s * PACKED + part * LANES);
     UNROLL for (int r = 0; r < TALL; ++r) {
       float* to = out + r * PACKED + part * LANES;
-      const floats both = scale * chunk.scale[(row + r) * chunk.spans + s];
+      const floats both = scale * chunk.scale[((row + r) * chunk.layers + layer) * chunk.spans + s];
       store(load<floats>(to) + (floats)_mm512_cvtepi32_ps(acc[r][part]) * both, to);
     }
   }
@@ -200,7 +219,8 @@ void multiply_strip(const Chunk& chunk, Panel& panel, int64_t start, int64_t N, 
   std::fill(panel.out.begin(), panel.out.end(), 0.0f);
   for (int64_t s = 0; s < chunk.spans; ++s)  // whose codes stay in the nearest cache
     for (int64_t row = start; row < end; row += TALL)
-      multiply_tile(chunk, panel, row, s, panel.out.data() + (row - start) * PACKED);
+      for (int64_t layer = 0; layer < chunk.layers; ++layer)
+        multiply_tile(chunk, panel, row, layer, s, panel.out.data() + (row - start) * PACKED);
   for (int64_t m = start; m < end; ++m)
     for (int64_t n = 0; n < PACKED; ++n)
       out[m * N + n] = panel.out[(m - start) * PACKED + n] + (bias == nullptr ? 0.0f : static_cast<float>(bias[n]));
