@@ -1,4 +1,4 @@
-"""Chunks times matrices of 4 or 8 bits: the kernel gives what the matrix it stands for gives, inputs in 8 or 16 bits."""
+"""Chunks times matrices of 4 or 8 bits: what the matrix it stands for gives, with inputs in 8 or 16 bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from tests.tiny import tiny_model
 from zsmerge_llm import CacheConfig, kernels
 from zsmerge_llm.engine import Engine
 from zsmerge_llm.lowbit import Int4Linear, Int8Linear, pack, packed_linear
-
 
 SHORT = 64
 """Rows whose inputs have 16 bits, at most."""
