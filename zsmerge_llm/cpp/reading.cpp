@@ -200,9 +200,9 @@ Tensor read(const Tensor& query, const Tensor& keys, const Tensor& values, at::I
     for (int64_t item = begin; item < end; ++item) pack_keys(task, keys, item), pack_values(task, values, item);
   });
   BFloat16* to = out.data_ptr<BFloat16>();
-  at::parallel_for(0, B * heads * ((T + TOKENS - 1) / TOKENS), 1, [&](int64_t begin, int64_t end) {
+  by_turns(B * heads * ((T + TOKENS - 1) / TOKENS), [&](const auto& next) {
     Desk desk(task);
-    for (int64_t item = begin; item < end; ++item) read_block(task, item, desk, to);
+    for (int64_t item = next(); item >= 0; item = next()) read_block(task, item, desk, to);
     at::native::cpublas::brgemm_release();
   });
   return out.transpose(1, 2);

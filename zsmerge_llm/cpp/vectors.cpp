@@ -11,10 +11,12 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -72,6 +74,17 @@ inline V load(const void* from) {
   V value;
   std::memcpy(&value, from, sizeof(V));
   return value;
+}
+
+// Each thread takes the next of all items from `next`, -1 behind the last: one that is slowed down takes fewer.
+template <typename F>
+void by_turns(int64_t items, const F& work) {
+  std::atomic<int64_t> taken = 0;
+  const auto next = [&] {
+    const int64_t item = taken++;
+    return item < items ? item : -1;
+  };
+  at::parallel_for(0, std::min<int64_t>(items, at::get_num_threads()), 1, [&](int64_t, int64_t) { work(next); });
 }
 
 inline void store(floats value, float* to) { std::memcpy(to, &value, sizeof(value)); }
