@@ -90,14 +90,14 @@ def unrolled(text: str) -> list[int]:
     return [value for count, value in zip(runs[::2], runs[1::2], strict=True) for _ in range(count)]
 
 
-def made(held: list[list[int]], heads: int = 2, recent: int = 0) -> MemoryMap:
+def made(held: list[list[int]], heads: int = 2) -> MemoryMap:
     """A map of layers that hold tokens as often as said."""
     seen = len(held[0])
     layers = tuple(
         LayerMap(at, heads, None, 8, torch.tensor(row), (), seen - sum(row) / heads) for at, row in enumerate(held)
     )
     ids = tuple(template("smollm2").encode("x" * seen))[:seen]
-    return MemoryMap(ids, seen, layers, 0, recent, 1000, 2000)
+    return MemoryMap(ids, seen, layers, 0, 1000, 2000)
 
 
 # -- the figures -----------------------------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ def test_passages_are_ranked_by_what_is_left_of_them() -> None:
     pieces = words(template("smollm2").tokenizer, ids).pieces
     where = torch.tensor([len("".join(pieces[: at + 1])) for at in range(len(ids))])
     held = ((where <= 20) | (where > 42)).long() * 2
-    newest = int((where > 42).sum())
-    found = MemoryMap(tuple(ids), len(ids), (LayerMap(0, 2, None, 8, held, (), 0.0),), 0, newest, 1, 2)
+    found = MemoryMap(tuple(ids), len(ids), (LayerMap(0, 2, None, 8, held, (), 0.0),), 0, 1, 2)
+    assert found.newest == int((where > 42).sum())
     every = passages(found, words(template("smollm2").tokenizer, ids))
     assert [passage.text for passage in every] == text.replace(". ", ".|").split("|")
     assert [round(passage.share) for passage in every] == [1, 0, 1]

@@ -37,6 +37,19 @@ def test_layers_that_look_things_up_get_more() -> None:
     assert min(shares) >= 0.4
 
 
+def test_a_little_noise_moves_no_layer_far() -> None:
+    """Of layers whose gain hardly falls, one budget alone gives what is left to whichever is ahead by a hair."""
+    torch.manual_seed(0)
+    fraction = torch.linspace(0, 1, STEPS + 1)
+    falling = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.5, 0.4, 0.3, 0.2])[:, None]
+    curves = 1 - (1 - fraction) ** (1 + 3 * (1 - falling))
+    shares = share_out(curves)
+    for _ in range(20):
+        noise = (1 + 0.02 * torch.rand(8, STEPS)).mul(curves.diff(dim=-1)).cumsum(-1)
+        moved = share_out(torch.cat([torch.zeros(8, 1), noise], -1))
+        assert max(abs(a - b) for a, b in zip(shares, moved, strict=True)) < 0.1
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
 def test_without_figures_all_layers_get_the_same(bad: float) -> None:
     curves = torch.linspace(0, 1, STEPS + 1).repeat(3, 1)

@@ -60,16 +60,14 @@ class LayerMap:
 class MemoryMap:
     """What a cache holds of T tokens.
 
-    tokens: the ids; those behind the first `seen` are not in the cache yet. layers: all of them. sink, recent: the
-    first and the newest tokens that every head keeps. nbytes: of the cache. full_nbytes: what keys and values of an
-    exact cache would take.
+    tokens: the ids; those behind the first `seen` are not in the cache yet. layers: all of them. sink: the first
+    tokens, which every head keeps. nbytes: of the cache. full_nbytes: what keys and values of an exact cache would take.
     """
 
     tokens: tuple[int, ...]
     seen: int
     layers: tuple[LayerMap, ...]
     sink: int
-    recent: int
     nbytes: int
     full_nbytes: int
 
@@ -116,7 +114,13 @@ class MemoryMap:
     @property
     def whole(self) -> bool:
         """Whether every judged head still holds every token."""
-        return bool((self.held == self.pairs).all())
+        return self.newest == self.seen
+
+    @property
+    def newest(self) -> int:
+        """How many of the newest tokens every judged head holds."""
+        missing = (self.held < self.pairs).nonzero()
+        return self.seen - int(missing[-1]) - 1 if len(missing) else self.seen
 
 
 def memory_map(session: Session) -> MemoryMap:
@@ -145,7 +149,6 @@ def map_cache(cache: Cache, tokens: list[int]) -> MemoryMap:
         seen=cache.seen,
         layers=layers,
         sink=cache.config.sink if limited else 0,
-        recent=cache.config.recent if limited else 0,
         nbytes=cache.nbytes,
         full_nbytes=cache.full_nbytes(),
     )

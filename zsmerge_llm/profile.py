@@ -30,9 +30,11 @@ STEPS = 20
 """Budgets are shared out in twentieths of the text."""
 AHEAD = 6
 """Twentieths looked ahead for, so that a gain behind a flat beginning is seen."""
+TOTALS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+"""The shares of a text that all layers hold together, over which budgets are averaged: one alone hangs on rounding."""
 SINKS = 4
 """First tokens, which every layer keeps and which attention goes to whatever is asked."""
-FORMAT = 1
+FORMAT = 2
 KNOWN = 0.25
 """How much of the profile goes into the budget of a prompt that comes with its question."""
 
@@ -144,27 +146,33 @@ def curve(guessed: Tensor, needed: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1), grown.cpu()[at]])
 
 
-def share_out(curves: Tensor, total: float = 0.25, least: int = 2, power: float = 0.5) -> list[float]:
+def share_out(curves: Tensor, least: int = 2, power: float = 0.5) -> list[float]:
     """Weights of the layers with mean 1: greedily, each twentieth goes where it saves the most attention.
 
     Args:
         curves: [layers, STEPS + 1], from `curve`. Where they hold no finite attention, all layers get the same.
-        total: the share of a text that a mean layer holds. least: twentieths that every layer gets.
+        least: twentieths that every layer gets.
         power: 0 would take all layers for equally important, 1 counts each by the attention it pays.
     """
     layers = len(curves)
     if not bool(curves.isfinite().all()) or not bool((curves[:, -1] > 0).all()):
         return [1.0] * layers
     gain = (curves * curves[:, -1:] ** (power - 1)).tolist()
-    taken = [least] * layers
-    for _ in range(round(total * layers * STEPS) - sum(taken)):
+    found = [_greedy(gain, round(total * layers * STEPS), least) for total in TOTALS]
+    return [sum(shares[at] for shares in found) / len(found) for at in range(layers)]
+
+
+def _greedy(gain: list[list[float]], total: int, least: int) -> list[float]:
+    """`total` twentieths shared out among layers, divided by their mean."""
+    taken = [least] * len(gain)
+    for _ in range(total - sum(taken)):
         offers = [
             ((gain[layer][taken[layer] + more] - gain[layer][taken[layer]]) / more, layer)
-            for layer in range(layers)
+            for layer in range(len(gain))
             for more in range(1, min(AHEAD, STEPS - taken[layer]) + 1)
         ]
         taken[max(offers)[1]] += 1
-    mean = sum(taken) / layers
+    mean = sum(taken) / len(taken)
     return [each / mean for each in taken]
 
 
