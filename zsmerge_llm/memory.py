@@ -61,7 +61,8 @@ class MemoryMap:
     """What a cache holds of T tokens.
 
     tokens: the ids; those behind the first `seen` are not in the cache yet. layers: all of them. sink: the first
-    tokens, which every head keeps. nbytes: of the cache. full_nbytes: what keys and values of an exact cache would take.
+    tokens, which every head keeps. nbytes: of the cache. full_nbytes: what keys and values of an exact cache would
+    take.
     """
 
     tokens: tuple[int, ...]
