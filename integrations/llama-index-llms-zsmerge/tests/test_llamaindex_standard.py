@@ -6,8 +6,8 @@ LlamaIndex has no such suite of its own; this one follows LangChain's. Nothing h
 from __future__ import annotations
 
 import asyncio
-import gc
 import copy
+import gc
 import inspect
 import json
 import pickle
