@@ -413,6 +413,17 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Folder, "save", save)
 
 
+def test_a_session_that_is_loaded_lasts_instead_of_one_with_the_same_words(tmp_path: Path) -> None:
+    llm = talker(sessions_dir=tmp_path / "kept")
+    Talk(llm, "it").tell("Hello")
+    other = load_session(llm.session("it").save(tmp_path / "one"))
+    other.cache.layers[0].keys.zero_()  # as if it had been read in other chunks
+    llm.load_session(other.save(tmp_path / "other"))
+
+    assert same(llm.session("it").cache, other.cache)
+    assert same(talker(sessions_dir=tmp_path / "kept").session("it").cache, other.cache)
+
+
 @pytest.mark.usefixtures("full_disk")
 @pytest.mark.filterwarnings("ignore:Session:UserWarning")
 def test_a_full_disk_is_a_warning_and_the_answer_is_given(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType, ref
 
 from zsmerge_llm import saving
 from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionError
-from zsmerge_llm.session import Fingerprint, Session, load_session
+from zsmerge_llm.session import Fingerprint, Session, Snapshot, load_session
 
 SUFFIX = ".zsmerge"
 PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
@@ -61,10 +62,14 @@ class SessionInfo:
 
 @dataclass(eq=False)
 class Kept:
-    """A session in memory (`session`), on disk (`file`, maybe of an earlier point), or both."""
+    """A session in memory (`session`), on disk (`file`, maybe of an earlier point), or both.
+
+    written: the point in memory that the file holds. Others may have the same words.
+    """
 
     session: Session | None
     file: File | None = None
+    written: ReferenceType[Snapshot] | None = None
 
     @property
     def head(self) -> str:
@@ -85,7 +90,13 @@ class Kept:
     @property
     def saved(self) -> bool:
         """Whether the file holds the newest point."""
-        return self.file is not None and self.file.digest == self.head
+        if self.session is None or self.file is None:
+            return self.file is not None
+        return self.written is not None and self.written() is self.session.head
+
+    def wrote(self, file: File, point: Snapshot) -> None:
+        """Take note of what is on disk now."""
+        self.file, self.written = file, ref(point)
 
     def info(self, name: str) -> SessionInfo:
         if self.session is None:

@@ -238,7 +238,7 @@ class Store:
     def _put(self, session: Session, snapshots: Sequence[Snapshot], chain: Sequence[str]) -> None:
         session.add(snapshots, chain)
         old = self._kept.pop(session.name, None)
-        self._kept[session.name] = Kept(session, old.file if old is not None else None)
+        self._kept[session.name] = Kept(session) if old is None else Kept(session, old.file, old.written)
         self._shrink()
 
     def _unname(self, name: str) -> None:
@@ -274,7 +274,7 @@ class Store:
             with self._lock:
                 self._writing.discard(name)
                 if file is not None and name in self._kept:
-                    self._kept[name].file = file
+                    self._kept[name].wrote(file, session.head)
                     self._trim()
                 self._lock.notify_all()
 
@@ -288,6 +288,7 @@ class Store:
                 return self._restore(name)
         if kept.session is None and kept.file is not None:
             kept.session = self._folder.load(name, kept.file)
+            kept.wrote(kept.file, kept.session.head)
         assert kept.session is not None
         kept.session.used = time.time()
         return kept.session
@@ -312,7 +313,7 @@ class Store:
             return
         if not kept.saved:
             try:
-                kept.file = self._folder.save(kept.session)
+                kept.wrote(self._folder.save(kept.session), kept.session.head)
             except OSError as error:
                 fate = "is forgotten" if kept.file is None else "falls back to an earlier point"
                 why = f"memory is full and it cannot be saved ({error})"
