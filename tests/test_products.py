@@ -17,6 +17,8 @@ from zsmerge_llm.lowbit import Int4Linear, Int8Linear, pack, packed_linear
 
 SHORT = 64
 """Rows whose inputs have 16 bits, at most."""
+SPANS = 8
+"""Spans of inputs whose weights share a scale, at most."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +81,9 @@ def test_a_chunk_times_a_matrix_of_4_or_8_bits_is_that_of_the_matrix_it_stands_f
     steps = 127 if rows > SHORT else 127 * 127
     rounding = (largest / (2 * steps)) @ whole.abs().T  # half a step of each input
     if bits == 4:  # and half a step of each weight
-        most = torch.cat([part.abs().amax(-1, keepdim=True).expand_as(part) for part in whole.split(8 * size, 1)], 1)
+        most = torch.cat(
+            [part.abs().amax(-1, keepdim=True).expand_as(part) for part in whole.split(SPANS * size, 1)], 1
+        )
         rounding = rounding + x.float().abs() @ (most / 250).T
     terms = x.float().abs() @ whole.abs().T
     assert given.dtype == torch.bfloat16

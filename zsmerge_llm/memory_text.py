@@ -141,7 +141,8 @@ def worst(every: Sequence[Passage], count: int) -> list[Passage]:
 
 def best(every: Sequence[Passage], count: int, found: MemoryMap) -> list[Passage]:
     """The passages most is left of, without the first and the newest tokens, as far as all of these are held."""
-    chosen = [each for each in every if each.start >= found.sink and each.end <= found.seen - found.newest]
+    end = found.seen - found.newest
+    chosen = [each for each in every if each.start >= found.sink and each.end <= end]
     return sorted(chosen, key=lambda each: (-each.share, each.start - each.end))[:count]
 
 

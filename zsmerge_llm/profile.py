@@ -31,7 +31,7 @@ STEPS = 20
 AHEAD = 6
 """Twentieths looked ahead for, so that a gain behind a flat beginning is seen."""
 TOTALS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
-"""The shares of a text that all layers hold together, over which budgets are averaged: one alone hangs on rounding."""
+"""Shares of a text that a mean layer holds, rising: budgets are averaged over them, for one alone hangs on rounding."""
 SINKS = 4
 """First tokens, which every layer keeps and which attention goes to whatever is asked."""
 FORMAT = 2
@@ -149,6 +149,8 @@ def curve(guessed: Tensor, needed: Tensor) -> Tensor:
 def share_out(curves: Tensor, least: int = 2, power: float = 0.5) -> list[float]:
     """Weights of the layers with mean 1: greedily, each twentieth goes where it saves the most attention.
 
+    The mean of the weights that this gives at each of `TOTALS`.
+
     Args:
         curves: [layers, STEPS + 1], from `curve`. Where they hold no finite attention, all layers get the same.
         least: twentieths that every layer gets.
@@ -158,22 +160,23 @@ def share_out(curves: Tensor, least: int = 2, power: float = 0.5) -> list[float]
     if not bool(curves.isfinite().all()) or not bool((curves[:, -1] > 0).all()):
         return [1.0] * layers
     gain = (curves * curves[:, -1:] ** (power - 1)).tolist()
-    found = [_greedy(gain, round(total * layers * STEPS), least) for total in TOTALS]
-    return [sum(shares[at] for shares in found) / len(found) for at in range(layers)]
+    taken, found = [least] * layers, []
+    for total in TOTALS:
+        for _ in range(round(total * layers * STEPS) - sum(taken)):
+            taken[_neediest(gain, taken)] += 1
+        mean = sum(taken) / layers
+        found.append([each / mean for each in taken])
+    return [sum(weights) / len(found) for weights in zip(*found, strict=True)]
 
 
-def _greedy(gain: list[list[float]], total: int, least: int) -> list[float]:
-    """`total` twentieths shared out among layers, divided by their mean."""
-    taken = [least] * len(gain)
-    for _ in range(total - sum(taken)):
-        offers = [
-            ((gain[layer][taken[layer] + more] - gain[layer][taken[layer]]) / more, layer)
-            for layer in range(len(gain))
-            for more in range(1, min(AHEAD, STEPS - taken[layer]) + 1)
-        ]
-        taken[max(offers)[1]] += 1
-    mean = sum(taken) / len(taken)
-    return [each / mean for each in taken]
+def _neediest(gain: list[list[float]], taken: list[int]) -> int:
+    """The layer to which the next twentieth is worth the most, looking up to `AHEAD`."""
+    offers = [
+        ((gain[layer][taken[layer] + more] - gain[layer][taken[layer]]) / more, layer)
+        for layer in range(len(gain))
+        for more in range(1, min(AHEAD, STEPS - taken[layer]) + 1)
+    ]
+    return max(offers)[1]
 
 
 def _paid(layer: LayerCache, tokens: int, queries: int) -> Tensor:

@@ -44,11 +44,11 @@ void subtract(const BFloat16* x, const int8_t* codes, float scale, int64_t size,
 Chunk rounded(const Tensor& x, int64_t span) {
   const int64_t M = x.size(0), K = x.size(1), rows = (M + STRIP - 1) / STRIP * STRIP, spans = K / span;
   const int64_t blocks = (spans + SPANS - 1) / SPANS, layers = M <= SHORT ? 2 : 1;
-  Tensor codes = at::empty({rows * layers * K}, x.options().dtype(at::kChar));
+  Tensor bytes_of = at::empty({rows * layers * K}, x.options().dtype(at::kChar));
   Tensor numbers = at::zeros({rows * layers * (spans + blocks)}, x.options().dtype(at::kFloat));
   auto* first = numbers.data_ptr<float>();
-  const Chunk chunk{M, K, span, spans, blocks, layers, {codes, numbers},
-                    codes.data_ptr<int8_t>(), first, first + rows * layers * spans};
+  const Chunk chunk{M, K, span, spans, blocks, layers, {bytes_of, numbers},
+                    bytes_of.data_ptr<int8_t>(), first, first + rows * layers * spans};
   const auto* inputs = x.const_data_ptr<BFloat16>();
   at::parallel_for(0, M, 16, [&](int64_t begin, int64_t end) {
     std::vector<BFloat16> rest(K);
@@ -125,8 +125,9 @@ void unpack(const uint8_t* packed, const BFloat16* ranges, int64_t N, int64_t gr
       Wider by[PARTS];
       for (int64_t part = 0; part < PARTS; ++part) {
         const Pair range = widen(ranges + g * N * 2 + part * PAIR);
-        const floats factor = 256.0f / scale[part];  // half a step more, and 128 steps
-        by[part] = {twice(range.a * factor), twice((range.b - range.a * 8.0f) * factor + 128.0f + 32768.0f)};
+        const floats factor = 256.0f / scale[part];
+        constexpr float MORE = 128.0f * 256.0f + 128.0f;  // 128 steps, and a half to round
+        by[part] = {twice(range.a * factor), twice((range.b - range.a * 8.0f) * factor + MORE)};
       }
       for (int64_t k = 0; k < group; k += 4, packed += 2 * PACKED, to += PARTS) {
         const __m512i upper = _mm512_loadu_si512(packed), lower = _mm512_loadu_si512(packed + 64);
