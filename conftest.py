@@ -46,7 +46,7 @@ def _own_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is found out about the tests' models is not kept on this machine."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zsmerge_llm.profile.cache_folder", lambda: folder)
+        patch.setattr("zsmerge_llm.engine.layer_budgets.cache_folder", lambda: folder)
         yield
 
 

@@ -25,9 +25,9 @@ from speed import theirs
 from torch import Tensor
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
-from zsmerge_llm.attention import Step, forward
-from zsmerge_llm.cache import Cache
-from zsmerge_llm.engine import Engine
+from zsmerge_llm.attention.interface import Step, forward
+from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.kvcache.cache import Cache
 
 
 class Graphs:

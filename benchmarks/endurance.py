@@ -18,10 +18,10 @@ from typing import Any
 from common import RESULTS, book, plot, write
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
-from zsmerge_llm.cache import Cache
-from zsmerge_llm.engine import Engine
-from zsmerge_llm.grammar import Grammar
-from zsmerge_llm.horizon import Horizon, Shape
+from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.engine.position_remapping import Horizon, Shape
+from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.language.grammar import Grammar
 
 BLOCK, BEFORE, FRESH = 4096, 3072, (1, 15, 7, 11, 3)
 WAYS: dict[str, Shape | None] = {

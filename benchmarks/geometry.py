@@ -21,8 +21,8 @@ from common import full_bytes, median_seconds, plot, write
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from zsmerge_llm import CacheConfig
-from zsmerge_llm.cache import Cache
-from zsmerge_llm.engine import Engine
+from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.kvcache.cache import Cache
 
 HEADS, SIZE = 32, 128
 STEPS = 15

@@ -17,7 +17,7 @@ from typing import Any
 from common import write
 
 from zsmerge_llm import LLM, Grammar, SamplingParams
-from zsmerge_llm.grammar import Constraint, Grammars
+from zsmerge_llm.language.grammar import Constraint, Grammars
 
 PEOPLE = {
     "type": "object",

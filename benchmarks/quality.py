@@ -27,7 +27,7 @@ from quality_run import Budget, Reader
 from quality_tasks import item, load, needles, rephrased, summary
 
 from zsmerge_llm import LLM
-from zsmerge_llm.chat import Template
+from zsmerge_llm.language.chat_template import Template
 
 DEFAULT = "full,truncate,streaming,h2o,snapkv,pyramidkv,tova,keydiff,knorm,expected,cam,paper,ours-generic,valued-mean"
 OURS = ["ours-question", "ours-profile", "ours-generic"]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zsmerge_llm import policy
-from zsmerge_llm.attention import Call, Carrier, _attend, forward
-from zsmerge_llm.cache import Cache
-from zsmerge_llm.engine import Engine
+from zsmerge_llm.attention.interface import Call, Carrier, _attend, forward
+from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.kvcache import policy
+from zsmerge_llm.kvcache.cache import Cache
 
 TOGETHER = 512
 """Tokens of questions and answers asked in one pass."""

@@ -28,9 +28,9 @@ from quality_run import Budget, Reader, row
 from quality_tasks import GUIDE, Item, item, load
 
 from zsmerge_llm import LLM
-from zsmerge_llm.cache import Cache
-from zsmerge_llm.chat import Template
-from zsmerge_llm.recall import block
+from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.language.chat_template import Template
+from zsmerge_llm.retrieval.passage_search import block
 
 DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,ours-chat,ours-chat-recall,truncate-recall"
 EARLY = 1 / 3

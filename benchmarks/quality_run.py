@@ -17,14 +17,14 @@ from quality_ask import Score, ask
 from quality_rouge import rouge
 from quality_tasks import Item, Question
 
-from zsmerge_llm.cache import Cache
-from zsmerge_llm.chat import Template
 from zsmerge_llm.config import SamplingParams
-from zsmerge_llm.engine import Engine
-from zsmerge_llm.glance import Glance
-from zsmerge_llm.probe import GENERIC, chat_probe, question
-from zsmerge_llm.profile import Profile
-from zsmerge_llm.recall import Recall, tail
+from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.engine.layer_budgets import Profile
+from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.language.chat_template import Template
+from zsmerge_llm.retrieval.attention_search import Glance
+from zsmerge_llm.retrieval.passage_search import Recall, tail
+from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, question
 
 FOLLOW_UPS = 2
 

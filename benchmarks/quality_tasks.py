@@ -15,9 +15,9 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from zsmerge_llm.chat import Template
-from zsmerge_llm.probe import chat_probe, question
-from zsmerge_llm.recall import block
+from zsmerge_llm.language.chat_template import Template
+from zsmerge_llm.retrieval.passage_search import block
+from zsmerge_llm.retrieval.query_probe import chat_probe, question
 
 GUIDE = "Answer with a few words from the text above.\nQuestion: "
 MARK = "@@question@@"

@@ -29,8 +29,8 @@ from common import book, median_seconds, plot, repeated, write
 from transformers import DynamicCache
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
-from zsmerge_llm.cache import Cache
-from zsmerge_llm.engine import Engine
+from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.kvcache.cache import Cache
 
 HISTORIES = (64, 1024, 4096, 7168, 16384, 32768)
 READ = 7168

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.talk import ROOMY, counted, talker
-from tests.ticking import ticking
+from tests.support.talk import ROOMY, counted, talker
+from tests.support.ticking import ticking
 from zsmerge_llm import SamplingParams, aio
 
 LIMIT = 0.05

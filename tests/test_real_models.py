@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
-from zsmerge_llm.engine import Engine
-from zsmerge_llm.loader import load
+from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.models.loader import load
 
 PROMPT = "The old lighthouse keeper climbed the stairs every evening to"
 TEXT = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")[:4000]

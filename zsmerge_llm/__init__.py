@@ -9,31 +9,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zsmerge_llm.cache import Cache
     from zsmerge_llm.config import CacheConfig, SamplingParams
-    from zsmerge_llm.engine import Engine
-    from zsmerge_llm.grammar import Grammar
+    from zsmerge_llm.engine.engine import Engine
+    from zsmerge_llm.inspection.html import write_html
+    from zsmerge_llm.inspection.memory_map import MemoryMap, memory_map
+    from zsmerge_llm.kvcache.cache import Cache
+    from zsmerge_llm.language.grammar import Grammar
     from zsmerge_llm.llm import LLM
-    from zsmerge_llm.memory import MemoryMap, memory_map
-    from zsmerge_llm.memory_page import write_html
-    from zsmerge_llm.session import Session
-    from zsmerge_llm.store import Store
+    from zsmerge_llm.sessions.session import Session
+    from zsmerge_llm.sessions.store import Store
     from zsmerge_llm.types import Chunk, Message, Result, Usage
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Cache": "cache",
+    "Cache": "kvcache.cache",
     "CacheConfig": "config",
     "SamplingParams": "config",
-    "Engine": "engine",
-    "Grammar": "grammar",
+    "Engine": "engine.engine",
+    "Grammar": "language.grammar",
     "LLM": "llm",
-    "MemoryMap": "memory",
-    "memory_map": "memory",
-    "write_html": "memory_page",
-    "Session": "session",
-    "Store": "store",
+    "MemoryMap": "inspection.memory_map",
+    "memory_map": "inspection.memory_map",
+    "write_html": "inspection.html",
+    "Session": "sessions.session",
+    "Store": "sessions.store",
     "Chunk": "types",
     "Message": "types",
     "Result": "types",

@@ -10,25 +10,25 @@ from pathlib import Path
 from threading import Event, RLock
 from typing import TYPE_CHECKING, Any, Literal
 
-from zsmerge_llm.answer import Answer, Prompt, check_length, collect, speak, together
-from zsmerge_llm.chat import normalise
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
-from zsmerge_llm.documents import read_text
 from zsmerge_llm.errors import InputError
-from zsmerge_llm.grammar import Grammar
-from zsmerge_llm.parts import Parts, assemble, check_settings
-from zsmerge_llm.probe import GENERIC, chat_probe, completion_probe, going_on, message_probe
-from zsmerge_llm.recall import TOKENS, tail
+from zsmerge_llm.generation import Answer, Prompt, check_length, collect, speak, together
+from zsmerge_llm.language.chat_template import normalise
+from zsmerge_llm.language.grammar import Grammar
+from zsmerge_llm.retrieval.documents import read_text
+from zsmerge_llm.retrieval.passage_search import TOKENS, tail
+from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, completion_probe, going_on, message_probe
+from zsmerge_llm.runtime import Parts, assemble, check_settings
 from zsmerge_llm.types import Chunk, Message, Progress, ResponseFormat, Result, ToolChoice
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from zsmerge_llm.conversation import Turn
-    from zsmerge_llm.engine import Engine
-    from zsmerge_llm.session import Session
-    from zsmerge_llm.store import Store
+    from zsmerge_llm.engine.engine import Engine
+    from zsmerge_llm.sessions.conversations import Turn
+    from zsmerge_llm.sessions.session import Session
+    from zsmerge_llm.sessions.store import Store
 
 Messages = str | Sequence[Message]
 
@@ -412,7 +412,7 @@ class LLM:
         progress: Progress | None,
     ) -> Iterator[Chunk]:
         """Read, decode, commit. However it ends, the conversation is at a point it can go on from."""
-        from zsmerge_llm.engine import Cancelled
+        from zsmerge_llm.engine.engine import Cancelled
 
         conversations = self._load().conversations
         reply: Message | None = None

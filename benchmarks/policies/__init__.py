@@ -9,8 +9,8 @@ from policies.fitted import Fitted
 from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
 from policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.profile import KNOWN
-from zsmerge_llm.recall import TOKENS
+from zsmerge_llm.engine.layer_budgets import KNOWN
+from zsmerge_llm.retrieval.passage_search import TOKENS
 
 __all__ = ["POLICIES", "Policy", "rope_of"]
 

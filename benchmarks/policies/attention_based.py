@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from policies.base import PolicyLayer, RankedLayer
-from zsmerge_llm import policy
-from zsmerge_llm.slots import Arrival, Held
+from zsmerge_llm.kvcache import policy
+from zsmerge_llm.kvcache.view import Arrival, Held
 
 
 class SnapKV(RankedLayer):

@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from zsmerge_llm import policy
-from zsmerge_llm.cache import Cache
 from zsmerge_llm.config import CacheConfig, divide
-from zsmerge_llm.engine import Engine
-from zsmerge_llm.layer import LayerCache, layer_configs
-from zsmerge_llm.slots import Arrival, Held, LayerSpec
+from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.kvcache import policy
+from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.layer_cache import LayerCache, layer_configs
+from zsmerge_llm.kvcache.view import Arrival, Held, LayerSpec
 
 STAGE = 128
 CHUNK = 512
@@ -78,9 +78,9 @@ class Policy:
     "both" is a question behind a generic one.
     chunk: tokens a pass; None reads everything in one pass and compresses each layer then, as policies do that need
     the full cache first. budgets: slots of each full-attention layer, from the mean and the number of these;
-    profiled: how far they follow from the model's profile (`zsmerge_llm.profile`), 1 is wholly. newest_only: the text
-    is cut to its end instead. recall: tokens of passages that are read again before a question (`zsmerge_llm.recall`);
-    glance: whether the cache is asked where words find nothing (`zsmerge_llm.glance`).
+    profiled: how far they follow from the model's profile (`zsmerge_llm.engine.layer_budgets`), 1 is wholly. newest_only: the text
+    is cut to its end instead. recall: tokens of passages that are read again before a question (`zsmerge_llm.retrieval.passage_search`);
+    glance: whether the cache is asked where words find nothing (`zsmerge_llm.retrieval.attention_search`).
     """
 
     name: str

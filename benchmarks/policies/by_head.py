@@ -13,9 +13,9 @@ from torch import Tensor
 
 from policies.base import PolicyLayer
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.layer import LayerCache
-from zsmerge_llm.policy import NEVER
-from zsmerge_llm.slots import LayerSpec
+from zsmerge_llm.kvcache.layer_cache import LayerCache
+from zsmerge_llm.kvcache.policy import NEVER
+from zsmerge_llm.kvcache.view import LayerSpec
 
 
 class ByHead(PolicyLayer):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from policies.ours import ValuedMean
-from zsmerge_llm import policy
-from zsmerge_llm.slots import Arrival, Held
+from zsmerge_llm.kvcache import policy
+from zsmerge_llm.kvcache.view import Arrival, Held
 
 
 class Fitted(ValuedMean):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from policies.base import PolicyLayer, RankedLayer
-from zsmerge_llm.slots import Arrival, Held
+from zsmerge_llm.kvcache.view import Arrival, Held
 
 
 class KeyDiff(RankedLayer):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from policies.base import RankedLayer
 from policies.key_based import ExpectedAttention
-from zsmerge_llm.slots import Arrival, Held
+from zsmerge_llm.kvcache.view import Arrival, Held
 
 
 class Sharpest(RankedLayer):

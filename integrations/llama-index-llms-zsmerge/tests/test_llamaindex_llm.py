@@ -19,7 +19,7 @@ from llama_index.llms.zsmerge import ZSMergeLLM
 
 from zsmerge_llm import CacheConfig
 from zsmerge_llm.errors import ConfigError, InputError
-from zsmerge_llm.grammar import Grammar
+from zsmerge_llm.language.grammar import Grammar
 from zsmerge_llm.types import Result, Usage
 
 CHAT = ("chat", "stream_chat", "achat", "astream_chat")

@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from zsmerge_llm import LLM
 from zsmerge_llm.errors import ConfigError, InputError, UnsupportedContentError
-from zsmerge_llm.grammar import Grammar
+from zsmerge_llm.language.grammar import Grammar
 
 CHAT = ("chat", "stream_chat", "achat", "astream_chat")
 COMPLETE = ("complete", "stream_complete", "acomplete", "astream_complete")

@@ -69,7 +69,7 @@ class ZSMergeLLM(StructuredPrediction):
     Constructing is cheap; the model is loaded with the first request. Sampling settings given to a call
     (`llm.chat(messages, max_tokens=64)`) go before those of the object. `session=` (or `session_id=`), as a field or
     for a call, is a hint which conversation to continue; what was read before is not read again. A call also takes
-    `response_format=` (OpenAI's form), `grammar=` (a `zsmerge_llm.grammar.Grammar`) and, in chats, `probe=`, the text
+    `response_format=` (OpenAI's form), `grammar=` (a `zsmerge_llm.language.grammar.Grammar`) and, in chats, `probe=`, the text
     that says what matters in the prompt, and `reread=True`, which reads the conversation again for this question.
 
     Tool calls and JSON are enforced by grammar, so every chat model has them.

@@ -1,0 +1,143 @@
+"""Decode steps through compiled layers say what the layers of transformers say."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from tests.support.tiny_models import FAMILIES, tiny_model
+from zsmerge_llm import CacheConfig, SamplingParams
+from zsmerge_llm.cpu import native as kernels
+from zsmerge_llm.cpu import quantized_linear as lowbit
+from zsmerge_llm.cpu.compiled_layers import WIDTHS
+from zsmerge_llm.engine.engine import FUSE_AFTER, Engine
+
+CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, window=4)
+PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
+STEPS = 30
+
+
+def said(engine: Engine, config: CacheConfig = CONFIG) -> torch.Tensor:
+    """float32 [STEPS, vocab]: logits after a prompt and after each of some passes, past several compressions."""
+    cache = engine.new_cache(config)
+    engine.read(cache, PROMPT)
+    widths = [WIDTHS[step % 4 == 3] for step in range(STEPS)]
+    return torch.stack([engine.read(cache, list(range(step, step + width))) for step, width in enumerate(widths)])
+
+
+def in_every_run(family: str) -> bool:
+    return family in ("llama", "gemma3", "gpt_oss-sinks", "falcon-new")
+
+
+@pytest.mark.parametrize(
+    "family", [each if in_every_run(each) else pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES]
+)
+def test_compiled_layers_give_the_same_logits_in_every_family(family: str) -> None:
+    engine = Engine(tiny_model(family), compile=False)
+    expected = said(engine)
+
+    engine.fusion.start()
+    given = said(engine)
+
+    if family == "gpt_oss-sinks":  # its experts choose by what they see
+        assert engine.fusion.trouble is not None
+    else:
+        assert engine.fusion.on, engine.fusion.trouble
+    assert engine.fusion.kernels
+    assert torch.allclose(given, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [CacheConfig.paper(16), CacheConfig.h2o(16), CacheConfig.full()])
+def test_compiled_layers_work_with_every_rule_of_the_cache(config: CacheConfig) -> None:
+    engine = Engine(tiny_model(), compile=False)
+    expected = said(engine, config)
+    engine.fusion.start()
+
+    assert torch.allclose(said(engine, config), expected, atol=1e-4)
+    assert engine.fusion.on
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compiled_layers_work_with_weights_of_few_bits(bits: int) -> None:
+    model = tiny_model(hidden_size=128, intermediate_size=192)
+    lowbit.pack(model, bits, torch.float32)
+    engine = Engine(model, compile=False)
+    expected = said(engine)
+    engine.fusion.start()
+
+    assert torch.allclose(said(engine), expected, atol=2e-2)  # inputs are rounded to 16 bits
+    assert engine.fusion.on, engine.fusion.trouble
+
+
+def test_layers_of_one_kind_are_compiled_once() -> None:
+    engine = Engine(tiny_model("gemma3"), compile=True)
+
+    assert engine.fusion.on
+    assert len(engine.fusion.graphs) < len(engine.specs)
+
+
+def test_layers_of_other_sizes_are_not_taken_for_the_same() -> None:
+    model = tiny_model()
+    wide = tiny_model(seed=1, intermediate_size=96).model.layers[1].mlp
+    model.model.layers[1].mlp = wide
+    engine = Engine(model, compile=False)
+    expected = said(engine)
+    engine.fusion.start()
+
+    assert torch.allclose(said(engine), expected, atol=1e-4)
+    assert engine.fusion.on
+
+
+def test_compiling_begins_by_itself_after_many_steps() -> None:
+    engine = Engine(tiny_model())
+    cache = engine.new_cache(CONFIG)
+    params = SamplingParams(max_tokens=FUSE_AFTER - 1, ignore_eos=True, lookup=False)
+
+    list(engine.stream(cache, PROMPT, params))
+    assert not engine.fusion.on
+    list(engine.stream(cache, PROMPT, SamplingParams(max_tokens=4, ignore_eos=True)))
+    assert engine.fusion.on
+
+
+def test_compiling_can_be_turned_off() -> None:
+    engine = Engine(tiny_model(), compile=False)
+    cache = engine.new_cache(CONFIG)
+
+    list(engine.stream(cache, PROMPT, SamplingParams(max_tokens=FUSE_AFTER + 2, ignore_eos=True, lookup=False)))
+
+    assert not engine.fusion.on
+
+
+def test_a_model_that_cannot_be_compiled_says_so_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no working C++ compiler")
+
+    engine = Engine(tiny_model(), compile=False)
+    expected = said(engine)
+    monkeypatch.setattr("torch._inductor.compile", broken)
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", broken)
+    kernels.build.cache_clear()  # as on a machine that has not built them yet
+    with caplog.at_level(logging.WARNING):
+        engine.fusion.start()
+        given = said(engine)
+
+    assert torch.equal(given, expected)
+    assert engine.fusion.trouble is not None
+    assert "no working C++ compiler" in caplog.text
+    assert caplog.text.count("without compiled layers") == 1
+
+
+def test_batches_and_reading_are_not_changed_by_compiled_layers() -> None:
+    engine = Engine(tiny_model(), compile=True)
+    cache = engine.new_cache(CONFIG, rows=2)
+    engine.read_batch(cache, [PROMPT, PROMPT[:5]])
+    params = [SamplingParams(max_tokens=20, ignore_eos=True)] * 2
+
+    together = [list(row) for row in zip(*engine.decode(cache, params, [[], []]), strict=True)]
+
+    for prompt, answer in zip([PROMPT, PROMPT[:5]], together, strict=True):
+        assert list(engine.stream(engine.new_cache(CONFIG), prompt, params[0])) == answer

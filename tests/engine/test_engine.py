@@ -1,0 +1,224 @@
+"""Reading and decoding: chunks, batches, padding, cancellation, sampling, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from threading import Event
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.tiny_models import VOCAB, tiny_model, tokens
+from zsmerge_llm.config import CacheConfig, SamplingParams
+from zsmerge_llm.engine.engine import Cancelled, Engine
+from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.kvcache.cache import Cache
+
+SMALL = CacheConfig(slots=24, recent=6, stage=4, sink=2)
+MERGING = CacheConfig(slots=24, recent=6, stage=4, sink=2, residual=3)
+PAPER = CacheConfig.paper(24)
+ENDLESS = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(tiny_model("llama"), SMALL, chunk=16)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(1, 39), max_size=5), stage=st.integers(1, 9))
+def test_chunk_borders_change_nothing_while_everything_fits(engine: Engine, cuts: list[int], stage: int) -> None:
+    config, ids = CacheConfig(slots=40, recent=6, stage=stage), tokens(40)
+    whole = engine.read(engine.new_cache(config), ids)
+    cache, borders = engine.new_cache(config), sorted({0, 40, *cuts})
+    for start, end in itertools.pairwise(borders):
+        last = engine.read(cache, ids[start:end])
+    close(last, whole)
+
+
+@pytest.mark.parametrize("config", [SMALL, MERGING, PAPER, CacheConfig.h2o(24), CacheConfig.streaming(24)])
+def test_a_row_of_a_padded_batch_equals_the_same_row_alone(engine: Engine, config: CacheConfig) -> None:
+    """Far beyond the budget, in prompts of very different lengths, reading and decoding."""
+    rows = [tokens(90, seed=1), tokens(5, seed=2), tokens(37, seed=3), tokens(26, seed=4)]
+    batch = engine.new_cache(config, rows=4)
+    together = engine.read_batch(batch, rows)
+    alone = [engine.new_cache(config) for _ in rows]
+    for row, ids in enumerate(rows):
+        close(together[row], engine.read(alone[row], ids))
+    steps = list(engine.decode(batch, [ENDLESS] * 4, rows))
+    for row, ids in enumerate(rows):
+        single = [step[0] for step in engine.decode(alone[row], [ENDLESS], [ids])]
+        assert [step[row] for step in steps] == single
+
+
+@pytest.mark.parametrize("config", [SMALL, MERGING, PAPER, CacheConfig.full()])
+def test_stacked_caches_decode_as_each_would_alone(engine: Engine, config: CacheConfig) -> None:
+    rows = [tokens(70, seed=1), tokens(9, seed=2)]
+    caches = [engine.new_cache(config) for _ in rows]
+    for cache, ids in zip(caches, rows, strict=True):
+        engine.read(cache, ids)
+    batch = Cache.stack(caches)
+    together = list(engine.decode(batch, [ENDLESS] * 2, rows))
+    for row, cache in enumerate(caches):
+        alone = [step[0] for step in engine.decode(cache, [ENDLESS], [rows[row]])]
+        assert [step[row] for step in together] == alone
+        close(batch.row(row).logits, cache.logits)
+
+
+def test_rows_end_on_their_own(engine: Engine) -> None:
+    rows = [tokens(8, seed=1), tokens(8, seed=2)]
+    batch = engine.new_cache(rows=2)
+    engine.read_batch(batch, rows)
+    short, long = SamplingParams(max_tokens=2, ignore_eos=True), SamplingParams(max_tokens=5, ignore_eos=True)
+    steps = list(engine.decode(batch, [short, long], rows))
+    assert [step[0] is None for step in steps] == [False, False, True, True, True]
+    assert all(step[1] is not None for step in steps)
+    assert batch.lengths == [8 + 1, 8 + 4], "the last token of each row is not fed back"
+
+
+@pytest.mark.parametrize("config", [SMALL, MERGING, PAPER])
+def test_a_clone_is_independent_of_its_origin(engine: Engine, config: CacheConfig) -> None:
+    cache = engine.new_cache(config)
+    engine.read(cache, tokens(60))
+    copy = cache.clone()
+    after = engine.read(copy, tokens(30, seed=1))
+    engine.read(copy, tokens(30, seed=2))
+    close(engine.read(cache, tokens(30, seed=1)), after)
+
+
+@pytest.mark.parametrize("config", [SMALL, MERGING, PAPER, CacheConfig.full()])
+def test_a_cache_from_its_state_goes_on_bit_for_bit(engine: Engine, config: CacheConfig) -> None:
+    cache = engine.new_cache(config)
+    engine.read(cache, tokens(60))
+    tensors, facts = cache.clone().state()
+    copy = Cache.from_state(dict(tensors), facts)
+    assert torch.equal(engine.read(copy, tokens(7)), engine.read(cache, tokens(7)))
+    assert copy.nbytes == cache.nbytes
+
+
+def test_tokens_can_be_appended_at_any_time(engine: Engine) -> None:
+    """Turns of every size, one after another, on a cache that has long overflowed."""
+    cache, total = engine.new_cache(MERGING), 0
+    for size in (1, 30, 2, 16, 17, 1, 1, 3, 50, 4):
+        engine.read(cache, tokens(size, seed=size))
+        total += size
+        assert cache.seen == total
+        assert all((layer.count.sum(-1) == total).all() for layer in cache.layers)
+    assert cache.merged == total - (24 - 3)
+
+
+@pytest.mark.parametrize("config", [SMALL, MERGING, PAPER, CacheConfig.h2o(24), CacheConfig.streaming(24)])
+def test_making_room_between_turns_loses_no_count_and_lets_the_next_tokens_in(
+    engine: Engine, config: CacheConfig
+) -> None:
+    config = config.replace(stage=10)
+    caches = [engine.new_cache(config) for _ in range(2)]
+    for cache, size in zip(caches, (60, 27), strict=True):
+        engine.read(cache, tokens(size))
+        engine.read(cache, tokens(5, seed=1))
+    batch = Cache.stack(caches)
+    for cache in (*caches, batch):
+        cache.make_room()
+        assert cache.fits(9)
+        for layer in cache.layers:
+            accounted = layer.count.sum(-1) + layer.dropped
+            assert (accounted == torch.tensor(cache.lengths)[:, None]).all()
+    engine.read_batch(batch, [tokens(7, seed=2)] * 2)
+    for row, cache in enumerate(caches):
+        close(engine.read(cache, tokens(7, seed=2)), batch.logits[row])
+    roomy = engine.new_cache(CacheConfig(slots=80, recent=6))
+    engine.read(roomy, tokens(60))
+    before = [layer.keys.clone() for layer in roomy.layers]
+    roomy.make_room()
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(roomy.layers, before, strict=True))
+
+
+def test_a_probe_is_read_but_never_held(engine: Engine) -> None:
+    ids, probe = tokens(80), tokens(6, seed=9)
+    plain, guided = engine.new_cache(), engine.new_cache()
+    without, looking = engine.read(plain, ids), engine.read(guided, ids, probe=probe)
+    assert guided.seen == plain.seen == 80
+    assert all((layer.position < 80).all() for layer in guided.layers)
+    assert not torch.equal(without, looking), "it changes what is kept"
+    roomy = CacheConfig(slots=100, recent=6)
+    close(
+        engine.read(engine.new_cache(roomy), ids, probe=probe), engine.read(engine.new_cache(roomy), ids)
+    )  # and nothing else
+
+
+def test_logprobs_of_a_text_add_up_over_any_split(engine: Engine) -> None:
+    ids = tokens(20)
+    whole = engine.logprobs(engine.new_cache(), ids)
+    cache = engine.new_cache()
+    close(torch.cat([engine.logprobs(cache, ids[:7]), engine.logprobs(cache, ids[7:])]), whole)
+    assert whole[0] == 0
+
+
+def test_a_stream_yields_greedy_tokens_and_leaves_the_last_one_unread(engine: Engine) -> None:
+    cache, ids = engine.new_cache(), tokens(10)
+    got = list(engine.stream(cache, ids, ENDLESS))
+    assert len(got) == 12
+    assert cache.seen == 10 + 11
+    check = engine.new_cache()
+    logits = engine.read(check, ids)
+    for token in got:
+        assert logits.argmax() == token
+        logits = engine.read(check, [token])
+
+
+def test_cancelling_stops_within_one_token(engine: Engine) -> None:
+    cancel = Event()
+    answer = engine.stream(engine.new_cache(), tokens(10), ENDLESS, cancel=cancel)
+    next(answer)
+    cancel.set()
+    with pytest.raises(Cancelled):
+        next(answer)
+
+
+def test_cancelling_stops_reading_after_the_chunk(engine: Engine) -> None:
+    cancel, cache = Event(), engine.new_cache()
+    with pytest.raises(Cancelled):
+        engine.read(cache, tokens(100), cancel=cancel, progress=lambda done, total: cancel.set())
+    assert cache.seen == 16
+
+
+def test_progress_counts_every_token_once(engine: Engine) -> None:
+    calls: list[tuple[int, int]] = []
+    engine.read(engine.new_cache(), tokens(40), progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(16, 40), (32, 40), (40, 40)]
+
+
+def test_a_seed_repeats_the_answer_and_another_does_not(engine: Engine) -> None:
+    def draw(seed: int) -> list[int]:
+        params = SamplingParams(max_tokens=12, temperature=1.5, seed=seed, ignore_eos=True)
+        return list(engine.stream(engine.new_cache(), tokens(5), params))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+@pytest.mark.parametrize("ids", [[], [VOCAB], [-1], [[1, 2]]])
+def test_bad_token_ids_are_refused_before_anything_is_read(engine: Engine, ids: list[int]) -> None:
+    cache = engine.new_cache()
+    with pytest.raises(InputError):
+        engine.read(cache, ids)
+    assert cache.seen == 0
+
+
+def test_other_misuse_is_refused(engine: Engine) -> None:
+    with pytest.raises(InputError, match="read_batch"):
+        engine.read(engine.new_cache(rows=2), tokens(3))
+    with pytest.raises(InputError, match="prompt a row"):
+        engine.read_batch(engine.new_cache(rows=2), [tokens(3)])
+    with pytest.raises(InputError, match="has read something"):
+        next(engine.decode(engine.new_cache(), [ENDLESS], [[]]))
+    with pytest.raises(ConfigError, match="chunk"):
+        Engine(tiny_model("llama"), chunk=0)
+    with pytest.raises(ConfigError, match="one CacheConfig"):
+        Cache.stack([engine.new_cache(), engine.new_cache(PAPER)])

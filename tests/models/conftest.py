@@ -1,0 +1,27 @@
+"""What the tests of loading have in common: a cache folder of their own, no network, and a tiny model's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.gguf_writer import random_model, write_gguf
+from tests.models.tiny_folders import unreachable
+from zsmerge_llm.models import gguf, hub
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder for each test, and no network: whoever asks the Hub learns that it is out of reach."""
+    monkeypatch.setenv("ZSMERGE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "_hub_copy", lambda hub_id: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer as a model folder."""
+    where = tmp_path_factory.mktemp("models")
+    file = write_gguf(where / "tiny.gguf", random_model("llama", tie_word_embeddings=True), "llama")
+    return gguf.convert_once(file, where / "tiny", lambda step: None)

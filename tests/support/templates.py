@@ -1,0 +1,125 @@
+"""Small tokenizers made on the spot, the chat templates under data/templates, and one long chat to render with them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from zsmerge_llm.language.chat_template import Template
+
+FOLDER = Path(__file__).parents[1] / "data" / "templates"
+# the token that ends an answer, and every other special token the template writes
+ENDS = {
+    "smollm2": ("<|im_end|>", ["<|im_start|>"]),
+    "qwen2.5": ("<|im_end|>", ["<|im_start|>"]),
+    "qwen3": ("<|im_end|>", ["<|im_start|>"]),
+    "llama3": ("<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "mistral-v0.3": ("</s>", ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]),
+    "mistral-nemo": ("</s>", ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]),
+    "gemma2": ("<end_of_turn>", ["<start_of_turn>"]),
+    "gemma3": ("<end_of_turn>", ["<start_of_turn>"]),
+}
+# the templates that render what was said earlier as it was when it was read
+STABLE = ("smollm2", "qwen2.5", "llama3", "gemma3")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather of a place.",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+        },
+    }
+]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. How are you today? I am well, thank you.",
+    '{"name": "weather", "arguments": {"place": "Zürich"}} user assistant system tool_call',
+    "naïve café, größer, 中文字符, 日本語, emoji 🙂🚀 and more 🙂 text; stop STOP ### END\n\nuser: hello",
+]
+
+
+@cache
+def byte_level(end: str = "</s>", special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as in GPT-2, Llama 3 and Qwen: every byte has a token, some pairs have merged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=list(dict.fromkeys(["<bos>", end, *special])),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=end)
+
+
+@cache
+def sentencepiece(prefix_space: bool = True) -> PreTrainedTokenizerFast:
+    """BPE with ▁ for spaces and single bytes for what it does not know: Llama 2 and Mistral, or (no prefix) Gemma."""
+    pieces = ["<unk>", "<bos>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    pieces += [chr(code) for code in range(33, 127)] + ["é", "中"]
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("l", "l"), ("▁", "▁"), ("o", "p"), ("s", "t"), ("st", "op")]
+    pieces += ["".join(pair) for pair in merges]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    spaces = normalizers.Replace(Regex(" "), "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix_space else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix_space else steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="</s>", unk_token="<unk>")
+
+
+def template(name: str, **settings: Any) -> Template:
+    """The template of that name with a tokenizer that knows its special tokens."""
+    end, others = ENDS[name]
+    text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    return Template(byte_level(end, tuple(others)), text, **settings)
+
+
+def call(place: str, number: int) -> dict[str, Any]:
+    """A tool call as callers send it: arguments as JSON text, an id of nine characters."""
+    function = {"name": "weather", "arguments": json.dumps({"place": place})}
+    return {"id": f"abcdefg{number:02d}", "type": "function", "function": function}
+
+
+def written(name: str, message: dict[str, Any]) -> str:
+    """The text a model of that family generates for an assistant message, without its end token."""
+    calls = message.get("tool_calls", [])
+    if not calls:
+        return (" " if name == "mistral-v0.3" else "") + message["content"]
+    name_and_arguments = [(c["function"]["name"], json.dumps(c["function"]["arguments"])) for c in calls]
+    if name == "llama3":
+        ((function, arguments),) = name_and_arguments
+        return f'{{"name": "{function}", "parameters": {arguments}}}'
+    if name.startswith("mistral"):
+        entries = [
+            f'{{"name": "{function}", "arguments": {arguments}, "id": "{one["id"]}"}}'
+            for one, (function, arguments) in zip(calls, name_and_arguments, strict=True)
+        ]
+        return f"[TOOL_CALLS]{' ' if name == 'mistral-v0.3' else ''}[{', '.join(entries)}]"
+    entries = [
+        f'<tool_call>\n{{"name": "{function}", "arguments": {arguments}}}\n</tool_call>'
+        for function, arguments in name_and_arguments
+    ]
+    return "\n".join(([message["content"]] if message["content"] else []) + entries)
+
+
+def long_chat(turns: int = 12) -> list[list[dict[str, Any]]]:
+    """What is new in each request: system and user first; every third turn goes through a tool call and its result.
+
+    Each entry but the last ends with the assistant's message that answered the request before.
+    """
+    steps: list[list[dict[str, Any]]] = [[{"role": "system", "content": "You are terse."}]]
+    for turn in range(turns):
+        steps[-1].append({"role": "user", "content": f"question-{turn:02d}: is it warm?"})
+        if turn % 3 == 1:
+            steps.append([{"role": "assistant", "content": None, "tool_calls": [call(f"place-{turn:02d}", turn)]}])
+            steps[-1].append({"role": "tool", "content": f"result-{turn:02d}", "tool_call_id": f"abcdefg{turn:02d}"})
+        steps.append([{"role": "assistant", "content": f"answer-{turn:02d}, it is."}])
+    return steps[:-1]

@@ -1,0 +1,1 @@
+"""What a session's cache still holds, as data and as a page."""

@@ -1,0 +1,214 @@
+"""The cache of a conversation, or of several as rows of a batch: its layers, and how many tokens each row has read.
+
+Everything that reads mutates it in place; `clone`, `row` and `stack` copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.errors import ConfigError
+from zsmerge_llm.kvcache.layer_cache import TENSORS, LayerCache, layer_configs
+from zsmerge_llm.kvcache.rope import Places, Rotation
+from zsmerge_llm.kvcache.view import PER_SLOT, LayerSpec
+
+
+class Cache:
+    """The cache of one conversation, or of several as rows of a batch.
+
+    `lengths` says how many tokens each row has read. Made by `Engine.new_cache`; `Engine.read` and `Engine.stream`
+    change it in place.
+    """
+
+    def __init__(self, config: CacheConfig, specs: Sequence[LayerSpec], rows: int = 1) -> None:
+        self.config = config
+        self.specs = tuple(specs)
+        configs = layer_configs(config, self.specs)
+        self.layers = [LayerCache(own, spec, rows) for own, spec in zip(configs, self.specs, strict=True)]
+        self.lengths = [0] * rows
+        self.places = [Places()] * rows  # where each row's tokens stand in the model's window
+        self.logits: Tensor | None = None  # [B, vocab] in the model's dtype, after each row's last token
+
+    @property
+    def seen(self) -> int:
+        """Tokens read so far; for a batch, by its longest row."""
+        return max(self.lengths)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def slots(self) -> int | None:
+        """The budget in slots per KV head, mean over the full-attention layers; None for the exact cache."""
+        return self.config.slots
+
+    @property
+    def lossless(self) -> int | None:
+        """Tokens up to which no full-attention layer loses any; None for the exact cache."""
+        slots = [layer.config.slots for layer in self.layers if layer.spec.window is None]
+        return min((each for each in slots if each is not None), default=self.config.slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all tensors of all layers, and by the logits after the last token."""
+        return sum(layer.nbytes for layer in self.layers) + (0 if self.logits is None else self.logits.nbytes)
+
+    @property
+    def merged(self) -> int:
+        """Tokens no longer held verbatim (merged or dropped), mean over rows, heads and full-attention layers."""
+        lost = [
+            sum(self.lengths) / self.rows - (layer.count == 1).sum(-1).float().mean().item()
+            for layer in self.layers
+            if layer.spec.window is None
+        ]
+        return round(sum(lost) / len(lost)) if lost else 0
+
+    def full_nbytes(self, tokens: int | None = None) -> int:
+        """Bytes an exact cache of these layers would hold in keys and values after `tokens` (default: those read)."""
+        total = sum(self.lengths) if tokens is None else tokens
+        return sum(
+            (min(total, spec.window) if spec.window else total)
+            * spec.kv_heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize
+            for spec in self.specs
+        )  # fmt: skip
+
+    def fits(self, new: int) -> bool:
+        """Whether `new` tokens can be read without any full-attention layer compressing."""
+        return all(layer.fits(new) for layer in self.layers if layer.spec.window is None)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a full-attention layer has tokens in its stage that `make_room` would make room for."""
+        return any(any(layer.crowded) for layer in self.layers if layer.spec.window is None)
+
+    def make_room(self) -> None:
+        """Empty the stage of every layer, between two turns rather than while the next one is waited for."""
+        seen = torch.tensor(self.lengths)
+        with torch.inference_mode():
+            for layer in self.layers:
+                layer.make_room(seen)
+
+    def move(self, row: int, places: Places, rotations: Sequence[Rotation]) -> None:
+        """Let the tokens of a row stand elsewhere: every layer's keys are turned to their new places."""
+        old = self.places[row]
+        for layer, rotation in zip(self.layers, rotations, strict=True):
+            layer.move(row, lambda position: places.of(position) - old.of(position), rotation)
+        self.places[row] = places
+
+    def clone(self) -> Cache:
+        """An independent copy."""
+        return Cache.stack([self])
+
+    def row(self, index: int) -> Cache:
+        """An independent copy of one row, as a cache of its own."""
+        return self.pick([index])
+
+    def pick(self, rows: Sequence[int]) -> Cache:
+        """An independent copy of some rows."""
+        some, chosen = Cache.from_state(*self.state()), list(rows)
+        some.lengths = [self.lengths[row] for row in chosen]
+        some.places = [self.places[row] for row in chosen]
+        some.logits = None if self.logits is None else self.logits[chosen]
+        for layer in some.layers:
+            layer.fills = [layer.fills[row] for row in chosen]
+            for name in TENSORS:
+                setattr(layer, name, getattr(layer, name)[chosen])
+        return some
+
+    def become(self, other: Cache) -> None:
+        """Take over everything `other` holds; it must not be used any more."""
+        self.layers, self.lengths, self.logits = other.layers, other.lengths, other.logits
+        self.places = other.places
+
+    @classmethod
+    def stack(cls, caches: Sequence[Cache]) -> Cache:
+        """One batch of several caches of the same configuration; rows are copies and independent of each other.
+
+        Raises:
+            ConfigError: caches of different configurations.
+        """
+        first = caches[0]
+        if any(cache.config != first.config or cache.specs != first.specs for cache in caches):
+            raise ConfigError("Only caches of one model and one CacheConfig can be stacked into a batch.")
+        batch = cls(first.config, first.specs, rows=0)
+        batch.lengths = [length for cache in caches for length in cache.lengths]
+        batch.places = [places for cache in caches for places in cache.places]
+        known = [cache.logits for cache in caches if cache.logits is not None]
+        batch.logits = torch.cat(known) if len(known) == len(caches) else None
+        for index, layer in enumerate(batch.layers):
+            parts = [cache.layers[index] for cache in caches]
+            layer.fills = [fill for part in parts for fill in part.fills]
+            for part in parts:
+                if part.config.slots is None:
+                    part._grow(max(layer.fills))
+            room = min(part.capacity for part in parts)
+            for name in TENSORS:
+                tensors = [getattr(part, name) for part in parts]
+                if name in PER_SLOT:
+                    tensors = [tensor[:, :, :room] for tensor in tensors]
+                setattr(layer, name, torch.cat(tensors))
+        return batch
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything there is to save: tensors by name, and JSON-able facts. The tensors are the cache's own."""
+        tensors = {
+            f"{index}.{name}": getattr(layer, name) for index, layer in enumerate(self.layers) for name in TENSORS
+        }
+        if self.logits is not None:
+            tensors["logits"] = self.logits
+        specs = [
+            {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch."), "device": str(spec.device)}
+            for spec in self.specs
+        ]
+        facts = {
+            "config": asdict(self.config),
+            "specs": specs,
+            "lengths": list(self.lengths),
+            "places": [places.knots for places in self.places],
+            "fills": [layer.fills for layer in self.layers],
+        }
+        return tensors, facts
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Cache:
+        """The inverse of `state`. The tensors are taken over, moved to each layer's device where they are elsewhere.
+
+        Tensors without elements may be left out.
+
+        Raises:
+            ValueError, KeyError: tensors that do not fit the facts.
+        """
+        specs = [
+            LayerSpec(**{**spec, "dtype": getattr(torch, spec["dtype"]), "device": torch.device(spec["device"])})
+            for spec in facts["specs"]
+        ]
+        cache = cls(CacheConfig.from_dict(facts["config"]), specs, rows=0)
+        cache.lengths = list(facts["lengths"])
+        cache.places = [Places(tuple((at, to) for at, to in knots)) for knots in facts["places"]]
+        logits = tensors.get("logits")
+        cache.logits = logits.to(specs[-1].device) if logits is not None and specs else logits
+        for index, (layer, fills) in enumerate(zip(cache.layers, facts["fills"], strict=True)):
+            layer.fills = list(fills)
+            for name in TENSORS:
+                empty = getattr(layer, name)
+                shape = (cache.rows, *empty.shape[1:])
+                given = tensors.get(f"{index}.{name}")
+                tensor = empty.new_zeros(shape) if given is None and 0 in shape else tensors[f"{index}.{name}"]
+                if tensor.dtype != empty.dtype or not _fits(tensor.shape, shape, layer.config.slots is None):
+                    raise ValueError(f"{index}.{name} is {tensor.dtype}{list(tensor.shape)}, not {empty.dtype}{shape}")
+                setattr(layer, name, tensor.to(layer.spec.device))
+        return cache
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int], grows: bool) -> bool:
+    """Whether a tensor has the shape a fresh cache gives it; the exact cache's slots (dimension 2) may be more."""
+    if grows and len(shape) > 2:
+        shape, wanted = (*shape[:2], *shape[3:]), (*wanted[:2], *wanted[3:])
+    return tuple(shape) == tuple(wanted)

@@ -1,0 +1,300 @@
+"""Messages to text and ids: `normalise` checks them, `Template` is the model's chat template. Imports nothing heavy.
+
+Messages are dicts in the OpenAI format. What a template cannot express is put into words it can: tools into the system
+message, tool calls and results into tagged text, where the template knows none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from typing import TYPE_CHECKING, Any, cast
+
+from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError
+from zsmerge_llm.language.messages import normalise as normalise
+from zsmerge_llm.language.messages import short_id
+from zsmerge_llm.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tools = Sequence[dict[str, Any]] | None
+"""Tool definitions in the OpenAI format."""
+TOOL_GUIDE = """# Tools
+
+You may call these functions:
+{tools}
+
+To call one, answer with its name and arguments as JSON between tags, and nothing else:
+<tool_call>
+{{"name": "...", "arguments": {{...}}}}
+</tool_call>
+The results come back between <tool_response> and </tool_response>."""
+
+
+class Template:
+    """One model's chat template with everything that must not change while a conversation lasts.
+
+    `today` is the date that templates with `strftime_now` print: frozen here, so that a conversation renders the same
+    tomorrow. `args` are further variables for the template, such as `{"enable_thinking": False}`. Methods take
+    messages from `normalise`. Constructing one is cheap and needs no template: completions (`encode_prompt`) have none.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        chat_template: Jinja text, or the name of one of the tokenizer's templates, instead of its default.
+        today: the date; None is the current one.
+        args: variables for the template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        *,
+        today: date | None = None,
+        args: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.today = today or date.today()
+        self.args = dict(args or {})
+
+    def source(self, tools: Tools = None) -> str:
+        """The Jinja text in use, with `strftime_now("…")` replaced by the frozen date.
+
+        Raises:
+            MissingTemplateError: the model has none.
+        """
+        try:
+            text = self.tokenizer.get_chat_template(self.chat_template, tools=list(tools) if tools else None)
+        except ValueError as error:
+            raise MissingTemplateError(
+                "This model has no chat template, so it cannot take messages: use LLM.complete with plain text, choose "
+                "an instruct model, or pass chat_template= (Jinja text)."
+            ) from error
+        # transformers turns callables among the variables into text, so the clock can only be stopped in the source
+        stamp = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+        return re.sub(stamp, lambda found: json.dumps(self.today.strftime(found[2])), text)
+
+    def render(self, messages: Sequence[Message], tools: Tools = None, add_generation_prompt: bool = True) -> str:
+        """The conversation as the text the model reads, special tokens included.
+
+        Raises:
+            InputError: the template refuses these messages (its own message is passed on).
+            MissingTemplateError: the model has none.
+            ConfigError: the template is no valid Jinja.
+        """
+        source = self.source(tools)
+        adapted, listed = _adapt(source, _with_notes(messages), checked_tools(tools))
+        try:
+            return self._apply(source, adapted, listed, add_generation_prompt)
+        except InputError:
+            if (renumbered := _renumbered(adapted)) == adapted:
+                raise
+            # Mistral's templates accept ids of nine characters only
+            return self._apply(source, renumbered, listed, add_generation_prompt)
+
+    def _apply(self, source: str, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
+        from jinja2 import TemplateError, TemplateSyntaxError
+
+        settings = {"chat_template": source, "add_generation_prompt": prompt, "tokenize": False, **self.args}
+        try:
+            return cast(str, self.tokenizer.apply_chat_template(messages, tools=cast(Any, tools), **settings))
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"The chat template is not valid Jinja ({error}): pass another as chat_template=."
+            ) from error
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise InputError(
+                f"The model's chat template refuses these messages: {error} "
+                "Change them accordingly, or pass another template as chat_template=."
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of rendered text. Nothing is added: a template writes its own BOS."""
+        return self._ids(text, add_special_tokens=False)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a plain prompt, with the special tokens this tokenizer adds by itself."""
+        return self._ids(text, add_special_tokens=True)
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"The text is not valid Unicode ({error}): decode it with errors='replace'.") from error
+        return cast(
+            "list[int]", self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        )
+
+    def count(self, messages: Sequence[Message], tools: Tools = None) -> int:
+        """Tokens of these messages as a prompt, or, where the template takes no such part, of their plain text."""
+        answered = messages[-1]["role"] == "assistant"
+        try:
+            text = self.render(messages, tools, add_generation_prompt=not answered)
+        except InputError:
+            text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return len(self.encode(text))
+
+    def delta(
+        self, messages: Sequence[Message], n: int, tools: Tools = None, add_generation_prompt: bool = True
+    ) -> str:
+        """What follows the generated content of `messages[n-1]`: its closing tokens, `messages[n:]`, the next header.
+
+        Right also where the template renders earlier messages differently now than when they were read: only what
+        comes after that content is returned. Its first token is usually the one the model ended its answer with.
+
+        Raises:
+            InputError: `messages[n-1]` is not the assistant's, or the template refuses these messages.
+        """
+        if not 0 < n <= len(messages) or messages[n - 1]["role"] != "assistant":
+            raise InputError(f"messages[{n - 1}] is not an answer of the assistant, so nothing can follow it.")
+        whole = self.render(messages, tools, add_generation_prompt)
+        first = None
+        for ending in self._endings(list(messages), n, tools, add_generation_prompt):
+            if whole.endswith(ending):
+                return ending
+            first = first or ending
+        if first is None:
+            raise InputError(
+                f"The chat template does not show where messages[{n - 1}] ends: pass another as chat_template=."
+            )
+        return first
+
+    def _endings(self, messages: list[Message], n: int, tools: Tools, prompt: bool) -> Iterator[str]:
+        """Candidates for `delta`, the most reliable first: after a marker put in the answer's place."""
+        marker = uuid.uuid4().hex
+        plain: Message = {"role": "assistant", "content": marker}
+        yield from self._after(marker, [*messages[: n - 1], plain, *messages[n:]], tools, prompt)
+        if not (calls := messages[n - 1].get("tool_calls")):
+            return
+        # Some templates want results to follow calls: mark the last call's arguments, and skip the rest of its JSON
+        function = {**calls[-1]["function"], "arguments": {marker: marker}}
+        marked = {**messages[n - 1], "tool_calls": [*calls[:-1], {**calls[-1], "function": function}]}
+        for close in self._after(marker, [{"role": "user", "content": "-"}, plain], None, False):
+            for ending in self._after(marker, [*messages[: n - 1], marked, *messages[n:]], tools, prompt):
+                if close and close in ending:
+                    yield ending[ending.index(close) :]
+
+    def _after(self, marker: str, messages: list[Message], tools: Tools, prompt: bool) -> Iterator[str]:
+        try:
+            _, found, ending = self.render(messages, tools, prompt).rpartition(marker)
+        except InputError:
+            return
+        if found:
+            yield ending
+
+    def digests(self, messages: Sequence[Message], tools: Tools = None, extra: Any = None) -> list[str]:
+        """One digest per prefix: entry i stands for `messages[:i]` with these tools, `args` and `extra` (JSON).
+
+        Equal digests mean the same conversation. Not part of it: message `id`, `name`, `reasoning_content` and ids of
+        tool calls (a result counts as the answer to the k-th call); key order and spacing of JSON; and in the
+        assistant's messages a leading <think> block and outer whitespace, which templates and frameworks drop.
+
+        A message's `note` (`forms`) belongs to the request that ends with it: it counts in that prefix's digest, and
+        not in those of longer ones, whose messages come without it. What was read stays read.
+        """
+        state = _digest("", [checked_tools(tools), self.args, extra])
+        digests = [state]
+        for message, item in zip(messages, _canonical(messages), strict=True):
+            state = _digest(state, item)
+            digests.append(_digest(state, message["note"]) if "note" in message else state)
+        return digests
+
+
+def _digest(before: str, item: Any) -> str:
+    return hashlib.sha256((before + json.dumps(item, sort_keys=True, default=str)).encode()).hexdigest()
+
+
+def _canonical(messages: Sequence[Message]) -> Iterator[list[Any]]:
+    numbers: dict[str, int] = {}
+    count = 0
+    for message in messages:
+        content, calls = message["content"], []
+        if message["role"] == "assistant":
+            content = re.sub(r"\A\s*<think>.*?</think>", "", content, flags=re.DOTALL).strip()
+        for call in message.get("tool_calls", ()):
+            numbers[call["id"]], count = count, count + 1
+            calls.append([call["function"]["name"], call["function"]["arguments"]])
+        yield [message["role"], content, calls, numbers.get(message.get("tool_call_id", ""))]
+
+
+def checked_tools(tools: Tools) -> list[dict[str, Any]] | None:
+    """OpenAI tool definitions; None for an empty list, which some templates would take for tools."""
+    for index, tool in enumerate(tools or ()):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
+            raise InputError(f"tools[{index}] must have the form {form}.")
+    return list(tools) if tools else None
+
+
+def _with_notes(messages: Sequence[Message]) -> list[Message]:
+    """Notes at the end of the messages they belong to."""
+    return [
+        {**{key: value for key, value in message.items() if key != "note"}, "content": _noted(message)}
+        for message in messages
+    ]
+
+
+def _noted(message: Message) -> str:
+    return f"{message['content']}\n\n{message['note']}" if message.get("note") else cast(str, message["content"])
+
+
+def _adapt(
+    source: str, messages: list[Message], tools: list[dict[str, Any]] | None
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """Say in plain messages what the template has no words for: its text shows whether it reads tools and calls."""
+    if tools and not re.search(r"\btools\b", source):
+        guide = TOOL_GUIDE.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        first, tools = messages[0], None
+        if first["role"] == "system" or _refuses_system(source):
+            both = [first["content"], guide] if first["role"] == "system" else [guide, first["content"]]
+            messages = [{**first, "content": "\n\n".join(both)}, *messages[1:]]
+        else:
+            messages = [{"role": "system", "content": guide}, *messages]
+    return (messages if "tool_calls" in source else _in_words(messages)), tools
+
+
+def _refuses_system(source: str) -> bool:
+    """Whether a template takes no system message (Gemma 2)."""
+    return "system role not supported" in source.lower()
+
+
+def _in_words(messages: list[Message]) -> list[Message]:
+    """Calls as tagged JSON in the assistant's text; results as a user turn, joined with the user's own next words."""
+    plain: list[Message] = []
+    after_result = False
+    for message in messages:
+        role, text = message["role"], message["content"]
+        for call in message.get("tool_calls", ()):
+            body = json.dumps(call["function"], ensure_ascii=False)
+            text += ("\n" if text else "") + f"<tool_call>\n{body}\n</tool_call>"
+        if role == "tool":
+            role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
+        if role == "user" and after_result:
+            plain[-1] = {"role": role, "content": f"{plain[-1]['content']}\n{text}"}
+        else:
+            plain.append({"role": role, "content": text})
+        after_result = message["role"] == "tool"
+    return plain
+
+
+def _renumbered(messages: list[Message]) -> list[Message]:
+    """The same messages with short ids, by order, for tool calls and their results."""
+    short: dict[str, str] = {}
+    changed = []
+    for message in messages:
+        message = dict(message)
+        if calls := message.get("tool_calls"):
+            for call in calls:
+                short[call["id"]] = short_id(len(short))
+            message["tool_calls"] = [{**call, "id": short[call["id"]]} for call in calls]
+        if wanted := message.get("tool_call_id"):
+            message["tool_call_id"] = short.setdefault(wanted, short_id(len(short)))
+        changed.append(message)
+    return changed

