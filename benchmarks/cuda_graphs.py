@@ -25,7 +25,7 @@ from speed import theirs
 from torch import Tensor
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
-from zsmerge_llm.attention.interface import Step, forward
+from zsmerge_llm.attention.interface import ForwardPass, forward
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache.cache import Cache
 
@@ -44,11 +44,11 @@ class Graphs:
     def step(self, token: int) -> int:
         """Read one token and say the next one, greedily."""
         cache, first = self.cache, self.cache.layers[0]
-        self.engine.horizon.make_way(cache, [1], 0)
+        self.engine.remapper.ensure_positions(cache, [1], 0)
         self.token.fill_(token)
         self.place.fill_(cache.lengths[0])
         self.seen.fill_(cache.lengths[0] + 1)
-        state = (cache.places[0].offset, *(layer.fills[0] for layer in cache.layers))
+        state = (cache.position_maps[0].offset, *(layer.fills[0] for layer in cache.layers))
         whole = all(layer.fits(1) for layer in cache.layers) and first.spec.device.type == "cuda"
         if not whole:
             logits = self._forward()
@@ -68,10 +68,10 @@ class Graphs:
         valid = torch.ones_like(now, dtype=torch.bool)
         marks = {"kept": now, "valid": valid, "present": valid.float(), "asking": now}
         marks |= {"position": self.place, "seen": self.seen}
-        step = Step(self.cache, 1, self.place, None, [1], self.seen)
+        step = ForwardPass(self.cache, 1, self.place, None, [1], self.seen)
         for spec in self.engine.specs:
             step.small.setdefault(spec.device, marks)
-        place = self.place - self.cache.places[0].offset
+        place = self.place - self.cache.position_maps[0].offset
         return forward(self.engine.model, step, input_ids=self.token, position_ids=place, logits_to_keep=1)
 
     def _capture(self, state: tuple[int, ...]) -> Tensor:
@@ -128,7 +128,7 @@ def main() -> None:
     ids = repeated(llm.tokenizer(book(arguments.text)).input_ids, arguments.history)
     cache, rates = engine.new_cache(), {}
     engine.read(cache, ids)
-    cache.make_room()
+    cache.compress_stage()
     with torch.inference_mode():
         rates["transformers"], _ = theirs(engine, ids)
         rates["loop"], said = rate(by_loop(engine, cache.clone(), arguments.steps), skip)

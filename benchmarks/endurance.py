@@ -19,18 +19,18 @@ from common import RESULTS, book, plot, write
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.engine.position_remapping import Horizon, Shape
+from zsmerge_llm.engine.position_remapping import PositionRemapper, RemapLayout
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.grammar import Grammar
 
 BLOCK, BEFORE, FRESH = 4096, 3072, (1, 15, 7, 11, 3)
-WAYS: dict[str, Shape | None] = {
+WAYS: dict[str, RemapLayout | None] = {
     "as is": None,
-    "re-mapped": Shape(),
-    "re-mapped, to a quarter": Shape(squeeze=0.25),
-    "re-mapped, evenly": Shape(segments=1),
-    "re-mapped, near 1/16": Shape(near=0.0625),
-    "re-mapped, near 1/2": Shape(near=0.5),
+    "re-mapped": RemapLayout(),
+    "re-mapped, to a quarter": RemapLayout(squeeze=0.25),
+    "re-mapped, evenly": RemapLayout(segments=1),
+    "re-mapped, near 1/16": RemapLayout(near=0.0625),
+    "re-mapped, near 1/2": RemapLayout(near=0.5),
 }
 ASSISTANTS = {
     "shop": (
@@ -70,9 +70,9 @@ ASKED = (1, 4, 8, 16, 32, 48)
 """Turns behind which the chat is asked, beside the last."""
 
 
-def place(engine: Engine, shape: Shape | None) -> None:
+def place(engine: Engine, shape: RemapLayout | None) -> None:
     """Let the engine's caches stand in the window as `shape` says; None: never move."""
-    engine.horizon = Horizon(engine.model, engine.specs, engine.window if shape else None, shape)
+    engine.remapper = PositionRemapper(engine.model, engine.specs, engine.window if shape else None, shape)
 
 
 def block_nll(engine: Engine, cache: Cache, ids: list[int]) -> float:
@@ -93,7 +93,7 @@ def endure(llm: LLM, ids: list[int]) -> dict[str, Any]:
         "nll": by_block,
         "written": text,
         "bytes": cache.nbytes,
-        "parts": len(cache.places[0].knots),
+        "parts": len(cache.position_maps[0].knots),
     }
 
 
@@ -146,7 +146,7 @@ def main() -> None:
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     known.pop("machine", None)
     reading, chats = known.setdefault("reading", {}), known.setdefault("chats", {})
-    llm = LLM(arguments.model, cache=CacheConfig(slots=arguments.slots), recall=arguments.recall)
+    llm = LLM(arguments.model, cache=CacheConfig(slots=arguments.slots), retrieval_tokens=arguments.recall)
     if set(arguments.only) != {"chat"}:
         known.update({"block": BLOCK, "slots": arguments.slots, "model": Path(llm.name).stem})
     ids = llm.tokenizer(book(arguments.text), add_special_tokens=False, verbose=False).input_ids[: arguments.tokens]
@@ -156,7 +156,7 @@ def main() -> None:
             place(llm.engine, WAYS.get(name))
             reading[name] = fresh(llm, ids) if name == "fresh" else endure(llm, ids)
             write("endurance", known)
-    place(llm.engine, Shape())
+    place(llm.engine, RemapLayout())
     texts = passages(llm, book(arguments.text), arguments.passage, arguments.tokens // arguments.passage)
     for name, (system, questions) in ASSISTANTS.items():
         key = f"{Path(llm.name).stem}, {name}, {arguments.tokens} tokens, {arguments.recall} read again"

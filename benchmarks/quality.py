@@ -27,7 +27,7 @@ from quality_run import Budget, Reader
 from quality_tasks import item, load, needles, rephrased, summary
 
 from zsmerge_llm import LLM
-from zsmerge_llm.language.chat_template import Template
+from zsmerge_llm.language.chat_template import ChatTemplate
 
 DEFAULT = "full,truncate,streaming,h2o,snapkv,pyramidkv,tova,keydiff,knorm,expected,cam,paper,ours-generic,valued-mean"
 OURS = ["ours-question", "ours-profile", "ours-generic"]
@@ -62,7 +62,7 @@ def records(arguments: argparse.Namespace, reader: Reader) -> Iterator[dict[str,
 def measure(arguments: argparse.Namespace, path: Path) -> None:
     """Append what is missing, one cell at a time."""
     llm = LLM(arguments.model)
-    reader = Reader(llm.engine, Template(llm.tokenizer), rouge=not arguments.no_rouge)
+    reader = Reader(llm.engine, ChatTemplate(llm.tokenizer), rouge=not arguments.no_rouge)
     finished = done(path)
     for record in records(arguments, reader):
         plain = "prompt" in record

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zsmerge_llm.attention.interface import Call, Carrier, _attend, forward
+from zsmerge_llm.attention.interface import AttentionCall, AttentionHandler, _attend, forward
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.cache import Cache
@@ -31,14 +31,14 @@ class Score:
 
 
 @dataclass
-class Asking(Carrier):
+class Asking(AttentionHandler):
     """Questions as blocks of one row. position [1, T]; own [T, T]: 0 within a block up to itself, else -inf."""
 
     cache: Cache
     position: Tensor
     own: Tensor
 
-    def attend(self, call: Call) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         layer = self.cache.layers[call.layer]
         used, new = max(layer.fills), call.query.shape[2]
         keys = torch.cat([layer.keys[:, :, :used], call.key], dim=2)
@@ -56,7 +56,7 @@ class Asking(Carrier):
 def ask(engine: Engine, cache: Cache, asked: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
     """Score (question ids, gold answer ids) pairs against a one-row cache, which stays as it is, but for its places
     where the window is about to end."""
-    engine.horizon.make_way(cache, [max((len(q) + len(a) for q, a in asked), default=0)], 0)
+    engine.remapper.ensure_positions(cache, [max((len(q) + len(a) for q, a in asked), default=0)], 0)
     scores: list[Score] = []
     batch: list[tuple[list[int], list[int]]] = []
     for pair in asked:
@@ -81,7 +81,7 @@ def _ask_together(engine: Engine, cache: Cache, asked: Sequence[tuple[list[int],
         wanted += range(first, first + len(answer))
         goals += answer
     position = (cache.lengths[0] + order)[None]
-    place = position - cache.places[0].offset  # beyond the trained window the model is told another place
+    place = position - cache.position_maps[0].offset  # beyond the trained window the model is told another place
     logits = forward(
         engine.model,
         Asking(cache, position.to(engine.device), own.to(engine.device)),

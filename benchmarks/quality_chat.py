@@ -29,7 +29,7 @@ from quality_tasks import GUIDE, Item, item, load
 
 from zsmerge_llm import LLM
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.language.chat_template import Template
+from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import block
 
 DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,ours-chat,ours-chat-recall,truncate-recall"
@@ -72,7 +72,7 @@ def conversation(record: dict[str, Any], early: float = EARLY) -> tuple[dict[str
     return {"id": record["id"], "file": f"chat-{record['file']}", "messages": messages, "qa": later}, behind
 
 
-def chat(template: Template, record: dict[str, Any], most: int) -> Chat:
+def chat(template: ChatTemplate, record: dict[str, Any], most: int) -> Chat:
     """A chat with at most `most` of its questions, spread evenly."""
     if "messages" in record:
         behind = [len(record["messages"])] * len(record["qa"])
@@ -95,11 +95,16 @@ def turns(reader: Reader, policy: Policy, slots: int, read: Item) -> Iterator[Ca
     cache = reader.new_cache(policy, Budget(slots), read.tokens)
     own = all(type(layer) is PolicyLayer for layer in cache.layers)
     for number, (part, question) in enumerate(read.parts):
-        if policy.recall and question and cache.lossless is not None and cache.seen + len(part) > cache.lossless:
+        if (
+            policy.retrieval_tokens
+            and question
+            and cache.exact_capacity is not None
+            and cache.seen + len(part) > cache.exact_capacity
+        ):
             part = looked_up(reader, policy, slots, read, number)
-        reader.engine.read(cache, part, probe=reader.probe(policy, question) or None, reserving=number > 0)
+        reader.engine.read(cache, part, probe=reader.probe(policy, question) or None, multi_turn=number > 0)
         if own and not question:  # an answer: the product makes room before the next turn
-            cache.make_room()
+            cache.compress_stage()
         yield cache
 
 
@@ -128,7 +133,7 @@ def measure(reader: Reader, policy: Policy, slots: int, chat: Chat) -> list[dict
 def run(arguments: argparse.Namespace, path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Append what is missing, one chat under one policy at a time."""
     llm = LLM(arguments.model)
-    reader = Reader(llm.engine, Template(llm.tokenizer))
+    reader = Reader(llm.engine, ChatTemplate(llm.tokenizer))
     finished = {key[:2] + key[3:] for key in done(path)}
     for record in records:
         made = chat(reader.template, record, arguments.questions)

@@ -19,11 +19,11 @@ from quality_tasks import Item, Question
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.engine.layer_budgets import Profile
+from zsmerge_llm.engine.layer_budgets import LayerBudgets
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.language.chat_template import Template
-from zsmerge_llm.retrieval.attention_search import Glance
-from zsmerge_llm.retrieval.passage_search import Recall, tail
+from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.retrieval.attention_search import AttentionSearch
+from zsmerge_llm.retrieval.passage_search import PassageSearch, tail
 from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, question
 
 FOLLOW_UPS = 2
@@ -55,13 +55,13 @@ class Reader:
     """
 
     engine: Engine
-    template: Template
+    template: ChatTemplate
     rouge: bool = True
 
     @cached_property
     def profile(self) -> tuple[float, ...]:
         """What each layer's budget is worth to this model."""
-        return Profile(self.engine, self.template).shares
+        return LayerBudgets(self.engine, self.template).layer_budgets
 
     @cached_property
     def generic(self) -> list[int]:
@@ -86,7 +86,7 @@ class Reader:
         behind: `tail` of `Engine.read`."""
         most = policy.chunk or len(ids)
         self.engine.chunk = -(-len(ids) // -(-len(ids) // most))
-        self.engine.read(cache, ids, probe=probe or None, tail=behind)
+        self.engine.read(cache, ids, probe=probe or None, pinned_tail=behind)
 
     def begin(self, policy: Policy, budget: Budget, item: Item) -> Cache | None:
         """What reading a document has in common for all questions: the passes before the last one, without a probe."""
@@ -127,11 +127,11 @@ class Reader:
     ) -> list[str]:
         """What the first `before` messages (all of them where None; of a document: its text) say about a question; what
         a document's cache looks at (`Policy.glance`), where its words find nothing."""
-        most = min(policy.recall, budget.slots(item.tokens) // 2)
-        found = Recall(self.template, most).passages(item.said[:before], question(asked), most)
+        most = min(policy.retrieval_tokens, budget.slots(item.tokens) // 2)
+        found = PassageSearch(self.template, most).passages(item.said[:before], question(asked), most)
         if found or cache is None or not policy.glance:
             return found
-        return Glance(self.engine.look, self.template).passages(cache, item.parts[0][0], question(asked), most)
+        return AttentionSearch(self.engine.look, self.template).passages(cache, item.parts[0][0], question(asked), most)
 
     def asking(
         self,
@@ -144,7 +144,7 @@ class Reader:
         cache: Cache | None = None,
     ) -> list[int]:
         """The ids of a question, with the passages that the policy looks up for it (`before`: in so many messages)."""
-        if not policy.recall:
+        if not policy.retrieval_tokens:
             return asked.following if follows else asked.asking
         found = self.passages(policy, budget, item, before, asked.text, cache)
         return asked.behind(self.template, found, follows)
@@ -161,7 +161,7 @@ class Reader:
     ) -> list[Score]:
         """What answers to questions are worth, each asked of the same cache. Passages that are looked up are read
         into a copy of it, as the product does: they are more than a cache has room for."""
-        if not policy.recall:
+        if not policy.retrieval_tokens:
             asked = [(self.asking(policy, budget, item, each, follows), each.answer) for each in questions]
             return ask(self.engine, cache, asked)
         found = []
@@ -169,8 +169,8 @@ class Reader:
             own = copy.deepcopy(cache)
             ids = self.asking(policy, budget, item, each, follows, before, own)
             self.engine.chunk = 512
-            reserving = follows or len(item.parts) > 1
-            self.engine.read(own, ids[:-1], probe=each.probe, reserving=reserving)
+            multi_turn = follows or len(item.parts) > 1
+            self.engine.read(own, ids[:-1], probe=each.probe, multi_turn=multi_turn)
             found += ask(self.engine, own, [(ids[-1:], each.answer)])
         return found
 
@@ -258,5 +258,5 @@ def reading_bytes(policy: Policy, cache: Cache, chunk: int) -> int:
         return full + (0 if cache.slots is None else cache.nbytes)
     largest = max(layer.nbytes for layer in cache.layers)
     passing = cache.full_nbytes(min(chunk, STAGE * 4))
-    votes = policy.probe is not None and cache.config.passages > 0
+    votes = policy.probe is not None and cache.config.passage_share > 0
     return cache.nbytes + largest + (passing if votes else passing // len(cache.layers))

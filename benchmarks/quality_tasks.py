@@ -15,7 +15,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from zsmerge_llm.language.chat_template import Template
+from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import block
 from zsmerge_llm.retrieval.query_probe import chat_probe, question
 
@@ -38,7 +38,7 @@ class Question:
     depth: float
     forms: tuple[str, str] = ("", "")
 
-    def behind(self, template: Template, passages: Sequence[str], follows: bool) -> list[int]:
+    def behind(self, template: ChatTemplate, passages: Sequence[str], follows: bool) -> list[int]:
         """`asking` or `following` with passages that are read again before the question, as `LLM` puts them."""
         return template.encode(self.forms[follows].replace(MARK, block(passages)))
 
@@ -93,7 +93,7 @@ def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**records[0], "context": context, "qa": qa, "id": "+".join(str(record["id"]) for record in records)}
 
 
-def item(template: Template, record: dict[str, Any], most: int) -> Item:
+def item(template: ChatTemplate, record: dict[str, Any], most: int) -> Item:
     """One record with at most `most` of its questions, spread evenly over the document."""
     if "messages" in record:
         parts, texts, closing = _chat(template, record["messages"])
@@ -111,7 +111,7 @@ def item(template: Template, record: dict[str, Any], most: int) -> Item:
 
 
 def _question(
-    template: Template, index: int, asked: dict[str, Any], guide: str, closing: str, between: str
+    template: ChatTemplate, index: int, asked: dict[str, Any], guide: str, closing: str, between: str
 ) -> Question:
     """One line of a record's `qa`, asked behind the document (`closing`) or behind another answer (`between`)."""
     opening = asked.get("opening", "")
@@ -127,20 +127,20 @@ def _question(
     )
 
 
-def _between(template: Template) -> str:
+def _between(template: ChatTemplate) -> str:
     """What the template writes from an assistant's answer to the next one, with MARK where the question stands."""
     turns = [("user", "?"), ("assistant", "@@answer@@"), ("user", MARK)]
     return template.render([{"role": role, "content": text} for role, text in turns]).rpartition("@@answer@@")[2]
 
 
-def _document(template: Template, context: str) -> tuple[list[tuple[list[int], list[int]]], str]:
+def _document(template: ChatTemplate, context: str) -> tuple[list[tuple[list[int], list[int]]], str]:
     """The document as one part, and what follows it, with MARK where the question stands."""
     head, _, tail = template.render([{"role": "user", "content": f"{context}\n\n{MARK}"}]).partition(MARK)
     return [(template.encode(head), [])], MARK + tail
 
 
 def _chat(
-    template: Template, messages: list[dict[str, Any]]
+    template: ChatTemplate, messages: list[dict[str, Any]]
 ) -> tuple[list[tuple[list[int], list[int]]], list[str], str]:
     """A chat, each message as its own part; a user's with the probe that the product would take."""
     parts, texts, before = [], [], ""
@@ -154,7 +154,7 @@ def _chat(
     return parts, texts, marked.removeprefix(before)
 
 
-def summary(template: Template, record: dict[str, Any]) -> Item:
+def summary(template: ChatTemplate, record: dict[str, Any]) -> Item:
     """A plain prompt and its reference, as one question about nothing but the prompt."""
     ids = template.encode_prompt(record["prompt"])
     reference = template.encode(" " + record["reference"].strip())
@@ -162,7 +162,7 @@ def summary(template: Template, record: dict[str, Any]) -> Item:
     return Item(str(record["id"]), record["file"], [(ids[:-1], asked.probe)], [asked])
 
 
-def needles(book: Path, tokens_of: Template, documents: int, tokens: int, seed: int = 0) -> list[dict[str, Any]]:
+def needles(book: Path, tokens_of: ChatTemplate, documents: int, tokens: int, seed: int = 0) -> list[dict[str, Any]]:
     """Records made of a long text: six secret codes in sentences at even depths of each of `documents` excerpts. The
     answers go on from a sentence's opening, so that exactness is about the code alone."""
     draw = random.Random(seed)

@@ -99,7 +99,7 @@ def rate_of(seconds: dict[int, float]) -> float:
 def ours(engine: Engine, before: Cache) -> float:
     """Tokens per second on a copy of a cache, by the decode loop that every answer goes through."""
     cache = before.clone()
-    cache.make_room()
+    cache.compress_stage()
     stream = engine.decode(cache, [SamplingParams(max_tokens=STEPS + 3, ignore_eos=True, lookup=False)], [[]])
     return 1 / steps(lambda _: next(stream))
 

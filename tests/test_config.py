@@ -27,8 +27,9 @@ from zsmerge_llm.errors import ConfigError, ZSMergeError
         {"alpha": float("nan")},
         {"decay": -0.1},
         {"decay": float("inf")},
-        {"pool": 4},
-        {"scoring": "best"},
+        {"pool_kernel": 4},
+        {"policy": "best"},
+        {"policy": object()},
     ],
 )
 def test_a_cache_that_cannot_work_is_refused(settings: dict[str, object]) -> None:
@@ -65,8 +66,8 @@ def test_a_budget_too_small_names_the_number_that_would_do() -> None:
 @pytest.mark.parametrize("slots", [8, 9, 64, 512, 1024, 18_000])
 def test_presets_fill_their_budget(slots: int) -> None:
     for config in (CacheConfig.paper(slots), CacheConfig.h2o(slots), CacheConfig.streaming(slots)):
-        assert config.sink + config.context + config.recent + config.residual == slots
-        assert config.context >= 1
+        assert config.sink + config.num_context + config.recent + config.residual == slots
+        assert config.num_context >= 1
     assert CacheConfig.full().slots is None
 
 

@@ -31,7 +31,7 @@ def test_smollm2_answers_and_counts(smollm2: LLM) -> None:
     assert "Paris" in result.text
     assert result.finish_reason == "stop"
     assert result.usage.completion_tokens < 40
-    assert result.usage.merged_tokens == 0
+    assert result.usage.dropped_tokens == 0
     assert result.usage.prefill_seconds > 0
 
 
@@ -46,7 +46,7 @@ def test_a_question_behind_a_long_text_finds_its_answer_in_an_eighth_of_the_memo
     result = llm.chat(messages, sampling=SamplingParams(max_tokens=24))
     assert "7351" in result.text
     assert result.usage.prompt_tokens > 7 * 256
-    assert result.usage.merged_tokens > 6 * 256
+    assert result.usage.dropped_tokens > 6 * 256
 
 
 def test_what_the_cache_has_forgotten_is_found_again_in_the_text(smollm2: LLM) -> None:
@@ -62,8 +62,8 @@ def test_what_the_cache_has_forgotten_is_found_again_in_the_text(smollm2: LLM) -
     for question, answer in (("What is the code of the old safe?", "7351"), ("When was the chapel built?", "1742")):
         result = llm.chat(question, session=document, sampling=SamplingParams(max_tokens=24))
         assert answer in result.text
-        assert 0 < result.usage.recalled_tokens <= 140
-        assert result.usage.merged_tokens > 6 * 256
+        assert 0 < result.usage.retrieved_tokens <= 140
+        assert result.usage.dropped_tokens > 6 * 256
 
 
 def test_stop_strings_end_an_answer_and_are_not_part_of_it(smollm2: LLM) -> None:

@@ -6,18 +6,19 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from zsmerge_llm.errors import ConfigError
 
-Scoring = Literal["attention", "window", "position"]
-
-AHEAD_FLOOR = 0.02
-"""`floor` where nobody knows yet what will be asked."""
-PINNED = 64
-"""Tokens that are kept for their place, beyond the sinks, come in multiples of this."""
+QUERY_AGNOSTIC_FLOOR = 0.02
+"""`score_floor` where no question is known yet. Found by measuring (docs/research/eviction)."""
+PREFIX_MULTIPLE = 64
+"""A pinned system prompt is rounded up to a multiple of this many slots."""
 ROUNDING = 1e-6
-"""What a number of slots may be off by before it counts as another."""
+"""Tolerance for a fractional number of slots."""
+OBSERVATION_WINDOW = "observation_window"
+POLICIES = (OBSERVATION_WINDOW, "cumulative_attention", "recency")
+"""Names of the built-in eviction policies; `kvcache.policies` has one file for each."""
 
 
 def _integer(name: str, value: Any, low: int) -> None:
@@ -34,32 +35,38 @@ def _number(name: str, value: Any, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The budget of the compressed cache and the rule that decides who stays in it.
+    """Set the budget of the compressed KV cache and the policy that evicts from it.
 
     Every KV head of every full-attention layer holds `slots` entries: the first `sink` tokens, the `recent` newest
-    ones, `residual` slots into which evicted tokens are merged, and in what is left the tokens of the highest score
-    (ZSMerge, arXiv 2503.10714: B_p = recent, B_r = residual, B_c = slots - sink - recent - residual). Up to `slots`
-    tokens nothing is lost at all. `stage` more entries take the tokens appended between two compressions.
+    tokens, `residual` slots into which evicted tokens are merged, and in the remaining *context* slots the tokens that
+    the policy ranks highest (ZSMerge, arXiv 2503.10714: B_p = recent, B_r = residual, B_c = the context slots). Nothing
+    is evicted up to `slots` tokens. `slots=None` is the exact, growing cache of `CacheConfig.full()`.
 
-    `scoring` is the rule:
-
-    - `"attention"`: contribution scores of Eq. 5, s ← decay · s + a, from every query;
-    - `"window"`: the attention a paid by the prompt's probe, or by the newest `window` queries where there is none:
-      their mean, max-pooled over `pool` neighbours; a slot keeps the best it ever got. Slots rank by
-      (a + `floor`) · ‖v‖, ‖v‖ the norm of the slot's value, or by a alone where `floor` is None. `reserve` is the share
-      of the context slots that these do not decide about, once a conversation goes on: it goes by (s + 0.02) · ‖v‖,
-      where s sums up what the conversation's own queries paid, turn by turn (as H2O, arXiv 2306.14048); and the newest
-      tokens have at least `latest` of the slots behind the sinks then: most of what is said next is about them. A turn
-      that fits into these is held whole while it is read. While a text longer than `slots` is read with its question,
-      `passages` is the share of the slots decided by the question that goes to the passages which all layers together
-      look at. In a conversation the sinks are all of its system message and tools (`LLM`);
-    - `"position"`: newest first (sliding window with sinks).
-
-    `shares` are weights of the full-attention layers, first layer first, with mean 1: layer i holds about
-    shares[i] · `slots` entries a head, all layers together as many as without them, and no layer fewer than its sinks,
-    recent and residual slots and one more. Nothing is lost up to the slots of the smallest layer then.
-
-    `slots=None` is the exact, growing cache of `CacheConfig.full()`.
+    Attributes:
+        slots: entries per KV head and full-attention layer; None for the exact cache.
+        sink: first tokens, never evicted. In a conversation the whole system prompt and the tools (`LLM`).
+        recent: newest tokens, never evicted.
+        residual: slots that hold means of evicted tokens (Eq. 6, 7). 0: evicted tokens are dropped.
+        alpha: weight of a residual slot's multiplicity in its logits, α log w (Eq. 8). 0 to 1.
+        decay: λ of Eq. 5; how much of a slot's score is left after each step, or each compression.
+        stage: further entries that take new tokens between two compressions.
+        policy: the eviction policy, by name or as an object (`kvcache.policies.EvictionPolicy`):
+            "observation_window": slots rank by the attention of the prompt's question (the probe) or, without one, of
+            the newest `observation_window` queries: the mean, max-pooled over `pool_kernel` slots. A slot keeps its
+            best score. "cumulative_attention": contribution scores of Eq. 5, s ← decay · s + a, from every query (H2O, the
+            paper). "recency": newest first (StreamingLLM).
+        observation_window: number of newest queries that are kept for scoring.
+        pool_kernel: width of the max-pooling of scores over neighbouring slots; odd.
+        score_floor: slots rank by (attention + score_floor) · ‖value‖; None ranks by attention alone.
+        history_share: in a chat that has been answered before, the share of the context slots that is ranked by the
+            attention of all its turns so far (summed up, as in H2O) instead of the newest question's.
+        history_min_queries: only a forward pass of more tokens than this adds to that sum.
+        passage_share: while a text longer than `slots` is read together with its question, the share of the question's
+            slots that goes to passages which all layers vote for.
+        recent_share: in such a chat, the least share of the slots behind the sinks that the newest tokens get. A turn
+            that fits into it is held whole while it is read.
+        layer_budgets: a weight for each full-attention layer, first layer first, with mean 1. Layer i holds about
+            layer_budgets[i] · `slots` entries per head; the total stays. None: all layers hold the same.
 
     Raises:
         ConfigError: a value out of range, or parts that do not fit into `slots`.
@@ -72,107 +79,130 @@ class CacheConfig:
     alpha: float = 0.6
     decay: float = 1.0
     stage: int = 128
-    scoring: Scoring = "window"
-    window: int = 32
-    pool: int = 5
-    floor: float | None = None
-    reserve: float = 0.7
-    passages: float = 0.7
-    latest: float = 0.75
-    shares: tuple[float, ...] | None = None
+    policy: Any = OBSERVATION_WINDOW
+    observation_window: int = 32
+    pool_kernel: int = 5
+    score_floor: float | None = None
+    history_share: float = 0.7
+    history_min_queries: int = 8
+    passage_share: float = 0.7
+    recent_share: float = 0.75
+    layer_budgets: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("sink", 0), ("recent", 1), ("residual", 0), ("stage", 1), ("window", 1), ("pool", 1)):
+        lows = {"sink": 0, "recent": 1, "residual": 0, "stage": 1, "observation_window": 1, "pool_kernel": 1}
+        for name, low in {**lows, "history_min_queries": 0}.items():
             _integer(name, getattr(self, name), low)
-        _number("alpha", self.alpha, 0.0, 1.0)  # Theorem 3.1 needs alpha <= 1
-        _number("decay", self.decay, 0.0, 1.0)
-        _number("reserve", self.reserve, 0.0, 1.0)
-        _number("passages", self.passages, 0.0, 1.0)
-        _number("latest", self.latest, 0.0, 1.0)
-        if self.floor is not None:
-            _number("floor", self.floor, 0.0, 1.0)
-        if self.scoring not in ("attention", "window", "position"):
-            raise ConfigError(f"scoring must be 'attention', 'window' or 'position', not {self.scoring!r}.")
-        if self.pool % 2 == 0:
-            raise ConfigError(f"pool must be odd (a slot and its neighbours on both sides), not {self.pool}.")
-        if self.shares is not None:
-            object.__setattr__(self, "shares", _mean_one(self.shares))
+        for name in ("alpha", "decay", "history_share", "passage_share", "recent_share"):  # Theorem 3.1: alpha <= 1
+            _number(name, getattr(self, name), 0.0, 1.0)
+        if self.score_floor is not None:
+            _number("score_floor", self.score_floor, 0.0, 1.0)
+        _check_policy(self.policy)
+        if self.pool_kernel % 2 == 0:
+            raise ConfigError(
+                f"pool_kernel must be odd (a slot and its neighbours on both sides), not {self.pool_kernel}."
+            )
+        if self.layer_budgets is not None:
+            object.__setattr__(self, "layer_budgets", _mean_one(self.layer_budgets))
         if self.slots is None:
-            if self.shares is not None:
-                raise ConfigError("The exact cache has no budget to share out: set slots, or leave out shares.")
+            if self.layer_budgets is not None:
+                raise ConfigError("The exact cache has no budget to share out: set slots, or leave out layer_budgets.")
             return
         _integer("slots", self.slots, 1)
-        if self.slots < self._least:
+        if self.slots < self._min_slots:
             raise ConfigError(
                 f"slots={self.slots} is too small for sink={self.sink} + recent={self.recent} + "
-                f"residual={self.residual} + one context slot: give at least {self._least} slots or smaller parts."
+                f"residual={self.residual} + one context slot: give at least {self._min_slots} slots or smaller parts."
             )
 
+    # -- how the slots are divided -----------------------------------------------------------------------------------
+
     @property
-    def anyway(self) -> int:
-        """Slots of tokens that are kept for their place: sinks and recent ones."""
+    def policy_name(self) -> str:
+        """The policy's name, also where it was given as an object."""
+        return self.policy if isinstance(self.policy, str) else str(self.policy.name)
+
+    @property
+    def uses_question(self) -> bool:
+        """Whether the default policy decides, which heeds the question of a prompt, and chats that go on."""
+        return self.slots is not None and self.policy == OBSERVATION_WINDOW
+
+    @property
+    def num_protected(self) -> int:
+        """Slots of tokens that are never evicted: sinks and recent ones."""
         return self.sink + self.recent
 
     @property
-    def context(self) -> int:
-        """B_c, the slots of tokens kept for their score. 0 for the exact cache."""
-        return 0 if self.slots is None else self.slots - self.anyway - self.residual
+    def num_context(self) -> int:
+        """B_c, the slots of tokens that are kept for their rank. 0 for the exact cache."""
+        return 0 if self.slots is None else self.slots - self.num_protected - self.residual
 
     @property
-    def asked(self) -> int:
-        """Context slots that go by what was asked, rather than by what else may be (`reserve`)."""
-        return self.context - round(self.reserve * self.context)
+    def num_question(self) -> int:
+        """Context slots that are ranked by the newest question; the others by the chat's history."""
+        return self.num_context - round(self.history_share * self.num_context)
 
     @property
-    def lately(self) -> int:
-        """Slots that the newest tokens get of `latest`. 0 for the exact cache."""
-        return 0 if self.slots is None else round(self.latest * (self.slots - self.sink))
+    def num_recent(self) -> int:
+        """Slots that `recent_share` gives to the newest tokens of a chat. 0 for the exact cache."""
+        return 0 if self.slots is None else round(self.recent_share * (self.slots - self.sink))
 
-    def keeping(self, newest: int) -> CacheConfig:
-        """This rule where so many of the newest tokens stay, as far as they fit and a window decides."""
-        if self.scoring != "window" or self.slots is None:
+    @property
+    def _min_slots(self) -> int:
+        """Slots that every layer needs."""
+        return self.num_protected + self.residual + 1
+
+    def layer_slots(self, num_layers: int) -> list[int]:
+        """Return the slots of each full-attention layer of a model. Not for the exact cache.
+
+        Raises:
+            ConfigError: `layer_budgets` for another number of layers.
+        """
+        assert self.slots is not None
+        if self.layer_budgets is None:
+            return [self.slots] * num_layers
+        if len(self.layer_budgets) != num_layers:
+            raise ConfigError(
+                f"layer_budgets has {len(self.layer_budgets)} weights and the model {num_layers} layers of full "
+                "attention: give one each."
+            )
+        return apportion(self.slots * num_layers, self.layer_budgets, self._min_slots)
+
+    # -- variants ----------------------------------------------------------------------------------------------------
+
+    def with_recent(self, newest: int) -> CacheConfig:
+        """Protect so many newest tokens, as far as they fit. Only for the default policy."""
+        if not self.uses_question:
             return self
-        recent = min(newest, self.slots - self._least + self.recent)
+        assert self.slots is not None
+        recent = min(newest, self.slots - self._min_slots + self.recent)
         return self if recent <= self.recent else self.replace(recent=recent)
 
-    def pinning(self, guide: int) -> CacheConfig:
-        """This rule where the first `guide` tokens stay, what a system message and tools say: as sinks.
+    def with_pinned_prefix(self, num_tokens: int) -> CacheConfig:
+        """Protect the first tokens as sinks: a system prompt and its tools. Only for the default policy.
 
-        They come in multiples of 64, because only conversations with the same rule decode in one pass. Unchanged where
-        they are more than half of the slots, or where no window decides.
+        Sinks come in multiples of 64, because only conversations of one configuration decode in one pass. Unchanged
+        where the prefix is more than half of the slots.
         """
-        if self.scoring != "window" or self.slots is None or not self.sink < guide <= self.slots // 2:
+        if not self.uses_question:
             return self
-        sink = min(-(-guide // PINNED) * PINNED, self.slots // 2)
+        assert self.slots is not None
+        if not self.sink < num_tokens <= self.slots // 2:
+            return self
+        sink = min(-(-num_tokens // PREFIX_MULTIPLE) * PREFIX_MULTIPLE, self.slots // 2)
         recent = min(self.recent, self.slots - sink - self.residual - 1)
         return self.replace(sink=sink, recent=recent) if recent > 0 else self
 
-    @property
-    def _least(self) -> int:
-        """Slots that any layer needs."""
-        return self.anyway + self.residual + 1
+    def query_agnostic(self) -> CacheConfig:
+        """Rank a text that is read before any question is known. Only for the default policy.
 
-    def layer_slots(self, layers: int) -> list[int]:
-        """The slots of each of a model's full-attention layers. Not for the exact cache.
-
-        Raises:
-            ConfigError: `shares` for another number of layers.
+        The probe is then a guess, and the norm of a slot's value tells as much: slots rank by (a + 0.02) · ‖v‖.
         """
-        assert self.slots is not None
-        if self.shares is None:
-            return [self.slots] * layers
-        if len(self.shares) != layers:
-            raise ConfigError(
-                f"shares has {len(self.shares)} weights and the model {layers} layers of full attention: give one each."
-            )
-        return divide(self.slots * layers, self.shares, self._least)
+        if not self.uses_question:
+            return self
+        return self.replace(pool_kernel=1, score_floor=QUERY_AGNOSTIC_FLOOR, history_share=0.0, passage_share=0.0)
 
-    def ahead(self) -> CacheConfig:
-        """The same budget for a text that is read before any question about it is known.
-
-        Who asks is then a guess, and the size of what a slot holds tells as much: slots rank by (a + 0.02) · ‖v‖.
-        """
-        return self.replace(pool=1, floor=AHEAD_FLOOR, reserve=0.0, passages=0.0) if self.scoring == "window" else self
+    # -- presets -----------------------------------------------------------------------------------------------------
 
     @classmethod
     def full(cls) -> CacheConfig:
@@ -194,35 +224,48 @@ class CacheConfig:
             residual=max(1, slots // 32),
             decay=0.98,
             stage=1,
-            scoring="attention",
+            policy="cumulative_attention",
         )
 
     @classmethod
     def h2o(cls, slots: int = 1024) -> CacheConfig:
-        """Heavy hitters (arXiv 2306.14048): accumulated attention, half of the budget recent, no merging."""
+        """Heavy hitters (arXiv 2306.14048): cumulative attention, half of the budget recent, no merging."""
         _integer("slots", slots, 8)
-        return cls(slots=slots, sink=min(4, slots // 8), recent=slots // 2, scoring="attention", stage=1)
+        return cls(slots=slots, sink=min(4, slots // 8), recent=slots // 2, policy="cumulative_attention", stage=1)
 
     @classmethod
     def streaming(cls, slots: int = 1024) -> CacheConfig:
         """Sinks and the newest tokens (StreamingLLM, arXiv 2309.17453)."""
         _integer("slots", slots, 2)
         sink = min(4, slots // 2)
-        return cls(slots=slots, sink=sink, recent=max(1, slots - sink - 1), scoring="position")
+        return cls(slots=slots, sink=sink, recent=max(1, slots - sink - 1), policy="recency")
 
     @classmethod
     def pyramid(cls, slots: int = 1024, *, layers: int) -> CacheConfig:
         """Slots that fall linearly from 1.9 to 0.1 times the mean over `layers` (PyramidKV, arXiv 2406.02069)."""
         _integer("layers", layers, 2)
-        return cls(slots=slots, shares=tuple(1.9 - 1.8 * layer / (layers - 1) for layer in range(layers)))
+        return cls(slots=slots, layer_budgets=tuple(1.9 - 1.8 * layer / (layers - 1) for layer in range(layers)))
+
+    # -- copies and dicts --------------------------------------------------------------------------------------------
 
     def replace(self, **changes: Any) -> CacheConfig:
-        """A copy with some settings changed. Raises ConfigError on an unknown name or a bad value."""
+        """Return a copy with some settings changed. Raises ConfigError: an unknown name or a bad value."""
         return _replace(self, changes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; a policy that was given as an object becomes its name."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**settings, "policy": self.policy_name}
+
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> CacheConfig:
-        """The inverse of `dataclasses.asdict`. Raises ConfigError on an unknown name or a bad value."""
+    def from_dict(cls, settings: dict[str, Any], policy: Any = None) -> CacheConfig:
+        """Invert `to_dict`. `policy`: the object whose name the settings may hold.
+
+        Raises:
+            ConfigError: an unknown name or a bad value.
+        """
+        if policy is not None and not isinstance(policy, str) and settings.get("policy") == policy.name:
+            settings = {**settings, "policy": policy}
         return _replace(cls(), settings)
 
 
@@ -275,8 +318,8 @@ class SamplingParams:
         return _replace(self, changes)
 
 
-def divide(total: int, weights: Sequence[float], least: int) -> list[int]:
-    """`total` in whole parts that go by `weights` as far as each part has `least`. Needs total >= least · parts."""
+def apportion(total: int, weights: Sequence[float], least: int) -> list[int]:
+    """Divide `total` into whole parts by `weights`, each at least `least`. Needs total >= least · parts."""
     raised: set[int] = set()
     while True:  # what too small a part lacks comes from the others, which may make another too small
         scale = (total - least * len(raised)) / sum(weight for at, weight in enumerate(weights) if at not in raised)
@@ -310,15 +353,27 @@ def parse_bytes(size: int | str) -> int:
     raise ConfigError(f"A size is a number of bytes or text such as '2GiB', not {size!r}.")
 
 
-def _mean_one(shares: Any) -> tuple[float, ...]:
-    if not isinstance(shares, (list, tuple)) or not shares:
-        raise ConfigError(f"shares must be one weight for each full-attention layer, not {shares!r}.")
-    for share in shares:
-        _number("Each of shares", share, 0.0, math.inf)
-    mean = sum(shares) / len(shares)
+def _check_policy(policy: Any) -> None:
+    """Refuse what is neither a built-in name nor an object with `name`, `observe` and `rank`."""
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            known = ", ".join(repr(name) for name in POLICIES)
+            raise ConfigError(f"policy must be one of {known} or an EvictionPolicy, not {policy!r}.")
+    elif not all(hasattr(policy, part) for part in ("name", "observe", "rank")):
+        raise ConfigError(
+            f"policy must be a name or an EvictionPolicy with name, observe and rank, not a {type(policy).__name__}."
+        )
+
+
+def _mean_one(weights: Any) -> tuple[float, ...]:
+    if not isinstance(weights, (list, tuple)) or not weights:
+        raise ConfigError(f"layer_budgets must be one weight for each full-attention layer, not {weights!r}.")
+    for weight in weights:
+        _number("Each of layer_budgets", weight, 0.0, math.inf)
+    mean = sum(weights) / len(weights)
     if abs(mean - 1) > 1e-3:
-        raise ConfigError(f"shares must have mean 1, not {mean:g}: divide each of them by their mean.")
-    return tuple(float(share) for share in shares)
+        raise ConfigError(f"layer_budgets must have mean 1, not {mean:g}: divide each of them by their mean.")
+    return tuple(float(weight) for weight in weights)
 
 
 def _replace(settings: Any, changes: dict[str, Any]) -> Any:

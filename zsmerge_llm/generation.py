@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ContextLimitError
-from zsmerge_llm.language.messages import spoken
-from zsmerge_llm.language.output_format import FREE, Form
-from zsmerge_llm.language.tool_calls import Parsed, canonical
+from zsmerge_llm.language.messages import assistant_message
+from zsmerge_llm.language.output_format import UNCONSTRAINED, OutputFormat
+from zsmerge_llm.language.tool_calls import ParsedAnswer, canonical
 from zsmerge_llm.retrieval.passage_search import tail
 from zsmerge_llm.types import Chunk, FinishReason, Message, Result, Usage
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from zsmerge_llm.engine.engine import Engine
-    from zsmerge_llm.engine.sampler import TextStream
+    from zsmerge_llm.engine.sampler import Detokenizer
     from zsmerge_llm.kvcache.cache import Cache
 
 
@@ -49,7 +49,7 @@ class Answer:
         cached: int = 0,
         reuse: str = "new",
         continues: bool = False,
-        form: Form = FREE,
+        form: OutputFormat = UNCONSTRAINED,
         recalled: int = 0,
     ) -> None:
         self.cache = cache
@@ -64,24 +64,24 @@ class Answer:
         self._started = self._latest = time.perf_counter()
         self._start(form)
 
-    def _start(self, form: Form) -> None:
+    def _start(self, form: OutputFormat) -> None:
         """Begin an answer of this form; what another one gave is forgotten."""
         self.form = form
         self.tokens: list[int] = []
         self.text = self.reasoning = ""
         self.constraint = form.constraint(self.sampling)
         self._calls = form.calls()
-        self._parsed = Parsed()
+        self._parsed = ParsedAnswer()
         self._settled = False
         self._rest = "", ""
         self._thoughts = form.thoughts()
         self._reasoned = 0
         self._stream = self._text_stream(self.sampling.stop if self._thoughts is None else ())
 
-    def _text_stream(self, stop: tuple[str, ...]) -> TextStream:
-        from zsmerge_llm.engine.sampler import TextStream
+    def _text_stream(self, stop: tuple[str, ...]) -> Detokenizer:
+        from zsmerge_llm.engine.sampler import Detokenizer
 
-        return TextStream(self._tokenizer, stop, context=[*self._context, *self.tokens[-16:]], shown=self.form.shown)
+        return Detokenizer(self._tokenizer, stop, context=[*self._context, *self.tokens[-16:]], shown=self.form.shown)
 
     @property
     def stopped(self) -> bool:
@@ -102,7 +102,7 @@ class Answer:
     def again(self, cache: Cache) -> None:
         """Begin once more, from the cache as it was behind the prompt, with the form for an answer that repeats."""
         assert self.form.instead is not None
-        self.cache.become(cache)
+        self.cache.replace_with(cache)
         self._start(self.form.instead)
 
     def take(self, token: int) -> Chunk | None:
@@ -181,18 +181,19 @@ class Answer:
             prompt_tokens=len(self.prompt),
             cached_tokens=self.cached,
             completion_tokens=len(self.tokens) + ended,
-            merged_tokens=self.cache.merged,
+            dropped_tokens=self.cache.dropped_tokens,
+            merged_tokens=self.cache.merged_tokens,
             prefill_seconds=self._prefill_seconds,
             decode_seconds=self._latest - self._started,
             cache_bytes=self.cache.nbytes,
             reuse=self.reuse,
             reasoning_tokens=self._reasoned,
-            recalled_tokens=self.recalled,
+            retrieved_tokens=self.recalled,
         )
 
     def message(self) -> Message:
         """The answer as the message that a caller sends back with the next request."""
-        return spoken(self.text, self._parsed.calls)
+        return assistant_message(self.text, self._parsed.calls)
 
 
 def collect(chunks: Iterable[Chunk]) -> Result:
@@ -227,13 +228,13 @@ def speak(engine: Engine, answer: Answer, cancel: Event | None) -> Generator[Chu
 
 
 class Prompt(NamedTuple):
-    """One of several prompts that are answered together: its ids, its probe and what its cache may hold; `reserving`
+    """One of several prompts that are answered together: its ids, its probe and what its cache may hold; `multi_turn`
     as for `Engine.read`, `recalled` as for `Answer`."""
 
     ids: Sequence[int]
     probe: Sequence[int]
     config: CacheConfig
-    reserving: bool = False
+    multi_turn: bool = False
     recalled: int = 0
 
 
@@ -241,7 +242,7 @@ def together(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    forms: Sequence[Form],
+    forms: Sequence[OutputFormat],
     params: SamplingParams,
     limit: int | None,
     cancel: Event | None,
@@ -256,7 +257,7 @@ def together(
     if not prompts:
         return []
     for each in prompts:
-        check_length(len(each.ids) - each.recalled, params, limit, engine.reach)
+        check_length(len(each.ids) - each.recalled, params, limit, engine.exact_limit)
     caches = [engine.new_cache(each.config) for each in prompts]
     answers = [
         Answer(cache, each.ids, params, tokenizer, continues=continues, form=form, recalled=each.recalled)
@@ -267,7 +268,9 @@ def together(
         for answer, each in zip(answers, prompts, strict=True):
             started = time.perf_counter()
             behind = tail(each.recalled)
-            engine.read(answer.cache, each.ids, probe=each.probe, reserving=each.reserving, tail=behind, cancel=cancel)
+            engine.read(
+                answer.cache, each.ids, probe=each.probe, multi_turn=each.multi_turn, pinned_tail=behind, cancel=cancel
+            )
             answer.begin(time.perf_counter() - started)
         _speak_together(engine, answers, cancel)
         if repeating := [answer for answer in answers if answer.repeats]:
@@ -285,7 +288,7 @@ def _speak_together(engine: Engine, answers: Sequence[Answer], cancel: Event | N
     """Decode answers, those of the same budget at once, as many as a step should take."""
     for config in dict.fromkeys(answer.cache.config for answer in answers):
         alike = [answer for answer in answers if answer.cache.config == config]
-        most = engine.together or len(alike)
+        most = engine.max_decode_batch or len(alike)
         for start in range(0, len(alike), most):
             _speak_alike(engine, alike[start : start + most], cancel)
 

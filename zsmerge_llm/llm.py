@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.generation import Answer, Prompt, check_length, collect, speak, together
-from zsmerge_llm.language.chat_template import normalise
+from zsmerge_llm.language.chat_template import normalize_messages
 from zsmerge_llm.language.grammar import Grammar
 from zsmerge_llm.retrieval.documents import read_text
 from zsmerge_llm.retrieval.passage_search import TOKENS, tail
-from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, completion_probe, going_on, message_probe
-from zsmerge_llm.runtime import Parts, assemble, check_settings
+from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, completion_probe, is_multi_turn, message_probe
+from zsmerge_llm.runtime import Runtime, assemble, check_settings
 from zsmerge_llm.types import Chunk, Message, Progress, ResponseFormat, Result, ToolChoice
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class LLM:
         chunk: tokens read in one forward pass.
         compile: whether decode steps run through compiled layers: True compiles while loading; "auto" later, once
             enough was decoded for it to pay; False never. Where it is not possible, that is logged, and nothing else.
-        recall: tokens of earlier text that fit a question and are read again before it, where the cache has lost
+        retrieval_tokens: tokens of earlier text that fit a question and are read again before it, where the cache has lost
             some; half of its slots at most. 0: none.
         max_input_tokens: a longer prompt raises ContextLimitError; None sets no limit. Nothing is ever truncated.
         sessions_dir: where conversations are kept for good, to go on after a restart; None keeps them for this process.
@@ -74,13 +74,13 @@ class LLM:
         template_args: dict[str, Any] | None = None,
         chunk: int = 512,
         compile: bool | Literal["auto"] = "auto",
-        recall: int = TOKENS,
+        retrieval_tokens: int = TOKENS,
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        check_settings(cache, device, device_map, quantization, compile, recall)
+        check_settings(cache, device, device_map, quantization, compile, retrieval_tokens)
         self.model = model
         self.cache = cache or CacheConfig()
         self.chunk = chunk
@@ -97,10 +97,10 @@ class LLM:
         }
         memory = parse_bytes(session_memory)
         self._assemble = partial(
-            assemble, model, self.cache, chunk, compile, loading, template_args, recall, sessions_dir, memory
+            assemble, model, self.cache, chunk, compile, loading, template_args, retrieval_tokens, sessions_dir, memory
         )
         self._lock = RLock()
-        self._parts: Parts | None = None
+        self._parts: Runtime | None = None
 
     # -- what is behind it -------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class LLM:
 
         Parts of a conversation count too, such as one that ends with an answer. Raises InputError as `stream`.
         """
-        return self._load().template.count(normalise(messages, partial=True), tools)
+        return self._load().template.count(normalize_messages(messages, partial=True), tools)
 
     @property
     def store(self) -> Store:
@@ -153,7 +153,7 @@ class LLM:
         self.engine.fusion.load_reading()
         self.complete("a", grammar=Grammar.choice("a"), sampling=SamplingParams(max_tokens=1))
 
-    def _load(self) -> Parts:
+    def _load(self) -> Runtime:
         with self._lock:
             if self._parts is None:
                 self._parts = self._assemble()
@@ -238,11 +238,11 @@ class LLM:
             InputError: messages, tools or a form that cannot be used, before anything is read.
             MissingTemplateError: no chat template. ContextLimitError: more than `max_input_tokens`.
         """
-        checked, params = normalise(messages), sampling or SamplingParams()
+        checked, params = normalize_messages(messages), sampling or SamplingParams()
         parts = self._load()
         form = parts.forms.chat(checked, tools, tool_choice, parallel_tool_calls, response_format, grammar)
         turn = parts.conversations.begin(form.noted(checked), tools, session, reread=reread)
-        check_length(len(turn.tokens) - turn.recalled, params, self.max_input_tokens, parts.engine.reach)
+        check_length(len(turn.tokens) - turn.recalled, params, self.max_input_tokens, parts.engine.exact_limit)
         asking = chat_probe(parts.template, probe) if probe else message_probe(parts.template, checked[-1]["content"])
         answer = Answer(
             turn.cache,
@@ -270,14 +270,14 @@ class LLM:
     ) -> list[Result]:
         """Answer several conversations together, in order. Raises as `stream`, before anything is read."""
         parts = self._load()
-        checked = [normalise(messages) for messages in conversations]
+        checked = [normalize_messages(messages) for messages in conversations]
         wanted = (tools, tool_choice, parallel_tool_calls, response_format, grammar)
         forms = [parts.forms.chat(each, *wanted) for each in checked]
         prompts = []
         for form, each in zip(forms, checked, strict=True):
             whole = parts.conversations.whole(parts.template, form.noted(each), tools)
             asking = message_probe(parts.template, each[-1]["content"])
-            prompts.append(Prompt(whole.ids, asking, whole.config, going_on(each), whole.recalled))
+            prompts.append(Prompt(whole.ids, asking, whole.config, is_multi_turn(each), whole.recalled))
         params = sampling or SamplingParams()
         return together(parts.engine, parts.tokenizer, prompts, forms, params, self.max_input_tokens, cancel)
 
@@ -329,7 +329,7 @@ class LLM:
         parts = self._load()
         turn = parts.conversations.open_document(read, name, title, known=probe is not None)
         if turn.ids:
-            check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, parts.engine.reach)
+            check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, parts.engine.exact_limit)
             asking = chat_probe(parts.template, probe or GENERIC)
             parts.engine.read(turn.cache, turn.ids, probe=asking, cancel=cancel, progress=progress)
             parts.conversations.keep_document(turn)
@@ -371,7 +371,7 @@ class LLM:
         """Continue a plain text, piece by piece. Arguments and errors as for `stream`; the prompt stays as it is."""
         ids, params = self._prompt_ids(prompt), sampling or SamplingParams()
         parts = self._load()
-        check_length(len(ids), params, self.max_input_tokens, parts.engine.reach)
+        check_length(len(ids), params, self.max_input_tokens, parts.engine.exact_limit)
         form = parts.forms.plain(response_format, grammar)
         cache = parts.engine.new_cache(parts.profile.config(len(ids)))
         answer = Answer(cache, ids, params, parts.tokenizer, continues=True, form=form)
@@ -420,7 +420,7 @@ class LLM:
             self._read(turn, answer, probe, cancel, progress)
             with closing(speak(self.engine, answer, cancel)) as pieces:
                 yield from pieces
-            answer.cache.make_room()
+            answer.cache.compress_stage()
             last = answer.finish()
             reply = answer.message()
         except Cancelled:
@@ -436,7 +436,7 @@ class LLM:
         """Read what is new of the prompt, and keep the points worth going back to."""
         started, ids = time.perf_counter(), answer.prompt[answer.cached :]
         read = partial(self.engine.read, answer.cache, probe=probe, cancel=cancel, progress=progress)
-        reserving = turn is not None and not turn.alone and going_on(turn.messages)
+        multi_turn = turn is not None and not turn.alone and is_multi_turn(turn.messages)
         first = turn.prefix if turn is not None else 0
         if not answer.cache.fits(first):
             first = 0  # compressed for this question, a beginning would be worth little to the next
@@ -444,7 +444,7 @@ class LLM:
             read(ids[:first])
             turn.mark("prefix", int(turn.messages[0]["role"] == "system"), ids[:first])
         if ids[first:]:
-            read(ids[first:], reserving=reserving, tail=tail(answer.recalled))
+            read(ids[first:], multi_turn=multi_turn, pinned_tail=tail(answer.recalled))
         if turn is not None:
             turn.mark("prompt", len(turn.messages), answer.prompt)
         answer.begin(time.perf_counter() - started)

@@ -33,8 +33,8 @@ class Usage:
     """The part of `prompt_tokens` that an earlier request had read already."""
     completion_tokens: int
     """Tokens generated, the end token included."""
-    merged_tokens: int
-    """Tokens of this conversation that are no longer held verbatim (merged or dropped), mean over heads and layers."""
+    dropped_tokens: int
+    """Tokens read that the cache no longer holds in any form, mean over KV heads and layers."""
     prefill_seconds: float
     decode_seconds: float
     cache_bytes: int
@@ -42,8 +42,10 @@ class Usage:
     """Where the conversation was taken up: `new`, `continued`, `restored` or `reread: <reason>`."""
     reasoning_tokens: int = 0
     """The part of `completion_tokens` in which a reasoning model thought."""
-    recalled_tokens: int = 0
+    retrieved_tokens: int = 0
     """The part of `prompt_tokens` that repeats what was said: passages that the cache lost, the system message."""
+    merged_tokens: int = 0
+    """Tokens read that are held only as a part of a residual slot's mean, mean over KV heads and layers."""
 
     @property
     def total_tokens(self) -> int:

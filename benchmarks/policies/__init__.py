@@ -45,15 +45,15 @@ def _tova(slots: int) -> CacheConfig:
 
 
 def _pooled(slots: int) -> CacheConfig:
-    return CacheConfig(slots=slots, stage=STAGE, window=8, passages=0.0)
+    return CacheConfig(slots=slots, stage=STAGE, observation_window=8, passage_share=0.0)
 
 
 def _passages(slots: int) -> CacheConfig:
-    return CacheConfig(slots=slots, stage=STAGE, window=8)
+    return CacheConfig(slots=slots, stage=STAGE, observation_window=8)
 
 
 def _half(slots: int) -> CacheConfig:
-    return _passages(slots).replace(passages=0.5)
+    return _passages(slots).replace(passage_share=0.5)
 
 
 def _chat(slots: int) -> CacheConfig:
@@ -61,11 +61,11 @@ def _chat(slots: int) -> CacheConfig:
 
 
 def _asked(slots: int) -> CacheConfig:
-    return _chat(slots).replace(reserve=0.0)
+    return _chat(slots).replace(history_share=0.0)
 
 
 def _ahead(slots: int) -> CacheConfig:
-    return _pooled(slots).ahead()
+    return _pooled(slots).query_agnostic()
 
 
 def _full(slots: int) -> CacheConfig:
@@ -75,8 +75,8 @@ def _full(slots: int) -> CacheConfig:
 _ALL = (
     Policy("full", _full, chunk=None),
     Policy("truncate", _full, newest_only=True),
-    Policy("full-recall", _full, chunk=None, recall=TOKENS),
-    Policy("truncate-recall", _full, newest_only=True, recall=TOKENS),
+    Policy("full-recall", _full, chunk=None, retrieval_tokens=TOKENS),
+    Policy("truncate-recall", _full, newest_only=True, retrieval_tokens=TOKENS),
     Policy("streaming", _streaming),
     Policy("lm-infinite", _streaming, LMInfinite),
     Policy("h2o", _h2o),
@@ -99,17 +99,17 @@ _ALL = (
     Policy("passages-uniform", _passages, probe="question"),
     Policy("passages-half", _half, probe="question", profiled=1),
     Policy("pooled-question", _pooled, probe="question"),
-    Policy("ours-question-recall", _passages, probe="question", profiled=KNOWN, recall=TOKENS),
+    Policy("ours-question-recall", _passages, probe="question", profiled=KNOWN, retrieval_tokens=TOKENS),
     Policy("ours-chat", _chat, probe="question"),
-    Policy("ours-chat-recall", _chat, probe="question", recall=TOKENS),
+    Policy("ours-chat-recall", _chat, probe="question", retrieval_tokens=TOKENS),
     Policy("chat-asked", _asked, probe="question"),
     Policy("chat-half", _chat, probe="question", profiled=0.5),
     Policy("chat-profile", _chat, probe="question", profiled=1),
     Policy("ours-generic", _ahead, probe="generic"),
     Policy("pooled-generic", _pooled, probe="generic"),
     Policy("ours-profile", _ahead, probe="generic", profiled=1),
-    Policy("ours-recall", _ahead, probe="generic", profiled=1, recall=TOKENS, glance=True),
-    Policy("ours-words", _ahead, probe="generic", profiled=1, recall=TOKENS),
+    Policy("ours-recall", _ahead, probe="generic", profiled=1, retrieval_tokens=TOKENS, glance=True),
+    Policy("ours-words", _ahead, probe="generic", profiled=1, retrieval_tokens=TOKENS),
     Policy("by-head", _ahead, ByHead, probe="generic", profiled=1),
     Policy("by-head-share", _ahead, ByHeadShare, probe="generic", profiled=1),
     Policy("profile-question", _pooled, probe="question", profiled=1),

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from policies.base import PolicyLayer, RankedLayer
 from zsmerge_llm.kvcache import policy
-from zsmerge_llm.kvcache.view import Arrival, Held
+from zsmerge_llm.kvcache.view import AttentionInputs, KVView
 
 
 class SnapKV(RankedLayer):
     """arXiv 2404.14469: what the newest 32 queries of the chunk attend to, pooled over 7 neighbours."""
 
-    def rank(self, held: Held, arrival: Arrival) -> Tensor:
+    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
         asking = arrival.position[:, -32:]
         paid = self.paid_by(held, arrival.queries[:, :, -32:], asking, arrival.sinks)
         return policy.pooled(policy.mean_paid(paid, asking >= 0), 7)
@@ -21,7 +21,7 @@ class SnapKV(RankedLayer):
 class TOVA(RankedLayer):
     """arXiv 2401.06104: what the newest query attends to, the mean over all heads of the layer."""
 
-    def rank(self, held: Held, arrival: Arrival) -> Tensor:
+    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
         paid = self.paid_by(held, arrival.queries[:, :, -1:], arrival.position[:, -1:], arrival.sinks)
         return paid.mean(dim=(1, 2, 3))[:, None].expand_as(held.score)
 
@@ -33,7 +33,7 @@ class CaM(PolicyLayer):
     NEXT = 8
 
     def _compress(
-        self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
+        self, held: KVView, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
     ) -> None:
         slots = self.config.slots
         assert slots is not None
@@ -43,7 +43,7 @@ class CaM(PolicyLayer):
         held.values.add_((share.mT @ held.values.float()).to(held.values.dtype))
         super()._compress(held, full, seen, passages, fresh)
 
-    def _shares(self, held: Held, kept: Tensor) -> Tensor:
+    def _shares(self, held: KVView, kept: Tensor) -> Tensor:
         """float32 [B, H, C, C]: what each slot gives to each other one."""
         rank = kept.cumsum(-1)  # kept slots up to here
         gap = rank[..., None, :] - rank[..., :, None]

@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from zsmerge_llm.config import CacheConfig, divide
+from zsmerge_llm.config import CacheConfig, apportion
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.layer_cache import LayerCache, layer_configs
-from zsmerge_llm.kvcache.view import Arrival, Held, LayerSpec
+from zsmerge_llm.kvcache.view import AttentionInputs, KVView, LayerSpec
 
 STAGE = 128
 CHUNK = 512
@@ -49,21 +49,21 @@ class PolicyLayer(LayerCache):
 class RankedLayer(PolicyLayer):
     """Slots are scored by `rank` each time the layer compresses."""
 
-    def _observe(self, held: Held, arrival: Arrival) -> None:
+    def _observe(self, held: KVView, arrival: AttentionInputs) -> None:
         if self.config.slots is not None and any(self.fills_up(arrival)):
             held.score.copy_(self.rank(held, arrival))
 
     @abstractmethod
-    def rank(self, held: Held, arrival: Arrival) -> Tensor:
+    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
         """What each slot is worth now: float32 [B, H, C]."""
 
-    def paid_by(self, held: Held, queries: Tensor, asking: Tensor, sinks: Tensor | None = None) -> Tensor:
+    def paid_by(self, held: KVView, queries: Tensor, asking: Tensor, sinks: Tensor | None = None) -> Tensor:
         """float32 [B, H, G, m, C]: attention of queries [B, Hq, m, D] at positions [B, m] to each slot."""
         sees = held.position[:, :, None, :] <= asking[:, None, :, None]
         bias = policy.slot_bias(held.count, self.config.alpha)[:, :, None, :].masked_fill(~sees, policy.NEVER)
         return self._paid(queries.float(), held.keys.float(), bias[:, :, None], sinks)
 
-    def asked_by_probe(self, held: Held, arrival: Arrival) -> Tensor:
+    def asked_by_probe(self, held: KVView, arrival: AttentionInputs) -> Tensor:
         """`paid_by` the probe, or by the newest queries where there is none."""
         if arrival.probe is not None and arrival.probe_position is not None:
             return self.paid_by(held, arrival.probe, arrival.probe_position, arrival.sinks)
@@ -79,7 +79,7 @@ class Policy:
     chunk: tokens a pass; None reads everything in one pass and compresses each layer then, as policies do that need
     the full cache first. budgets: slots of each full-attention layer, from the mean and the number of these;
     profiled: how far they follow from the model's profile (`zsmerge_llm.engine.layer_budgets`), 1 is wholly. newest_only: the text
-    is cut to its end instead. recall: tokens of passages that are read again before a question (`zsmerge_llm.retrieval.passage_search`);
+    is cut to its end instead. retrieval_tokens: tokens of passages that are read again before a question (`zsmerge_llm.retrieval.passage_search`);
     glance: whether the cache is asked where words find nothing (`zsmerge_llm.retrieval.attention_search`).
     """
 
@@ -91,7 +91,7 @@ class Policy:
     budgets: Callable[[int, int], list[int]] | None = None
     profiled: float = 0.0
     newest_only: bool = False
-    recall: int = 0
+    retrieval_tokens: int = 0
     glance: bool = False
 
     @property
@@ -141,17 +141,19 @@ def _at(config: CacheConfig, slots: int) -> CacheConfig:
 
 def weighted(shares: Sequence[float]) -> Callable[[int, int], list[int]]:
     """`Policy.budgets` by weights with mean 1."""
-    return lambda slots, layers: divide(slots * layers, shares, 1)
+    return lambda slots, layers: apportion(slots * layers, shares, 1)
 
 
 def plain(slots: int) -> CacheConfig:
     """Sinks, 64 recent tokens, no residual, no buffer of queries: what a ranked policy starts from."""
-    return CacheConfig(slots=slots, scoring="attention", stage=STAGE)
+    return CacheConfig(slots=slots, policy="cumulative_attention", stage=STAGE)
 
 
 def probed(slots: int) -> CacheConfig:
     """`plain`, with the probe handed through."""
-    return CacheConfig(slots=slots, scoring="window", window=1, floor=None, passages=0.0, stage=STAGE)
+    return CacheConfig(
+        slots=slots, policy="observation_window", observation_window=1, score_floor=None, passage_share=0.0, stage=STAGE
+    )
 
 
 def rope_of(engine: Engine) -> Rope | None:

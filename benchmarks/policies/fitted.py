@@ -7,7 +7,7 @@ from torch import Tensor
 
 from policies.ours import ValuedMean
 from zsmerge_llm.kvcache import policy
-from zsmerge_llm.kvcache.view import Arrival, Held
+from zsmerge_llm.kvcache.view import AttentionInputs, KVView
 
 
 class Fitted(ValuedMean):
@@ -23,12 +23,12 @@ class Fitted(ValuedMean):
     ROUNDS = 60
     RIDGE = 0.01
 
-    def _observe(self, held: Held, arrival: Arrival) -> None:
+    def _observe(self, held: KVView, arrival: AttentionInputs) -> None:
         super()._observe(held, arrival)
         if any(self.fills_up(arrival)):
             self.asking = self._typical(arrival)
 
-    def _typical(self, arrival: Arrival) -> Tensor:
+    def _typical(self, arrival: AttentionInputs) -> Tensor:
         """[1, Hq, m, D]: queries that the fit is for."""
         assert self.rope is not None
         some = torch.linspace(0, arrival.queries.shape[2] - 1, self.TYPICAL).long()
@@ -37,7 +37,7 @@ class Fitted(ValuedMean):
         return typical if arrival.probe is None else torch.cat([arrival.probe.float(), typical], dim=2)
 
     def _compress(
-        self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
+        self, held: KVView, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
     ) -> None:
         slots = self.config.slots
         assert slots is not None
@@ -50,7 +50,7 @@ class Fitted(ValuedMean):
             held.score.scatter_(2, evicted, policy.NEVER)
         super()._compress(held, full, seen, passages, fresh)
 
-    def _refit(self, held: Held, kept: Tensor, evicted: Tensor, size: int) -> Tensor:
+    def _refit(self, held: KVView, kept: Tensor, evicted: Tensor, size: int) -> Tensor:
         """Changes count, value and score of the last `size` of the kept slots: the count added, [B, H]."""
         mass = self._mass(held)  # [B, H, m, C], rows of sum 1
         chosen = kept[..., -size:]
@@ -72,7 +72,7 @@ class Fitted(ValuedMean):
         held.count.scatter_(2, chosen, before + extra)
         return extra.sum(-1)
 
-    def _mass(self, held: Held) -> Tensor:
+    def _mass(self, held: KVView) -> Tensor:
         """float32 [B, H, m, C]: the attention that the queries pay each slot, heads of a group one after another."""
         bias = policy.slot_bias(held.count, self.config.alpha)[:, :, None, None, :]
         return self._paid(self.asking, held.keys.float(), bias, None).flatten(2, 3)

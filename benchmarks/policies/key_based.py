@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from policies.base import PolicyLayer, RankedLayer
-from zsmerge_llm.kvcache.view import Arrival, Held
+from zsmerge_llm.kvcache.view import AttentionInputs, KVView
 
 
 class KeyDiff(RankedLayer):
     """arXiv 2504.15364: keys unlike the mean direction stay."""
 
-    def rank(self, held: Held, arrival: Arrival) -> Tensor:
+    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
         directions = F.normalize(held.keys.float(), dim=-1)
         present = (held.count > 0)[..., None]
         anchor = (directions * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
@@ -23,7 +23,7 @@ class KeyDiff(RankedLayer):
 class Knorm(RankedLayer):
     """arXiv 2406.11430: keys of a small norm stay."""
 
-    def rank(self, held: Held, arrival: Arrival) -> Tensor:
+    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
         return -held.keys.float().norm(dim=-1)
 
 
@@ -34,10 +34,10 @@ class ExpectedAttention(RankedLayer):
     FUTURE = 512
     EPSILON = 0.02
 
-    def rank(self, held: Held, arrival: Arrival) -> Tensor:
+    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
         return (self.expected(held, arrival) + self.EPSILON) * held.values.float().norm(dim=-1)
 
-    def expected(self, held: Held, arrival: Arrival) -> Tensor:
+    def expected(self, held: KVView, arrival: AttentionInputs) -> Tensor:
         """float32 [B, H, C]: the attention that queries to come are expected to pay, mean over the group."""
         assert self.rope is not None
         batch, heads, new, dim = arrival.queries.shape
@@ -70,7 +70,7 @@ class LMInfinite(PolicyLayer):
     moved = 0
 
     def _compress(
-        self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
+        self, held: KVView, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
     ) -> None:
         super()._compress(held, full, seen, passages, fresh)
         assert self.rope is not None

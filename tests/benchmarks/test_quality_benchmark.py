@@ -67,7 +67,7 @@ def test_questions_beyond_the_trained_window_stand_at_the_places_that_the_model_
     engine = Engine(model, POLICIES["streaming"].config(64))
     cache = engine.new_cache()
     engine.read(cache, tokens(1500))
-    assert cache.places[0].offset > 0, "an epoch has been"
+    assert cache.position_maps[0].offset > 0, "an epoch has been"
     asked = [(tokens(5, seed=1), tokens(4, seed=2)), (tokens(6, seed=3), tokens(3, seed=4))]
     for (question, answer), score in zip(asked, ask(engine, cache, asked), strict=True):
         alone = cache.clone()

@@ -14,7 +14,7 @@ from zsmerge_llm.cpu import quantized_linear as lowbit
 from zsmerge_llm.cpu.compiled_layers import WIDTHS
 from zsmerge_llm.engine.engine import FUSE_AFTER, Engine
 
-CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, window=4)
+CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, observation_window=4)
 PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
 STEPS = 30
 

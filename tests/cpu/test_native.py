@@ -398,7 +398,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     def said(threads: int) -> Tensor:
         torch.set_num_threads(threads)
         engine = Engine(tiny_model(), compile=True)
-        cache = engine.new_cache(CacheConfig(slots=24, sink=2, recent=6, stage=8, window=4))
+        cache = engine.new_cache(CacheConfig(slots=24, sink=2, recent=6, stage=8, observation_window=4))
         engine.read(cache, list(range(30)))
         return torch.stack([engine.read(cache, [token]) for token in range(12)])
 

@@ -16,7 +16,7 @@ from zsmerge_llm.cpu.compiled_layers import WIDTHS
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache.cache import Cache
 
-CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, window=4)
+CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, observation_window=4)
 PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
 STEPS = 24
 

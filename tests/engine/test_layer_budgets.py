@@ -15,7 +15,7 @@ from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.attention import interface as attention
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.engine.layer_budgets import FORMAT, STEPS, Profile, curve, recite, share_out
+from zsmerge_llm.engine.layer_budgets import FORMAT, STEPS, LayerBudgets, allocate, curve, measure_retrieval
 
 LONG = "The cat of the ship is called Bishop, and the captain is called Stone. " * 20
 
@@ -25,14 +25,14 @@ def llm() -> LLM:
     return talker(cache=TIGHT)
 
 
-def profile(llm: LLM, path: Path | None = None, say: mock.Mock | None = None) -> Profile:
-    return Profile(llm.engine, template("smollm2"), path, say)
+def profile(llm: LLM, path: Path | None = None, say: mock.Mock | None = None) -> LayerBudgets:
+    return LayerBudgets(llm.engine, template("smollm2"), path, say)
 
 
 def test_layers_that_look_things_up_get_more() -> None:
     fraction = torch.linspace(0, 1, STEPS + 1)
     steady, sudden, quick = fraction, fraction**4, fraction.clamp(max=0.1) * 10
-    shares = share_out(torch.stack([quick, sudden, quick, steady]))
+    shares = allocate(torch.stack([quick, sudden, quick, steady]))
     assert sum(shares) / 4 == pytest.approx(1)
     assert max(shares) == max(shares[1], shares[3])
     assert min(shares) >= 0.4
@@ -44,10 +44,10 @@ def test_a_little_noise_moves_no_layer_far() -> None:
     fraction = torch.linspace(0, 1, STEPS + 1)
     falling = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.5, 0.4, 0.3, 0.2])[:, None]
     curves = 1 - (1 - fraction) ** (1 + 3 * (1 - falling))
-    shares = share_out(curves)
+    shares = allocate(curves)
     for _ in range(20):
         noise = (1 + 0.02 * torch.rand(8, STEPS)).mul(curves.diff(dim=-1)).cumsum(-1)
-        moved = share_out(torch.cat([torch.zeros(8, 1), noise], -1))
+        moved = allocate(torch.cat([torch.zeros(8, 1), noise], -1))
         assert max(abs(a - b) for a, b in zip(shares, moved, strict=True)) < 0.1
 
 
@@ -55,7 +55,7 @@ def test_a_little_noise_moves_no_layer_far() -> None:
 def test_without_figures_all_layers_get_the_same(bad: float) -> None:
     curves = torch.linspace(0, 1, STEPS + 1).repeat(3, 1)
     curves[1] = bad
-    assert share_out(curves) == [1.0, 1.0, 1.0]
+    assert allocate(curves) == [1.0, 1.0, 1.0]
 
 
 def test_a_curve_counts_what_a_guess_would_keep() -> None:
@@ -75,13 +75,13 @@ def test_random_weights_have_a_profile_too(family: str) -> None:
     model = tiny_model(family, vocab=len(words.tokenizer))
     engine = Engine(model)
     full = sum(spec.window is None for spec in engine.specs)
-    curves = recite(engine, words)
+    curves = measure_retrieval(engine, words)
     assert curves.shape == (full, STEPS + 1)
     assert (curves.diff(dim=-1) >= 0).all()
-    shares = Profile(engine, words).shares
+    shares = LayerBudgets(engine, words).layer_budgets
     assert len(shares) == full
     assert sum(shares) / full == pytest.approx(1)
-    engine.new_cache(CacheConfig(shares=shares))
+    engine.new_cache(CacheConfig(layer_budgets=shares))
 
 
 def test_models_without_room_or_without_full_attention_recite_nothing() -> None:
@@ -91,18 +91,18 @@ def test_models_without_room_or_without_full_attention_recite_nothing() -> None:
         model.config.max_position_embeddings = window
         engine = Engine(model)
         with counted() as passes:
-            assert Profile(engine, words).shares == shares
+            assert LayerBudgets(engine, words).layer_budgets == shares
         assert not passes
-        assert Profile(engine, words).document_config(10**6).slots == 1024
+        assert LayerBudgets(engine, words).document_config(10**6).slots == 1024
 
 
 def test_it_is_found_once_and_kept_for_the_next_process(llm: LLM, tmp_path: Path) -> None:
     path, say = tmp_path / "profiles" / "x.json", mock.Mock()
     first = profile(llm, path, say)
-    shares = first.shares
+    shares = first.layer_budgets
     with counted() as passes:
-        assert first.shares == shares
-        assert profile(llm, path).shares == shares
+        assert first.layer_budgets == shares
+        assert profile(llm, path).layer_budgets == shares
     assert not passes
     say.assert_called_once()
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
@@ -124,44 +124,50 @@ def test_it_is_found_once_and_kept_for_the_next_process(llm: LLM, tmp_path: Path
 def test_a_damaged_file_is_made_again(llm: LLM, tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    shares = profile(llm, path).shares
+    shares = profile(llm, path).layer_budgets
     assert json.loads(path.read_text()) == {"format": FORMAT, "shares": list(shares)}
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(llm: LLM, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert len(profile(llm, tmp_path / "file" / "x.json").shares) == 2
+    assert len(profile(llm, tmp_path / "file" / "x.json").layer_budgets) == 2
 
 
 def test_a_document_that_does_not_fit_is_kept_by_the_profile(llm: LLM) -> None:
     document = llm.read_document(LONG, name="long")
-    assert document.cache.config == TIGHT.ahead().replace(shares=profile(llm).shares)
+    assert document.cache.config == TIGHT.query_agnostic().replace(layer_budgets=profile(llm).layer_budgets)
     answer = llm.chat("Who is the captain?", session=document, sampling=SHORT)
     assert answer.usage.cached_tokens > 0
 
 
 def test_a_document_that_fits_loses_nothing(llm: LLM) -> None:
     document = llm.read_document("The cat is called Bishop.", name="short")
-    assert document.cache.config == TIGHT.ahead()
-    assert document.cache.merged == 0
+    assert document.cache.config == TIGHT.query_agnostic()
+    assert document.cache.dropped_tokens == 0
 
 
 @pytest.mark.parametrize(
     "cache",
-    [ROOMY, CacheConfig.h2o(96), CacheConfig.streaming(96), CacheConfig.full(), TIGHT.replace(shares=(0.9, 1.1))],
+    [
+        ROOMY,
+        CacheConfig.h2o(96),
+        CacheConfig.streaming(96),
+        CacheConfig.full(),
+        TIGHT.replace(layer_budgets=(0.9, 1.1)),
+    ],
 )
 def test_a_rule_or_shares_of_the_users_own_are_left_alone(cache: CacheConfig) -> None:
     llm = talker(cache=cache)
-    with mock.patch("zsmerge_llm.engine.layer_budgets.recite", side_effect=AssertionError):
-        assert llm.read_document(LONG).cache.config.shares == cache.shares
+    with mock.patch("zsmerge_llm.engine.layer_budgets.measure_retrieval", side_effect=AssertionError):
+        assert llm.read_document(LONG).cache.config.layer_budgets == cache.layer_budgets
 
 
 def test_a_prompt_with_its_question_leaves_every_layer_room_for_a_passage(llm: LLM) -> None:
     engine, words = Engine(llm.engine.model, CacheConfig(slots=256)), template("smollm2")
-    uneven = Profile(engine, words)
+    uneven = LayerBudgets(engine, words)
     uneven._shares = (0.1, 1.9)
     config = uneven.config(1000)
     assert min(config.layer_slots(2)) >= 4 + 64 + attention.PASSAGE
     assert sum(config.layer_slots(2)) == 512
-    assert uneven.document_config(1000).shares == (0.1, 1.9)
-    assert uneven.config(256).shares is None
+    assert uneven.document_config(1000).layer_budgets == (0.1, 1.9)
+    assert uneven.config(256).layer_budgets is None

@@ -18,17 +18,17 @@ from zsmerge_llm.attention import interface as attention
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.engine import engine
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.engine.position_remapping import Horizon, Shape
+from zsmerge_llm.engine.position_remapping import PositionRemapper, RemapLayout
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.generation import check_length
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.kvcache.rope import Places, Rotation, fit
+from zsmerge_llm.kvcache.rope import PositionMap, Rotation, fit
 
 WINDOW = 96
 LIMIT = 86
-SMALL = CacheConfig(slots=24, recent=6, stage=4, sink=2, window=8)
-MERGING = CacheConfig(slots=24, recent=6, stage=4, sink=2, window=8, residual=3)
-PAPER = CacheConfig.paper(24).replace(window=8)
+SMALL = CacheConfig(slots=24, recent=6, stage=4, sink=2, observation_window=8)
+MERGING = CacheConfig(slots=24, recent=6, stage=4, sink=2, observation_window=8, residual=3)
+PAPER = CacheConfig.paper(24).replace(observation_window=8)
 ROPE = {
     "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
     "llama3": {
@@ -93,7 +93,7 @@ def small() -> Engine:
 
 
 def stands(cache: Cache, row: int = 0) -> Tensor:
-    return cache.places[row].of(torch.arange(cache.lengths[row]))
+    return cache.position_maps[row].of(torch.arange(cache.lengths[row]))
 
 
 def keys_at(model: PreTrainedModel, ids: list[int], place: int) -> dict[int, Tensor]:
@@ -155,15 +155,18 @@ def test_in_bfloat16_keys_stay_close_over_as_many_epochs_as_move_them() -> None:
     probe=st.integers(0, 20),
     sink=st.integers(0, 6),
     shape=st.builds(
-        Shape, squeeze=st.sampled_from([0.1, 0.5, 0.9]), near=st.sampled_from([0.1, 0.4]), segments=st.integers(1, 5)
+        RemapLayout,
+        squeeze=st.sampled_from([0.1, 0.5, 0.9]),
+        near=st.sampled_from([0.1, 0.4]),
+        segments=st.integers(1, 5),
     ),
 )
 def test_order_newest_distances_and_beginning_hold_and_no_place_is_beyond_the_limit(
-    sizes: list[int], chunk: int, probe: int, sink: int, shape: Shape
+    sizes: list[int], chunk: int, probe: int, sink: int, shape: RemapLayout
 ) -> None:
     small = Engine(model_of({"model_type": "llama"}), SMALL.replace(sink=sink), chunk=chunk)
-    small.horizon = Horizon(small.model, small.specs, WINDOW, shape)
-    near = max(int(LIMIT * shape.near), SMALL.window)
+    small.remapper = PositionRemapper(small.model, small.specs, WINDOW, shape)
+    near = max(int(LIMIT * shape.near), SMALL.observation_window)
     asked: list[int] = []
 
     def seeing(*given: object, **inputs: Tensor) -> Tensor:
@@ -178,10 +181,10 @@ def test_order_newest_distances_and_beginning_hold_and_no_place_is_beyond_the_li
             assert (place.diff() > 0).all(), "order"
             assert (place[-near:].diff() == 1).all(), "newest distances"
             assert torch.equal(place[: max(sink, 5)], torch.arange(cache.seen).double()[: max(sink, 5)]), "beginning"
-            assert len(cache.places[0].knots) <= shape.segments + 1, "a small table"
+            assert len(cache.position_maps[0].knots) <= shape.segments + 1, "a small table"
     assert max(asked) < LIMIT
     if sum(sizes) > WINDOW:
-        assert cache.places[0].knots
+        assert cache.position_maps[0].knots
 
 
 @pytest.mark.parametrize(
@@ -202,7 +205,7 @@ def test_ten_windows_are_read_in_constant_memory(kind: str, config: CacheConfig)
     cache = reader.new_cache()
     reader.read(cache, tokens(WINDOW))
     held = cache.nbytes
-    reader.read(cache, tokens(9 * WINDOW, seed=1), probe=tokens(5) if config.scoring == "window" else None)
+    reader.read(cache, tokens(9 * WINDOW, seed=1), probe=tokens(5) if config.policy == "observation_window" else None)
     assert cache.nbytes == held
     assert cache.seen == 10 * WINDOW
     assert torch.isfinite(cache.logits).all()
@@ -223,7 +226,7 @@ def test_after_epochs_logits_equal_a_fresh_pass_at_the_same_places(kind: str) ->
     cache = reader.new_cache()
     reader.read(cache, ids)
     got = reader.logprobs(cache, more)
-    assert len(cache.places[0].knots) > 2
+    assert len(cache.position_maps[0].knots) > 2
     model.set_attn_implementation("eager")
     whole = torch.tensor([ids + more])
     with torch.inference_mode():
@@ -241,7 +244,7 @@ def test_moving_changes_nothing_between_the_newest_queries_and_the_newest_keys(s
 
     newest = [((layer.position >= 60) & (layer.count > 0))[0, :, None, None] for layer in cache.layers]
     before, means = likeness(), [layer.residual_keys.clone() for layer in cache.layers]
-    places = Places().squeezed(head=5, near=60, to=20, segments=4)
+    places = PositionMap().squeezed(head=5, near=60, to=20, segments=4)
     cache.move(0, places, [each for each in known if each])
     for layer, mean, rotation in zip(cache.layers, means, known, strict=True):
         first = layer.position[:, :, : mean.shape[2]]
@@ -261,12 +264,12 @@ def test_while_everything_fits_the_whole_window_is_the_models_own() -> None:
     cache = reader.new_cache()
     last = reader.read(cache, ids)
     torch.testing.assert_close(last, logits[-1], atol=1e-4, rtol=1e-4)
-    assert not cache.places[0].knots
+    assert not cache.position_maps[0].knots
     reader.read(cache, tokens(1))
-    assert cache.places[0].knots, "the window is used up"
+    assert cache.position_maps[0].knots, "the window is used up"
 
 
-@pytest.mark.parametrize("config", [SMALL, MERGING, CacheConfig.streaming(24).replace(window=8)])
+@pytest.mark.parametrize("config", [SMALL, MERGING, CacheConfig.streaming(24).replace(observation_window=8)])
 def test_a_row_of_a_batch_equals_the_same_row_alone_across_epochs(small: Engine, config: CacheConfig) -> None:
     rows = [tokens(230, seed=1), tokens(60, seed=2), tokens(80, seed=3)]
     batch, alone = small.new_cache(config, rows=3), [small.new_cache(config) for _ in rows]
@@ -277,8 +280,8 @@ def test_a_row_of_a_batch_equals_the_same_row_alone_across_epochs(small: Engine,
     together = list(small.decode(batch, [params] * 3, rows))
     for row, ids in enumerate(rows):
         assert [step[0] for step in small.decode(alone[row], [params], [ids])] == [step[row] for step in together]
-        assert alone[row].places[0] == batch.places[row]
-    assert len({places.offset for places in batch.places}) == 3, "each row had epochs of its own"
+        assert alone[row].position_maps[0] == batch.position_maps[row]
+    assert len({places.offset for places in batch.position_maps}) == 3, "each row had epochs of its own"
 
 
 @pytest.mark.parametrize("config", [SMALL, MERGING, PAPER])
@@ -288,15 +291,15 @@ def test_copies_and_files_of_a_cache_go_on_bit_for_bit_across_the_next_epoch(
     cache, other = small.new_cache(config), small.new_cache(config)
     small.read(cache, tokens(200))
     small.read(other, tokens(20))
-    before = cache.places[0]
+    before = cache.position_maps[0]
     clone, stacked = cache.clone(), Cache.stack([other, cache]).row(1)
     tensors, facts = clone.clone().state()
     loaded = Cache.from_state(dict(tensors), json.loads(json.dumps(facts)))
     logits = small.read(cache, tokens(150, seed=1))
-    assert clone.places[0] == before != cache.places[0]
+    assert clone.position_maps[0] == before != cache.position_maps[0]
     for copy in (clone, stacked, loaded):
         assert torch.equal(small.read(copy, tokens(150, seed=1)), logits)
-        assert copy.places == cache.places
+        assert copy.position_maps == cache.position_maps
 
 
 def test_log_probabilities_cross_epochs_too(small: Engine) -> None:
@@ -310,7 +313,7 @@ def test_log_probabilities_cross_epochs_too(small: Engine) -> None:
 
 def test_a_pass_longer_than_the_room_is_read_in_parts() -> None:
     wide = Engine(model_of({"model_type": "llama"}), SMALL, chunk=512)
-    narrow = Engine(wide.model, SMALL, chunk=wide.horizon.room(wide.new_cache(), 512, 0))
+    narrow = Engine(wide.model, SMALL, chunk=wide.remapper.room(wide.new_cache(), 512, 0))
     ids = tokens(400)
     a, b = wide.new_cache(), narrow.new_cache()
     assert torch.equal(wide.logprobs(a, ids), narrow.logprobs(b, ids))
@@ -331,7 +334,7 @@ def test_positions_that_cannot_be_mapped_are_refused_by_name_where_the_window_en
     with pytest.raises(ContextLimitError, match=rf"ForCausalLM has .*{named}.* 96 positions .*begin a new one"):
         reader.read(cache, tokens(1))
     assert cache.seen == WINDOW
-    assert not cache.places[0].knots
+    assert not cache.position_maps[0].knots
 
 
 def test_rotations_are_looked_for_only_when_they_are_needed() -> None:
@@ -347,22 +350,22 @@ def test_rotations_are_looked_for_only_when_they_are_needed() -> None:
 def test_the_exact_cache_never_moves_and_alone_warns(small: Engine) -> None:
     cache = small.new_cache(CacheConfig.full())
     small.read(cache, tokens(200))
-    assert not cache.places[0].knots
-    assert small.reach is None
+    assert not cache.position_maps[0].knots
+    assert small.exact_limit is None
     exact = Engine(small.model, CacheConfig.full())
     with pytest.warns(UserWarning, match="trained on 96 positions"):
-        check_length(90, SamplingParams(max_tokens=20), None, exact.reach)
+        check_length(90, SamplingParams(max_tokens=20), None, exact.exact_limit)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_length(90, SamplingParams(max_tokens=20), None, small.reach)
+        check_length(90, SamplingParams(max_tokens=20), None, small.exact_limit)
 
 
 def test_a_model_that_names_no_window_is_read_as_it_is() -> None:
     reader = Engine(model_of({"model_type": "llama"}), SMALL, chunk=16)
-    reader.horizon = Horizon(reader.model, reader.specs, None)
+    reader.remapper = PositionRemapper(reader.model, reader.specs, None)
     cache = reader.new_cache()
     reader.read(cache, tokens(300))
-    assert not cache.places[0].knots
+    assert not cache.position_maps[0].knots
 
 
 def test_a_probe_that_leaves_no_room_is_refused_with_its_length(small: Engine) -> None:
@@ -373,5 +376,5 @@ def test_a_probe_that_leaves_no_room_is_refused_with_its_length(small: Engine) -
 
 
 def test_places_without_knots_are_positions() -> None:
-    assert Places().of(torch.tensor([[0, 5], [7, 1]])).tolist() == [[0, 5], [7, 1]]
-    assert Places().offset == 0
+    assert PositionMap().of(torch.tensor([[0, 5], [7, 1]])).tolist() == [[0, 5], [7, 1]]
+    assert PositionMap().offset == 0

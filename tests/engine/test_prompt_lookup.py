@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from tests.support.tiny_models import FAMILIES, tiny_model, tokens
 from zsmerge_llm import CacheConfig, SamplingParams
-from zsmerge_llm.attention.interface import Step
+from zsmerge_llm.attention.interface import ForwardPass
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.engine.prompt_lookup import AHEAD, GRAM, Lookup
+from zsmerge_llm.engine.prompt_lookup import AHEAD, GRAM, PromptLookup
 from zsmerge_llm.kvcache.cache import Cache
 
 CONFIGS = {
-    "default": CacheConfig(slots=32, sink=2, recent=6, stage=16, window=4),
-    "ahead": CacheConfig(slots=32, sink=2, recent=6, stage=16, window=4).ahead(),
+    "default": CacheConfig(slots=32, sink=2, recent=6, stage=16, observation_window=4),
+    "ahead": CacheConfig(slots=32, sink=2, recent=6, stage=16, observation_window=4).query_agnostic(),
     "merging": CacheConfig(slots=32, recent=6, residual=3, stage=16),
-    "attention": CacheConfig(slots=32, recent=6, stage=16, scoring="attention"),
+    "attention": CacheConfig(slots=32, recent=6, stage=16, policy="cumulative_attention"),
     "paper": CacheConfig.paper(32),
     "streaming": CacheConfig.streaming(32),
     "full": CacheConfig.full(),
@@ -28,7 +28,7 @@ CONFIGS = {
 PARAMS = SamplingParams(max_tokens=60, ignore_eos=True)
 
 
-class Oracle(Lookup):
+class Oracle(PromptLookup):
     """Guesses what is known to come, but every third time something else: exercises both ends."""
 
     answer: tuple[int, ...] = ()
@@ -69,7 +69,7 @@ def equal(one: Cache, other: Cache) -> bool:
 def test_guesses_change_no_answer_in_any_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny_model(family), compile=False)
     plain, expected = answered(engine, CONFIGS["default"], tokens(50), lookup=False)
-    monkeypatch.setattr("zsmerge_llm.engine.sequence.Lookup", Oracle)
+    monkeypatch.setattr("zsmerge_llm.engine.sequence.PromptLookup", Oracle)
     monkeypatch.setattr(Oracle, "answer", tuple(plain))
 
     said, cache = answered(engine, CONFIGS["default"], tokens(50), lookup=True)
@@ -82,7 +82,7 @@ def test_guesses_change_no_answer_in_any_family(family: str, monkeypatch: pytest
 def test_guesses_change_no_answer_under_any_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny_model(), compile=False)
     plain, expected = answered(engine, CONFIGS[name], tokens(70), lookup=False)
-    monkeypatch.setattr("zsmerge_llm.engine.sequence.Lookup", Oracle)
+    monkeypatch.setattr("zsmerge_llm.engine.sequence.PromptLookup", Oracle)
     monkeypatch.setattr(Oracle, "answer", tuple(plain))
 
     said, cache = answered(engine, CONFIGS[name], tokens(70), lookup=True)
@@ -94,11 +94,11 @@ def test_guesses_change_no_answer_under_any_rule(name: str, monkeypatch: pytest.
 def test_right_guesses_save_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny_model(), compile=False)
     plain, _ = answered(engine, CacheConfig.full(), tokens(50), lookup=False)
-    monkeypatch.setattr("zsmerge_llm.engine.sequence.Lookup", Oracle)
+    monkeypatch.setattr("zsmerge_llm.engine.sequence.PromptLookup", Oracle)
     monkeypatch.setattr(Oracle, "answer", tuple(plain))
     passes, run = [], engine._run
 
-    def counted(step: Step, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def counted(step: ForwardPass, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         passes.append(ids.shape[1])
         return run(step, ids, wanted)
 
@@ -143,4 +143,4 @@ def test_a_guess_is_what_stood_behind_the_latest_equal_tokens(ids: list[int]) ->
     expected = ids[found[-1] : found[-1] + AHEAD] if found else []
     expected = expected[: expected.index(4)] if 4 in expected else expected
 
-    assert Lookup(ids, stops={4}).guess() == expected
+    assert PromptLookup(ids, stops={4}).guess() == expected

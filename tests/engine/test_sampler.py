@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from tests.support.templates import byte_level, sentencepiece
 from zsmerge_llm.config import SamplingParams
-from zsmerge_llm.engine.sampler import Sampler, TextStream
+from zsmerge_llm.engine.sampler import Detokenizer, Sampler
 from zsmerge_llm.errors import ZSMergeError
 
 VOCAB = 50
@@ -116,8 +116,8 @@ def test_a_token_is_one_number_on_the_device() -> None:
         assert (token.shape, token.dtype) == ((), torch.int64)
 
 
-def stream(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[str, TextStream]:
-    reader = TextStream(tokenizer, stop)
+def stream(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[str, Detokenizer]:
+    reader = Detokenizer(tokenizer, stop)
     return "".join([reader.push(token) for token in ids] + [reader.finish()]), reader
 
 
@@ -165,7 +165,7 @@ def test_bytes_that_are_no_text_add_up_too(ids: list[int]) -> None:
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=FORMS)
 def test_a_character_of_several_tokens_appears_once_and_whole(tokenizer: PreTrainedTokenizerFast) -> None:
-    reader = TextStream(tokenizer)
+    reader = Detokenizer(tokenizer)
     pieces = [reader.push(token) for token in tokenizer.encode("a🚀国🚀 b", add_special_tokens=False)]
 
     assert "".join(pieces) == "a🚀国🚀 b"
@@ -175,7 +175,7 @@ def test_a_character_of_several_tokens_appears_once_and_whole(tokenizer: PreTrai
 
 def test_a_stop_string_across_tokens_ends_the_answer() -> None:
     ids = [byte_level().encode(letter)[0] for letter in "Yes. ###END more"]
-    reader = TextStream(byte_level(), ("###END",))
+    reader = Detokenizer(byte_level(), ("###END",))
     pieces = [reader.push(token) for token in ids]
 
     assert "".join(pieces) == "Yes. "
@@ -185,7 +185,7 @@ def test_a_stop_string_across_tokens_ends_the_answer() -> None:
 
 
 def test_the_beginning_of_a_stop_string_that_goes_on_otherwise_is_given_out() -> None:
-    reader = TextStream(byte_level(), ("###END", "##!"))
+    reader = Detokenizer(byte_level(), ("###END", "##!"))
     ids = [byte_level().encode(letter)[0] for letter in "a####x#"]
 
     assert [reader.push(token) for token in ids] == ["a", "", "", "", "#", "###x", ""]
@@ -194,7 +194,7 @@ def test_the_beginning_of_a_stop_string_that_goes_on_otherwise_is_given_out() ->
 
 
 def test_a_stop_string_may_show_only_at_the_end() -> None:
-    reader = TextStream(byte_level(), ("�",))
+    reader = Detokenizer(byte_level(), ("�",))
     ids = byte_level().encode("a☃")
 
     assert "".join(reader.push(token) for token in ids[:-1]) == "a"
@@ -203,7 +203,7 @@ def test_a_stop_string_may_show_only_at_the_end() -> None:
 
 def test_special_tokens_are_left_out_unless_wanted() -> None:
     ids = [byte_level().bos_token_id, *byte_level().encode("a b"), byte_level().eos_token_id]
-    shown = TextStream(byte_level(), skip_special_tokens=False)
+    shown = Detokenizer(byte_level(), skip_special_tokens=False)
 
     assert stream(byte_level(), ids)[0] == "a b"
     assert "".join(shown.push(token) for token in ids) + shown.finish() == "<bos>a b</s>"
@@ -211,7 +211,7 @@ def test_special_tokens_are_left_out_unless_wanted() -> None:
 
 def test_a_completion_keeps_the_space_between_prompt_and_answer() -> None:
     prompt, answer = (sentencepiece().encode(text, add_special_tokens=False) for text in ("stop", "the"))
-    behind = TextStream(sentencepiece(), context=prompt)
+    behind = Detokenizer(sentencepiece(), context=prompt)
 
     assert stream(sentencepiece(), answer)[0] == "the"
     assert "".join(behind.push(token) for token in answer) + behind.finish() == " the"

@@ -15,7 +15,7 @@ from zsmerge_llm import CacheConfig, Engine, SamplingParams
 from zsmerge_llm.kvcache.cache import Cache
 
 SMALL = CacheConfig(slots=24, sink=2, recent=4, stage=5)
-MERGING = CacheConfig(slots=24, sink=2, recent=4, residual=4, alpha=1.0, stage=3, scoring="attention")
+MERGING = CacheConfig(slots=24, sink=2, recent=4, residual=4, alpha=1.0, stage=3, policy="cumulative_attention")
 LIMIT = 60
 
 

@@ -116,7 +116,7 @@ def test_every_token_is_held_merged_or_dropped(cache: CacheConfig) -> None:
     for layer in found.layers:
         assert layer.verbatim + layer.merged_tokens + layer.dropped == pytest.approx(found.seen)
     assert found.verbatim + found.merged + found.dropped == pytest.approx(found.seen)
-    assert round(found.seen - found.verbatim) == session.cache.merged
+    assert round(found.seen - found.verbatim) == session.cache.dropped_tokens + session.cache.merged_tokens
     assert (found.merged > 0) == (cache.residual > 0)
 
 

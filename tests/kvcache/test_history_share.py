@@ -9,14 +9,24 @@ import torch
 
 from tests.support.talk import SHORT, TIGHT, talker
 from tests.support.tiny_models import tiny_model, tokens
-from zsmerge_llm.config import AHEAD_FLOOR, CacheConfig
+from zsmerge_llm.config import QUERY_AGNOSTIC_FLOOR, CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.layer_cache import LayerCache
 
-CONFIG = CacheConfig(passages=0.0, slots=30, sink=2, recent=6, stage=6, window=4, pool=3, reserve=0.5, latest=0.0)
+CONFIG = CacheConfig(
+    passage_share=0.0,
+    slots=30,
+    sink=2,
+    recent=6,
+    stage=6,
+    observation_window=4,
+    pool_kernel=3,
+    history_share=0.5,
+    recent_share=0.0,
+)
 QUESTION = tokens(4, seed=8)
 
 
@@ -27,7 +37,7 @@ def engine() -> Engine:
 
 def paid(engine: Engine, ids: list[int], newest: int) -> list[torch.Tensor]:
     """[H, T] for each layer: the mean attention of the `newest` tokens of `ids`, each to what stands before it."""
-    cache = engine.new_cache(CacheConfig(slots=200, window=newest))
+    cache = engine.new_cache(CacheConfig(slots=200, observation_window=newest))
     engine.read(cache, ids)
     found = []
     for layer in cache.layers:
@@ -48,17 +58,17 @@ def test_half_of_the_context_goes_by_the_question_and_half_by_what_the_conversat
     """Against a ranking by hand, in the first compression of all."""
     ids = tokens(60)
     cache = engine.new_cache()
-    engine.read(cache, ids, probe=QUESTION, reserving=True)
+    engine.read(cache, ids, probe=QUESTION, multi_turn=True)
     exact = engine.new_cache(CacheConfig(slots=200))
     engine.read(exact, ids)
     asked = [each[:, :60] for each in paid(engine, [*ids, *QUESTION], len(QUESTION))]
-    looked = paid(engine, ids, CONFIG.window)
+    looked = paid(engine, ids, CONFIG.observation_window)
     for at, layer in enumerate(cache.layers):
         for head in range(layer.spec.kv_heads):
             kept = set(range(2)) | set(range(54, 60))
             phrase = torch.nn.functional.max_pool1d(asked[at][head][None], 3, stride=1, padding=1)[0]
             sizes = exact.layers[at].values[0, head, :60].norm(dim=-1)
-            others = (looked[at][head] + AHEAD_FLOOR) * sizes
+            others = (looked[at][head] + QUERY_AGNOSTIC_FLOOR) * sizes
             for worth, share in ((phrase, 11), (others, 11)):
                 best = sorted(set(range(60)) - kept, key=lambda token: (-float(worth[token]), token))
                 kept |= set(best[:share])
@@ -66,9 +76,9 @@ def test_half_of_the_context_goes_by_the_question_and_half_by_what_the_conversat
 
 
 def test_without_a_reserve_nothing_is_accumulated(engine: Engine) -> None:
-    cache = engine.new_cache(CONFIG.replace(reserve=0.0))
-    engine.read(cache, tokens(61), probe=QUESTION, reserving=True)
-    cache.make_room()
+    cache = engine.new_cache(CONFIG.replace(history_share=0.0))
+    engine.read(cache, tokens(61), probe=QUESTION, multi_turn=True)
+    cache.compress_stage()
     assert not any(layer.accumulated.any() for layer in cache.layers)
 
 
@@ -78,7 +88,7 @@ def test_making_room_between_two_turns_leaves_no_trace_but_the_room(family: str)
     cache = engine.new_cache()
     engine.read(cache, tokens(33))
     logits = cache.logits.clone()
-    cache.make_room()
+    cache.compress_stage()
     assert cache.seen == 33
     assert torch.equal(cache.logits, logits)
     assert cache.fits(5)
@@ -89,14 +99,14 @@ def test_making_room_between_two_turns_leaves_no_trace_but_the_room(family: str)
 
 def test_a_text_with_its_question_is_kept_for_the_question_alone(engine: Engine) -> None:
     """As without any reserve, until room is made for what comes later."""
-    config = CONFIG.replace(reserve=0.0)
+    config = CONFIG.replace(history_share=0.0)
     alone, plain = engine.new_cache(), engine.new_cache(config)
     for cache in (alone, plain):
         engine.read(cache, tokens(61), probe=QUESTION)
         engine.read(cache, tokens(4, seed=5))
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(alone.layers, plain.layers, strict=True))
     for cache in (alone, plain):
-        cache.make_room()
+        cache.compress_stage()
     assert any(not torch.equal(a.position, b.position) for a, b in zip(alone.layers, plain.layers, strict=True))
 
 
@@ -104,7 +114,7 @@ def test_where_there_is_room_none_is_made(engine: Engine) -> None:
     cache = engine.new_cache()
     engine.read(cache, tokens(29))
     before = cache.clone()
-    cache.make_room()
+    cache.compress_stage()
     for layer, old in zip(cache.layers, before.layers, strict=True):
         assert torch.equal(layer.accumulated, old.accumulated)
         assert not layer.dropped.any()
@@ -116,7 +126,7 @@ def test_what_a_slot_is_paid_adds_up_with_each_turn(engine: Engine) -> None:
     cache = engine.new_cache(CONFIG.replace(slots=60, stage=60))
     before = [torch.zeros_like(layer.accumulated) for layer in cache.layers]
     for turn in range(3):
-        engine.read(cache, tokens(30, seed=turn), reserving=True)
+        engine.read(cache, tokens(30, seed=turn), multi_turn=True)
         for layer, old in zip(cache.layers, before, strict=True):
             used = 30 * turn
             assert bool((layer.accumulated[:, :, : used + 30] > old[:, :, : used + 30]).all())
@@ -127,9 +137,9 @@ def test_what_a_slot_is_paid_adds_up_with_each_turn(engine: Engine) -> None:
 
 def test_making_room_behind_a_turn_does_not_count_its_tokens_twice(engine: Engine) -> None:
     cache = engine.new_cache()
-    engine.read(cache, tokens(33), reserving=True)
+    engine.read(cache, tokens(33), multi_turn=True)
     before = cache.clone()
-    cache.make_room()
+    cache.compress_stage()
     for layer, old in zip(cache.layers, before.layers, strict=True):
         assert layer.dropped.any()
         for head in range(layer.spec.kv_heads):
@@ -139,10 +149,10 @@ def test_making_room_behind_a_turn_does_not_count_its_tokens_twice(engine: Engin
 
 def test_a_long_turn_does_not_make_the_conversation_forget_what_it_looked_at(engine: Engine) -> None:
     """What was paid most before a long turn is held after it, though the turn's own question looks elsewhere."""
-    cache = engine.new_cache(CONFIG.replace(reserve=1.0))
-    engine.read(cache, tokens(28), reserving=True)
+    cache = engine.new_cache(CONFIG.replace(history_share=1.0))
+    engine.read(cache, tokens(28), multi_turn=True)
     best = [layer.accumulated * layer.values.norm(dim=-1) for layer in cache.layers]
-    engine.read(cache, tokens(50, seed=3), probe=QUESTION, reserving=True)
+    engine.read(cache, tokens(50, seed=3), probe=QUESTION, multi_turn=True)
     for layer, worth in zip(cache.layers, best, strict=True):
         for head in range(layer.spec.kv_heads):
             assert int(worth[0, head, 2:22].argmax()) + 2 in positions(layer, head)
@@ -150,40 +160,40 @@ def test_a_long_turn_does_not_make_the_conversation_forget_what_it_looked_at(eng
 
 def test_a_cache_with_a_reserve_is_restored_bit_for_bit(engine: Engine) -> None:
     cache = engine.new_cache()
-    engine.read(cache, tokens(60), probe=QUESTION, reserving=True)
+    engine.read(cache, tokens(60), probe=QUESTION, multi_turn=True)
     tensors, facts = cache.state()
     restored = Cache.from_state({name: tensor.clone() for name, tensor in tensors.items()}, facts)
     for each in (cache, restored):
-        engine.read(each, tokens(20, seed=2), probe=QUESTION, reserving=True)
+        engine.read(each, tokens(20, seed=2), probe=QUESTION, multi_turn=True)
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, restored.layers, strict=True))
 
 
 def test_conversations_with_a_reserve_go_on_and_are_saved(tmp_path: Path) -> None:
-    llm = talker(cache=TIGHT.replace(reserve=0.5))
+    llm = talker(cache=TIGHT.replace(history_share=0.5))
     said = [{"role": "user", "content": "Tell me about the sea, at length. " * 20}]
     first = llm.chat(said, session="ann", sampling=SHORT)
-    assert first.usage.merged_tokens > 0
+    assert first.usage.dropped_tokens > 0
     said += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And about the land? " * 20}]
     assert llm.chat(said, session="ann", sampling=SHORT).usage.cached_tokens > 0
     assert any(layer.accumulated.any() for layer in llm.session("ann").cache.layers)
     llm.session("ann").save(tmp_path / "ann.zsmerge")
-    loaded = talker(cache=TIGHT.replace(reserve=0.5)).load_session(tmp_path / "ann.zsmerge")
+    loaded = talker(cache=TIGHT.replace(history_share=0.5)).load_session(tmp_path / "ann.zsmerge")
     for mine, theirs in zip(loaded.cache.layers, llm.session("ann").cache.layers, strict=True):
         assert torch.equal(mine.accumulated, theirs.accumulated)
 
 
 def test_plain_completion_needs_no_chat_template_for_its_reserve() -> None:
-    llm = talker(cache=TIGHT.replace(reserve=0.5))
+    llm = talker(cache=TIGHT.replace(history_share=0.5))
     llm.tokenizer.chat_template = None
     result = llm.complete("Tell me about the sea, at length. " * 20, sampling=SHORT)
-    assert result.usage.merged_tokens > 0
+    assert result.usage.dropped_tokens > 0
 
 
 @pytest.mark.parametrize("reserve", [-0.1, 1.1, float("nan"), "half"])
 def test_a_reserve_that_is_no_share_is_refused(reserve: object) -> None:
-    with pytest.raises(ConfigError, match="reserve"):
-        CacheConfig(reserve=reserve)
+    with pytest.raises(ConfigError, match="history_share"):
+        CacheConfig(history_share=reserve)
 
 
 def test_documents_read_ahead_have_no_question_to_reserve_from() -> None:
-    assert CONFIG.ahead().reserve == 0
+    assert CONFIG.query_agnostic().history_share == 0

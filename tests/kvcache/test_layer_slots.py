@@ -18,7 +18,7 @@ from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.inspection.memory_map import map_cache
 from zsmerge_llm.kvcache.cache import Cache
 
-UNEVEN = CacheConfig(slots=40, sink=2, recent=8, stage=8, window=4, shares=(0.5, 1.5))
+UNEVEN = CacheConfig(slots=40, sink=2, recent=8, stage=8, observation_window=4, layer_budgets=(0.5, 1.5))
 """Twenty slots and sixty in a model of two layers."""
 
 
@@ -34,31 +34,31 @@ def budgets(draw: st.DrawFn) -> CacheConfig:
     mean = sum(weights) / len(weights)
     parts = {name: draw(st.integers(low, 20)) for name, low in (("sink", 0), ("recent", 1), ("residual", 0))}
     slots = draw(st.integers(sum(parts.values()) + 1, 4000))
-    return CacheConfig(slots=slots, **parts, shares=tuple(weight / mean for weight in weights))
+    return CacheConfig(slots=slots, **parts, layer_budgets=tuple(weight / mean for weight in weights))
 
 
 @given(budgets())
 def test_the_total_is_that_of_equal_layers_and_no_layer_is_starved(config: CacheConfig) -> None:
     assert config.slots is not None
-    assert config.shares is not None
-    found = config.layer_slots(len(config.shares))
+    assert config.layer_budgets is not None
+    found = config.layer_slots(len(config.layer_budgets))
     assert sum(found) == config.slots * len(found)
     assert min(found) >= config.sink + config.recent + config.residual + 1
 
 
 @given(budgets())
 def test_a_larger_share_is_never_a_smaller_layer(config: CacheConfig) -> None:
-    assert config.shares is not None
-    found = config.layer_slots(len(config.shares))
-    ordered = [slots for _, slots in sorted(zip(config.shares, found, strict=True))]
+    assert config.layer_budgets is not None
+    found = config.layer_slots(len(config.layer_budgets))
+    ordered = [slots for _, slots in sorted(zip(config.layer_budgets, found, strict=True))]
     assert all(after >= before - 1 for before, after in pairwise(ordered))  # but for rounding
 
 
 @given(budgets())
 def test_shares_are_exact_where_every_layer_has_room(config: CacheConfig) -> None:
     assert config.slots is not None
-    assert config.shares is not None
-    wanted = [config.slots * share for share in config.shares]
+    assert config.layer_budgets is not None
+    wanted = [config.slots * share for share in config.layer_budgets]
     if min(wanted) >= config.sink + config.recent + config.residual + 1:
         assert config.layer_slots(len(wanted)) == [pytest.approx(each, abs=1.01) for each in wanted]
 
@@ -69,15 +69,15 @@ def test_shares_are_exact_where_every_layer_has_room(config: CacheConfig) -> Non
 )
 def test_shares_that_cannot_work_are_refused(shares: object, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        CacheConfig(shares=shares)  # type: ignore[arg-type]
+        CacheConfig(layer_budgets=shares)  # type: ignore[arg-type]
 
 
 def test_shares_of_another_model_and_of_the_exact_cache_are_refused() -> None:
     engine = Engine(tiny_model("qwen2"))
     with pytest.raises(ConfigError, match="3 weights and the model 2"):
-        engine.new_cache(CacheConfig(shares=(0.5, 1.0, 1.5)))
-    with pytest.raises(ConfigError, match="leave out shares"):
-        CacheConfig(slots=None, shares=(1.0,))
+        engine.new_cache(CacheConfig(layer_budgets=(0.5, 1.0, 1.5)))
+    with pytest.raises(ConfigError, match="leave out layer_budgets"):
+        CacheConfig(slots=None, layer_budgets=(1.0,))
 
 
 def test_a_pyramid_falls_from_the_first_layer_to_the_last() -> None:
@@ -87,24 +87,24 @@ def test_a_pyramid_falls_from_the_first_layer_to_the_last() -> None:
 
 
 def test_settings_survive_json() -> None:
-    assert CacheConfig.from_dict({"slots": 40, "recent": 8, "shares": [0.5, 1.5]}).shares == (0.5, 1.5)
+    assert CacheConfig.from_dict({"slots": 40, "recent": 8, "layer_budgets": [0.5, 1.5]}).layer_budgets == (0.5, 1.5)
 
 
 def test_layers_hold_their_parts_in_order_and_say_so(engine: Engine) -> None:
-    cache, level = engine.new_cache(), engine.new_cache(UNEVEN.replace(shares=None))
+    cache, level = engine.new_cache(), engine.new_cache(UNEVEN.replace(layer_budgets=None))
     for each in (cache, level):
         engine.read(each, tokens(200))
     found = map_cache(cache, tokens(200))
     assert [layer.slots for layer in found.layers] == [20, 60]
     assert [layer.verbatim for layer in found.layers] == [20, 60]
-    assert (cache.slots, cache.lossless, cache.seen) == (40, 20, 200)
+    assert (cache.slots, cache.exact_capacity, cache.seen) == (40, 20, 200)
     assert cache.nbytes == level.nbytes
-    assert cache.merged == 200 - 40
+    assert cache.dropped_tokens == 200 - 40
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss-sinks"])
 def test_sliding_windows_are_no_part_of_the_total(family: str) -> None:
-    engine = Engine(tiny_model(family), UNEVEN.replace(shares=(1.0,)))
+    engine = Engine(tiny_model(family), UNEVEN.replace(layer_budgets=(1.0,)))
     assert sorted(layer.config.slots or 0 for layer in engine.new_cache().layers)[-1] == 40
     assert sorted({layer.config.slots or 0 for layer in engine.new_cache().layers}) == [9, 40]
 
@@ -113,18 +113,18 @@ def test_sliding_windows_are_no_part_of_the_total(family: str) -> None:
 @given(share=st.floats(0.3, 1.0), flip=st.booleans(), seed=st.integers(0, 99))
 def test_nothing_is_lost_up_to_the_smallest_layer(engine: Engine, share: float, flip: bool, seed: int) -> None:
     shares = (2 - share, share) if flip else (share, 2 - share)
-    cache, exact = engine.new_cache(UNEVEN.replace(shares=shares)), engine.new_cache(CacheConfig.full())
-    assert cache.lossless is not None
-    ids = tokens(cache.lossless, seed=seed)
+    cache, exact = engine.new_cache(UNEVEN.replace(layer_budgets=shares)), engine.new_cache(CacheConfig.full())
+    assert cache.exact_capacity is not None
+    ids = tokens(cache.exact_capacity, seed=seed)
     assert torch.allclose(engine.read(cache, ids), engine.read(exact, ids), atol=1e-4)
-    assert cache.merged == 0
+    assert cache.dropped_tokens == 0
 
 
 @settings(max_examples=15, deadline=None)
 @example(lengths=[41, 73], share=1.0)
 @given(lengths=st.lists(st.integers(1, 120), min_size=2, max_size=3), share=st.floats(0.3, 1.7))
 def test_rows_of_a_batch_are_as_alone(engine: Engine, lengths: list[int], share: float) -> None:
-    config = UNEVEN.replace(shares=(share, 2 - share))
+    config = UNEVEN.replace(layer_budgets=(share, 2 - share))
     prompts = [tokens(length, seed=length) for length in lengths]
     together = engine.read_batch(engine.new_cache(config, len(prompts)), prompts)
     for row, prompt in enumerate(prompts):
@@ -140,13 +140,13 @@ def test_caches_join_into_a_batch_and_part_again(engine: Engine) -> None:
         same = batch.row(row)
         assert torch.equal(engine.read(same, tokens(30)), engine.read(cache, tokens(30)))
     with pytest.raises(ConfigError):
-        Cache.stack([alone[0], engine.new_cache(UNEVEN.replace(shares=(1.5, 0.5)))])
+        Cache.stack([alone[0], engine.new_cache(UNEVEN.replace(layer_budgets=(1.5, 0.5)))])
 
 
 @settings(max_examples=10, deadline=None)
 @given(length=st.integers(1, 200), share=st.floats(0.3, 1.7))
 def test_a_restored_cache_goes_on_bit_for_bit(engine: Engine, length: int, share: float) -> None:
-    cache = engine.new_cache(UNEVEN.replace(shares=(share, 2 - share)))
+    cache = engine.new_cache(UNEVEN.replace(layer_budgets=(share, 2 - share)))
     engine.read(cache, tokens(length))
     tensors, facts = cache.state()
     restored = Cache.from_state({name: tensor.clone() for name, tensor in tensors.items()}, facts)
@@ -157,18 +157,18 @@ def test_a_restored_cache_goes_on_bit_for_bit(engine: Engine, length: int, share
 def test_the_stage_of_every_layer_can_be_emptied(engine: Engine) -> None:
     cache = engine.new_cache()
     engine.read(cache, tokens(65))
-    cache.make_room()
+    cache.compress_stage()
     assert [max(layer.fills) for layer in cache.layers] == [20, 60]
     assert cache.fits(7)
     assert not cache.fits(8)
 
 
 def test_conversations_go_on_and_are_saved_with_shares(tmp_path: Path) -> None:
-    llm = talker(cache=TIGHT.replace(shares=(0.5, 1.5)))
+    llm = talker(cache=TIGHT.replace(layer_budgets=(0.5, 1.5)))
     first = llm.chat("Tell me about the sea, at length. " * 20, session="ann", sampling=SHORT)
-    assert first.usage.merged_tokens > 0
+    assert first.usage.dropped_tokens > 0
     llm.session("ann").save(tmp_path / "ann.zsmerge")
-    again = talker(cache=TIGHT.replace(shares=(0.5, 1.5)))
+    again = talker(cache=TIGHT.replace(layer_budgets=(0.5, 1.5)))
     loaded = again.load_session(tmp_path / "ann.zsmerge")
     for mine, theirs in zip(loaded.cache.layers, llm.session("ann").cache.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys)
@@ -179,9 +179,9 @@ def test_positions_are_mapped_anew_once_the_smallest_layer_has_lost_something() 
     model.config.max_position_embeddings = 43
     moved = {}
     for shares in (None, (0.5, 1.5)):
-        engine = Engine(model, UNEVEN.replace(shares=shares))
+        engine = Engine(model, UNEVEN.replace(layer_budgets=shares))
         cache = engine.new_cache()
         for token in tokens(40):
             engine.read(cache, [token])
-        moved[shares] = cache.places[0].offset > 0
+        moved[shares] = cache.position_maps[0].offset > 0
     assert moved == {None: False, (0.5, 1.5): True}

@@ -15,7 +15,7 @@ from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.cache import Cache
 
-CONFIG = CacheConfig(slots=30, sink=2, recent=6, stage=6, window=4, pool=3, passages=0.5)
+CONFIG = CacheConfig(slots=30, sink=2, recent=6, stage=6, observation_window=4, pool_kernel=3, passage_share=0.5)
 QUESTION = [7, 8, 9]
 
 
@@ -39,7 +39,7 @@ def test_a_passage_is_worth_the_mean_vote_of_its_tokens(votes: list[float], reac
 
 def paid(engine: Engine, ids: list[int]) -> list[torch.Tensor]:
     """What the question pays to ids in each layer, among ids alone: [H, G, m, T]."""
-    cache = engine.new_cache(CacheConfig(slots=200, window=len(QUESTION)))
+    cache = engine.new_cache(CacheConfig(slots=200, observation_window=len(QUESTION)))
     engine.read(cache, [*ids, *QUESTION])
     found = []
     for layer in cache.layers:
@@ -77,7 +77,7 @@ def test_half_of_the_context_goes_to_the_passages_that_all_layers_vote_for(
 
 
 def test_all_of_it_may_go_to_passages_and_then_every_head_keeps_the_same(engine: Engine) -> None:
-    cache = engine.new_cache(CONFIG.replace(passages=1.0))
+    cache = engine.new_cache(CONFIG.replace(passage_share=1.0))
     for start in range(0, 180, 60):
         engine.read(cache, tokens(180)[start : start + 60], probe=QUESTION)
     held = [positions(cache, at, head) for at, layer in enumerate(cache.layers) for head in range(layer.spec.kv_heads)]
@@ -100,12 +100,12 @@ def test_a_short_turn_of_a_chat_asks_each_layer_alone() -> None:
     """Passages for its question would cost what was said before; a long text with its question still gets them."""
     held = []
     for passages in (0.0, 1.0):
-        reader = Engine(tiny_model("qwen2"), CONFIG.replace(passages=passages))
+        reader = Engine(tiny_model("qwen2"), CONFIG.replace(passage_share=passages))
         cache = reader.new_cache()
-        reader.read(cache, tokens(60)[:25], reserving=True)
-        reader.read(cache, tokens(60)[25:50], probe=QUESTION, reserving=True)
+        reader.read(cache, tokens(60)[:25], multi_turn=True)
+        reader.read(cache, tokens(60)[25:50], probe=QUESTION, multi_turn=True)
         short = [positions(cache, at, 0) for at in range(len(cache.layers))]
-        reader.read(cache, tokens(90), probe=QUESTION, reserving=True)
+        reader.read(cache, tokens(90), probe=QUESTION, multi_turn=True)
         held.append((short, [positions(cache, at, 0) for at in range(len(cache.layers))]))
     assert held[0][0] == held[1][0]
     assert held[0][1] != held[1][1]
@@ -115,9 +115,9 @@ def test_a_layer_of_more_slots_has_more_to_say(monkeypatch: pytest.MonkeyPatch) 
     """A layer of three slots has room for one token besides sink and newest: the one that the other votes for."""
     monkeypatch.setattr(attention, "PASSAGE", 1)
     ids, shares = tokens(60), [(1.9, 0.1), (0.1, 1.9)]
-    config = CONFIG.replace(slots=24, recent=1, sink=1, passages=1.0)
+    config = CONFIG.replace(slots=24, recent=1, sink=1, passage_share=1.0)
     for large, uneven in enumerate(shares):
-        reader = Engine(tiny_model("qwen2"), config.replace(shares=uneven))
+        reader = Engine(tiny_model("qwen2"), config.replace(layer_budgets=uneven))
         cache = reader.new_cache()
         reader.read(cache, ids, probe=QUESTION)
         votes = paid(reader, ids)[large].amax((1, 2)).sum(0)
@@ -131,7 +131,7 @@ def test_a_first_prompt_that_does_not_fit_is_shared_out_among_the_layers() -> No
     short = [{"role": "user", "content": "hello"}]
     for name, messages in (("long", long), ("short", short)):
         llm.chat(messages, session=name, sampling=SHORT)
-        assert (llm.session(name).cache.config.shares is None) == (name == "short")
+        assert (llm.session(name).cache.config.layer_budgets is None) == (name == "short")
 
 
 def test_prompts_of_a_batch_keep_their_own_budgets() -> None:
@@ -141,5 +141,5 @@ def test_prompts_of_a_batch_keep_their_own_budgets() -> None:
     alone = [llm.complete(prompt, sampling=SHORT) for prompt in prompts]
     together = llm.batch_complete(prompts, sampling=SHORT)
     assert [each.text for each in together] == [each.text for each in alone]
-    assert [each.usage.merged_tokens for each in together[:9]] == [0] * 9
-    assert together[9].usage.merged_tokens > 0
+    assert [each.usage.dropped_tokens for each in together[:9]] == [0] * 9
+    assert together[9].usage.dropped_tokens > 0

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.naive_algorithm import NaiveHead
-from zsmerge_llm.attention.interface import Call, Step
+from zsmerge_llm.attention.interface import AttentionCall, ForwardPass
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.view import LayerSpec
 
 HEADS, GROUP, DIM = 2, 2, 4
-FIGURE_2 = CacheConfig(slots=9, sink=0, recent=3, residual=2, alpha=0.6, decay=0.98, stage=1, scoring="attention")
+FIGURE_2 = CacheConfig(
+    slots=9, sink=0, recent=3, residual=2, alpha=0.6, decay=0.98, stage=1, policy="cumulative_attention"
+)
 
 
 def one_layer(config: CacheConfig, rows: int = 1, dtype: torch.dtype = torch.float32) -> Cache:
@@ -30,8 +32,8 @@ def feed(cache: Cache, query: Tensor, key: Tensor, value: Tensor, valid: Tensor 
     rows, new = key.shape[0], key.shape[2]
     lengths = torch.tensor(cache.lengths)
     counts = torch.full((rows,), new) if valid is None else valid.sum(-1)
-    step = Step(cache, new, lengths[:, None] + torch.arange(new), valid, counts.tolist(), lengths + counts)
-    output = step.attend(Call(0, query, key, value, DIM**-0.5, None, None, None))
+    step = ForwardPass(cache, new, lengths[:, None] + torch.arange(new), valid, counts.tolist(), lengths + counts)
+    output = step.attend(AttentionCall(0, query, key, value, DIM**-0.5, None, None, None))
     cache.lengths = step.seen.tolist()
     return output
 
@@ -45,7 +47,7 @@ def draw(count: int, seed: int, rows: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 
 def naive_heads(config: CacheConfig) -> list[NaiveHead]:
     return [
-        NaiveHead(config.sink, config.context, config.recent, config.residual, config.alpha, config.decay)
+        NaiveHead(config.sink, config.num_context, config.recent, config.residual, config.alpha, config.decay)
         for _ in range(HEADS)
     ]
 
@@ -69,7 +71,7 @@ def test_tensor_code_agrees_with_algorithm_1_token_by_token(
         residual=residual,
         decay=decay,
         stage=1,
-        scoring="attention",
+        policy="cumulative_attention",
     )
     cache, heads = one_layer(config), naive_heads(config)
     query, key, value = draw(30, seed)
@@ -145,7 +147,7 @@ def test_padding_is_never_merged() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_counts_and_means_do_not_saturate_in_half_precision(dtype: torch.dtype) -> None:
-    config = CacheConfig(slots=6, sink=0, recent=2, residual=1, stage=1, scoring="attention", decay=0.98)
+    config = CacheConfig(slots=6, sink=0, recent=2, residual=1, stage=1, policy="cumulative_attention", decay=0.98)
     cache = one_layer(config, dtype=dtype)
     steps = 3000
     key = torch.full((1, HEADS, 1, DIM), 300.0, dtype=dtype)  # K-biases of Qwen2.5 are of this size
@@ -160,7 +162,7 @@ def test_counts_and_means_do_not_saturate_in_half_precision(dtype: torch.dtype) 
 
 
 def test_sinks_are_never_merged_even_when_nobody_looks_at_them() -> None:
-    config = CacheConfig(slots=10, sink=3, recent=2, residual=2, stage=1, scoring="attention", decay=0.5)
+    config = CacheConfig(slots=10, sink=3, recent=2, residual=2, stage=1, policy="cumulative_attention", decay=0.5)
     cache = one_layer(config)
     query, key, value = draw(60, seed=4)
     key[:, :, :3] = -10 * query[:, ::GROUP].mean(2, keepdim=True)
@@ -180,7 +182,7 @@ def test_bias_of_a_slot_is_alpha_log_count_and_an_empty_slot_is_closed() -> None
 
 def test_scores_of_a_chunk_equal_those_of_its_tokens_one_by_one() -> None:
     """Eq. 5 in one go, as long as nothing is evicted."""
-    config = CacheConfig(slots=40, sink=0, recent=2, scoring="attention", decay=0.9, stage=4)
+    config = CacheConfig(slots=40, sink=0, recent=2, policy="cumulative_attention", decay=0.9, stage=4)
     whole, single = one_layer(config), one_layer(config)
     query, key, value = draw(24, seed=5)
     together = feed(whole, query, key, value)
@@ -190,7 +192,9 @@ def test_scores_of_a_chunk_equal_those_of_its_tokens_one_by_one() -> None:
 
 
 def test_a_lone_probe_decides_who_stays_and_leaves_no_trace() -> None:
-    config = CacheConfig(slots=12, sink=0, recent=2, stage=1, window=4, pool=1, scoring="window")
+    config = CacheConfig(
+        slots=12, sink=0, recent=2, stage=1, observation_window=4, pool_kernel=1, policy="observation_window"
+    )
     cache = one_layer(config)
     _, key, value = draw(40, seed=6)
     key = key / key.norm(dim=-1, keepdim=True)
@@ -199,9 +203,9 @@ def test_a_lone_probe_decides_who_stays_and_leaves_no_trace() -> None:
     probe = 20 * key[:, :, wanted].repeat_interleave(GROUP, 1)
     key_probe = torch.full((1, HEADS, 4, DIM), 100.0)
     position = torch.arange(44)[None]
-    step = Step(cache, 40, position, None, [40], torch.tensor([40]))
+    step = ForwardPass(cache, 40, position, None, [40], torch.tensor([40]))
     both = torch.cat([query, probe], 2), torch.cat([key, key_probe], 2), torch.cat([value, key_probe], 2)
-    step.attend(Call(0, *both, DIM**-0.5, None, None, None))
+    step.attend(AttentionCall(0, *both, DIM**-0.5, None, None, None))
     layer = cache.layers[0]
     assert layer.keys.max() < 50, "the probe's own keys are not held"
     for h in range(HEADS):

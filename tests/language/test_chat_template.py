@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.templates import ENDS, STABLE, TOOLS, byte_level, call, long_chat, template, written
 from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError, UnsupportedContentError
-from zsmerge_llm.language.chat_template import Template, normalise
+from zsmerge_llm.language.chat_template import ChatTemplate, normalize_messages
 
 USER = {"role": "user", "content": "Hello"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [call("Bern", 1)]}
@@ -31,7 +31,7 @@ def play(name: str, chat: list[list[dict[str, Any]]], tools: list[Any] | None, t
     texts: list[str] = []
     for step in chat:
         n = len(messages) + 1
-        messages = normalise([*messages, *step])
+        messages = normalize_messages([*messages, *step])
         if not ids:
             ids = form.encode(form.render(messages, tools))
         else:
@@ -67,19 +67,19 @@ def test_a_plain_chat_reads_exactly_what_a_fresh_render_holds_with_every_templat
     form = template(name)
     messages = [message for step in chat for message in step]
 
-    assert play(name, chat, None)[-1] == form.render(normalise(messages))
+    assert play(name, chat, None)[-1] == form.render(normalize_messages(messages))
 
 
 def test_qwen3_without_thinking_reads_what_a_fresh_render_holds_with_tools_too() -> None:
     messages: list[dict[str, Any]] = []
     for step, text in zip(long_chat(), play("qwen3", long_chat(), TOOLS), strict=True):
         messages += step
-        assert text == template("qwen3").render(normalise(messages), TOOLS)
+        assert text == template("qwen3").render(normalize_messages(messages), TOOLS)
 
 
 def test_thinking_stays_in_the_session_and_is_dropped_from_a_fresh_render() -> None:
     text = play("qwen3", long_chat(), TOOLS, thought="<think>\nhm\n</think>\n\n")[-1]
-    fresh = template("qwen3").render(normalise([message for step in long_chat() for message in step]), TOOLS)
+    fresh = template("qwen3").render(normalize_messages([message for step in long_chat() for message in step]), TOOLS)
 
     assert text.count("<think>") == 15
     assert "<think>" not in fresh
@@ -87,7 +87,7 @@ def test_thinking_stays_in_the_session_and_is_dropped_from_a_fresh_render() -> N
 
 
 def test_the_delta_starts_with_the_end_token_and_ends_with_the_next_header() -> None:
-    messages = normalise([USER, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Bye"}])
+    messages = normalize_messages([USER, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Bye"}])
 
     assert template("qwen2.5").delta(messages, 2) == (
         "<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
@@ -97,7 +97,7 @@ def test_the_delta_starts_with_the_end_token_and_ends_with_the_next_header() -> 
 
 @pytest.mark.parametrize("name", CHATTING)
 def test_the_delta_behind_an_earlier_answer_holds_everything_since(name: str) -> None:
-    messages = normalise([message for step in long_chat(6) for message in step])
+    messages = normalize_messages([message for step in long_chat(6) for message in step])
     form = template(name)
     text = form.delta(messages, 3, TOOLS)
 
@@ -117,31 +117,32 @@ def test_the_delta_is_found_where_a_template_insists_that_results_follow_calls()
         {%- for c in m.tool_calls or [] %} CALL {{ c.function | tojson }}{% endfor -%}
         <|im_end|>
     {%- endfor -%}{{ "<|im_start|>" if add_generation_prompt }}"""
-    form = Template(byte_level("<|im_end|>", ("<|im_start|>",)), strict)
+    form = ChatTemplate(byte_level("<|im_end|>", ("<|im_start|>",)), strict)
 
     assert (
-        form.delta(normalise([USER, CALL, RESULT]), 2) == "<|im_end|><|im_start|>tool 12 degrees<|im_end|><|im_start|>"
+        form.delta(normalize_messages([USER, CALL, RESULT]), 2)
+        == "<|im_end|><|im_start|>tool 12 degrees<|im_end|><|im_start|>"
     )
 
 
 def test_a_template_that_hides_the_answer_has_no_delta_and_says_so() -> None:
-    form = Template(byte_level(), "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}")
+    form = ChatTemplate(byte_level(), "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}")
 
     with pytest.raises(InputError, match=r"does not show where messages\[1\] ends"):
-        form.delta(normalise([USER, CALL, RESULT]), 2)
+        form.delta(normalize_messages([USER, CALL, RESULT]), 2)
 
 
 def test_a_delta_behind_a_message_that_is_not_the_assistants_is_refused() -> None:
     for n in (0, 1, 3, 4):
         with pytest.raises(InputError, match="not an answer of the assistant"):
-            template("qwen3").delta(normalise([USER, CALL, RESULT]), n, TOOLS)
+            template("qwen3").delta(normalize_messages([USER, CALL, RESULT]), n, TOOLS)
 
 
 def test_a_string_is_one_user_message_and_blocks_are_joined() -> None:
     blocks = [{"type": "text", "text": "one"}, "two", {"type": "text", "text": "three"}]
 
-    assert normalise("Hello") == [USER]
-    assert normalise([{"role": "user", "content": blocks, "id": "x"}]) == [
+    assert normalize_messages("Hello") == [USER]
+    assert normalize_messages([{"role": "user", "content": blocks, "id": "x"}]) == [
         {"role": "user", "content": "one\ntwo\nthree"}
     ]
 
@@ -149,7 +150,7 @@ def test_a_string_is_one_user_message_and_blocks_are_joined() -> None:
 def test_tool_arguments_are_parsed_and_what_is_no_json_object_stays_text() -> None:
     given = ['{"a": 1}', {"a": 1}, "", None, "{broken", "[1]"]
     calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in given]
-    messages = normalise(
+    messages = normalize_messages(
         [USER, {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "", "name": "f"}]
     )
 
@@ -171,7 +172,7 @@ def test_results_find_their_calls_by_id_or_by_name() -> None:
         {"function": {"name": "f", "arguments": {}}},
     ]
     results = [{"tool_call_id": "mine"}, {"name": "f"}, {"name": "f"}]
-    messages = normalise(
+    messages = normalize_messages(
         [USER, {"role": "assistant", "tool_calls": calls}]
         + [{"role": "tool", "content": "r", **result} for result in results]
     )
@@ -225,12 +226,12 @@ def test_messages_that_cannot_be_used_are_refused_with_a_remedy(
     messages: Any, kind: type[InputError], says: str
 ) -> None:
     with pytest.raises(kind, match=says) as caught:
-        normalise(messages)
+        normalize_messages(messages)
     assert type(caught.value) is kind
 
 
 def test_a_model_without_a_template_still_takes_completions_and_names_the_remedy_for_chat() -> None:
-    form = Template(byte_level())
+    form = ChatTemplate(byte_level())
 
     assert form.tokenizer.decode(form.encode_prompt("Once")) == "Once"
     with pytest.raises(MissingTemplateError, match=r"LLM\.complete.*chat_template="):
@@ -238,8 +239,8 @@ def test_a_model_without_a_template_still_takes_completions_and_names_the_remedy
 
 
 def test_what_a_template_refuses_is_an_input_error_with_its_own_words() -> None:
-    system = normalise([{"role": "system", "content": "x"}, USER])
-    two_calls = normalise([USER, {"role": "assistant", "tool_calls": [call("a", 1), call("b", 2)]}, RESULT])
+    system = normalize_messages([{"role": "system", "content": "x"}, USER])
+    two_calls = normalize_messages([USER, {"role": "assistant", "tool_calls": [call("a", 1), call("b", 2)]}, RESULT])
 
     with pytest.raises(InputError, match="System role not supported"):
         template("gemma2").render(system)
@@ -248,9 +249,9 @@ def test_what_a_template_refuses_is_an_input_error_with_its_own_words() -> None:
     with pytest.raises(InputError, match="roles must alternate"):
         template("mistral-nemo").render([USER, USER])
     with pytest.raises(InputError, match="refuses these messages"):
-        Template(byte_level(), "{{ messages[0].content + 1 }}").render([USER])
+        ChatTemplate(byte_level(), "{{ messages[0].content + 1 }}").render([USER])
     with pytest.raises(ConfigError, match="not valid Jinja"):
-        Template(byte_level(), "{% if %}").render([USER])
+        ChatTemplate(byte_level(), "{% if %}").render([USER])
 
 
 def test_tools_of_a_wrong_form_are_refused_and_an_empty_list_is_no_tools() -> None:
@@ -262,7 +263,7 @@ def test_tools_of_a_wrong_form_are_refused_and_an_empty_list_is_no_tools() -> No
 
 
 def test_tools_reach_a_model_whose_template_knows_none() -> None:
-    messages = normalise(
+    messages = normalize_messages(
         [{"role": "system", "content": "Be brief."}, USER, CALL, RESULT, {"role": "user", "content": "So?"}]
     )
     text = template("gemma3").render(messages, TOOLS)
@@ -280,7 +281,9 @@ def test_mistral_gets_ids_of_nine_characters_and_keeps_those_it_has() -> None:
     long = copy.deepcopy([USER, CALL, RESULT])
     long[1]["tool_calls"][0]["id"] = long[2]["tool_call_id"] = "call_0123456789abcdef"  # type: ignore[index]
 
-    kept, replaced = (template("mistral-nemo").render(normalise(chat), TOOLS) for chat in ([USER, CALL, RESULT], long))
+    kept, replaced = (
+        template("mistral-nemo").render(normalize_messages(chat), TOOLS) for chat in ([USER, CALL, RESULT], long)
+    )
     assert kept.count("abcdefg01") == 2
     assert replaced == kept.replace("abcdefg01", "call00000")
 
@@ -289,7 +292,7 @@ def test_the_date_is_frozen_and_can_be_given() -> None:
     form = template("llama3", today=date(2024, 2, 29))
 
     assert "Today Date: 29 Feb 2024\n" in form.render([USER])
-    odd = Template(byte_level(), "{{ strftime_now( '%Y-%m-%d \"%j\"' ) }}", today=date(2024, 2, 29))
+    odd = ChatTemplate(byte_level(), "{{ strftime_now( '%Y-%m-%d \"%j\"' ) }}", today=date(2024, 2, 29))
     assert odd.render([USER]) == '2024-02-29 "060"'
     assert template("llama3").today == date.today()
 
@@ -303,7 +306,7 @@ def test_one_bos_is_read_whether_the_template_or_the_tokenizer_writes_it() -> No
 
     tokenizer = copy.deepcopy(byte_level("<end_of_turn>", ("<start_of_turn>",)))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    form = Template(tokenizer, template("gemma3").chat_template)
+    form = ChatTemplate(tokenizer, template("gemma3").chat_template)
 
     assert form.encode(form.render([USER])).count(0) == 1
     assert form.encode_prompt("Once").count(0) == 1
@@ -331,13 +334,13 @@ def test_digests_ignore_what_does_not_change_the_conversation() -> None:
     ]
     shuffled = [{"function": dict(reversed(TOOLS[0]["function"].items())), "type": "function"}]  # type: ignore[attr-defined]
 
-    assert form.digests(normalise(one), TOOLS) == form.digests(normalise(other), shuffled)
-    assert len(set(form.digests(normalise(one), TOOLS))) == 6
+    assert form.digests(normalize_messages(one), TOOLS) == form.digests(normalize_messages(other), shuffled)
+    assert len(set(form.digests(normalize_messages(one), TOOLS))) == 6
 
 
 def test_digests_of_prefixes_are_prefixes_of_digests() -> None:
     form = template("llama3")
-    messages = normalise([message for step in long_chat() for message in step])
+    messages = normalize_messages([message for step in long_chat() for message in step])
     whole = form.digests(messages, TOOLS)
 
     assert len(whole) == len(messages) + 1
@@ -349,8 +352,8 @@ def test_digests_differ_with_every_change_that_matters() -> None:
     form = template("qwen3")
     parallel = {"role": "assistant", "tool_calls": [call("Bern", 1), call("Rome", 2)]}
 
-    def last(*messages: dict[str, Any], tools: Any = TOOLS, extra: Any = None, form: Template = form) -> str:
-        return form.digests(normalise(list(messages)), tools, extra)[-1]
+    def last(*messages: dict[str, Any], tools: Any = TOOLS, extra: Any = None, form: ChatTemplate = form) -> str:
+        return form.digests(normalize_messages(list(messages)), tools, extra)[-1]
 
     chats = [
         last(USER),

@@ -20,7 +20,7 @@ from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.language.grammar import Grammar, Grammars
+from zsmerge_llm.language.grammar import Grammar, GrammarCompiler
 
 NAMES = ("a", "name", "größe", "名前", "x y", "né/e", 'q"uote')
 WORDS = ("", "red", "blau grün", "中文", "🙂", "it's", "a\\b", "tab\t")
@@ -198,7 +198,7 @@ def test_forced_tokens_are_read_in_one_pass() -> None:
     grammar = Grammar.json_schema(
         {"type": "object", "properties": {"größe": {"type": "integer"}}, "required": ["größe"]}
     )
-    grammars = Grammars(llm.tokenizer, engine.vocab_size, engine.stop_ids)
+    grammars = GrammarCompiler(llm.tokenizer, engine.vocab_size, engine.stop_ids)
     passes: list[int] = []
     params = SamplingParams(max_tokens=32)
     ids = llm.tokenizer("Say it.")["input_ids"]
@@ -219,7 +219,7 @@ def test_forced_tokens_are_read_in_one_pass() -> None:
 
 def test_each_row_of_a_batch_keeps_to_its_own_form() -> None:
     llm = model()
-    engine, grammars = llm.engine, Grammars(llm.tokenizer, llm.engine.vocab_size, llm.engine.stop_ids)
+    engine, grammars = llm.engine, GrammarCompiler(llm.tokenizer, llm.engine.vocab_size, llm.engine.stop_ids)
     forms = [Grammar.regex("[0-9]{3}"), None, Grammar.choice("yes"), Grammar.json_schema({"type": "boolean"})]
     params = [SamplingParams(max_tokens=5, ignore_eos=True)] * len(forms)
     caches = [engine.new_cache() for _ in forms]
@@ -243,7 +243,7 @@ def test_each_row_of_a_batch_keeps_to_its_own_form() -> None:
 @pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece(), sentencepiece(False)])
 def test_tokenizers_of_every_kind_and_models_with_a_larger_vocabulary_work(tokenizer: Any) -> None:
     size = len(tokenizer) + 37
-    grammars = Grammars(tokenizer, size, [tokenizer.eos_token_id])
+    grammars = GrammarCompiler(tokenizer, size, [tokenizer.eos_token_id])
     for limit in (None, 40):
         constraint = grammars.constraint(Grammar.json_schema({"const": {"größe": "né 中"}}), limit)
         said: list[int] = []

@@ -17,8 +17,8 @@ from tests.support.templates import FOLDER, TOOLS, template
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.language.grammar import Constraint
-from zsmerge_llm.language.messages import normalise
-from zsmerge_llm.language.reasoning import ThoughtStream, thinking
+from zsmerge_llm.language.messages import normalize_messages
+from zsmerge_llm.language.reasoning import ReasoningParser, thinking
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
@@ -39,7 +39,7 @@ def thinker(text: str = QWEN3, **settings: Any) -> LLM:
 
 
 def constraint(llm: LLM, max_tokens: int | None = 100, **wanted: Any) -> Constraint:
-    form = llm._load().forms.chat(normalise("?"), **wanted)
+    form = llm._load().forms.chat(normalize_messages("?"), **wanted)
     made = form.constraint(SamplingParams(max_tokens=max_tokens))
     assert made is not None
     return made
@@ -62,7 +62,7 @@ def written(llm: LLM, limit: Constraint, thought: str, tokens: int = 100) -> str
 
 
 def taken_apart(text: str, cuts: list[int], begun: bool) -> tuple[str, str]:
-    stream = ThoughtStream(begun)
+    stream = ReasoningParser(begun)
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     parts = [stream.push(text[a:b]) for a, b in itertools.pairwise(places)] + [stream.finish()]
     return "".join(thought for thought, _ in parts), "".join(said for _, said in parts)

@@ -19,7 +19,7 @@ from tests.support.templates import ENDS, FOLDER, TOOLS
 from zsmerge_llm import LLM, Result, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.language.output_format import JSON_NOTE, RESULT_NOTE
-from zsmerge_llm.language.tool_calls import BARE, HERMES, LLAMA, MISTRAL, CallStream, family, parse
+from zsmerge_llm.language.tool_calls import BARE, HERMES, LLAMA, MISTRAL, ToolCallParser, family, parse
 from zsmerge_llm.types import Usage
 
 ADD = {
@@ -83,7 +83,10 @@ def made(calls: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 
 def streamed(text: str, cuts: Sequence[int]) -> tuple[str, Any]:
     """What is shown of a text that comes in pieces, and the whole answer."""
-    stream, places = CallStream(["weather", "now"]), sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    stream, places = (
+        ToolCallParser(["weather", "now"]),
+        sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)}),
+    )
     shown = "".join(stream.push(text[a:b]) for a, b in itertools.pairwise(places))
     rest, parsed = stream.finish()
     return shown + rest, parsed
@@ -135,11 +138,11 @@ def test_no_text_breaks_the_reader(text: str, cuts: list[int]) -> None:
 
 
 def test_plain_text_is_shown_at_once() -> None:
-    stream = CallStream(["weather"])
+    stream = ToolCallParser(["weather"])
     assert [stream.push(piece) for piece in ("It is", " warm", '{"na', "me", '": "J')] == [
         "It is", " warm", '{"na', "me", '": "J',
     ]  # fmt: skip
-    early = CallStream(["weather"])
+    early = ToolCallParser(["weather"])
     assert [early.push(piece) for piece in ('{"na', 'me": "', "Jo")] == ["", "", '{"name": "Jo']
 
 
@@ -286,13 +289,13 @@ def test_a_conversation_with_calls_goes_on_without_reading_anything_twice(name: 
     llm = talker(name, cache=ROOMY)
     messages = said("Hello")
     first = llm.chat(messages, tools=BOTH, tool_choice="required", sampling=WARM, session="it")
-    spoken = llm.session("it").tokens
+    assistant_message = llm.session("it").tokens
     messages = with_results(messages, first)
     second = llm.chat(messages, tools=BOTH, tool_choice="none", sampling=WARM.replace(max_tokens=4))
     tokens = llm.session("it").tokens
     assert second.usage.reuse == "continued"
-    assert tokens[: len(spoken)] == spoken  # what was generated is never made into tokens again
-    assert second.usage.cached_tokens <= len(spoken)
+    assert tokens[: len(assistant_message)] == assistant_message  # what was generated is never made into tokens again
+    assert second.usage.cached_tokens <= len(assistant_message)
     text = llm.tokenizer.decode(tokens)
     assert text.count("18 degrees") == len(first.tool_calls)
     held = llm.session("it").cache
@@ -376,8 +379,8 @@ def test_a_call_that_was_just_made_gives_way_to_words(name: str) -> None:
         assert llm.tokenizer.decode(tokens[last.usage.prompt_tokens :]) == "It is 18 degrees."
         reply = {"role": "assistant", "content": "It is 18 degrees."}
         further = [*asked_and_told(), reply, *said("Thanks")]
-        going_on = llm.chat(further, tools=BOTH, sampling=WARM.replace(max_tokens=2))
-        assert going_on.usage.reuse == "continued"
+        is_multi_turn = llm.chat(further, tools=BOTH, sampling=WARM.replace(max_tokens=2))
+        assert is_multi_turn.usage.reuse == "continued"
 
 
 def test_after_two_calls_only_tagged_ones_may_follow_where_a_family_writes_tags() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.gguf_writer import random_model, write_gguf
 from tests.models.tiny_folders import unreachable
+from tests.support.gguf_writer import random_model, write_gguf
 from zsmerge_llm.models import gguf, hub
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.gguf_writer import TEMPLATE, random_model, write_gguf
 from tests.models.tiny_folders import load_tiny, logits, unreachable
+from tests.support.gguf_writer import TEMPLATE, random_model, write_gguf
 from zsmerge_llm.errors import (
     CorruptModelError,
     ModelNotFoundError,

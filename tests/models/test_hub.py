@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.gguf_writer import random_model, write_gguf
 from tests.models.tiny_folders import load_tiny
+from tests.support.gguf_writer import random_model, write_gguf
 from zsmerge_llm.errors import (
     ConfigError,
     CorruptModelError,

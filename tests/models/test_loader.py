@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.gguf_writer import TEMPLATE, random_model
 from tests.models.tiny_folders import load_tiny, logits
+from tests.support.gguf_writer import TEMPLATE, random_model
 from zsmerge_llm.errors import (
     ConfigError,
     CorruptModelError,

@@ -15,12 +15,12 @@ from tests.support.tiny_models import FAMILIES, tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.language.chat_template import Template
-from zsmerge_llm.retrieval.attention_search import PLACE, Glance, Looks, places, votes
-from zsmerge_llm.retrieval.passage_search import OPENING, Recall
+from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.retrieval.attention_search import PLACE, AttentionSearch, Looks, places, votes
+from zsmerge_llm.retrieval.passage_search import OPENING, PassageSearch
 from zsmerge_llm.types import Usage
 
-SMALL = CacheConfig(slots=64, sink=2, recent=6, stage=16, window=4)
+SMALL = CacheConfig(slots=64, sink=2, recent=6, stage=16, observation_window=4)
 TOWN = """\
 The bakery in Mill Lane opens at five in the morning. Its owner, Rosa Klein, bakes rye bread in a stone oven
 that her grandfather built. On Saturdays there are plum cakes, and people stand in a row down to the bridge.
@@ -90,7 +90,7 @@ def test_looking_changes_nothing(length: int, asked: int, compressed: bool) -> N
 # -- where it leads ----------------------------------------------------------------------------------------------------
 
 
-def gazing(at: int, general: Sequence[int] = ()) -> tuple[Glance, Cache, list[int]]:
+def gazing(at: int, general: Sequence[int] = ()) -> tuple[AttentionSearch, Cache, list[int]]:
     """A document of tokens that is held whole, in which a question looks at one token, and any question at others."""
     own = template("smollm2")
     ids = own.encode(" ".join(SENTENCES))
@@ -107,7 +107,7 @@ def gazing(at: int, general: Sequence[int] = ()) -> tuple[Glance, Cache, list[in
         looks.append(asked)
         return [paid, *[torch.zeros_like(paid)] * (len(cache.layers) - 1)]
 
-    return Glance(look, own), cache, ids
+    return AttentionSearch(look, own), cache, ids
 
 
 def test_the_sentences_around_what_is_looked_at_are_read_whole() -> None:
@@ -157,7 +157,7 @@ def test_nothing_behind_the_document_and_no_sink_is_voted_for() -> None:
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM("smollm2", cache=CacheConfig(slots=192, stage=32), compile=False, recall=90)
+    return LLM("smollm2", cache=CacheConfig(slots=192, stage=32), compile=False, retrieval_tokens=90)
 
 
 def read_for(llm: LLM, asked: str, name: str) -> tuple[Usage, str]:
@@ -170,17 +170,17 @@ def read_for(llm: LLM, asked: str, name: str) -> tuple[Usage, str]:
 
 def test_a_question_in_other_words_than_the_documents_finds_its_place(llm: LLM) -> None:
     asked = "How did the convict escape?"
-    words = Recall(Template(llm.tokenizer), 90)
+    words = PassageSearch(ChatTemplate(llm.tokenizer), 90)
     assert words.passages([{"role": "user", "content": TOWN}], asked, 90) == []
     usage, read = read_for(llm, asked, "one")
-    assert 0 < usage.recalled_tokens <= 100
+    assert 0 < usage.retrieved_tokens <= 100
     assert OPENING in read
     assert "swam for six hours" in read
 
 
 def test_a_greeting_reads_nothing_again(llm: LLM) -> None:
     usage, read = read_for(llm, "Hello!", "two")
-    assert usage.recalled_tokens == 0
+    assert usage.retrieved_tokens == 0
     assert OPENING not in read
 
 
@@ -193,6 +193,6 @@ def test_a_later_question_looks_at_the_document_and_not_at_what_was_said_since(l
     answer = talk.tell("How did the convict escape?")
     read = llm.tokenizer.decode(llm.session("talk").tokens[before:])
     assert answer.usage.reuse == "continued"
-    assert answer.usage.recalled_tokens > 0
+    assert answer.usage.retrieved_tokens > 0
     again = read.partition(OPENING)[2].partition("How did")[0].strip()
     assert all(part.strip()[:30] in TOWN for part in again.split("\n\n"))

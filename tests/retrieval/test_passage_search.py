@@ -15,12 +15,12 @@ from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError
-from zsmerge_llm.retrieval.passage_search import HEADING, OPENING, TERM, WORDS, Recall, content, ranked, split
+from zsmerge_llm.retrieval.passage_search import HEADING, OPENING, TERM, WORDS, PassageSearch, content, ranked, split
 
 FACT = "The password of the harbour vault is falcon seven."
 FILLER = ["Rain fell on the quiet village all day long.", "Nobody in the market sold any bread that week."]
 BUDGET = 96
-NOTES = CacheConfig(slots=192, recent=16, stage=16, window=8)
+NOTES = CacheConfig(slots=192, recent=16, stage=16, observation_window=8)
 
 
 def chatter(turns: int, fact_at: int = 0) -> list[str]:
@@ -29,13 +29,13 @@ def chatter(turns: int, fact_at: int = 0) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def recall() -> Recall:
-    return Recall(template("smollm2"), BUDGET)
+def recall() -> PassageSearch:
+    return PassageSearch(template("smollm2"), BUDGET)
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return talker(cache=NOTES, recall=BUDGET)
+    return talker(cache=NOTES, retrieval_tokens=BUDGET)
 
 
 # -- the search --------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_the_passage_with_the_rarest_common_words_comes_first() -> None:
 # -- where passages go -------------------------------------------------------------------------------------------------
 
 
-def test_passages_stand_before_a_short_message_within_the_budget(recall: Recall) -> None:
+def test_passages_stand_before_a_short_message_within_the_budget(recall: PassageSearch) -> None:
     messages = said(*(text for fact in chatter(9) for text in (fact, "I see.")), "What is the password of the vault?")
     asking = recall.into(messages, slots=1000)
     block = asking[-1]["content"].removesuffix("What is the password of the vault?")
@@ -84,7 +84,7 @@ def test_passages_stand_before_a_short_message_within_the_budget(recall: Recall)
 
 
 @pytest.mark.parametrize("ending", ["What is the password?", "Query: What is the password?\nAnswer: "])
-def test_the_end_of_a_long_message_asks_for_what_stands_before_it(recall: Recall, ending: str) -> None:
+def test_the_end_of_a_long_message_asks_for_what_stands_before_it(recall: PassageSearch, ending: str) -> None:
     text = "\n\n".join(FILLER[at % 2] if at != 7 else FACT for at in range(40))
     (asking,) = recall.into([{"role": "user", "content": f"{text}\n\n{ending}"}], slots=180)
     assert asking["content"].startswith(f"{text}\n\n{OPENING}")
@@ -92,31 +92,31 @@ def test_the_end_of_a_long_message_asks_for_what_stands_before_it(recall: Recall
     assert asking["content"].endswith(f"\n\n{ending}")
 
 
-def test_a_short_answer_is_found_by_its_question(recall: Recall) -> None:
+def test_a_short_answer_is_found_by_its_question(recall: PassageSearch) -> None:
     messages = said("How high is the old tower, in feet?", "Ninety.", *FILLER, "Tell me again how high the tower was.")
     assert "old tower, in feet?\n\nNinety." in recall.into(messages, slots=1000)[-1]["content"]
 
 
-def test_only_users_ask(recall: Recall) -> None:
+def test_only_users_ask(recall: PassageSearch) -> None:
     result = {"role": "tool", "content": FACT, "tool_call_id": "1"}
     messages = [*said(FACT, "I see."), result]
     assert recall.into(messages, slots=1000) == messages
     asked = said(FACT, "I see.", "The password?")
-    assert Recall(recall.template, 0).into(asked, slots=1000) == asked
+    assert PassageSearch(recall.template, 0).into(asked, slots=1000) == asked
 
 
-def test_a_short_system_message_is_said_again_whatever_is_asked_unless_it_was_just_heard(recall: Recall) -> None:
+def test_a_short_system_message_is_said_again_whatever_is_asked_unless_it_was_just_heard(recall: PassageSearch) -> None:
     system = {"role": "system", "content": FACT}
     asked = [system, *said(*chatter(7)[1:], "Good morning to you.")]
     assert recall.into(asked, slots=1000)[-1]["content"] == f"{FACT}\n\nGood morning to you."
     assert recall.into(asked, slots=1000, heard=recall.template.encode(f"... {FACT}\nRain fell.")) == asked
-    wide = Recall(recall.template, 4 * BUDGET)
+    wide = PassageSearch(recall.template, 4 * BUDGET)
     both = wide.into([system, *said("The market sells no bread.", "I see.", "The market?")], slots=1000)
     assert both[-1]["content"].startswith(f"{FACT}\n\n{OPENING}\n\nThe market sells no bread.")
 
 
-def test_a_system_message_is_said_again_right_before_a_question_or_not_at_all(recall: Recall) -> None:
-    system, wide = {"role": "system", "content": FACT}, Recall(recall.template, 4 * BUDGET)
+def test_a_system_message_is_said_again_right_before_a_question_or_not_at_all(recall: PassageSearch) -> None:
+    system, wide = {"role": "system", "content": FACT}, PassageSearch(recall.template, 4 * BUDGET)
     long = f"{FILLER[0]} {FILLER[1]} " * 10
     assert wide.into([system, *said(long)], slots=1000) == [system, *said(long)]
     question = "Good morning to you."
@@ -124,7 +124,7 @@ def test_a_system_message_is_said_again_right_before_a_question_or_not_at_all(re
     assert asking[-1]["content"] == f"{long}\n\n{FACT}\n\n{question}"
 
 
-def test_of_a_long_system_message_only_what_is_asked_for_is_said_again(recall: Recall) -> None:
+def test_of_a_long_system_message_only_what_is_asked_for_is_said_again(recall: PassageSearch) -> None:
     rules = [f"In room {number} nobody may ever open a window or a door without asking first." for number in range(12)]
     system = {"role": "system", "content": "\n\n".join([*rules[:6], f"{FACT} Tell it to nobody.", *rules[6:]])}
     again = recall.into([system, *said("The password of the vault?")], slots=1000)[-1]["content"]
@@ -132,13 +132,13 @@ def test_of_a_long_system_message_only_what_is_asked_for_is_said_again(recall: R
 
 
 @pytest.mark.parametrize("asked", ["What is the colour of the captain's hat?", "What about it, then?", "??"])
-def test_what_shares_too_little_with_a_question_is_not_read_again(recall: Recall, asked: str) -> None:
+def test_what_shares_too_little_with_a_question_is_not_read_again(recall: PassageSearch, asked: str) -> None:
     chat = said(*(text for fact in chatter(14) for text in (fact, "I see.")), asked)
     assert recall.into(chat, slots=1000) == chat
 
 
 @pytest.mark.parametrize("way", ["{}", "Could you please tell me: {}", "Question: {}\nAnswer:"])
-def test_how_a_question_is_put_does_not_hide_what_it_is_about(recall: Recall, way: str) -> None:
+def test_how_a_question_is_put_does_not_hide_what_it_is_about(recall: PassageSearch, way: str) -> None:
     chat = said(FACT, "I see.", *FILLER, way.format("What is the password of the vault?"))
     assert FACT in recall.into(chat, slots=1000)[-1]["content"]
 
@@ -159,7 +159,7 @@ def test_what_a_conversation_lost_is_read_again_and_the_usage_says_so(llm: LLM) 
     read = llm.tokenizer.decode(llm.session("vault").tokens[answer.usage.cached_tokens :])
 
     assert answer.usage.reuse == "continued"
-    assert 0 < answer.usage.recalled_tokens <= BUDGET + 10
+    assert 0 < answer.usage.retrieved_tokens <= BUDGET + 10
     assert FACT in read
     assert read.index(FACT) < read.index("What is the password of the harbour vault?")
     assert talk.tell("Thank you.").usage.reuse == "continued"  # what was put into the message is no part of it
@@ -181,9 +181,9 @@ def test_the_same_request_again_finds_the_passages_read(llm: LLM) -> None:
 
 def test_nothing_is_read_twice_while_the_cache_holds_everything() -> None:
     talk = Talk(talker(cache=ROOMY))
-    assert {talk.tell(text).usage.recalled_tokens for text in [*chatter(6), "What is the password?"]} == {0}
+    assert {talk.tell(text).usage.retrieved_tokens for text in [*chatter(6), "What is the password?"]} == {0}
     exact = Talk(talker(cache=CacheConfig.full()))
-    assert {exact.tell(text).usage.recalled_tokens for text in [*chatter(6), "What is the password?"]} == {0}
+    assert {exact.tell(text).usage.retrieved_tokens for text in [*chatter(6), "What is the password?"]} == {0}
 
 
 def test_a_question_about_a_document_begins_where_the_document_was_read(llm: LLM) -> None:
@@ -192,15 +192,15 @@ def test_a_question_about_a_document_begins_where_the_document_was_read(llm: LLM
     talk = Talk(llm, document)
     answer = talk.tell("What is the password of the vault?")
     assert answer.usage.cached_tokens == len(document.tokens)
-    assert answer.usage.recalled_tokens > 0
-    assert talk.tell("What was sold in the market?").usage.recalled_tokens > 0
+    assert answer.usage.retrieved_tokens > 0
+    assert talk.tell("What was sold in the market?").usage.retrieved_tokens > 0
     assert len(llm.session("notes").tokens) == len(document.tokens)
 
 
 def test_what_a_turn_reads_stays_bounded() -> None:
     read = {}
     for tokens_again in (0, BUDGET):
-        talk, sizes = Talk(talker(cache=NOTES, recall=tokens_again)), []
+        talk, sizes = Talk(talker(cache=NOTES, retrieval_tokens=tokens_again)), []
         with counted() as passes:
             for text in chatter(24):
                 passes.clear()
@@ -214,38 +214,38 @@ def test_what_a_turn_reads_stays_bounded() -> None:
 
 def test_batches_and_new_conversations_look_up_the_same() -> None:
     long = [*said(*(text for fact in chatter(16) for text in (fact, "I see."))), *said("What is the password?")]
-    alone, together = (talker(cache=NOTES, recall=BUDGET) for _ in range(2))
+    alone, together = (talker(cache=NOTES, retrieval_tokens=BUDGET) for _ in range(2))
     one = alone.chat(long, sampling=SHORT)
     (other,) = together.batch([long], sampling=SHORT)
-    assert one.usage.recalled_tokens == other.usage.recalled_tokens > 0
+    assert one.usage.retrieved_tokens == other.usage.retrieved_tokens > 0
     assert one.usage.prompt_tokens == other.usage.prompt_tokens
     assert one.text == other.text
 
 
 def test_what_is_looked_up_counts_for_no_limit() -> None:
     long = [*said(*(text for fact in chatter(16) for text in (fact, "I see."))), *said("What is the password?")]
-    plain = talker(cache=NOTES, recall=0).count_prompt_tokens(long)
-    answer = talker(cache=NOTES, recall=BUDGET, max_input_tokens=plain).chat(long, sampling=SHORT)
-    assert answer.usage.prompt_tokens == plain + answer.usage.recalled_tokens > plain
+    plain = talker(cache=NOTES, retrieval_tokens=0).count_prompt_tokens(long)
+    answer = talker(cache=NOTES, retrieval_tokens=BUDGET, max_input_tokens=plain).chat(long, sampling=SHORT)
+    assert answer.usage.prompt_tokens == plain + answer.usage.retrieved_tokens > plain
 
 
 @pytest.mark.parametrize("wrong", [-1, 2.5, True, "many"])
 def test_a_setting_that_is_no_number_of_tokens_is_refused_at_once(wrong: object) -> None:
-    with pytest.raises(ConfigError, match="recall must be a number of tokens"):
-        talker(recall=wrong)
+    with pytest.raises(ConfigError, match="retrieval_tokens must be a number of tokens"):
+        talker(retrieval_tokens=wrong)
 
 
 # -- what is being read stays ------------------------------------------------------------------------------------------
 
 
 def test_a_turn_that_fits_into_the_newest_share_is_held_whole_while_it_is_read() -> None:
-    config = TIGHT.replace(slots=64, recent=4, stage=8, latest=0.5)
+    config = TIGHT.replace(slots=64, recent=4, stage=8, recent_share=0.5)
     engine = Engine(tiny_model("qwen2"), config)
     cache = engine.new_cache()
     engine.read(cache, tokens(200))
-    assert config.lately == (64 - config.sink) // 2
-    engine.read(cache, tokens(config.lately, seed=1), probe=tokens(3, seed=2))
-    end = 200 + config.lately
+    assert config.num_recent == (64 - config.sink) // 2
+    engine.read(cache, tokens(config.num_recent, seed=1), probe=tokens(3, seed=2))
+    end = 200 + config.num_recent
     for layer in cache.layers:
         held = layer.position[0][layer.count[0] > 0].view(layer.spec.kv_heads, -1)
         assert all(set(range(200, end)) <= set(head.tolist()) for head in held)
@@ -256,13 +256,13 @@ def test_a_turn_that_fits_into_the_newest_share_is_held_whole_while_it_is_read()
 
 @pytest.mark.parametrize("latest", [0.25, 0.75])
 def test_a_conversation_that_goes_on_keeps_its_newest_tokens(latest: float) -> None:
-    config = TIGHT.replace(slots=64, recent=4, stage=8, latest=latest)
+    config = TIGHT.replace(slots=64, recent=4, stage=8, recent_share=latest)
     engine = Engine(tiny_model("qwen2"), config)
     cache = engine.new_cache()
     engine.read(cache, tokens(200), probe=tokens(3, seed=2))
-    engine.read(cache, tokens(80, seed=1), probe=tokens(3, seed=2), reserving=True)
-    cache.make_room()
-    kept = config.lately
+    engine.read(cache, tokens(80, seed=1), probe=tokens(3, seed=2), multi_turn=True)
+    cache.compress_stage()
+    kept = config.num_recent
     for layer in cache.layers:
         for head in layer.position[0, :, :64]:
             assert set(range(280 - kept, 280)) <= set(head.tolist())

@@ -102,7 +102,7 @@ def test_a_document_is_saved_with_its_text(llm: LLM, tmp_path: Path) -> None:
 
 
 def test_a_file_is_not_much_larger_than_the_cache(tmp_path: Path) -> None:
-    llm = talker("qwen2.5", cache=CacheConfig(slots=1024), recall=0)
+    llm = talker("qwen2.5", cache=CacheConfig(slots=1024), retrieval_tokens=0)
     talk = Talk(llm, "it")
     for turn in range(24):
         talk.tell(f"Question {turn}? " + "What else is there to say? " * 8)

@@ -55,7 +55,7 @@ def test_a_system_message_is_held_whole_by_every_head_for_ever() -> None:
 def test_it_is_said_again_once_it_is_as_many_tokens_behind_as_there_are_slots() -> None:
     llm = talker(cache=TIGHT.replace(slots=256))
     talk = Talk(llm, "it", [GUIDE])
-    again = [talk.tell(f"Go on with {number}.").usage.recalled_tokens for number in range(40)]
+    again = [talk.tell(f"Go on with {number}.").usage.retrieved_tokens for number in range(40)]
     text = llm.tokenizer.decode(llm.session("it").tokens)
     parts = [len(llm.tokenizer.encode(part)) for part in text.split(GUIDE["content"])]
 

@@ -32,7 +32,7 @@ def test_it_is_kept_for_this_question_alone(llm: LLM) -> None:
     talk = Talk(llm, "alone")
     talk.tell(f"{STORY}\nWho?")
     talk.tell("Where?", reread=True)
-    fresh = Talk(talker(cache=TIGHT.replace(reserve=0.0)), "alone", talk.messages[:2])
+    fresh = Talk(talker(cache=TIGHT.replace(history_share=0.0)), "alone", talk.messages[:2])
     fresh.tell("Where?")
 
     mine, theirs = (each.llm.session("alone").snapshots.values() for each in (talk, fresh))

@@ -16,7 +16,7 @@ from tests.support.talk import ROOMY, SHORT, SYSTEM, TIGHT, Talk, counted, said,
 from tests.support.templates import ENDS, TOOLS, long_chat, written
 from zsmerge_llm import LLM, CacheConfig, Grammar, SamplingParams
 from zsmerge_llm.errors import InputError
-from zsmerge_llm.language.chat_template import normalise
+from zsmerge_llm.language.chat_template import normalize_messages
 from zsmerge_llm.sessions.conversations import Conversations
 
 
@@ -38,7 +38,7 @@ def greedy(llm: LLM, cache: Any, count: int = 6) -> list[int]:
 def test_twelve_turns_with_tools_read_every_token_once_and_as_a_fresh_read_does(name: str) -> None:
     llm, chat = talker(name, cache=ROOMY), steps(name)
     tools = None if name == "gemma2" else TOOLS
-    replies = [normalise([*step[:1], {"role": "user", "content": "-"}])[0] for step in chat[1:]]
+    replies = [normalize_messages([*step[:1], {"role": "user", "content": "-"}])[0] for step in chat[1:]]
     replies.append({"role": "assistant", "content": "the end"})
     encode, end = llm._load().template.encode, llm.tokenizer.eos_token_id
     script = {at: [*encode(written(name, reply)), end] for at, reply in enumerate(replies)}
@@ -320,7 +320,7 @@ def test_the_exact_cache_and_sliding_windows_keep_sessions_too() -> None:
 
 
 def test_a_turn_costs_the_same_however_long_the_conversation_is() -> None:
-    llm = talker(recall=0)
+    llm = talker(retrieval_tokens=0)
     talk = Talk(llm, "it")
     read, held = [], []
     with counted() as passes:

@@ -256,9 +256,9 @@ def test_a_session_that_is_not_there_is_named_with_those_that_are() -> None:
 def test_a_conversation_goes_on_after_a_restart_with_and_without_its_name(tmp_path: Path) -> None:
     named = Talk(talker(sessions_dir=tmp_path), "alice")
     nameless = Talk(named.llm)
-    alone = Talk(talker(recall=0))
+    alone = Talk(talker(retrieval_tokens=0))
     for turn in range(4):
-        named.llm = nameless.llm = talker(sessions_dir=tmp_path, recall=0)
+        named.llm = nameless.llm = talker(sessions_dir=tmp_path, retrieval_tokens=0)
         with counted() as passes:
             first, second = named.tell(f"A {turn}"), nameless.tell(f"B {turn}")
         expected = "continued" if turn else "new"

@@ -13,13 +13,13 @@ import torch
 from tests.support.templates import FOLDER, template
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
-from zsmerge_llm.attention.interface import Step, forward
+from zsmerge_llm.attention.interface import ForwardPass, forward
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.sessions.conversations import Conversations
 
 ROOMY = CacheConfig(slots=16_000, recent=8, stage=64)
 """A budget that no chat here uses up: nothing is compressed."""
-TIGHT = CacheConfig(slots=96, recent=16, stage=16, window=8)
+TIGHT = CacheConfig(slots=96, recent=16, stage=16, observation_window=8)
 """A budget that every chat here overflows."""
 SHORT = SamplingParams(max_tokens=6)
 SYSTEM = {
@@ -111,7 +111,7 @@ def counted() -> Iterator[list[int]]:
     """Counts the tokens that go through a model into a cache: a list of the numbers per forward pass."""
     passes: list[int] = []
 
-    def counting(model: Any, step: Step, **inputs: Any) -> torch.Tensor:
+    def counting(model: Any, step: ForwardPass, **inputs: Any) -> torch.Tensor:
         if step.new:  # a probe alone puts nothing into the cache
             passes.append(step.new)
         return forward(model, step, **inputs)

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from zsmerge_llm.language.chat_template import Template
+from zsmerge_llm.language.chat_template import ChatTemplate
 
 FOLDER = Path(__file__).parents[1] / "data" / "templates"
 # the token that ends an answer, and every other special token the template writes
@@ -75,11 +75,11 @@ def sentencepiece(prefix_space: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="</s>", unk_token="<unk>")
 
 
-def template(name: str, **settings: Any) -> Template:
+def template(name: str, **settings: Any) -> ChatTemplate:
     """The template of that name with a tokenizer that knows its special tokens."""
     end, others = ENDS[name]
     text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-    return Template(byte_level(end, tuple(others)), text, **settings)
+    return ChatTemplate(byte_level(end, tuple(others)), text, **settings)
 
 
 def call(place: str, number: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The seam with transformers: one attention function, registered as "zsmerge", that owns the compressed cache.
 
-The engine calls the model with `use_cache=False` and one keyword, `zsmerge=Step(...)`, which travels through the
+The engine calls the model with `use_cache=False` and one keyword, `zsmerge=ForwardPass(...)`, which travels through the
 decoder layers to the function; no model is patched or subclassed. What a model's layers need is seen in a one-token
 trace, not guessed from its config, and what the cache cannot carry is refused by name.
 """
@@ -24,7 +24,7 @@ from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.layer_cache import LayerCache
 from zsmerge_llm.kvcache.rope import Rotation, fit
-from zsmerge_llm.kvcache.view import Arrival, Held, LayerSpec
+from zsmerge_llm.kvcache.view import AttentionInputs, KVView, LayerSpec
 
 NAME = "zsmerge"
 PASSAGE = 129
@@ -33,7 +33,7 @@ HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions", "output
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One layer's attention call. query [B, Hq, T, D]; key, value [B, H, T, D]; sinks [Hq]."""
 
     layer: int
@@ -46,11 +46,11 @@ class Call:
     sinks: Tensor | None
 
 
-class Carrier(ABC):
+class AttentionHandler(ABC):
     """What the model hands through to each attention layer."""
 
     @abstractmethod
-    def attend(self, call: Call) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """What the layer makes of its call: [B, Hq, T, D]."""
 
     def get_seq_length(self) -> int:
@@ -68,7 +68,7 @@ def zsmerge_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    zsmerge: Carrier | None = None,
+    zsmerge: AttentionHandler | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls in every attention layer. Returns [B, T, Hq, D] and no weights.
@@ -90,7 +90,7 @@ def zsmerge_attention(
     if not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{kind} attends in both directions; the compressed cache is for causal decoders.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(module.layer_idx, query, key, value, scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
+    call = AttentionCall(module.layer_idx, query, key, value, scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
     return zsmerge.attend(call).transpose(1, 2).contiguous(), None
 
 
@@ -98,13 +98,13 @@ AttentionInterface.register(NAME, zsmerge_attention)
 
 
 @dataclass
-class Step(Carrier):
+class ForwardPass(AttentionHandler):
     """One forward pass over `cache`: the tokens to keep and, behind them, the probe's, which only look.
 
     position [B, T] covers all T = n + m tokens, valid [B, n] (False: padding; None: no padding) the n = `new` to keep;
     counts: how many of them are no padding, for each row; seen [B]: tokens each row has read, these included.
-    kernels, reads: whether those of `kernels` for a few tokens, and for many, may serve. fresh,
-    reserving: see `Arrival`.
+    kernels, reads: whether those of `kernels` for a few tokens, and for many, may serve. pinned_recent,
+    reserving: see `AttentionInputs`.
     """
 
     cache: Cache
@@ -115,12 +115,12 @@ class Step(Carrier):
     seen: Tensor
     kernels: bool = False
     reads: bool = False
-    fresh: int = 0
-    reserving: bool = False
+    pinned_recent: int = 0
+    multi_turn: bool = False
     small: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict)
     causal: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
-    def attend(self, call: Call) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Append, attend, observe, compress: [B, Hq, T, D]."""
         layer = self.cache.layers[call.layer]
         arrival = self._arrival(layer, call)
@@ -140,7 +140,7 @@ class Step(Carrier):
         self._settle(layer, held, arrival)
         return output
 
-    def _read(self, layer: LayerCache, held: Held, call: Call, keys: Tensor, values: Tensor) -> Tensor:
+    def _read(self, layer: LayerCache, held: KVView, call: AttentionCall, keys: Tensor, values: Tensor) -> Tensor:
         """`_attend` in one kernel, which needs no mask."""
         window, bias, asking, position = layer.spec.window, None, None, None
         if window is not None or layer.config.residual:
@@ -161,19 +161,19 @@ class Step(Carrier):
             position=position,
         )
 
-    def attended(self, call: Call) -> None:
+    def attended(self, call: AttentionCall) -> None:
         """What `attend` does behind attention, where the tokens stand in their slots already (`replay`)."""
         layer = self.cache.layers[call.layer]
-        held = Held(layer, max(layer.fills) + self.new, layer.fills, in_place=True)
+        held = KVView(layer, max(layer.fills) + self.new, layer.fills, in_place=True)
         self._settle(layer, held, self._arrival(layer, call))
 
-    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
+    def _settle(self, layer: LayerCache, held: KVView, arrival: AttentionInputs) -> None:
         layer.settle(held, arrival)
 
     def finish(self) -> None:
         """Called when all layers have run: what is left to be done then. Here, nothing."""
 
-    def _arrival(self, layer: LayerCache, call: Call) -> Arrival:
+    def _arrival(self, layer: LayerCache, call: AttentionCall) -> AttentionInputs:
         new, small = self.new, self.marks(call.key.device)
         queries, keys, values = call.query, call.key, call.value
         probe, probe_position, few = None, None, False
@@ -182,7 +182,7 @@ class Step(Carrier):
             queries, keys, values = (each[:, :, :new] for each in (queries, keys, values))
         elif self.kernels and self.valid is None and layer.holds(new):
             few = kernels.serves(queries, keys, values)
-        return Arrival(
+        return AttentionInputs(
             queries=queries,
             keys=keys,
             values=values,
@@ -197,8 +197,8 @@ class Step(Carrier):
             sinks=call.sinks,
             few=few,
             many=self.reads and kernels.reads(call.query, call.key, call.value),
-            fresh=self.fresh,
-            reserving=self.reserving,
+            pinned_recent=self.pinned_recent,
+            multi_turn=self.multi_turn,
         )
 
     def marks(self, device: torch.device) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ class Step(Carrier):
             self.small[device] = {name: tensor.to(device) for name, tensor in made.items()}
         return self.small[device]
 
-    def _bias(self, layer: LayerCache, held: Held, call: Call) -> Tensor | None:
+    def _bias(self, layer: LayerCache, held: KVView, call: AttentionCall) -> Tensor | None:
         """What is added to the logits, broadcastable to [B, Hq, T, C + m]; None where nothing is."""
         total, window = call.query.shape[2], layer.spec.window
         if window is None and layer.config.residual == 0:  # every slot in use holds just one token
@@ -225,16 +225,16 @@ class Step(Carrier):
         group = call.query.shape[1] // call.key.shape[1]
         return bias.to(call.query.dtype).repeat_interleave(group, dim=1)
 
-    def _slot_bias(self, layer: LayerCache, held: Held, call: Call) -> Tensor:
+    def _slot_bias(self, layer: LayerCache, held: KVView, call: AttentionCall) -> Tensor:
         """float32 [B, H, C + m]: that of the slots, and 0 for the probe."""
         return F.pad(policy.slot_bias(held.count, layer.config.alpha), (0, call.query.shape[2] - self.new))
 
-    def _places(self, held: Held, call: Call) -> tuple[Tensor, Tensor]:
+    def _places(self, held: KVView, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """int32 [B, T] and [B, C + m]: where the queries stand, and the keys of a layer with a window."""
         position = self.marks(call.key.device)["position"].to(torch.int32)
         return position, torch.cat([held.position[:, 0], position[:, self.new :]], dim=1)
 
-    def _causal(self, layer: LayerCache, held: Held, call: Call) -> Tensor:
+    def _causal(self, layer: LayerCache, held: KVView, call: AttentionCall) -> Tensor:
         """[B, 1, T, C + m]; made once for all layers of the same fill. The probe stands behind all slots."""
         total, slots = call.query.shape[2], held.count.shape[2]
         fills, bases = (layer.fills[:1], held.base[:1]) if layer.level else (layer.fills, held.base)
@@ -250,7 +250,7 @@ class Step(Carrier):
 
 
 @dataclass
-class Poll(Step):
+class VotingPass(ForwardPass):
     """A pass with a question behind it, of one row: no layer compresses before all have said which passages matter.
 
     A layer alone knows what it looks at itself, and few layers find an answer; what they find is then kept by all, with
@@ -260,13 +260,13 @@ class Poll(Step):
     """
 
     votes: Tensor = field(init=False)
-    waiting: list[tuple[LayerCache, Arrival, Tensor, Tensor]] = field(default_factory=list)
+    waiting: list[tuple[LayerCache, AttentionInputs, Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.votes = torch.zeros(int(self.seen[0]), device=self.cache.layers[0].spec.device)
 
-    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
-        if layer.config.scoring != "window" or not any(layer.fills_up(arrival)):
+    def _settle(self, layer: LayerCache, held: KVView, arrival: AttentionInputs) -> None:
+        if layer.config.policy != "observation_window" or not any(layer.fills_up(arrival)):
             layer.settle(held, arrival)
             return
         assert layer.config.slots is not None
@@ -286,7 +286,7 @@ class Poll(Step):
 
 
 @dataclass
-class Look(Step):
+class QueryPass(ForwardPass):
     """A pass of tokens that only look, one row's: nothing is taken in.
 
     most: float32 [H, C] of each full-attention layer, in their order: the most that any of the tokens pays each slot.
@@ -294,21 +294,21 @@ class Look(Step):
 
     most: list[Tensor] = field(default_factory=list)
 
-    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
+    def _settle(self, layer: LayerCache, held: KVView, arrival: AttentionInputs) -> None:
         if layer.spec.window is None:
             self.most.append(layer.paid_most(held, arrival)[0])
 
 
 @dataclass
-class Draft(Step):
+class SpeculativePass(ForwardPass):
     """A pass over tokens of which only a beginning may stay: no layer takes them in before `keep`.
 
     One row, in a cache that they fit into without compressing.
     """
 
-    pending: list[tuple[LayerCache, Held, Arrival]] = field(default_factory=list)
+    pending: list[tuple[LayerCache, KVView, AttentionInputs]] = field(default_factory=list)
 
-    def _settle(self, layer: LayerCache, held: Held, arrival: Arrival) -> None:
+    def _settle(self, layer: LayerCache, held: KVView, arrival: AttentionInputs) -> None:
         self.pending.append((layer, held, arrival))
 
     def keep(self, count: int) -> None:
@@ -319,7 +319,7 @@ class Draft(Step):
         self.pending.clear()
 
 
-def _attend(call: Call, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+def _attend(call: AttentionCall, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
     """Attention of call.query to keys and values [B, H, C, D], fused where the model allows: [B, Hq, T, D]."""
     group = call.query.shape[1] // keys.shape[1]
     if call.softcap is None and call.sinks is None:
@@ -338,28 +338,28 @@ def _attend(call: Call, keys: Tensor, values: Tensor, bias: Tensor | None) -> Te
 
 
 @dataclass
-class _Trace(Carrier):
+class _Trace(AttentionHandler):
     """Sees what each layer asks for in a forward pass without a cache."""
 
-    calls: dict[int, Call] = field(default_factory=dict)
+    calls: dict[int, AttentionCall] = field(default_factory=dict)
 
-    def attend(self, call: Call) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         self.calls[call.layer] = call
         return _attend(call, call.key, call.value, None)
 
 
 @dataclass
-class _Keys(Carrier):
+class _Keys(AttentionHandler):
     """Sees the keys of each layer, [B, H, D], while every token attends to itself alone, wherever it stands."""
 
     keys: dict[int, Tensor] = field(default_factory=dict)
 
-    def attend(self, call: Call) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         self.keys[call.layer] = call.key[:, :, 0]
         return call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
 
 
-def forward(model: PreTrainedModel, carrier: Carrier, **inputs: Any) -> Tensor:
+def forward(model: PreTrainedModel, carrier: AttentionHandler, **inputs: Any) -> Tensor:
     """Logits [B, kept, vocab] of one pass in which `carrier` is handed to every attention layer."""
     keyword = adapters.keyword(model)
     return model(**inputs, use_cache=False, **{keyword: carrier}).logits
@@ -417,7 +417,7 @@ def _among(tensor: Tensor, others: Sequence[Tensor]) -> bool:
     return any(torch.equal(tensor.cpu(), other.cpu()) for other in others)
 
 
-def _spec(call: Call, kind: str | None, config: Any) -> LayerSpec:
+def _spec(call: AttentionCall, kind: str | None, config: Any) -> LayerSpec:
     window = call.window
     if kind == "sliding_attention" and window is None:
         window = config.sliding_window

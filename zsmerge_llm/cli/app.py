@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zsmerge_llm import __version__
-from zsmerge_llm.cli.console import Commands, Screen
+from zsmerge_llm.cli.console import CommandGroup, Terminal
 from zsmerge_llm.cli.sessions import inspect_session, sessions, sessions_folder
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
@@ -52,7 +52,7 @@ class Preset(str, Enum):
 
 
 app = typer.Typer(
-    cls=Commands,
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -102,7 +102,7 @@ def _program(
 @app.command()
 def demo(model: Model = "smollm2", slots: Slots = None) -> None:
     """Read a document longer than the cache and answer questions about it, in a minute."""
-    screen = Screen()
+    screen = Terminal()
     text = files("zsmerge_llm").joinpath("data").joinpath(DEMO_TEXT).read_text(encoding="utf-8")
     with screen.warnings():
         llm = _open(screen, model, _cache(Preset.default, slots), "auto", "auto", None)
@@ -130,7 +130,7 @@ def ask(
     quiet: Quiet = False,
 ) -> None:
     """Answer questions about a document of any length. It is read once, with all the questions in mind."""
-    screen = Screen(quiet)
+    screen = Terminal(quiet)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
     cache = _cache(preset, slots)
     text = _read(file)
@@ -165,7 +165,7 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """Talk with the model for as long as you like; reads one message a line where input is piped."""
-    screen = Screen(quiet)
+    screen = Terminal(quiet)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     cache, messages = _cache(preset, slots), list(start)
@@ -188,7 +188,7 @@ def models() -> None:
     """List the models known by name, and say what else may be given."""
     from zsmerge_llm.models.loader import builtin_models
 
-    screen = Screen()
+    screen = Terminal()
     for known in builtin_models():
         screen.plain(f"{known.name}  {known.description}")
         screen.plain(f"{' ' * len(known.name)}  {'in the cache' if known.cached else 'fetched on first use'}")
@@ -212,7 +212,7 @@ def _cache(preset: Preset, slots: int | None) -> CacheConfig:
 
 
 def _open(
-    screen: Screen,
+    screen: Terminal,
     model: str,
     cache: CacheConfig,
     dtype: str,
@@ -266,7 +266,7 @@ def _about(text: str, question: str) -> list[Message]:
     return [{"role": "user", "content": f"{text.rstrip()}\n\n{question}"}]
 
 
-def _turn(screen: Screen, llm: LLM, messages: list[Message], line: str, sampling: SamplingParams) -> list[Message]:
+def _turn(screen: Terminal, llm: LLM, messages: list[Message], line: str, sampling: SamplingParams) -> list[Message]:
     """One turn of a chat: the conversation with the answer, or as it was where there is none."""
     asked = [*messages, {"role": "user", "content": line}]
     cancel = Event()
@@ -280,7 +280,7 @@ def _turn(screen: Screen, llm: LLM, messages: list[Message], line: str, sampling
 
 
 def _answer(
-    screen: Screen,
+    screen: Terminal,
     llm: LLM,
     messages: list[Message],
     sampling: SamplingParams,
@@ -298,7 +298,7 @@ def _answer(
     return text
 
 
-def _report(screen: Screen, llm: LLM, last: Chunk, sampling: SamplingParams) -> None:
+def _report(screen: Terminal, llm: LLM, last: Chunk, sampling: SamplingParams) -> None:
     """The memory line."""
     usage = last.usage
     assert usage is not None

@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 Show = Callable[[str], None]
 
 
-class Commands(TyperGroup):
+class CommandGroup(TyperGroup):
     """Our own errors end a command with one line and exit code 2; all others are bugs and keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except ZSMergeError as error:
-            Screen().error(error)
+            Terminal().error(error)
             raise typer.Exit(2) from error
 
 
-class Screen:
+class Terminal:
     """The two outputs of the program.
 
     Args:
@@ -166,14 +166,14 @@ class Screen:
         """What the answer cost. `full`: bytes an exact cache would hold."""
         read, new = usage.prompt_tokens, usage.prompt_tokens - usage.cached_tokens
         again = "" if new == read else f" ({new:,} of them now)"
-        again += f", {usage.recalled_tokens:,} once more" if usage.recalled_tokens else ""
+        again += f", {usage.retrieved_tokens:,} once more" if usage.retrieved_tokens else ""
         rate = usage.completion_tokens / usage.decode_seconds if usage.decode_seconds else 0.0
         self.note(
             f"{read:,} tokens read{again} | cache {_megabytes(usage.cache_bytes)}, a full cache {_megabytes(full)} | "
             f"first token after {self._waited:.1f} s, then {rate:.1f} tokens/s"
         )
-        if usage.merged_tokens:
-            self.note(f"{usage.merged_tokens:,} tokens are no longer held verbatim (mean over heads and layers).")
+        if lost := usage.dropped_tokens + usage.merged_tokens:
+            self.note(f"{lost:,} tokens are no longer held verbatim (mean over heads and layers).")
 
 
 def _console(stream: Any) -> Console:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zsmerge_llm.cli.console import Commands, Screen
+from zsmerge_llm.cli.console import CommandGroup, Terminal
 from zsmerge_llm.errors import InputError, SessionMismatchError, SessionNotFoundError
 
 if TYPE_CHECKING:
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from zsmerge_llm.inspection.memory_map import MemoryMap
     from zsmerge_llm.sessions.session import Session
 
-sessions = typer.Typer(cls=Commands, no_args_is_help=True, help="Conversations and documents that were kept.")
+sessions = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Conversations and documents that were kept.")
 Folder = Annotated[Path | None, typer.Option("--dir", help="Their folder.", show_default="that of ask --keep")]
 
 
 @sessions.command("list")
 def list_sessions(folder: Folder = None) -> None:
     """List the sessions kept in a folder."""
-    screen = Screen()
+    screen = Terminal()
     found = _kept(folder)
     for about, path in found:
         what = "document" if about["document"] else f"{about['messages']} messages"
@@ -37,7 +37,7 @@ def list_sessions(folder: Folder = None) -> None:
 @sessions.command("show")
 def show_session(name: str, folder: Folder = None) -> None:
     """What is known of one session."""
-    screen = Screen()
+    screen = Terminal()
     for about, path in _named(name, folder):
         screen.plain(f"{path}")
         for key in ("name", "tokens", "messages", "today"):
@@ -51,7 +51,7 @@ def remove_session(name: str, folder: Folder = None) -> None:
     """Delete one session."""
     for _, path in _named(name, folder):
         path.unlink()
-        Screen().note(f"Deleted {path}.")
+        Terminal().note(f"Deleted {path}.")
 
 
 def inspect_session(
@@ -66,7 +66,7 @@ def inspect_session(
     show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Show what the model still holds of a session: an HTML page with every token shaded by it."""
-    screen = Screen()
+    screen = Terminal()
     path = _file(session, folder)
     with screen.warnings(), screen.steps(f"Reading {path.name}"):
         from zsmerge_llm.inspection.html import write_html
@@ -147,7 +147,7 @@ def _tokenizer(model: str, session: Session) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _summary(screen: Screen, found: MemoryMap) -> None:
+def _summary(screen: Terminal, found: MemoryMap) -> None:
     """The headline figures."""
     if found.whole:
         screen.note(f"All {found.seen:,} tokens read are held verbatim by every head.")

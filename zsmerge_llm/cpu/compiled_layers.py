@@ -22,10 +22,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.interface import Call, Carrier, Step
+from zsmerge_llm.attention.interface import AttentionCall, AttentionHandler, ForwardPass
 from zsmerge_llm.cpu import native as kernels
 from zsmerge_llm.cpu.quantized_linear import Int4Linear, Int8Linear
-from zsmerge_llm.cpu.step_recorder import Replay
+from zsmerge_llm.cpu.step_recorder import StepRecorder
 from zsmerge_llm.engine.prompt_lookup import AHEAD
 from zsmerge_llm.errors import UnsupportedModelError
 
@@ -42,7 +42,9 @@ READ_AFTER = 16_384
 SHAPES = (*((1, width) for width in WIDTHS), (kernels.MOST, 1))
 """Rows and tokens of the passes that are compiled. Several rows, up to so many, only where they can be recorded too."""
 
-_HERE: ContextVar[tuple[Step, int]] = ContextVar("zsmerge_here")  # where the running layer attends: its step and number
+_HERE: ContextVar[tuple[ForwardPass, int]] = ContextVar(
+    "zsmerge_here"
+)  # where the running layer attends: its step and number
 _COMPILER = Lock()  # TorchInductor is not made for several threads
 
 Compiled = Callable[..., Sequence[Tensor]]
@@ -58,7 +60,7 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     step, layer = _HERE.get()
-    return step.attend(Call(layer, query, key, value, scaling, None, softcap, sinks)).contiguous()
+    return step.attend(AttentionCall(layer, query, key, value, scaling, None, softcap, sinks)).contiguous()
 
 
 @torch.library.register_fake("zsmerge::attend")
@@ -68,15 +70,15 @@ def _shape(
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
-class _Opaque(Carrier):
+class _Opaque(AttentionHandler):
     """Attention while a layer is traced: one operator, whatever is behind it."""
 
-    def attend(self, call: Call) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         attend: Any = torch.ops.zsmerge.attend
         return attend(call.query, call.key, call.value, call.scaling, call.softcap, call.sinks)
 
 
-class Fusion:
+class CompiledLayers:
     """The compiled layers of one model. Off until `start`; a layer is compiled when it first decodes after that.
 
     A model that cannot be compiled goes on as it was, and `trouble` says why.
@@ -90,15 +92,15 @@ class Fusion:
         self.trouble: str | None = None
         self.seconds = 0.0
         self.graphs: dict[str, Compiled] = {}
-        self.replays: dict[tuple[int, int], Replay] = {}
+        self.replays: dict[tuple[int, int], StepRecorder] = {}
         self._model = model
         self._expected = layers
         self._left = after
         self.reads = False
-        self._many: list[ManyRows] = []
+        self._many: list[GemmLinear] = []
         self._unread = None if after is None else READ_AFTER
-        self._layers: list[FusedLayer] = []
-        self._matrices: list[FewRows] = []
+        self._layers: list[CompiledLayer] = []
+        self._matrices: list[GemvLinear] = []
 
     @property
     def kernels(self) -> bool:
@@ -122,13 +124,13 @@ class Fusion:
         except UnsupportedModelError as error:
             self.give_up(error)
             return
-        self._layers = [FusedLayer(self, layer, index) for index, layer in enumerate(layers)]
+        self._layers = [CompiledLayer(self, layer, index) for index, layer in enumerate(layers)]
 
     def _build(self) -> None:
         """Load the kernels and let the matrices use them; what is compiled works without them too."""
         if self._loads(kernels.DECODING, "Decoding"):
-            self._matrices = [FewRows(each) for each in self._model.modules() if _is_matrix(each)]
-            self.replays = {(rows, width): Replay(self._expected, width, rows) for rows, width in SHAPES}
+            self._matrices = [GemvLinear(each) for each in self._model.modules() if _is_matrix(each)]
+            self.replays = {(rows, width): StepRecorder(self._expected, width, rows) for rows, width in SHAPES}
 
     def _build_reading(self) -> None:
         """Load the kernels that read, where the model is one for them."""
@@ -137,7 +139,7 @@ class Fusion:
         self.reads = kernels.multiplies_bfloat16()
         if kernels.multiplies_packed():
             packed = [each for each in self._model.modules() if isinstance(each, Int4Linear | Int8Linear)]
-            self._many = [ManyRows(each) for each in packed]
+            self._many = [GemmLinear(each) for each in packed]
 
     def _loads(self, parts: Sequence[str], what: str) -> bool:
         """Load kernels; where that does not work, say so."""
@@ -206,10 +208,10 @@ class Code:
     form: pytree.TreeSpec
 
 
-class FusedLayer:
+class CompiledLayer:
     """Stands in for the forward of one decoder layer."""
 
-    def __init__(self, fusion: Fusion, layer: nn.Module, index: int) -> None:
+    def __init__(self, fusion: CompiledLayers, layer: nn.Module, index: int) -> None:
         self.fusion = fusion
         self.layer = layer
         self.index = index
@@ -226,7 +228,7 @@ class FusedLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One pass: compiled if it is a decode step of one or a few conversations, else as the model has it."""
-        step = next((value for value in kwargs.values() if isinstance(value, Step)), None)
+        step = next((value for value in kwargs.values() if isinstance(value, ForwardPass)), None)
         shape = None if step is None else self._shape(step)
         if step is None or shape is None:
             return self.eager(*args, **kwargs)
@@ -257,7 +259,7 @@ class FusedLayer:
             _HERE.reset(here)  # it would hold the step's cache
         return self.eager(*args, **kwargs) if outputs is None else pytree.tree_unflatten(list(outputs), code.form)
 
-    def _shape(self, step: Step) -> tuple[int, int] | None:
+    def _shape(self, step: ForwardPass) -> tuple[int, int] | None:
         """Which of SHAPES serves a step."""
         rows, width = step.position.shape
         if rows == 1:
@@ -295,7 +297,7 @@ class FusedLayer:
         return Code(compiled, rest, form[-1])
 
 
-class FewRows:
+class GemvLinear:
     """Stands in for the forward of one matrix: few rows go through the kernels, whatever runs around it."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -314,7 +316,7 @@ class FewRows:
         return output.view(*x.shape[:-1], -1)
 
 
-class ManyRows:
+class GemmLinear:
     """Stands in for the forward of one matrix of 4 or 8 bits: the rows of a chunk go through the kernels."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -343,7 +345,7 @@ def _flat(values: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
             tensors.append(value)
         elif _is_tensors(value):
             tensors.extend(value)
-        elif not isinstance(value, Step):
+        elif not isinstance(value, ForwardPass):
             rest.append(value)
     return tensors, rest
 
@@ -354,7 +356,7 @@ def _refill(value: Any, tensors: Iterator[Tensor]) -> Any:
         return next(tensors)
     if _is_tensors(value):
         return tuple(next(tensors) for _ in value)
-    return _Opaque() if isinstance(value, Step) else value
+    return _Opaque() if isinstance(value, ForwardPass) else value
 
 
 def _is_tensors(value: Any) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._inductor.output_code import CompiledFxGraph
 
-from zsmerge_llm.attention.interface import Call, Draft, Step
+from zsmerge_llm.attention.interface import AttentionCall, ForwardPass, SpeculativePass
 from zsmerge_llm.kvcache.layer_cache import LayerCache
 
 KERNEL = "cpp_fused"
@@ -44,11 +44,11 @@ class Recorded:
 
     end: int
     inputs: list[tuple[int, Tensor]]
-    call: Call
+    call: AttentionCall
     output: Tensor
 
 
-class Replay:
+class StepRecorder:
     """The steps of `layers` layers in passes of one width: recorded in a step that runs anyway, then repeated.
 
     Args:
@@ -68,7 +68,9 @@ class Replay:
         self._memory: list[Tensor] = []  # what the program points at
         self._places: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a tensor that was given, and its memory
         self._given: Tensor | None = None  # what the layer that was recorded last gave to the next
-        self._step: ReferenceType[Step] | None = None  # the one that is being repeated; its cache must not live on here
+        self._step: ReferenceType[ForwardPass] | None = (
+            None  # the one that is being repeated; its cache must not live on here
+        )
         self._sources: list[tuple[Tensor, Tensor]] = []  # what the step was given so far, and where it goes
 
     @property
@@ -79,7 +81,12 @@ class Replay:
     # -- recording ---------------------------------------------------------------------------------------------------
 
     def record(
-        self, step: Step, index: int, code: Callable[..., Any], tensors: Sequence[Tensor], weights: Sequence[Tensor]
+        self,
+        step: ForwardPass,
+        index: int,
+        code: Callable[..., Any],
+        tensors: Sequence[Tensor],
+        weights: Sequence[Tensor],
     ) -> Any:
         """Run a layer's code and write it down: what comes out. None if it was not run, because it cannot be.
 
@@ -118,7 +125,7 @@ class Replay:
             self._places.clear()
         return [self._given]
 
-    def room(self, step: Step, tensor: Tensor) -> Tensor:
+    def room(self, step: ForwardPass, tensor: Tensor) -> Tensor:
         """A tensor that a layer is given in `step`, with as many rows as there is memory for."""
         missing = self.rows - len(tensor)
         if missing == 0 or len(tensor) != len(step.counts):  # the same for all rows
@@ -127,11 +134,11 @@ class Replay:
 
     # -- repeating ---------------------------------------------------------------------------------------------------
 
-    def runs(self, step: Step, index: int) -> bool:
+    def runs(self, step: ForwardPass, index: int) -> bool:
         """Whether the program does this step, which is decided when the first layer is called."""
         if index == 0:
             self._step, self._sources = None, []
-            fits = self.ready and type(step) in (Step, Draft) and step.kernels
+            fits = self.ready and type(step) in (ForwardPass, SpeculativePass) and step.kernels
             if fits and step.new == self.width and all(layer.holds(self.width) for layer in step.cache.layers):
                 self._step = ref(step)
         return self._step is not None and self._step() is step
@@ -140,7 +147,7 @@ class Replay:
         """Whether a layer is given something new, so that the program cannot have run that far yet."""
         return bool(self.recorded[index].inputs)
 
-    def go_on(self, step: Step, index: int, tensors: Sequence[Tensor]) -> Tensor:
+    def go_on(self, step: ForwardPass, index: int, tensors: Sequence[Tensor]) -> Tensor:
         """Run from a layer that `needs` its tensors up to the next such one: what comes out there.
 
         More rows than there is memory for go one group after another.
@@ -166,7 +173,7 @@ class Replay:
         return outputs[0] if len(groups) == 1 else torch.cat(outputs)
 
     def _run(
-        self, step: Step, index: int, last: int, tensors: Sequence[Tensor], easy: Sequence[bool], rows: slice
+        self, step: ForwardPass, index: int, last: int, tensors: Sequence[Tensor], easy: Sequence[bool], rows: slice
     ) -> Tensor:
         """The layers from `index` to before `last`, for some rows of the step: what comes out of them."""
         count, layers = len(step.counts), step.cache.layers[index:last]
@@ -191,16 +198,16 @@ class Replay:
         output = _first(self.recorded[last - 1].output, rows.stop - rows.start)
         return output if whole else output.clone()
 
-    def _easy(self, step: Step, layer: LayerCache) -> bool:
+    def _easy(self, step: ForwardPass, layer: LayerCache) -> bool:
         """Whether a layer that has attended only counts its tokens, and remembers their queries."""
-        return type(step) is Step and layer.only_counts(self.width)
+        return type(step) is ForwardPass and layer.only_counts(self.width)
 
 
 class _Writer:
     """The names in a generated function while a layer is recorded."""
 
-    def __init__(self, program: Any, memory: list[Tensor], step: Step, index: int) -> None:
-        self.calls: list[Call] = []
+    def __init__(self, program: Any, memory: list[Tensor], step: ForwardPass, index: int) -> None:
+        self.calls: list[AttentionCall] = []
         self._program = program
         self._memory = memory
         self._index = index
@@ -245,7 +252,7 @@ class _Writer:
         self._memory.append(output)
         cap, window = self._spec.softcap or 0.0, self._spec.window or 0
         self._program.add_look(query, key, value, output, scaling, cap, window, sinks)
-        self.calls.append(Call(self._index, query, key, value, scaling, None, softcap, sinks))
+        self.calls.append(AttentionCall(self._index, query, key, value, scaling, None, softcap, sinks))
         return output
 
 
@@ -254,16 +261,16 @@ def _first(tensor: Tensor, rows: int) -> Tensor:
     return tensor if len(tensor) == rows else tensor[:rows]
 
 
-def _of_rows(call: Call, rows: int) -> Call:
+def _of_rows(call: AttentionCall, rows: int) -> AttentionCall:
     query, key, value = (_first(each, rows) for each in (call.query, call.key, call.value))
     return replace(call, query=query, key=key, value=value)
 
 
-def _copy(call: Call) -> Call:
+def _copy(call: AttentionCall) -> AttentionCall:
     return replace(call, query=call.query.clone(), key=call.key.clone(), value=call.value.clone())
 
 
-def _joined(calls: Sequence[Call]) -> Call:
+def _joined(calls: Sequence[AttentionCall]) -> AttentionCall:
     """One call of all rows, from one for each group of them."""
     if len(calls) == 1:
         return calls[0]

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.interface import Draft, Look, Poll, Step, forward, prepare
+from zsmerge_llm.attention.interface import ForwardPass, QueryPass, SpeculativePass, VotingPass, forward, prepare
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.cpu import native as kernels
-from zsmerge_llm.cpu.compiled_layers import Fusion
+from zsmerge_llm.cpu.compiled_layers import CompiledLayers
 from zsmerge_llm.engine.fair_lock import FairLock
-from zsmerge_llm.engine.position_remapping import Horizon
+from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.sampler import Sampler
-from zsmerge_llm.engine.scheduler import Batcher, Row
-from zsmerge_llm.engine.sequence import Speaker
+from zsmerge_llm.engine.scheduler import DecodeScheduler, ScheduledRow
+from zsmerge_llm.engine.sequence import DecodeSequence
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.grammar import Constraint
@@ -77,10 +77,10 @@ class Engine:
         self.specs = prepare(model)
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.stop_ids = _stop_ids(model)
-        self.horizon = Horizon(model, self.specs, self.window)
-        self.fusion = Fusion(model, len(self.specs), after=FUSE_AFTER if compile == "auto" else None)
+        self.remapper = PositionRemapper(model, self.specs, self.window)
+        self.fusion = CompiledLayers(model, len(self.specs), after=FUSE_AFTER if compile == "auto" else None)
         self._turn = FairLock()
-        self._together = Batcher(self._forward, self._turn)
+        self._together = DecodeScheduler(self._forward, self._turn)
         if compile is True:
             self.fusion.start()
             self.read(self.new_cache(), [0])
@@ -91,7 +91,7 @@ class Engine:
         return self.model.get_input_embeddings().weight.device
 
     @property
-    def together(self) -> int | None:
+    def max_decode_batch(self) -> int | None:
         """Conversations that one decode step should take at most; None where more are always better."""
         return kernels.MOST if self.device.type == "cpu" else None
 
@@ -101,7 +101,7 @@ class Engine:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or None
 
     @property
-    def reach(self) -> int | None:
+    def exact_limit(self) -> int | None:
         """Tokens after which answers get worse; None where there is no such number: a compressed cache goes on."""
         return self.window if self.config.slots is None else None
 
@@ -116,8 +116,8 @@ class Engine:
         ids: Ids,
         *,
         probe: Ids | None = None,
-        reserving: bool = False,
-        tail: int = 0,
+        multi_turn: bool = False,
+        pinned_tail: int = 0,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -128,7 +128,7 @@ class Engine:
                 cache has to compress ("window" scoring). They are not read into the cache.
             reserving: whether a conversation goes on, so that the reserve (`CacheConfig.reserve`) is kept for what it
                 has looked at so far. Not for a text that comes with its question: that decides alone.
-            tail: how many of the last `ids` are held whole while they are read; all are, where they fit into the share
+            pinned_tail: how many of the last `ids` are held whole while they are read; all are, where they fit into the share
                 of the newest tokens (`CacheConfig.latest`).
             cancel: stops after the current chunk.
             progress: called with (tokens read, tokens to read) after each chunk.
@@ -138,16 +138,18 @@ class Engine:
             Cancelled: `cancel` was set.
         """
         tokens = self._ids(ids)
-        asking = self._probe(cache, probe, reserving, len(tokens))
+        asking = self._probe(cache, probe, multi_turn, len(tokens))
         _one_row(cache)
-        done, passing = 0, 0 if len(tokens) <= cache.config.lately else len(tokens) - tail
+        done, passing = 0, 0 if len(tokens) <= cache.config.num_recent else len(tokens) - pinned_tail
         for chunk in tokens.split(self.chunk):
             _check(cancel)
             done += len(chunk)
             looking = None if cache.fits(len(chunk)) else asking
             with self._turn:
                 held_whole = max(0, done - passing)
-                logits = self._forward(cache, chunk[None], probe=looking, fresh=held_whole, reserving=reserving)
+                logits = self._forward(
+                    cache, chunk[None], probe=looking, pinned_recent=held_whole, multi_turn=multi_turn
+                )
             if progress is not None:
                 progress(done, len(tokens))
         return logits[0, -1].float()
@@ -165,10 +167,10 @@ class Engine:
         _one_row(cache)
         tokens = self._ids(ids)
         with self._turn:
-            self.horizon.make_way(cache, [0], len(tokens))
+            self.remapper.ensure_positions(cache, [0], len(tokens))
             seen = torch.tensor(cache.lengths)
             position = seen[:, None] + torch.arange(len(tokens))
-            step = Look(cache, 0, position, None, [0], seen, reads=self.fusion.reads)
+            step = QueryPass(cache, 0, position, None, [0], seen, reads=self.fusion.reads)
             self._run(step, tokens[None], torch.tensor([len(tokens) - 1]))
         return step.most
 
@@ -264,7 +266,7 @@ class Engine:
         Args:
             sampling: one for each row.
             prompts: the ids that a repetition penalty counts as said, for each row.
-            constraints: what each row may say, fresh ones made with its `max_tokens`; () for no row.
+            constraints: what each row may say, pinned_recent ones made with its `max_tokens`; () for no row.
 
         Raises:
             InputError: the cache has read nothing, or the rows do not match. Cancelled: `cancel` was set.
@@ -273,7 +275,7 @@ class Engine:
         if cache.logits is None or not len(sampling) == len(limits) == cache.rows:
             raise InputError("decode goes on from a cache that has read something, with one SamplingParams a row.")
         rows = [
-            Speaker(Sampler(params, prompt, self.device), params, limit, self.stop_ids, prompt)
+            DecodeSequence(Sampler(params, prompt, self.device), params, limit, self.stop_ids, prompt)
             for params, prompt, limit in zip(sampling, prompts, limits, strict=True)
         ]
         with self._together.row(cache) if len(rows) == 1 else nullcontext() as alone:
@@ -305,23 +307,25 @@ class Engine:
                     with self._turn:
                         self._forward(cache, torch.tensor(ids), None if going.all() else going)
 
-    def _guess(self, row: Row, speaker: Speaker, ahead: int) -> list[int]:
+    def _guess(self, row: ScheduledRow, speaker: DecodeSequence, ahead: int) -> list[int]:
         """What may follow, where it costs no other row its turn and everything fits without compressing."""
         guess = speaker.guess() if self._together.alone(row) else []
         if not guess:
             return []
         new = ahead + len(guess)
-        fits = all(layer.fits(new) for layer in row.cache.layers) and new <= self.horizon.room(row.cache, new, 0)
+        fits = all(layer.fits(new) for layer in row.cache.layers) and new <= self.remapper.room(row.cache, new, 0)
         return guess if fits else []
 
-    def _try(self, cache: Cache, speaker: Speaker, ids: list[int], guess: list[int]) -> Iterator[int]:
+    def _try(self, cache: Cache, speaker: DecodeSequence, ids: list[int], guess: list[int]) -> Iterator[int]:
         """Read `ids` and a guess behind them: of the guess stays, and is yielded, what the row says itself."""
         with self._turn, torch.inference_mode():
-            self.horizon.make_way(cache, [len(ids) + len(guess)], 0)
+            self.remapper.ensure_positions(cache, [len(ids) + len(guess)], 0)
             tokens = torch.tensor([[*ids, *guess]])
             new = tokens.shape[1]
             seen = torch.tensor(cache.lengths)
-            draft = Draft(cache, new, seen[:, None] + torch.arange(new), None, [new], seen + new, self.fusion.kernels)
+            draft = SpeculativePass(
+                cache, new, seen[:, None] + torch.arange(new), None, [new], seen + new, self.fusion.kernels
+            )
             logits = self._run(draft, tokens, torch.arange(new))[0]
             own = torch.stack([speaker.draw(scores) for scores in logits[len(ids) - 1 : -1].float()]).tolist()
         kept = len(ids)
@@ -347,8 +351,8 @@ class Engine:
         *,
         probe: Probe | None = None,
         keep: int | None = None,
-        fresh: int = 0,
-        reserving: bool = False,
+        pinned_recent: int = 0,
+        multi_turn: bool = False,
     ) -> Tensor:
         """One forward pass of ids [B, n] (and a probe behind them): logits [B, 1, vocab] after each row's last token.
 
@@ -356,12 +360,14 @@ class Engine:
         """
         batch, new = ids.shape
         ahead = 0 if probe is None else len(probe.tokens)
-        room = self.horizon.room(cache, new, ahead)
+        room = self.remapper.room(cache, new, ahead)
         if new > room:
-            return self._in_parts(cache, ids, valid, room, probe=probe, keep=keep, fresh=fresh, reserving=reserving)
+            return self._in_parts(
+                cache, ids, valid, room, probe=probe, keep=keep, pinned_recent=pinned_recent, multi_turn=multi_turn
+            )
         lengths = torch.tensor(cache.lengths)
         counts = torch.full((batch,), new) if valid is None else valid.sum(-1)
-        self.horizon.make_way(cache, counts.tolist(), ahead)
+        self.remapper.ensure_positions(cache, counts.tolist(), ahead)
         if probe is not None:
             ids = torch.cat([ids, probe.tokens[None].to(ids.device)], dim=1)
         position = lengths[:, None] + torch.arange(ids.shape[1])
@@ -369,9 +375,9 @@ class Engine:
             position = torch.minimum(position, (lengths + counts - 1).clamp(min=0)[:, None])
         ends = (counts - 1).clamp(min=0)
         wanted = ends.unique() if keep is None else torch.arange(new)  # transformers keeps the same places of all rows
-        kind = Poll if probe is not None and probe.voting else Step
+        kind = VotingPass if probe is not None and probe.voting else ForwardPass
         seen, (few, many) = lengths + counts, (self.fusion.kernels, self.fusion.reads)
-        step = kind(cache, new, position, valid, counts.tolist(), seen, few, many, fresh, reserving)
+        step = kind(cache, new, position, valid, counts.tolist(), seen, few, many, pinned_recent, multi_turn)
         logits = self._run(step, ids, wanted)
         step.finish()
         cache.lengths = step.seen.tolist()
@@ -381,10 +387,10 @@ class Engine:
         cache.logits = last
         return last[:, None] if keep is None else logits
 
-    def _run(self, step: Step, ids: Tensor, wanted: Tensor) -> Tensor:
+    def _run(self, step: ForwardPass, ids: Tensor, wanted: Tensor) -> Tensor:
         """The model over ids [B, T]: logits [B, K, vocab] behind the K tokens at `wanted`."""
         self.fusion.count(ids.numel())
-        offset = torch.tensor([places.offset for places in step.cache.places])
+        offset = torch.tensor([places.offset for places in step.cache.position_maps])
         return forward(
             self.model,
             step,
@@ -401,13 +407,13 @@ class Engine:
         ]
         return torch.cat(logits, dim=1) if how["keep"] == 0 else logits[-1]
 
-    def _probe(self, cache: Cache, asked: Ids | None, reserving: bool, new: int) -> Probe | None:
+    def _probe(self, cache: Cache, asked: Ids | None, multi_turn: bool, new: int) -> Probe | None:
         """What looks ahead when `cache` compresses to take in `new` tokens, as far as its rule heeds it."""
         config = cache.config
-        if config.slots is None or config.scoring != "window" or asked is None or not len(asked):
+        if config.slots is None or config.policy != "observation_window" or asked is None or not len(asked):
             return None
         # In a chat whole passages for a short turn's question would cost what earlier turns said (benchmarks/LOG.md).
-        voting = config.passages > 0 and (not reserving or new > config.slots)
+        voting = config.passage_share > 0 and (not multi_turn or new > config.slots)
         return Probe(self._ids(asked), voting)
 
     def _ids(self, ids: Ids) -> Tensor:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from zsmerge_llm.attention import interface as attention
-from zsmerge_llm.config import CacheConfig, divide
+from zsmerge_llm.config import CacheConfig, apportion
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.layer_cache import LayerCache
-from zsmerge_llm.language.chat_template import Template
-from zsmerge_llm.models.hub import Say, cache_folder
+from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.models.hub import StatusCallback, cache_folder
 from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe
 from zsmerge_llm.sessions import file_format as saving
 
@@ -41,7 +41,7 @@ KNOWN = 0.25
 """How much of the profile goes into the budget of a prompt that comes with its question."""
 
 
-class Profile:
+class LayerBudgets:
     """The shares of a model's full-attention layers, found when they are first needed.
 
     Args:
@@ -49,7 +49,9 @@ class Profile:
         say: is told when the model is about to recite.
     """
 
-    def __init__(self, engine: Engine, template: Template, path: Path | None = None, say: Say | None = None) -> None:
+    def __init__(
+        self, engine: Engine, template: ChatTemplate, path: Path | None = None, say: StatusCallback | None = None
+    ) -> None:
         self._engine = engine
         self._template = template
         self._path = path
@@ -58,8 +60,8 @@ class Profile:
         self._shares: tuple[float, ...] | None = None
 
     @property
-    def shares(self) -> tuple[float, ...]:
-        """A weight for each full-attention layer, mean 1: for `CacheConfig.shares`. Empty if there is no such layer."""
+    def layer_budgets(self) -> tuple[float, ...]:
+        """A weight for each full-attention layer, mean 1: for `CacheConfig.layer_budgets`. Empty if there is no such layer."""
         with self._lock:
             if self._shares is None:
                 layers = sum(spec.window is None for spec in self._engine.specs)
@@ -72,32 +74,32 @@ class Profile:
         Less uneven than a document's: where the question is known the guess is better, and a small model whose other
         layers have little left talks in circles. No layer gets less than one passage needs, as far as there is so much.
         """
-        config = self._engine.config.pinning(guide)
+        config = self._engine.config.with_pinned_prefix(guide)
         shares = self._shares_for(config, tokens)
         if config.slots is None or not shares:
             return config
         milder = [1 + KNOWN * (share - 1) for share in shares]
         least = min(config.sink + config.recent + attention.PASSAGE, config.slots)
-        sizes = divide(config.slots * len(milder), milder, least)
-        return config.replace(shares=tuple(size / config.slots for size in sizes))
+        sizes = apportion(config.slots * len(milder), milder, least)
+        return config.replace(layer_budgets=tuple(size / config.slots for size in sizes))
 
     def document_config(self, tokens: int) -> CacheConfig:
         """The budget of a document of so many tokens whose questions are not known yet."""
-        config = self._engine.config.ahead()
+        config = self._engine.config.query_agnostic()
         shares = self._shares_for(config, tokens)
-        return config.replace(shares=shares) if shares else config
+        return config.replace(layer_budgets=shares) if shares else config
 
     def _shares_for(self, config: CacheConfig, tokens: int) -> tuple[float, ...]:
         """Of a text that does not fit, some layers need more. Empty for one that does, or by the user's choice."""
-        guessed = config.scoring == "window" and config.shares is None
-        return self.shares if guessed and config.slots is not None and tokens > config.slots else ()
+        guessed = config.policy == "observation_window" and config.layer_budgets is None
+        return self.layer_budgets if guessed and config.slots is not None and tokens > config.slots else ()
 
     def _found(self, layers: int) -> tuple[float, ...]:
         window = self._engine.window
         if not layers or (window is not None and window < 2 * PASSAGE):  # no room to read and recite
             return (1.0,) * layers
         self._say("Finding out which layers look things up (once for each model)")
-        shares = tuple(share_out(recite(self._engine, self._template)))
+        shares = tuple(allocate(measure_retrieval(self._engine, self._template)))
         if self._path is not None:
             _save(self._path, shares)
         return shares
@@ -109,7 +111,7 @@ def profile_path(weights: str) -> Path:
 
 
 @torch.inference_mode()
-def recite(engine: Engine, template: Template) -> Tensor:
+def measure_retrieval(engine: Engine, template: ChatTemplate) -> Tensor:
     """`curves` of a passage of the demo's text, of which the model recites a part behind it."""
     data = files("zsmerge_llm").joinpath("data")
     text = template.encode(data.joinpath("marigold.txt").read_text(encoding="utf-8"))[:PASSAGE]
@@ -117,7 +119,7 @@ def recite(engine: Engine, template: Template) -> Tensor:
     recital = asking + text[start : start + len(text) // 3]
     generic = chat_probe(template, GENERIC)
     most = max(len(recital), len(generic))
-    cache = engine.new_cache(CacheConfig(slots=len(text) + most + 128, window=most))  # nothing is lost
+    cache = engine.new_cache(CacheConfig(slots=len(text) + most + 128, observation_window=most))  # nothing is lost
     engine.read(cache, text)
     asked = cache.clone()
     engine.read(asked, generic)
@@ -148,7 +150,7 @@ def curve(guessed: Tensor, needed: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1), grown.cpu()[at]])
 
 
-def share_out(curves: Tensor, least: int = 2, power: float = 0.5) -> list[float]:
+def allocate(curves: Tensor, least: int = 2, power: float = 0.5) -> list[float]:
     """Weights of the layers with mean 1: greedily, each twentieth goes where it saves the most attention.
 
     The mean of the weights that this gives at each of `TOTALS`.
@@ -165,13 +167,13 @@ def share_out(curves: Tensor, least: int = 2, power: float = 0.5) -> list[float]
     taken, found = [least] * layers, []
     for total in TOTALS:
         for _ in range(round(total * layers * STEPS) - sum(taken)):
-            taken[_neediest(gain, taken)] += 1
+            taken[best_marginal_gain(gain, taken)] += 1
         mean = sum(taken) / layers
         found.append([each / mean for each in taken])
     return [sum(weights) / len(found) for weights in zip(*found, strict=True)]
 
 
-def _neediest(gain: list[list[float]], taken: list[int]) -> int:
+def best_marginal_gain(gain: list[list[float]], taken: list[int]) -> int:
     """The layer to which the next twentieth is worth the most, looking up to `AHEAD`."""
     offers = [
         ((gain[layer][taken[layer] + more] - gain[layer][taken[layer]]) / more, layer)
@@ -194,7 +196,7 @@ def _load(path: Path | None, layers: int) -> tuple[float, ...] | None:
     """What an earlier process found; None if there is nothing that can be used."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-        shares = CacheConfig(shares=kept["shares"]).shares if kept["format"] == FORMAT else None
+        shares = CacheConfig(layer_budgets=kept["shares"]).layer_budgets if kept["format"] == FORMAT else None
     except (OSError, ValueError, LookupError, TypeError, ConfigError):
         return None
     return shares if shares is not None and len(shares) == layers else None

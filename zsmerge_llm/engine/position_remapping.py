@@ -21,7 +21,7 @@ from zsmerge_llm.kvcache.view import LayerSpec
 
 
 @dataclass(frozen=True)
-class Shape:
+class RemapLayout:
     """How an epoch divides the window.
 
     limit: share of the window that places may take. head, near, middle: shares of the limit for the text's beginning,
@@ -37,7 +37,7 @@ class Shape:
     segments: int = 16
 
 
-class Horizon:
+class PositionRemapper:
     """Keeps the places of all caches of one model within its window.
 
     Args:
@@ -45,10 +45,10 @@ class Horizon:
     """
 
     def __init__(
-        self, model: PreTrainedModel, specs: Sequence[LayerSpec], window: int | None, shape: Shape | None = None
+        self, model: PreTrainedModel, specs: Sequence[LayerSpec], window: int | None, shape: RemapLayout | None = None
     ) -> None:
         self.window = window
-        self.shape = shape or Shape()
+        self.shape = shape or RemapLayout()
         self._model = model
         self._sliding = max((spec.window for spec in specs if spec.window), default=0)
         self._rotations: list[Rotation | None] | None = None
@@ -76,7 +76,7 @@ class Horizon:
             "positions that the model was trained on: use a shorter probe or fewer sinks."
         )
 
-    def make_way(self, cache: Cache, coming: Sequence[int], ahead: int) -> None:
+    def ensure_positions(self, cache: Cache, coming: Sequence[int], ahead: int) -> None:
         """Before a pass: an epoch for every row whose last token would stand beyond the limit.
 
         Runs the model the first time. While nothing of a row is lost, it has the whole window.
@@ -87,10 +87,10 @@ class Horizon:
         Raises:
             ContextLimitError: the window ends, and the model's positions cannot be mapped. Nothing has changed then.
         """
-        if self.window is None or cache.lossless is None:
+        if self.window is None or cache.exact_capacity is None:
             return
         ends = [self._end(cache, row, new + ahead) if new else 0 for row, new in enumerate(coming)]
-        kept = [length + new <= cache.lossless for length, new in zip(cache.lengths, coming, strict=True)]
+        kept = [length + new <= cache.exact_capacity for length, new in zip(cache.lengths, coming, strict=True)]
         due = [row for row, end in enumerate(ends) if end > (self.window if kept[row] else self.limit)]
         known = self._known() if due else None
         if known is None:
@@ -98,11 +98,11 @@ class Horizon:
                 raise ContextLimitError(self._refusal())
             return
         for row in due:
-            self._epoch(cache, row, coming[row] + ahead, known)
+            self._remap(cache, row, coming[row] + ahead, known)
 
-    def _epoch(self, cache: Cache, row: int, reach: int, known: list[Rotation]) -> None:
+    def _remap(self, cache: Cache, row: int, reach: int, known: list[Rotation]) -> None:
         """New places for one row, so that `reach` more tokens stand below the limit."""
-        near, head, old = self._near(cache), self._head(cache), cache.places[row]
+        near, head, old = self._near(cache), self._head(cache), cache.position_maps[row]
         start = cache.lengths[row] - near
         squeezed = head + (float(old.of(torch.tensor(start))) - head) * self.shape.squeeze
         to = max(head + 1, int(min(squeezed, self.limit - near - reach)))
@@ -110,7 +110,7 @@ class Horizon:
 
     def _end(self, cache: Cache, row: int, reach: int) -> int:
         """The place behind the last of `reach` more tokens."""
-        return cache.lengths[row] + reach - cache.places[row].offset
+        return cache.lengths[row] + reach - cache.position_maps[row].offset
 
     def _share(self, share: float) -> int:
         return int(self.limit * share)
@@ -123,7 +123,7 @@ class Horizon:
 
         At most half of it: a recent or sliding window beyond that is squeezed like the rest.
         """
-        wanted = max(cache.config.recent, cache.config.window, self._sliding, self._share(self.shape.near))
+        wanted = max(cache.config.recent, cache.config.observation_window, self._sliding, self._share(self.shape.near))
         return min(wanted, self.limit // 2)
 
     def _known(self) -> list[Rotation] | None:

@@ -14,7 +14,7 @@ AHEAD = 4
 """Tokens of a guess."""
 
 
-class Lookup:
+class PromptLookup:
     """The tokens of one conversation, for looking up.
 
     They are indexed when a guess is wanted, so that a row that asks for none pays nothing and no first token waits.

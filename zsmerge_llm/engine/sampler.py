@@ -1,4 +1,4 @@
-"""Logits to the next token (`Sampler`), and tokens to text with stop strings (`TextStream`). One row each.
+"""Logits to the next token (`Sampler`), and tokens to text with stop strings (`Detokenizer`). One row each.
 
 `Sampler` never waits for the device. Filters are transformers' own, in `generate`'s order: repetition penalty,
 temperature, top_k, top_p, min_p. Logits that hold NaN or +inf, or nothing but -inf, mean that the model has broken
@@ -105,7 +105,7 @@ def _filters(params: SamplingParams) -> list[Any]:
     return [kind(value) for kind, value, on in wanted if on]
 
 
-class TextStream:
+class Detokenizer:
     """Turns tokens into text as they come; the pieces add up to `tokenizer.decode` of all of them.
 
     Held back: a character whose bytes are not all there, and text that may become a stop string. The answer ends

@@ -25,7 +25,7 @@ Forward = Callable[[Cache, Tensor, Tensor | None], object]
 """(cache, ids [B, n], valid [B, n] or None): reads into the cache. Called by the holder of the turn only."""
 
 
-class Row:
+class ScheduledRow:
     """One conversation while it decodes."""
 
     def __init__(self, cache: Cache) -> None:
@@ -37,7 +37,7 @@ class Row:
         self.since: list[list[int]] = []  # steps since the row joined the batch: its own cache does not know them yet
 
 
-class Batcher:
+class DecodeScheduler:
     """Runs the decode steps of an engine's threads.
 
     Args:
@@ -48,14 +48,14 @@ class Batcher:
     def __init__(self, forward: Forward, turn: FairLock) -> None:
         self._forward = forward
         self._turn = turn
-        self._rows: list[Row] = []
+        self._rows: list[ScheduledRow] = []
         self._batch: Cache | None = None
-        self._latest: list[Row] = []
+        self._latest: list[ScheduledRow] = []
 
     @contextmanager
-    def row(self, cache: Cache) -> Iterator[Row]:
+    def row(self, cache: Cache) -> Iterator[ScheduledRow]:
         """A row that may decode together with others; when it ends, `cache` is up to date."""
-        row = Row(cache)
+        row = ScheduledRow(cache)
         try:
             yield row
         finally:
@@ -66,12 +66,12 @@ class Batcher:
                     self._catch_up(row)
                     self._latest = [other for other in self._latest if other is not row]
 
-    def alone(self, row: Row) -> bool:
+    def alone(self, row: ScheduledRow) -> bool:
         """Whether nobody else is decoding, as far as one can see: the row's own cache is up to date then."""
         shared = row in self._rows or row.since or any(other is not row for other in self._latest)
         return not shared and not self._turn.waiting(lambda _: True)
 
-    def step(self, row: Row, ids: Sequence[int]) -> None:
+    def step(self, row: ScheduledRow, ids: Sequence[int]) -> None:
         """Read `ids` into the row; `row.cache.logits` [1, vocab] is what follows.
 
         Raises whatever the pass raises; `row.cache` is as it was then.
@@ -85,11 +85,11 @@ class Batcher:
                     self._turn.release()
 
     @torch.inference_mode()
-    def _lead(self, row: Row) -> None:
+    def _lead(self, row: ScheduledRow) -> None:
         """One pass for `row` and all that wait and fit."""
         self._part([other for other in self._rows if other.gone])
         joined = self._gather(row)
-        rows: list[Row] = [row, *(ticket.work for ticket in joined)]
+        rows: list[ScheduledRow] = [row, *(ticket.work for ticket in joined)]
         try:
             self._catch_up(row)
             if len(rows) == 1 and row not in self._rows:
@@ -102,13 +102,13 @@ class Batcher:
             self._latest = rows
             self._turn.serve(joined)
 
-    def _gather(self, row: Row) -> list[Ticket]:
+    def _gather(self, row: ScheduledRow) -> list[Ticket]:
         """Tickets of rows that can go with `row`; those that took part in the last pass are waited for, briefly."""
         config = row.cache.config
         if config.slots is None or (self._batch is not None and self._batch.config != config):
             return []
 
-        def fits(other: Row) -> bool:
+        def fits(other: ScheduledRow) -> bool:
             return other.cache.config == config and (other in self._rows or not other.since)
 
         expected = sum(not other.gone and other is not row and fits(other) for other in self._latest)
@@ -117,7 +117,7 @@ class Batcher:
             time.sleep(PATIENCE / 10)
         return self._turn.take(fits)
 
-    def _together(self, rows: list[Row]) -> None:
+    def _together(self, rows: list[ScheduledRow]) -> None:
         """One pass over the batch, into which rows that are not in it are taken first."""
         joining = [row for row in rows if row not in self._rows]
         if joining:
@@ -143,7 +143,7 @@ class Batcher:
         self._part([row for row in self._rows if row.absences > ABSENCES])
 
     @torch.inference_mode()
-    def _part(self, leaving: list[Row]) -> None:
+    def _part(self, leaving: list[ScheduledRow]) -> None:
         """Bring the caches of these rows up to date; one row alone is no batch."""
         leaving = [row for row in leaving if row in self._rows]
         if not leaving or self._batch is None:
@@ -152,13 +152,13 @@ class Batcher:
         if len(staying) == 1:
             leaving, staying = self._rows, []
         for row in leaving:
-            row.cache.become(self._batch.pick([self._rows.index(row)]))
+            row.cache.replace_with(self._batch.select_rows([self._rows.index(row)]))
             row.since.clear()
             row.absences = 0
-        self._batch = self._batch.pick([self._rows.index(row) for row in staying]) if staying else None
+        self._batch = self._batch.select_rows([self._rows.index(row) for row in staying]) if staying else None
         self._rows = staying
 
-    def _catch_up(self, row: Row) -> None:
+    def _catch_up(self, row: ScheduledRow) -> None:
         """Read again what the row's own cache missed, where the batch that knew it was lost in a pass that failed."""
         while row.since and row not in self._rows:
             self._forward(row.cache, torch.tensor([row.since[0]]), None)

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import Tensor
 
 from zsmerge_llm.config import SamplingParams
-from zsmerge_llm.engine.prompt_lookup import Lookup
+from zsmerge_llm.engine.prompt_lookup import PromptLookup
 from zsmerge_llm.engine.sampler import Sampler
 from zsmerge_llm.language.grammar import Constraint
 
 
-class Speaker:
+class DecodeSequence:
     """One row of a decode loop.
 
     Args:
@@ -34,7 +34,7 @@ class Speaker:
         self._left = params.max_tokens
         # Drawing must change nothing, because some of what is drawn behind a guess is never said.
         sure = params.lookup and sampler.greedy and sampler.penalty == 1 and constraint is None
-        self._lookup = Lookup(prompt, stop_ids) if sure else None
+        self._lookup = PromptLookup(prompt, stop_ids) if sure else None
 
     def draw(self, logits: Tensor) -> Tensor:
         """float32[vocab] → the next token as the model wants it, int64, 0-d."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zsmerge_llm.engine.sampler import TextStream
+from zsmerge_llm.engine.sampler import Detokenizer
 from zsmerge_llm.inspection.memory_map import MemoryMap
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def words(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> Words:
     """Every token's text. Of a character that takes several tokens, the last one has it and the others have none."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
-    stream = TextStream(tokenizer, skip_special_tokens=False)
+    stream = Detokenizer(tokenizer, skip_special_tokens=False)
     pieces = [stream.push(token).translate(UNSEEN) for token in tokens]
     pieces[-1] += stream.finish().translate(UNSEEN)
     marker = [token in special for token in tokens]

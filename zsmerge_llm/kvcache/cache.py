@@ -5,7 +5,7 @@ Everything that reads mutates it in place; `clone`, `row` and `stack` copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.kvcache.layer_cache import TENSORS, LayerCache, layer_configs
-from zsmerge_llm.kvcache.rope import Places, Rotation
+from zsmerge_llm.kvcache.rope import PositionMap, Rotation
 from zsmerge_llm.kvcache.view import PER_SLOT, LayerSpec
 
 
@@ -32,7 +32,7 @@ class Cache:
         configs = layer_configs(config, self.specs)
         self.layers = [LayerCache(own, spec, rows) for own, spec in zip(configs, self.specs, strict=True)]
         self.lengths = [0] * rows
-        self.places = [Places()] * rows  # where each row's tokens stand in the model's window
+        self.position_maps = [PositionMap()] * rows  # where each row's tokens stand in the model's window
         self.logits: Tensor | None = None  # [B, vocab] in the model's dtype, after each row's last token
 
     @property
@@ -50,7 +50,7 @@ class Cache:
         return self.config.slots
 
     @property
-    def lossless(self) -> int | None:
+    def exact_capacity(self) -> int | None:
         """Tokens up to which no full-attention layer loses any; None for the exact cache."""
         slots = [layer.config.slots for layer in self.layers if layer.spec.window is None]
         return min((each for each in slots if each is not None), default=self.config.slots)
@@ -61,14 +61,18 @@ class Cache:
         return sum(layer.nbytes for layer in self.layers) + (0 if self.logits is None else self.logits.nbytes)
 
     @property
-    def merged(self) -> int:
-        """Tokens no longer held verbatim (merged or dropped), mean over rows, heads and full-attention layers."""
-        lost = [
-            sum(self.lengths) / self.rows - (layer.count == 1).sum(-1).float().mean().item()
-            for layer in self.layers
-            if layer.spec.window is None
-        ]
-        return round(sum(lost) / len(lost)) if lost else 0
+    def dropped_tokens(self) -> int:
+        """Tokens read that are no longer held in any form, mean over rows, KV heads and full-attention layers."""
+        return self._mean(lambda layer: layer.dropped.mean())
+
+    @property
+    def merged_tokens(self) -> int:
+        """Tokens read that are held only as a part of a residual slot's mean; mean as for `dropped_tokens`."""
+        return self._mean(lambda layer: (layer.count * (layer.count > 1)).sum(-1).mean())
+
+    def _mean(self, of: Callable[[LayerCache], Tensor]) -> int:
+        full = [of(layer).item() for layer in self.layers if layer.spec.window is None]
+        return round(sum(full) / len(full)) if full else 0
 
     def full_nbytes(self, tokens: int | None = None) -> int:
         """Bytes an exact cache of these layers would hold in keys and values after `tokens` (default: those read)."""
@@ -84,23 +88,23 @@ class Cache:
         return all(layer.fits(new) for layer in self.layers if layer.spec.window is None)
 
     @property
-    def crowded(self) -> bool:
-        """Whether a full-attention layer has tokens in its stage that `make_room` would make room for."""
-        return any(any(layer.crowded) for layer in self.layers if layer.spec.window is None)
+    def needs_compression(self) -> bool:
+        """Whether a full-attention layer has tokens in its stage that `compress_stage` would make room for."""
+        return any(any(layer.needs_compression) for layer in self.layers if layer.spec.window is None)
 
-    def make_room(self) -> None:
+    def compress_stage(self) -> None:
         """Empty the stage of every layer, between two turns rather than while the next one is waited for."""
         seen = torch.tensor(self.lengths)
         with torch.inference_mode():
             for layer in self.layers:
-                layer.make_room(seen)
+                layer.compress_stage(seen)
 
-    def move(self, row: int, places: Places, rotations: Sequence[Rotation]) -> None:
+    def move(self, row: int, places: PositionMap, rotations: Sequence[Rotation]) -> None:
         """Let the tokens of a row stand elsewhere: every layer's keys are turned to their new places."""
-        old = self.places[row]
+        old = self.position_maps[row]
         for layer, rotation in zip(self.layers, rotations, strict=True):
             layer.move(row, lambda position: places.of(position) - old.of(position), rotation)
-        self.places[row] = places
+        self.position_maps[row] = places
 
     def clone(self) -> Cache:
         """An independent copy."""
@@ -108,13 +112,13 @@ class Cache:
 
     def row(self, index: int) -> Cache:
         """An independent copy of one row, as a cache of its own."""
-        return self.pick([index])
+        return self.select_rows([index])
 
-    def pick(self, rows: Sequence[int]) -> Cache:
+    def select_rows(self, rows: Sequence[int]) -> Cache:
         """An independent copy of some rows."""
         some, chosen = Cache.from_state(*self.state()), list(rows)
         some.lengths = [self.lengths[row] for row in chosen]
-        some.places = [self.places[row] for row in chosen]
+        some.position_maps = [self.position_maps[row] for row in chosen]
         some.logits = None if self.logits is None else self.logits[chosen]
         for layer in some.layers:
             layer.fills = [layer.fills[row] for row in chosen]
@@ -122,10 +126,10 @@ class Cache:
                 setattr(layer, name, getattr(layer, name)[chosen])
         return some
 
-    def become(self, other: Cache) -> None:
+    def replace_with(self, other: Cache) -> None:
         """Take over everything `other` holds; it must not be used any more."""
         self.layers, self.lengths, self.logits = other.layers, other.lengths, other.logits
-        self.places = other.places
+        self.position_maps = other.position_maps
 
     @classmethod
     def stack(cls, caches: Sequence[Cache]) -> Cache:
@@ -139,7 +143,7 @@ class Cache:
             raise ConfigError("Only caches of one model and one CacheConfig can be stacked into a batch.")
         batch = cls(first.config, first.specs, rows=0)
         batch.lengths = [length for cache in caches for length in cache.lengths]
-        batch.places = [places for cache in caches for places in cache.places]
+        batch.position_maps = [places for cache in caches for places in cache.position_maps]
         known = [cache.logits for cache in caches if cache.logits is not None]
         batch.logits = torch.cat(known) if len(known) == len(caches) else None
         for index, layer in enumerate(batch.layers):
@@ -171,7 +175,7 @@ class Cache:
             "config": asdict(self.config),
             "specs": specs,
             "lengths": list(self.lengths),
-            "places": [places.knots for places in self.places],
+            "places": [places.knots for places in self.position_maps],
             "fills": [layer.fills for layer in self.layers],
         }
         return tensors, facts
@@ -191,7 +195,7 @@ class Cache:
         ]
         cache = cls(CacheConfig.from_dict(facts["config"]), specs, rows=0)
         cache.lengths = list(facts["lengths"])
-        cache.places = [Places(tuple((at, to) for at, to in knots)) for knots in facts["places"]]
+        cache.position_maps = [PositionMap(tuple((at, to) for at, to in knots)) for knots in facts["places"]]
         logits = tensors.get("logits")
         cache.logits = logits.to(specs[-1].device) if logits is not None and specs else logits
         for index, (layer, fills) in enumerate(zip(cache.layers, facts["fills"], strict=True)):

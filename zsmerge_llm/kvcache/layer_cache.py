@@ -17,11 +17,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from zsmerge_llm.config import AHEAD_FLOOR, CacheConfig
+from zsmerge_llm.config import QUERY_AGNOSTIC_FLOOR, CacheConfig
 from zsmerge_llm.cpu import native as kernels
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.rope import Rotation
-from zsmerge_llm.kvcache.view import PER_SLOT, Arrival, Held, LayerSpec, Slots
+from zsmerge_llm.kvcache.view import PER_SLOT, AttentionInputs, KVView, LayerSpec, Slots
 
 TENSORS = (*PER_SLOT, "residual_keys", "residual_values", "dropped", "goes_on", "summed", "queries", "query_position")
 
@@ -30,11 +30,11 @@ def layer_configs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[Cache
     """What each layer keeps: a sliding-window layer exactly its window, whatever the budget, any other its share.
 
     Raises:
-        ConfigError: `config.shares` for another number of full-attention layers.
+        ConfigError: `config.layer_budgets` for another number of full-attention layers.
     """
     if config.slots is None:
         return [config] * len(specs)
-    plain = config if config.shares is None else config.replace(shares=None)
+    plain = config if config.layer_budgets is None else config.replace(layer_budgets=None)
     slots = config.layer_slots(sum(spec.window is None for spec in specs))
     own = {each: plain if each == plain.slots else plain.replace(slots=each) for each in set(slots)}
     wide = {window: _sliding(plain, window) for window in {spec.window for spec in specs} if window is not None}
@@ -44,13 +44,13 @@ def layer_configs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[Cache
 
 def _sliding(config: CacheConfig, window: int) -> CacheConfig:
     stage = max(config.stage, 32)  # compressing a window at each step gains nothing
-    return config.replace(slots=window + 1, sink=0, recent=window, residual=0, stage=stage, scoring="position")
+    return config.replace(slots=window + 1, sink=0, recent=window, residual=0, stage=stage, policy="recency")
 
 
 class LayerCache(Slots):
     """The slots of one layer, by its own config (`layer_configs`).
 
-    See the module's text for the layout and `Arrival` for the shapes.
+    See the module's text for the layout and `AttentionInputs` for the shapes.
     """
 
     def __init__(self, config: CacheConfig, spec: LayerSpec, rows: int) -> None:
@@ -60,7 +60,9 @@ class LayerCache(Slots):
         budget = self.config.slots
         capacity = self.config.stage if budget is None else budget + self.config.stage
         heads, device = spec.kv_heads, spec.device
-        asked = self.config.window if self.config.scoring == "window" and budget is not None else 0
+        asked = (
+            self.config.observation_window if self.config.policy == "observation_window" and budget is not None else 0
+        )
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
@@ -91,20 +93,20 @@ class LayerCache(Slots):
         return self.fills.count(self.fills[0]) == len(self.fills)
 
     @property
-    def crowded(self) -> list[bool]:
+    def needs_compression(self) -> list[bool]:
         """Which rows have tokens in their stage."""
         return [self.config.slots is not None and fill > self.config.slots for fill in self.fills]
 
-    def make_room(self, seen: Tensor) -> None:
+    def compress_stage(self, seen: Tensor) -> None:
         """Compress now, by the newest queries, what would be compressed while the next tokens are waited for.
 
         seen: [B], tokens read by each row.
         """
-        slots, used, full = self.config.slots, max(self.fills), self.crowded
+        slots, used, full = self.config.slots, max(self.fills), self.needs_compression
         if slots is None or not any(full):
             return
-        held = Held(self, used, self.fills, in_place=True)
-        if self.config.scoring == "window":
+        held = KVView(self, used, self.fills, in_place=True)
+        if self.config.policy == "observation_window":
             due = torch.tensor(full, device=self.spec.device)
             self.goes_on |= due
             self._accumulate(held, due)
@@ -123,12 +125,12 @@ class LayerCache(Slots):
     @property
     def remembers(self) -> bool:
         """Whether the newest queries are kept."""
-        return self.config.slots is not None and self.config.scoring == "window"
+        return self.config.slots is not None and self.config.policy == "observation_window"
 
     def only_counts(self, new: int) -> bool:
         """Whether `settle` does nothing for `new` tokens but count them and remember their queries."""
-        scored = self.config.slots is not None and self.config.scoring == "attention"
-        return self.fits(new) and not scored and (not self.remembers or new <= self.config.window)
+        scored = self.config.slots is not None and self.config.policy == "cumulative_attention"
+        return self.fits(new) and not scored and (not self.remembers or new <= self.config.observation_window)
 
     def move(self, row: int, by: Callable[[Tensor], Tensor], rotation: Rotation) -> None:
         """Turn the keys of one row, and the queries it remembers, to other places.
@@ -145,19 +147,19 @@ class LayerCache(Slots):
         if self.queries.shape[2]:
             self.queries[row] = rotation.turn(self.queries[row], by(self.query_position[row])[None])
 
-    def append(self, arrival: Arrival) -> Held:
+    def append(self, arrival: AttentionInputs) -> KVView:
         """Take in the arriving tokens; what to attend to."""
         new, used = arrival.keys.shape[2], max(self.fills)
         if self.config.slots is None:
             self._grow(used + new)
         entries = self._entries(arrival)
         if not self.holds(new):
-            return Held(Slots(**self._beside(entries, used)), used + new, self.fills, in_place=False)
+            return KVView(Slots(**self._beside(entries, used)), used + new, self.fills, in_place=False)
         for name, entry in entries.items():
             self._write(getattr(self, name), entry)
-        return Held(self, used + new, self.fills, in_place=True)
+        return KVView(self, used + new, self.fills, in_place=True)
 
-    def attend(self, arrival: Arrival, scaling: float) -> tuple[Held, Tensor]:
+    def attend(self, arrival: AttentionInputs, scaling: float) -> tuple[KVView, Tensor]:
         """`append`, and what the arriving tokens make of it all, [B, Hq, n, D]: in one kernel (`kernels.serves`)."""
         new = arrival.keys.shape[2]
         output = kernels.look(
@@ -171,29 +173,29 @@ class LayerCache(Slots):
             window=self.spec.window,
             sinks=arrival.sinks,
         )
-        return Held(self, max(self.fills) + new, self.fills, in_place=True), output
+        return KVView(self, max(self.fills) + new, self.fills, in_place=True), output
 
-    def settle(self, held: Held, arrival: Arrival) -> None:
+    def settle(self, held: KVView, arrival: AttentionInputs) -> None:
         """After attention: update the scores, and compress the rows that have used up their room."""
         self._observe(held, arrival)
         self.close(held, arrival)
 
-    def close(self, held: Held, arrival: Arrival, passages: Tensor | None = None) -> None:
+    def close(self, held: KVView, arrival: AttentionInputs, passages: Tensor | None = None) -> None:
         """`settle`, once the scores are up to date. passages: float32 [T], what all layers make of the surroundings of
         each token read."""
         used, full = self._used(arrival), self.fills_up(arrival)
         self.fills = [self.config.slots or 0 if due else end for due, end in zip(full, used, strict=True)]
         if any(full) or not held.in_place:
-            self._compress(held, full, arrival.seen, passages, arrival.fresh)
+            self._compress(held, full, arrival.seen, passages, arrival.pinned_recent)
 
-    def fills_up(self, arrival: Arrival) -> list[bool]:
+    def fills_up(self, arrival: AttentionInputs) -> list[bool]:
         """Which rows have to compress when these tokens come in."""
         return [self.config.slots is not None and end >= self.capacity for end in self._used(arrival)]
 
-    def _used(self, arrival: Arrival) -> list[int]:
+    def _used(self, arrival: AttentionInputs) -> list[int]:
         return [fill + count for fill, count in zip(self.fills, arrival.counts, strict=True)]
 
-    def vote(self, held: Held, arrival: Arrival) -> Tensor:
+    def vote(self, held: KVView, arrival: AttentionInputs) -> Tensor:
         """Update the scores; the most that any of the probe's queries pays each slot: float32 [B, H, C].
 
         Sinks get none, which are paid whatever is asked, nor do recent tokens: the question may be among them.
@@ -204,24 +206,24 @@ class LayerCache(Slots):
         counts = (held.position >= self.config.sink) & (held.position < newest) & (held.count > 0)
         return most * counts
 
-    def paid_most(self, held: Held, arrival: Arrival) -> Tensor:
+    def paid_most(self, held: KVView, arrival: AttentionInputs) -> Tensor:
         """The most that any query of the probe pays each slot, float32 [B, H, C]."""
         assert arrival.probe is not None
         assert arrival.probe_position is not None
         return self._paid_by(arrival.probe, arrival.probe_position, held, arrival.sinks, arrival.many)[1]
 
-    def settle_first(self, count: int, held: Held, arrival: Arrival) -> None:
+    def settle_first(self, count: int, held: KVView, arrival: AttentionInputs) -> None:
         """`settle` for the first `count` tokens of one row, as if the others had never come. They must all fit."""
         new, used = arrival.keys.shape[2], self.fills[0]
         self.count[:, :, used + count : used + new] = 0
         self.settle(replace(held, end=used + count), arrival.first(count))
 
-    def _observe(self, held: Held, arrival: Arrival) -> None:
+    def _observe(self, held: KVView, arrival: AttentionInputs) -> None:
         if self.config.slots is None:
             return
-        if self.config.scoring == "attention":
+        if self.config.policy == "cumulative_attention":
             self._contribute(held, arrival)
-        elif self.config.scoring == "window":
+        elif self.config.policy == "observation_window":
             self._take_note(held, arrival)
             if any(full := self.fills_up(arrival)):
                 self._look(held, full, arrival)
@@ -249,7 +251,7 @@ class LayerCache(Slots):
         place = torch.tensor(self.fills, device=slots.device)[:, None] + torch.arange(new, device=slots.device)
         slots[row, :, place] = entry.transpose(1, 2)
 
-    def _entries(self, arrival: Arrival) -> dict[str, Tensor]:
+    def _entries(self, arrival: AttentionInputs) -> dict[str, Tensor]:
         """The arriving tokens as slots: count 1 (0 for padding), score 0."""
         shape = arrival.keys.shape[:3]
         count, position = (each[:, None].expand(shape) for each in (arrival.present, arrival.position))
@@ -265,7 +267,7 @@ class LayerCache(Slots):
             old = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_zeros(*old.shape[:2], extra, *old.shape[3:])], dim=2))
 
-    def _contribute(self, held: Held, arrival: Arrival) -> None:
+    def _contribute(self, held: KVView, arrival: AttentionInputs) -> None:
         """Eq. 5 from every arriving token's attention."""
         # A constant taken from all keys changes no softmax, and keeps half-precision logits small and exact.
         present = held.count[..., None] > 0
@@ -278,29 +280,29 @@ class LayerCache(Slots):
         paid = self._paid(arrival.queries, keys, bias + causal, arrival.sinks)
         held.score.copy_(policy.contribution(held.score, paid, arrival.valid, self.config.decay))
 
-    def _take_note(self, held: Held, arrival: Arrival) -> None:
+    def _take_note(self, held: KVView, arrival: AttentionInputs) -> None:
         """Of the newest queries, of what they pay unless they are few, and of whether the conversation goes on."""
         self._remember(arrival)
-        if arrival.reserving:
+        if arrival.multi_turn:
             self.goes_on.fill_(True)
         if arrival.queries.shape[2] > kernels.MOST:
             self._accumulate(held, torch.ones_like(self.goes_on), arrival.many)
 
-    def _accumulate(self, held: Held, rows: Tensor, many: bool = False) -> None:
+    def _accumulate(self, held: KVView, rows: Tensor, many: bool = False) -> None:
         """Add what those of the newest queries pay that have not been heard yet, in some rows, bool [B].
 
         H2O does so with all queries: of every pass that is read these are enough (benchmarks/LOG.md).
         """
-        if not self.config.reserve:
+        if not self.config.history_share:
             return
         unheard = (self.query_position > self.summed[:, None]) & rows[:, None]
         paid, _ = self._paid_by(self.queries, self.query_position.masked_fill(~unheard, -1), held, None, many)
         held.accumulated.add_(paid * rows[:, None, None])
         self.summed.copy_(torch.where(rows, self.query_position.amax(1), self.summed))
 
-    def _remember(self, arrival: Arrival) -> None:
+    def _remember(self, arrival: AttentionInputs) -> None:
         """Keep the newest queries: they decide at the next compression, unless a probe does."""
-        room = self.config.window
+        room = self.config.observation_window
         if arrival.few and arrival.queries.shape[2] <= room:
             kernels.remember(self.queries, self.query_position, arrival.queries, arrival.asking)
             return
@@ -312,7 +314,7 @@ class LayerCache(Slots):
         self.queries.copy_(queries[:, :, -room:])
         self.query_position.copy_(asking[:, -room:])
 
-    def _look(self, held: Held, full: list[bool], arrival: Arrival | None) -> Tensor:
+    def _look(self, held: KVView, full: list[bool], arrival: AttentionInputs | None) -> Tensor:
         """Weigh the slots of full rows by the probe, or by the newest queries where nothing is asked.
 
         Returns the most that any of these queries pays each slot, float32 [B, H, C].
@@ -321,13 +323,13 @@ class LayerCache(Slots):
         if arrival is not None and arrival.probe is not None and arrival.probe_position is not None:
             queries, asking, sinks = arrival.probe, arrival.probe_position, arrival.sinks
         mean, most = self._paid_by(queries, asking, held, sinks, arrival is not None and arrival.many)
-        now = policy.pooled(mean, self.config.pool)
+        now = policy.pooled(mean, self.config.pool_kernel)
         due = torch.tensor(full, device=now.device)[:, None, None]
         held.score.copy_(torch.where(due, torch.maximum(held.score * self.config.decay, now), held.score))
         return most
 
     def _paid_by(
-        self, queries: Tensor, asking: Tensor, held: Held, sinks: Tensor | None, many: bool
+        self, queries: Tensor, asking: Tensor, held: KVView, sinks: Tensor | None, many: bool
     ) -> tuple[Tensor, Tensor]:
         """What some queries pay each slot: the mean over them and a KV head's group, and the most, float32 [B, H, C].
 
@@ -344,7 +346,7 @@ class LayerCache(Slots):
         return policy.mean_paid(paid, asking >= 0), paid.amax((2, 3))
 
     def _compress(
-        self, held: Held, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
+        self, held: KVView, full: list[bool], seen: Tensor, passages: Tensor | None = None, pinned_recent: int = 0
     ) -> None:
         """Alg. 1: of each full row keep what ranks highest, and merge or drop the rest. Other rows keep everything.
 
@@ -359,7 +361,7 @@ class LayerCache(Slots):
         if not everyone:
             main = {name: tensor[index] for name, tensor in main.items()}
         due = torch.tensor([full[row] for row in rows], device=seen.device)[:, None, None]
-        ranking = self._ranking(main, seen[index], self.goes_on[index], passages, fresh)
+        ranking = self._ranking(main, seen[index], self.goes_on[index], passages, pinned_recent)
         lost = policy.lowest(ranking, config.slots - residual)
         gone = policy.take(main["count"], lost) * due
         merged = {name: policy.take(main[name], lost) for name in ("keys", "values", "position") if residual}
@@ -377,10 +379,10 @@ class LayerCache(Slots):
             self.dropped[place] += gone.sum(-1)
 
     def _ranking(
-        self, slots: dict[str, Tensor], seen: Tensor, goes_on: Tensor, passages: Tensor | None, fresh: int
+        self, slots: dict[str, Tensor], seen: Tensor, goes_on: Tensor, passages: Tensor | None, pinned_recent: int
     ) -> Tensor:
         """float32 [B, H, C]: who stays, the highest first. seen: [B], tokens read by each row; goes_on: bool [B]."""
-        alone = self.config.keeping(min(fresh, self.config.lately))
+        alone = self.config.with_recent(min(pinned_recent, self.config.num_recent))
 
         def ranked(config: CacheConfig, worth: Tensor) -> Tensor:
             return policy.priority(worth, slots["count"], slots["position"], seen, config.sink, config.recent)
@@ -390,22 +392,24 @@ class LayerCache(Slots):
             if passages is None:
                 return ranking
             places = ranked(config, passages.to(ranking.device)[slots["position"].clamp(min=0)])
-            return policy.reserving(places, ranking, config.anyway + round(config.passages * context))
+            return policy.multi_turn(places, ranking, config.num_protected + round(config.passage_share * context))
 
-        if alone.scoring != "window" or not alone.reserve:
-            return by_questions(alone, alone.context)
-        going = self.config.keeping(self.config.lately)
-        others = ranked(going, policy.worth(slots["accumulated"], slots["values"], AHEAD_FLOOR))
-        both = policy.reserving(by_questions(going, going.asked), others, going.anyway + going.asked)
+        if alone.policy != "observation_window" or not alone.history_share:
+            return by_questions(alone, alone.num_context)
+        going = self.config.with_recent(self.config.num_recent)
+        others = ranked(going, policy.worth(slots["accumulated"], slots["values"], QUERY_AGNOSTIC_FLOOR))
+        both = policy.multi_turn(
+            by_questions(going, going.num_question), others, going.num_protected + going.num_question
+        )
         # Until a conversation goes on, a question decides alone.
-        return torch.where(goes_on[:, None, None], both, by_questions(alone, alone.context))
+        return torch.where(goes_on[:, None, None], both, by_questions(alone, alone.num_context))
 
     def _worth(self, slots: dict[str, Tensor]) -> Tensor:
         """float32 [B, H, C]: by what the slots are ranked, but for the reserve."""
-        if self.config.scoring == "position":
+        if self.config.policy == "recency":
             return slots["position"].float()
-        if self.config.scoring == "window" and self.config.floor is not None:
-            return policy.worth(slots["score"], slots["values"], self.config.floor)
+        if self.config.policy == "observation_window" and self.config.score_floor is not None:
+            return policy.worth(slots["score"], slots["values"], self.config.score_floor)
         return slots["score"]
 
     def _absorb(self, rows: slice | Tensor, evicted: dict[str, Tensor]) -> None:

@@ -84,7 +84,7 @@ def priority(score: Tensor, count: Tensor, position: Tensor, seen: Tensor, sink:
     return torch.where(count > 0, torch.where(kept, float("inf"), score), NEVER)
 
 
-def reserving(ranking: Tensor, others: Tensor, first: int) -> Tensor:
+def multi_turn(ranking: Tensor, others: Tensor, first: int) -> Tensor:
     """Two rankings as one: the `first` highest of `ranking` stay, and the rest goes by `others`.
 
     Args:

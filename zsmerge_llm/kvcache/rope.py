@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Places:
+class PositionMap:
     """A map from positions to places: monotone, linear between its knots, and of scale 1 behind the last.
 
     knots: (position, place), both ascending; (0, 0) is understood. The last place is a whole number. Without knots
@@ -37,7 +37,7 @@ class Places:
         knot = (torch.searchsorted(at, wanted, right=True) - 1).clamp(min=0)
         return to[knot] + (wanted - at[knot]) * slope[knot]
 
-    def squeezed(self, head: int, near: int, to: int, segments: int) -> Places:
+    def squeezed(self, head: int, near: int, to: int, segments: int) -> PositionMap:
         """The map in which position `near`, and all behind it with their distances, moves down to place `to`.
 
         The first `head` positions stay, and what is between `head` and `near` moves together in proportion. Of its
@@ -48,7 +48,7 @@ class Places:
         between = [(at, head + (place - head) * scale) for at, place in self.knots if head < at < near]
         between = between[max(0, len(between) + 1 - segments) :]
         first = [(head, float(head))] if head else []
-        return Places((*first, *between, (near, float(to))))
+        return PositionMap((*first, *between, (near, float(to))))
 
 
 @dataclass(frozen=True, eq=False)

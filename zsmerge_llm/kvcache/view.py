@@ -24,14 +24,14 @@ class LayerSpec:
 
 
 @dataclass(slots=True)  # not frozen: that would take longer to make, in every layer of every step
-class Arrival:
+class AttentionInputs:
     """The tokens of one forward pass as a layer receives them.
 
     queries [B, Hq, n, D], keys and values [B, H, n, D]: the tokens to keep. position int32 [B, n]; valid bool [B, n],
     and the same as present float32 [B, n]; asking int32 [B, n]: the position, or -1 for padding. counts: how many of
     them are no padding, for each row; seen: [B], tokens read by each row, these included. probe [B, Hq, m, D],
     probe_position [B, m]: queries that only look, if any. few, many: whether the kernels for a few tokens, or for many,
-    serve (`kernels`). fresh: how many of the newest tokens belong to a turn that is still being read: they stay.
+    serve (`kernels`). pinned_recent: how many of the newest tokens belong to a turn that is still being read: they stay.
     reserving: whether they are read in a conversation that goes on (`CacheConfig.reserve`).
     """
 
@@ -49,19 +49,19 @@ class Arrival:
     sinks: Tensor | None = None
     few: bool = False
     many: bool = False
-    fresh: int = 0
-    reserving: bool = False
+    pinned_recent: int = 0
+    multi_turn: bool = False
 
     @property
     def padded(self) -> bool:
         return min(self.counts) < self.keys.shape[2]
 
     @property
-    def unasked(self) -> Arrival:
+    def unasked(self) -> AttentionInputs:
         """The same tokens when nobody looks any more: without queries."""
         return replace(self, queries=self.queries.new_empty(0), probe=None, probe_position=None)
 
-    def first(self, count: int) -> Arrival:
+    def first(self, count: int) -> AttentionInputs:
         """The first `count` tokens, of one row without padding or probe."""
         tokens = {name: getattr(self, name)[:, :, :count] for name in ("queries", "keys", "values")}
         marks = {name: getattr(self, name)[:, :count] for name in ("position", "valid", "present", "asking")}
@@ -84,7 +84,7 @@ PER_SLOT = tuple(each.name for each in fields(Slots))
 
 
 @dataclass(frozen=True)
-class Held:
+class KVView:
     """What a layer attends to in one pass: the first `end` of its slots, or of copies with the arriving tokens behind.
 
     Every tensor is [B, H, end, ...]; the arriving tokens of row b stand from slot `base[b]` on.

@@ -1,4 +1,4 @@
-"""Messages to text and ids: `normalise` checks them, `Template` is the model's chat template. Imports nothing heavy.
+"""Messages to text and ids: `normalize_messages` checks them, `ChatTemplate` is the model's chat template. Imports nothing heavy.
 
 Messages are dicts in the OpenAI format. What a template cannot express is put into words it can: tools into the system
 message, tool calls and results into tagged text, where the template knows none of them.
@@ -15,7 +15,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any, cast
 
 from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError
-from zsmerge_llm.language.messages import normalise as normalise
+from zsmerge_llm.language.messages import normalize_messages as normalize_messages
 from zsmerge_llm.language.messages import short_id
 from zsmerge_llm.types import Message
 
@@ -36,12 +36,12 @@ To call one, answer with its name and arguments as JSON between tags, and nothin
 The results come back between <tool_response> and </tool_response>."""
 
 
-class Template:
+class ChatTemplate:
     """One model's chat template with everything that must not change while a conversation lasts.
 
     `today` is the date that templates with `strftime_now` print: frozen here, so that a conversation renders the same
     tomorrow. `args` are further variables for the template, such as `{"enable_thinking": False}`. Methods take
-    messages from `normalise`. Constructing one is cheap and needs no template: completions (`encode_prompt`) have none.
+    messages from `normalize_messages`. Constructing one is cheap and needs no template: completions (`encode_prompt`) have none.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -89,7 +89,7 @@ class Template:
             ConfigError: the template is no valid Jinja.
         """
         source = self.source(tools)
-        adapted, listed = _adapt(source, _with_notes(messages), checked_tools(tools))
+        adapted, listed = _adapt(source, _with_notes(messages), validate_tools(tools))
         try:
             return self._apply(source, adapted, listed, add_generation_prompt)
         except InputError:
@@ -198,7 +198,7 @@ class Template:
         A message's `note` (`forms`) belongs to the request that ends with it: it counts in that prefix's digest, and
         not in those of longer ones, whose messages come without it. What was read stays read.
         """
-        state = _digest("", [checked_tools(tools), self.args, extra])
+        state = _digest("", [validate_tools(tools), self.args, extra])
         digests = [state]
         for message, item in zip(messages, _canonical(messages), strict=True):
             state = _digest(state, item)
@@ -223,7 +223,7 @@ def _canonical(messages: Sequence[Message]) -> Iterator[list[Any]]:
         yield [message["role"], content, calls, numbers.get(message.get("tool_call_id", ""))]
 
 
-def checked_tools(tools: Tools) -> list[dict[str, Any]] | None:
+def validate_tools(tools: Tools) -> list[dict[str, Any]] | None:
     """OpenAI tool definitions; None for an empty list, which some templates would take for tools."""
     for index, tool in enumerate(tools or ()):
         function = tool.get("function") if isinstance(tool, Mapping) else None

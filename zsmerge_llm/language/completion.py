@@ -26,7 +26,7 @@ BURST, GROWTH = 64, 16
 """A plan is not looked at again as long as its growth by GROWTH tokens a step, and BURST at once, could not matter."""
 
 
-class Closing:
+class CompletionPlanner:
     """Plans for one tokenizer."""
 
     def __init__(self, tokenizer: LLTokenizer) -> None:

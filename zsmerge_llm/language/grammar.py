@@ -1,6 +1,6 @@
 """What an answer may look like, enforced token by token: JSON schemas, regular expressions, llguidance's Lark grammars.
 
-A `Grammar` says what is wanted. `Grammars` belongs to one tokenizer and makes of it a `Constraint`, the state of one
+A `Grammar` says what is wanted. `GrammarCompiler` belongs to one tokenizer and makes of it a `Constraint`, the state of one
 answer: it masks logits, names tokens that are forced, and sees to it that the answer is complete by `max_tokens`.
 Nothing heavy is imported before a grammar is used.
 """
@@ -15,7 +15,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 from zsmerge_llm.errors import ConfigError, InputError, ZSMergeError
-from zsmerge_llm.language.completion import Closing
+from zsmerge_llm.language.completion import CompletionPlanner
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -97,7 +97,7 @@ def _closed(schema: Any) -> Any:
     return changed
 
 
-class Grammars:
+class GrammarCompiler:
     """Grammars for one tokenizer and model. Cheap to make; the tokenizer is read when the first grammar is used.
 
     Args:
@@ -157,8 +157,8 @@ class Grammars:
             ) from error
 
     @cached_property
-    def _closing(self) -> Closing:
-        return Closing(self._tokenizer)
+    def _closing(self) -> CompletionPlanner:
+        return CompletionPlanner(self._tokenizer)
 
 
 class Constraint:
@@ -168,7 +168,7 @@ class Constraint:
     may end here, `shortened` when another token than the model's was taken so that it ends in time.
     """
 
-    def __init__(self, matcher: LLMatcher, closing: Closing, end: int, max_tokens: int | None) -> None:
+    def __init__(self, matcher: LLMatcher, closing: CompletionPlanner, end: int, max_tokens: int | None) -> None:
         self.ended = False
         self.shortened = False
         self._matcher = matcher

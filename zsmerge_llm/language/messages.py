@@ -13,7 +13,7 @@ ROLES = ("system", "user", "assistant", "tool")
 CALL_SHAPE = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}'
 
 
-def normalise(messages: str | Sequence[Message], partial: bool = False) -> list[Message]:
+def normalize_messages(messages: str | Sequence[Message], partial: bool = False) -> list[Message]:
     """Check messages and bring them into one form: text content, tool calls with ids and parsed arguments.
 
     A string is one user message. Text blocks are joined by newlines. Arguments that are no JSON object stay the string
@@ -42,8 +42,8 @@ def normalise(messages: str | Sequence[Message], partial: bool = False) -> list[
     return checked
 
 
-def spoken(content: str, calls: Sequence[Mapping[str, Any]]) -> Message:
-    """The assistant's message with this content and these calls, in the form that `normalise` gives it."""
+def assistant_message(content: str, calls: Sequence[Mapping[str, Any]]) -> Message:
+    """The assistant's message with this content and these calls, in the form that `normalize_messages` gives it."""
     return _message({"role": "assistant", "content": content, "tool_calls": calls}, "The answer")
 
 

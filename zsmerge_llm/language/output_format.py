@@ -4,7 +4,7 @@ What the model is free to do stays free: with `tool_choice="auto"` it may answer
 its family's form or in another known one, it can only write a complete one that fits the tool's schema.
 
 After a result it may go on calling. Small models find no end there. So an answer that only repeats calls of this turn
-gives way to another one without calls (`Form.instead`). So does, after `BARE_CALLS` calls, one that lacks the tags its
+gives way to another one without calls (`OutputFormat.instead`). So does, after `BARE_CALLS` calls, one that lacks the tags its
 family writes: only small models of it forget them.
 """
 
@@ -19,17 +19,25 @@ from typing import Any
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
-from zsmerge_llm.language.chat_template import Template, checked_tools
-from zsmerge_llm.language.grammar import Constraint, Grammar, Grammars, json_rule
-from zsmerge_llm.language.reasoning import CLOSE, OPEN, Thinking, Thoughtful, ThoughtStream, own_token, thinking
+from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
+from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
+from zsmerge_llm.language.reasoning import (
+    CLOSE,
+    OPEN,
+    ReasoningConstraint,
+    ReasoningMode,
+    ReasoningParser,
+    own_token,
+    thinking,
+)
 from zsmerge_llm.language.tool_calls import (
     BARE,
     END_MARK,
     HERMES,
     LLAMA,
     MISTRAL,
-    CallStream,
-    Family,
+    ToolCallParser,
+    ToolCallStyle,
     canonical,
     family,
 )
@@ -51,7 +59,7 @@ PLAIN = r" ?[^\s{}\[\]`(<>,](?s:.*)"
 
 
 @dataclass(frozen=True)
-class Form:
+class OutputFormat:
     """The form of one answer.
 
     names: of the tools that may be called. shown: special tokens that belong to its text. made: calls that were made in
@@ -63,46 +71,46 @@ class Form:
     note: str = ""
     names: tuple[str, ...] = ()
     shown: frozenset[int] = frozenset()
-    grammars: Grammars | None = None
+    grammars: GrammarCompiler | None = None
     made: frozenset[str] = frozenset()
     marked: bool = False
-    instead: Form | None = None
-    thinking: Thinking = "never"
+    instead: OutputFormat | None = None
+    thinking: ReasoningMode = "never"
 
     def noted(self, messages: Sequence[Message]) -> list[Message]:
         """The messages, the last of them with what the model must be told about the form."""
         return [*messages[:-1], {**messages[-1], "note": self.note}] if self.note else list(messages)
 
     def constraint(self, sampling: SamplingParams) -> Constraint | None:
-        """The state of one answer of this form. Raises as `Grammars.constraint`."""
+        """The state of one answer of this form. Raises as `GrammarCompiler.constraint`."""
         if self.grammar is None or self.grammars is None:
             return None
         if self.thinking == "never":
             return self.grammars.constraint(self.grammar, sampling.max_tokens)
-        kind = partial(Thoughtful, tokenizer=self.grammars.tokenizer, begun=self.thinking == "begun")
+        kind = partial(ReasoningConstraint, tokenizer=self.grammars.tokenizer, begun=self.thinking == "begun")
         return self.grammars.constraint(self.grammar, sampling.max_tokens, kind)
 
-    def calls(self) -> CallStream | None:
+    def calls(self) -> ToolCallParser | None:
         """A reader of the calls in one answer; None where there can be none."""
-        return CallStream(self.names) if self.names else None
+        return ToolCallParser(self.names) if self.names else None
 
-    def thoughts(self) -> ThoughtStream | None:
+    def thoughts(self) -> ReasoningParser | None:
         """A reader of the thought in one answer; None where there can be none."""
-        return None if self.thinking == "never" else ThoughtStream(begun=self.thinking == "begun")
+        return None if self.thinking == "never" else ReasoningParser(begun=self.thinking == "begun")
 
 
-FREE = Form()
+UNCONSTRAINED = OutputFormat()
 """Whatever the model says."""
 
 
-class Forms:
+class OutputFormats:
     """Makes forms for one model."""
 
-    def __init__(self, template: Template, grammars: Grammars) -> None:
+    def __init__(self, template: ChatTemplate, grammars: GrammarCompiler) -> None:
         self._template = template
         self._grammars = grammars
 
-    def plain(self, response_format: ResponseFormat | None, grammar: Grammar | None) -> Form:
+    def plain(self, response_format: ResponseFormat | None, grammar: Grammar | None) -> OutputFormat:
         """The form of a completion.
 
         Raises:
@@ -112,7 +120,7 @@ class Forms:
             raise ConfigError("Give either grammar or response_format, not both.")
         found = _response(response_format)
         rule = Grammar(f"start: {found[0]}\n") if found else grammar
-        return Form(rule, grammars=self._grammars) if rule else FREE
+        return OutputFormat(rule, grammars=self._grammars) if rule else UNCONSTRAINED
 
     def chat(
         self,
@@ -122,7 +130,7 @@ class Forms:
         parallel_tool_calls: bool = True,
         response_format: ResponseFormat | None = None,
         grammar: Grammar | None = None,
-    ) -> Form:
+    ) -> OutputFormat:
         """The form of the answer to `messages`.
 
         Raises:
@@ -145,14 +153,14 @@ class Forms:
         choice: str,
         parallel: bool,
         answer: str | None,
-    ) -> Form:
+    ) -> OutputFormat:
         """The form of an answer that may hold calls; `answer` is the rule for one that holds none."""
         kind = family(self._template.source(tools))
         offered = [tool["function"] for tool in tools if choice in ("auto", "required", "none", _name(tool))]
         rules = _Rules(self._template, kind, offered, parallel)
         if choice == "none":
-            return Form(Grammar(rules.no_call(answer)), grammars=self._grammars)
-        form = Form(None, "", tuple(_name(tool) for tool in tools), rules.shown, self._grammars)
+            return OutputFormat(Grammar(rules.no_call(answer)), grammars=self._grammars)
+        form = OutputFormat(None, "", tuple(_name(tool) for tool in tools), rules.shown, self._grammars)
         if choice != "auto":
             return replace(form, grammar=Grammar(rules.calls_only()))
         answered = messages[-1]["role"] == "tool"
@@ -163,10 +171,10 @@ class Forms:
             return form
         enough = guided and len(made) >= BARE_CALLS
         note = "" if answer or not guided else RESULTS_NOTE if enough else RESULT_NOTE
-        instead = Form(Grammar(rules.no_call(answer)), note, grammars=self._grammars)
+        instead = OutputFormat(Grammar(rules.no_call(answer)), note, grammars=self._grammars)
         return replace(form, note=note, made=made, marked=enough, instead=self._thoughtful(instead))
 
-    def _thoughtful(self, form: Form) -> Form:
+    def _thoughtful(self, form: OutputFormat) -> OutputFormat:
         """The same form, where the model thinks before it answers."""
         if self._thinking == "never":
             return form
@@ -175,7 +183,7 @@ class Forms:
         return replace(form, thinking=self._thinking, shown=shown)
 
     @cached_property
-    def _thinking(self) -> Thinking:
+    def _thinking(self) -> ReasoningMode:
         question: Message = {"role": "user", "content": "?"}
         template = self._template
         whole, before = template.render([question]), template.render([question], add_generation_prompt=False)
@@ -186,7 +194,7 @@ class _Rules:
     """The rules of a Lark grammar for calls of these functions in a family's form."""
 
     def __init__(
-        self, template: Template, kind: Family, functions: Sequence[Mapping[str, Any]], parallel: bool
+        self, template: ChatTemplate, kind: ToolCallStyle, functions: Sequence[Mapping[str, Any]], parallel: bool
     ) -> None:
         self._tokenizer = template.tokenizer
         self._kind = kind
@@ -311,7 +319,7 @@ _NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalPr
 
 def _choice(tools: Sequence[dict[str, Any]] | None, choice: ToolChoice | None) -> str:
     """ "auto", "required", "none" or a tool's name."""
-    names = [_name(tool) for tool in checked_tools(tools) or ()]
+    names = [_name(tool) for tool in validate_tools(tools) or ()]
     if len(set(names)) < len(names):
         raise InputError("Two tools have the same name: give each its own.")
     if isinstance(choice, Mapping):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from zsmerge_llm.language.completion import Closing
+    from zsmerge_llm.language.completion import CompletionPlanner
 
 OPEN, CLOSE = "<think>", "</think>"
 BREAK = "\n\n"
@@ -23,11 +23,11 @@ BREAK = "\n\n"
 LEAST = 32
 """Tokens below which no thought is worth beginning."""
 
-Thinking = Literal["never", "may", "begun"]
+ReasoningMode = Literal["never", "may", "begun"]
 """Whether a model thinks in an answer; `begun`: the prompt has opened the thought already."""
 
 
-def thinking(template: str, header: str) -> Thinking:
+def thinking(template: str, header: str) -> ReasoningMode:
     """How a model thinks, by its chat template's Jinja text and what that writes to begin an answer.
 
     One that writes the thought itself, empty (`enable_thinking=False`), lets its model answer at once.
@@ -39,7 +39,7 @@ def thinking(template: str, header: str) -> Thinking:
     return "never" if header.rstrip().endswith(CLOSE) else "may"
 
 
-class ThoughtStream:
+class ReasoningParser:
     """Takes an answer as it comes apart into the thought at its very beginning and what is said.
 
     Args:
@@ -106,7 +106,7 @@ class ThoughtStream:
         return text
 
 
-class Thoughtful(Constraint):
+class ReasoningConstraint(Constraint):
     """A constraint on what comes behind the thought, which itself is free.
 
     Args:
@@ -117,7 +117,7 @@ class Thoughtful(Constraint):
     def __init__(
         self,
         matcher: LLMatcher,
-        closing: Closing,
+        closing: CompletionPlanner,
         end: int,
         max_tokens: int | None,
         *,

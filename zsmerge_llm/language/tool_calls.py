@@ -28,7 +28,7 @@ HEAD = 500
 
 
 @dataclass(frozen=True)
-class Family:
+class ToolCallStyle:
     """How a model family writes calls: `mark` announces them, `key` holds the arguments.
 
     wrapped: each call has a mark of its own and an end mark. parallel: there may be several calls in one answer.
@@ -40,13 +40,13 @@ class Family:
     parallel: bool = True
 
 
-HERMES = Family("<tool_call>", wrapped=True)
-MISTRAL = Family("[TOOL_CALLS]")
-LLAMA = Family("<|python_tag|>", key="parameters", parallel=False)
-BARE = Family("")
+HERMES = ToolCallStyle("<tool_call>", wrapped=True)
+MISTRAL = ToolCallStyle("[TOOL_CALLS]")
+LLAMA = ToolCallStyle("<|python_tag|>", key="parameters", parallel=False)
+BARE = ToolCallStyle("")
 
 
-def family(template: str) -> Family:
+def family(template: str) -> ToolCallStyle:
     """The family a chat template is of, by its Jinja text.
 
     One that knows no tools gets `chat.TOOL_GUIDE` into its system message, which asks for Hermes' form. One that has
@@ -60,7 +60,7 @@ def family(template: str) -> Family:
 
 
 @dataclass
-class Parsed:
+class ParsedAnswer:
     """An answer taken apart: text, calls in the OpenAI format, and calls that could not be read, with their `error`.
 
     bare: whether a call stood there without any mark.
@@ -72,9 +72,9 @@ class Parsed:
     bare: bool = False
 
 
-def parse(text: str, names: Collection[str]) -> Parsed:
+def parse(text: str, names: Collection[str]) -> ParsedAnswer:
     """Take the answer of a model that was given the tools of these names apart."""
-    parsed, at, heads = Parsed(), 0, _heads(names)
+    parsed, at, heads = ParsedAnswer(), 0, _heads(names)
     while (start := _find(text, heads, at)) is not None:
         parsed.content += text[at:start].rstrip()
         parsed.bare = parsed.bare or not text.startswith(MARKS, start)
@@ -86,7 +86,7 @@ def parse(text: str, names: Collection[str]) -> Parsed:
     return parsed
 
 
-class CallStream:
+class ToolCallParser:
     """Lets through the text of an answer as it comes and keeps back what is, or may become, a tool call.
 
     Args:
@@ -110,14 +110,16 @@ class CallStream:
         end = self._undecided() if start is None else start
         return self._show(len(self._text[:end].rstrip()))
 
-    def finish(self, broken: bool = False) -> tuple[str, Parsed]:
+    def finish(self, broken: bool = False) -> tuple[str, ParsedAnswer]:
         """The text that was kept back and is no call, and the whole answer.
 
         `broken`: the answer was cut where it cannot end, so what was kept back is the beginning of a call.
         """
         parsed, held = parse(self._text, self._names), self._text[self._shown :].strip()
         if broken and held and not (parsed.calls or parsed.invalid):
-            return "", Parsed(self._text[: self._shown], invalid=[_invalid(None, held, "The answer was cut here.")])
+            return "", ParsedAnswer(
+                self._text[: self._shown], invalid=[_invalid(None, held, "The answer was cut here.")]
+            )
         return parsed.content[self._shown :], parsed
 
     def _show(self, end: int) -> str:

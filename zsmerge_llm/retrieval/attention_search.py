@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.language.chat_template import Template
+from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import END
 from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, message_probe
 
@@ -32,11 +32,11 @@ of three greetings, thanks and requests for a poem have less (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True)
-class Glance:
+class AttentionSearch:
     """Finds what a question asks for by what the model looks at. look: `Engine.look`."""
 
     look: Callable[[Cache, Sequence[int]], Looks]
-    template: Template
+    template: ChatTemplate
 
     def passages(self, cache: Cache, tokens: Sequence[int], asked: str, most: int) -> list[str]:
         """Places of a text that a question looks at, of `most` tokens together, in the text's order.
@@ -72,7 +72,7 @@ class Glance:
 def votes(cache: Cache, own: Looks, any_question: Looks, length: int) -> Tensor | None:
     """float32 [length]: how much more each token is looked at than by any question; None where that is little of all.
 
-    Layers count by the square of their slots, as where passages are voted for (`attention.Poll`).
+    Layers count by the square of their slots, as where passages are voted for (`attention.VotingPass`).
     """
     total, raw = torch.zeros(length), 0.0
     full = [layer for layer in cache.layers if layer.spec.window is None]

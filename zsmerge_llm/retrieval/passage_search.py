@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from zsmerge_llm.language.chat_template import Template
+from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.query_probe import LONGEST, question, question_start
 from zsmerge_llm.types import Message
 
@@ -63,13 +63,13 @@ def tail(recalled: int) -> int:
 
 
 @dataclass(frozen=True)
-class Recall:
+class PassageSearch:
     """Puts passages of what was said before into the message that asks for them, and what the system says.
 
     tokens: how many of them at most. 0: none, ever.
     """
 
-    template: Template
+    template: ChatTemplate
     tokens: int
 
     def into(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zsmerge_llm.language.chat_template import Template
+from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.types import Message
 
 LONGEST = 64
@@ -33,25 +33,25 @@ def question(text: str) -> str:
     return text[question_start(text) :].rstrip()
 
 
-def completion_probe(template: Template, ids: list[int], prompt: str) -> list[int]:
+def completion_probe(template: ChatTemplate, ids: list[int], prompt: str) -> list[int]:
     """The question of a plain prompt, as it stands at the end of its `ids`."""
     return ids[-min(len(template.encode(question(prompt))), LONGEST) :]
 
 
-def chat_probe(template: Template, asked: str) -> list[int]:
+def chat_probe(template: ChatTemplate, asked: str) -> list[int]:
     """A question with what the template writes after a user's message, up to the beginning of the answer."""
     return template.encode(asked) + _closing(template)
 
 
-def going_on(messages: Sequence[Message]) -> bool:
+def is_multi_turn(messages: Sequence[Message]) -> bool:
     """Whether something was answered before: what was said then may be asked about again."""
     return any(message["role"] == "assistant" for message in messages)
 
 
-def message_probe(template: Template, message: str) -> list[int]:
+def message_probe(template: ChatTemplate, message: str) -> list[int]:
     """`chat_probe` of the question that a message ends with."""
     return template.encode(question(message))[-LONGEST:] + _closing(template)
 
 
-def _closing(template: Template) -> list[int]:
+def _closing(template: ChatTemplate) -> list[int]:
     return template.encode(template.render([{"role": "user", "content": "\x1f"}]).rpartition("\x1f")[2])

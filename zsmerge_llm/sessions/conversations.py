@@ -2,7 +2,7 @@
 
 Identity is verified content. A request carries the whole conversation; the longest beginning that some session holds is
 taken up, and only what follows is read. Generated tokens stay as they were generated: the next turn's text is what the
-template writes after them (`Template.delta`), whatever it makes of the history before.
+template writes after them (`ChatTemplate.delta`), whatever it makes of the history before.
 
 A document is the beginning of a user's message: every template takes that, and none writes it again in later turns (as
 some do with the system's).
@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, cast
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import InputError, SessionError, SessionNotFoundError
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.language.chat_template import Template
-from zsmerge_llm.retrieval.attention_search import Glance
-from zsmerge_llm.retrieval.passage_search import Recall, Search
+from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.retrieval.attention_search import AttentionSearch
+from zsmerge_llm.retrieval.passage_search import PassageSearch, Search
 from zsmerge_llm.sessions.folder import new_name
 from zsmerge_llm.sessions.session import Kind, Session, Snapshot
-from zsmerge_llm.sessions.store import Found, Store
+from zsmerge_llm.sessions.store import ResumePoint, Store
 from zsmerge_llm.types import Message
 
 Tools = Sequence[dict[str, Any]] | None
@@ -49,7 +49,7 @@ class Turn:
     messages: list[Message]
     tools: Tools
     digests: list[str]
-    template: Template
+    template: ChatTemplate
     session: Session
     new: bool
     expected: str | None
@@ -93,12 +93,12 @@ class Conversations:
     """
 
     store: Store
-    template: Template
+    template: ChatTemplate
     new_cache: Callable[[CacheConfig], Cache]
     config: Callable[[int, int], CacheConfig]
     document_config: Callable[[int], CacheConfig]
-    recall: Recall
-    glance: Glance
+    recall: PassageSearch
+    glance: AttentionSearch
     today: Callable[[], date] = date.today
 
     def begin(
@@ -109,7 +109,7 @@ class Conversations:
         *,
         reread: bool = False,
     ) -> Turn:
-        """What to read for `messages` (from `chat.normalise`), and on which cache.
+        """What to read for `messages` (from `chat.normalize_messages`), and on which cache.
 
         Args:
             session: a session or its name. A hint: it is taken up only if its content is a beginning of `messages`; if
@@ -118,7 +118,7 @@ class Conversations:
             reread: read everything again, for this question alone.
 
         Raises:
-            InputError, MissingTemplateError: as `Template.render`. SessionCorruptError: a document that was damaged.
+            InputError, MissingTemplateError: as `ChatTemplate.render`. SessionCorruptError: a document that was damaged.
         """
         name, text = self._hint(session)
         document = None
@@ -221,13 +221,13 @@ class Conversations:
 
     def _resumed(
         self,
-        found: Found,
+        found: ResumePoint,
         following: list[int],
         messages: list[Message],
         tools: Tools,
         digests: list[str],
         name: str | None,
-        template: Template,
+        template: ChatTemplate,
     ) -> Turn:
         """A turn from a known point: of the session itself or, under another name, of a new one."""
         origin, point = found.session, found.snapshot
@@ -245,10 +245,10 @@ class Conversations:
             messages, tools, digests, template, session, not own, expected, cache, tokens, start, reuse, origin=kept
         )
 
-    def _look_up(self, turn: Turn, found: Found) -> None:
+    def _look_up(self, turn: Turn, found: ResumePoint) -> None:
         """Let a resumed turn read again what its cache has lost, or is about to lose, of what it asks for."""
         cache, plain = turn.cache, len(turn.tokens)
-        if cache.lossless is None or cache.config.slots is None or plain <= cache.lossless or not turn.ids:
+        if cache.exact_capacity is None or cache.config.slots is None or plain <= cache.exact_capacity or not turn.ids:
             return
         asking = self.recall.into(turn.messages, cache.config.slots, turn.tokens, self._by_looks(turn))
         following = self._following(turn.template, found, asking, turn.tools)
@@ -266,7 +266,7 @@ class Conversations:
 
         return search if document is not None else None
 
-    def whole(self, template: Template, messages: list[Message], tools: Tools) -> Whole:
+    def whole(self, template: ChatTemplate, messages: list[Message], tools: Tools) -> Whole:
         """A whole conversation as it is read from its beginning."""
         tokens = template.encode(template.render(messages, tools))
         guide = _common_beginning(template, messages, tools, tokens)
@@ -312,22 +312,26 @@ class Conversations:
         guide = len(point.tokens)
         return point.cache.config == self.config(guide + len(following), guide)
 
-    def _template(self, found: Found) -> Template:
+    def _template(self, found: ResumePoint) -> ChatTemplate:
         """The template as it was when the point was read; a beginning is only shared while its date is right."""
         return self._dated(self.today() if found.snapshot.kind == "prefix" else found.session.today)
 
-    def _dated(self, today: date) -> Template:
+    def _dated(self, today: date) -> ChatTemplate:
         own = self.template
-        return Template(own.tokenizer, own.chat_template, today=today, args=own.args)
+        return ChatTemplate(own.tokenizer, own.chat_template, today=today, args=own.args)
 
-    def _following(self, template: Template, found: Found, messages: list[Message], tools: Tools) -> list[int] | None:
+    def _following(
+        self, template: ChatTemplate, found: ResumePoint, messages: list[Message], tools: Tools
+    ) -> list[int] | None:
         """The ids that come after a point of the conversation; None where they cannot be known from here."""
         try:
             return self._after(template, found, messages, tools)
         except InputError:  # the whole conversation may still be one that the template takes
             return None
 
-    def _after(self, template: Template, found: Found, messages: list[Message], tools: Tools) -> list[int] | None:
+    def _after(
+        self, template: ChatTemplate, found: ResumePoint, messages: list[Message], tools: Tools
+    ) -> list[int] | None:
         point, n = found.snapshot, found.snapshot.messages
         if point.kind == "answer":
             return template.encode(template.delta(messages, n, tools))
@@ -358,7 +362,7 @@ def about_document(text: str, messages: list[Message]) -> list[Message]:
     return [{"role": "user", "content": content}, *messages[count + len(first) :]]
 
 
-def _document_head(template: Template, text: str) -> str:
+def _document_head(template: ChatTemplate, text: str) -> str:
     """What the template writes up to the end of a document."""
     mark = uuid.uuid4().hex
     head, found, _ = template.render([{"role": "user", "content": DOCUMENT_GUIDE + text + mark}]).partition(mark)
@@ -367,7 +371,7 @@ def _document_head(template: Template, text: str) -> str:
     return head
 
 
-def _common_beginning(template: Template, messages: list[Message], tools: Tools, tokens: list[int]) -> int:
+def _common_beginning(template: ChatTemplate, messages: list[Message], tools: Tools, tokens: list[int]) -> int:
     """How many tokens stem from the system message and the tools alone, up to a special token."""
     system = messages[:1] if messages[0]["role"] == "system" else []
     if len(messages) == len(system) or not (system or tools):

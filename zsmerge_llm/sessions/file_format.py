@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zsmerge_llm.errors import SessionCorruptError, SessionMismatchError, SessionNotFoundError
 
-FORMAT = 4
+FORMAT = 5
 TEMPORARY = (".saving-", ".tmp")
 """How the name of an unfinished file begins and ends."""
 MAX_HEADER = 100_000_000

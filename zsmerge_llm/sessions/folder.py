@@ -61,7 +61,7 @@ class SessionInfo:
 
 
 @dataclass(eq=False)
-class Kept:
+class StoreEntry:
     """A session in memory (`session`), on disk (`file`, maybe of an earlier point), or both.
 
     written: the point in memory that the file holds. Others may have the same words.

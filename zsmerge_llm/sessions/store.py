@@ -16,12 +16,12 @@ from pathlib import Path
 from threading import Condition
 
 from zsmerge_llm.errors import SessionNotFoundError, StoreFullError
-from zsmerge_llm.sessions.folder import Folder, Kept, SessionInfo, new_name
+from zsmerge_llm.sessions.folder import Folder, SessionInfo, StoreEntry, new_name
 from zsmerge_llm.sessions.session import Fingerprint, Session, Snapshot, load_session
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """A point to read on from. `head`: the digest of the session's newest point when it was found."""
 
     session: Session
@@ -66,11 +66,11 @@ class Store:
         assert path is not None
         self._folder = Folder(path, fingerprint, self.persistent, devices)
         self._lock = Condition()  # on a re-entrant lock
-        self._kept: dict[str, Kept] = {}  # the least recently used first
+        self._kept: dict[str, StoreEntry] = {}  # the least recently used first
         self._writing: set[str] = set()  # names of sessions that are being saved outside the lock
         if self.persistent:
             self._folder.sweep()
-            self._kept.update((name, Kept(None, file)) for name, file in self._folder.saved().items())
+            self._kept.update((name, StoreEntry(None, file)) for name, file in self._folder.saved().items())
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -141,13 +141,13 @@ class Store:
             ]
         return [(name, digest) for *_, name, digest in sorted(known, reverse=True)]
 
-    def open(self, name: str, digest: str) -> Found:
+    def open(self, name: str, digest: str) -> ResumePoint:
         """A point that `matches` named. Raises as `get`; SessionNotFoundError too where it is gone meanwhile."""
         with self._lock:
             session = self._restore(name)
             if digest not in session.snapshots:
                 raise SessionNotFoundError(f"Session {name!r} has moved on.")
-            found = Found(session, session.snapshots[digest], session.head.digest)
+            found = ResumePoint(session, session.snapshots[digest], session.head.digest)
             self._shrink()
             return found
 
@@ -225,7 +225,7 @@ class Store:
 
     # -- behind it: all of this with the lock held, but for `_save` ----------------------------------------------------
 
-    def _entry(self, name: str) -> Kept:
+    def _entry(self, name: str) -> StoreEntry:
         if name not in self._kept:
             known = ", ".join(sorted(self._kept)) or "none"
             raise SessionNotFoundError(f"There is no session {name!r}; there are: {known}.")
@@ -238,7 +238,7 @@ class Store:
     def _put(self, session: Session, snapshots: Sequence[Snapshot], chain: Sequence[str]) -> None:
         session.add(snapshots, chain)
         old = self._kept.pop(session.name, None)
-        self._kept[session.name] = Kept(session) if old is None else Kept(session, old.file, old.written)
+        self._kept[session.name] = StoreEntry(session) if old is None else StoreEntry(session, old.file, old.written)
         self._shrink()
 
     def _unname(self, name: str) -> None:
@@ -307,7 +307,7 @@ class Store:
                     return
                 self._spill(name, kept)
 
-    def _spill(self, name: str, kept: Kept) -> None:
+    def _spill(self, name: str, kept: StoreEntry) -> None:
         self._idle(name)
         if kept.session is None or self._kept.get(name) is not kept:
             return

@@ -38,7 +38,7 @@ _LOADING = (
     "compile",
     "chat_template",
     "template_args",
-    "recall",
+    "retrieval_tokens",
     "max_input_tokens",
     "sessions_dir",
     "session_memory",
@@ -106,7 +106,7 @@ class ZSMergeSettings(BaseModel):
     """A Jinja template in place of the model's own."""
     template_args: dict[str, Any] | None = Field(default=None, frozen=True)
     """Variables for the chat template, such as `{"enable_thinking": False}`."""
-    recall: int = Field(default=256, frozen=True)
+    retrieval_tokens: int = Field(default=256, frozen=True)
     """Tokens of earlier text that are read again before a question, where the cache has lost some; 0: none."""
     max_input_tokens: int | None = Field(default=None, frozen=True)
     """A longer prompt raises ContextLimitError; None sets no limit. Nothing is ever truncated."""

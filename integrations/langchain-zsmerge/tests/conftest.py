@@ -119,7 +119,7 @@ def _usage(completion: int) -> Usage:
         prompt_tokens=7,
         cached_tokens=5,
         completion_tokens=completion,
-        merged_tokens=0,
+        dropped_tokens=0,
         prefill_seconds=0.1,
         decode_seconds=0.2,
         cache_bytes=1024,

@@ -125,7 +125,7 @@ class FakeLLM:
             prompt_tokens=len(str(prompt).split()),
             cached_tokens=2,
             completion_tokens=written,
-            merged_tokens=1,
+            dropped_tokens=1,
             prefill_seconds=0.1,
             decode_seconds=0.2,
             cache_bytes=1024,

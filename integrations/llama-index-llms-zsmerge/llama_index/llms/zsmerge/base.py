@@ -47,7 +47,7 @@ _LOADING = (
     "compile",
     "chat_template",
     "template_args",
-    "recall",
+    "retrieval_tokens",
     "max_input_tokens",
     "sessions_dir",
     "session_memory",
@@ -107,7 +107,9 @@ class ZSMergeLLM(StructuredPrediction):
     template_args: dict[str, Any] | None = Field(
         default=None, description="Variables for the chat template, such as {'enable_thinking': False}."
     )
-    recall: int = Field(default=256, description="Tokens of earlier text read again before a question; 0: none.")
+    retrieval_tokens: int = Field(
+        default=256, description="Tokens of earlier text read again before a question; 0: none."
+    )
     max_input_tokens: int | None = Field(default=None, description="A longer prompt is an error; None: no limit.")
     sessions_dir: PathText | None = Field(default=None, description="Folder in which sessions are kept.")
     session_memory: int | str = Field(default="4GiB", description="What all sessions may hold in memory.")
