@@ -94,13 +94,13 @@ def test_conversations_take_turns_in_the_same_memory() -> None:
 def test_several_conversations_are_decoded_in_recorded_steps(family: str, rows: int) -> None:
     """Of other lengths, past compressions, and with steps in which some of them wait."""
     recorder, plain = engine(family), Engine(tiny_model(family), CONFIG, compile=False)
-    if rows > kernels.MOST:
-        together(recorder, kernels.MOST)
-    assert rows <= kernels.MOST or recorder.fusion.replays[kernels.MOST, 1].ready
+    if rows > kernels.MAX_ROWS:
+        together(recorder, kernels.MAX_ROWS)
+    assert rows <= kernels.MAX_ROWS or recorder.fusion.replays[kernels.MAX_ROWS, 1].ready
     given = together(recorder, rows)
 
     expected = together(plain, rows)
-    assert recorder.fusion.replays[kernels.MOST, 1].ready
+    assert recorder.fusion.replays[kernels.MAX_ROWS, 1].ready
     assert torch.allclose(given[0], expected[0], atol=1e-4)
     for mine, other in zip(given[1].layers, expected[1].layers, strict=True):
         assert mine.fills == other.fills

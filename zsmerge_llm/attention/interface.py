@@ -147,7 +147,7 @@ class ForwardPass(AttentionHandler):
             bias = self._slot_bias(layer, held, call)
         if window is not None:
             asking, position = self._places(held, call)
-        return kernels.read(
+        return kernels.prefill_attention(
             call.query,
             keys,
             values,
@@ -157,8 +157,8 @@ class ForwardPass(AttentionHandler):
             sinks=call.sinks,
             window=window,
             bias=bias,
-            asking=asking,
-            position=position,
+            query_position=asking,
+            slot_position=position,
         )
 
     def attended(self, call: AttentionCall) -> None:
@@ -181,7 +181,7 @@ class ForwardPass(AttentionHandler):
             probe, probe_position = queries[:, :, new:], small["position"][:, new:]
             queries, keys, values = (each[:, :, :new] for each in (queries, keys, values))
         elif self.kernels and self.valid is None and layer.holds(new):
-            few = kernels.serves(queries, keys, values)
+            few = kernels.can_decode(queries, keys, values)
         return AttentionInputs(
             queries=queries,
             keys=keys,
@@ -196,7 +196,7 @@ class ForwardPass(AttentionHandler):
             counts=self.counts,
             sinks=call.sinks,
             few=few,
-            many=self.reads and kernels.reads(call.query, call.key, call.value),
+            many=self.reads and kernels.can_prefill(call.query, call.key, call.value),
             pinned_recent=self.pinned_recent,
             multi_turn=self.multi_turn,
         )

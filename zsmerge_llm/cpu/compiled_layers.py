@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.interface import AttentionCall, AttentionHandler, ForwardPass
 from zsmerge_llm.cpu import native as kernels
+from zsmerge_llm.cpu.graph_passes import fuse_gemvs
 from zsmerge_llm.cpu.quantized_linear import Int4Linear, Int8Linear
 from zsmerge_llm.cpu.step_recorder import StepRecorder
 from zsmerge_llm.engine.prompt_lookup import AHEAD
@@ -39,7 +40,7 @@ WIDTHS = (1, 1 + AHEAD)
 READ_AFTER = 16_384
 """Tokens read before the kernels of reading are built of their own accord, which takes 10 s once on a machine."""
 
-SHAPES = (*((1, width) for width in WIDTHS), (kernels.MOST, 1))
+SHAPES = (*((1, width) for width in WIDTHS), (kernels.MAX_ROWS, 1))
 """Rows and tokens of the passes that are compiled. Several rows, up to so many, only where they can be recorded too."""
 
 _HERE: ContextVar[tuple[ForwardPass, int]] = ContextVar(
@@ -128,16 +129,16 @@ class CompiledLayers:
 
     def _build(self) -> None:
         """Load the kernels and let the matrices use them; what is compiled works without them too."""
-        if self._loads(kernels.DECODING, "Decoding"):
+        if self._loads(kernels.DECODE_SOURCES, "Decoding"):
             self._matrices = [GemvLinear(each) for each in self._model.modules() if _is_matrix(each)]
             self.replays = {(rows, width): StepRecorder(self._expected, width, rows) for rows, width in SHAPES}
 
     def _build_reading(self) -> None:
         """Load the kernels that read, where the model is one for them."""
-        if self.reads or self._many or not self._fits_reading or not self._loads(kernels.READING, "Reading"):
+        if self.reads or self._many or not self._fits_reading or not self._loads(kernels.PREFILL_SOURCES, "Reading"):
             return
-        self.reads = kernels.multiplies_bfloat16()
-        if kernels.multiplies_packed():
+        self.reads = kernels.has_bf16_products()
+        if kernels.has_int8_products():
             packed = [each for each in self._model.modules() if isinstance(each, Int4Linear | Int8Linear)]
             self._many = [GemmLinear(each) for each in packed]
 
@@ -170,9 +171,9 @@ class CompiledLayers:
 
     def count(self, tokens: int) -> None:
         """Take note of a pass of so many tokens, if it is one that kernels or compiling would make faster."""
-        if self._unread is not None and tokens > kernels.MOST:
+        if self._unread is not None and tokens > kernels.MAX_ROWS:
             self._unread -= tokens
-            if self._unread <= 0 or kernels.built(kernels.READING):
+            if self._unread <= 0 or kernels.is_built(kernels.PREFILL_SOURCES):
                 self.load_reading()
         if self._left is None or tokens not in WIDTHS:
             return
@@ -290,7 +291,7 @@ class CompiledLayer:
         with _COMPILER:
             graph = make_fx(run, tracing_mode="fake")(*inputs)
             if self.fusion.kernels:
-                kernels.share(graph)
+                fuse_gemvs(graph)
             compiled = self.fusion.compile(graph, inputs)
         self.layer.forward = self
         self.fusion.seconds += time.perf_counter() - started
@@ -309,10 +310,10 @@ class GemvLinear:
         """[..., K] → [..., N]."""
         own = self.layer
         weight = cast(Tensor, own.weight)
-        scales, biases = _some(getattr(own, "ranges", None)), _some(own.bias)
-        if not kernels.multiplies(x, weight) or any(each.dtype != x.dtype for each in (*scales, *biases)):
+        scales, biases = _some(getattr(own, "scales", None)), _some(own.bias)
+        if not kernels.can_gemv(x, weight) or any(each.dtype != x.dtype for each in (*scales, *biases)):
             return self.eager(x)
-        (output,) = kernels.rows(x.reshape(-1, x.shape[-1]), [weight], scales, biases)
+        (output,) = kernels.gemv(x.reshape(-1, x.shape[-1]), [weight], scales, biases)
         return output.view(*x.shape[:-1], -1)
 
 
@@ -327,9 +328,9 @@ class GemmLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         own = self.layer
-        if not kernels.takes_many(x, own.weight, own.ranges):
+        if not kernels.can_gemm(x, own.weight, own.scales):
             return self.eager(x)
-        return kernels.many(x, own.weight, own.ranges, own.bias)
+        return kernels.quantized_gemm(x, own.weight, own.scales, own.bias)
 
 
 def _some(tensor: Any) -> list[Tensor]:

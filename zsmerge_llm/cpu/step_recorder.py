@@ -2,7 +2,7 @@
 
 TorchInductor's functions for a layer are called one after another by a function that it generates in Python. Here that
 function is run once for each layer with other names in it: each does what it did, and adds it to a program of the
-kernels (`Program` in cpp/program.cpp), which does the same again on the same memory. That is what CUDA graphs are on a
+kernels (`Program` in csrc), which does the same again on the same memory. That is what CUDA graphs are on a
 GPU. A model whose generated functions do anything unknown is left as it is.
 """
 
@@ -26,7 +26,7 @@ from zsmerge_llm.kvcache.layer_cache import LayerCache
 KERNEL = "cpp_fused"
 """How the names of TorchInductor's functions for a CPU begin."""
 MEMORY = {"empty_strided_cpu", "reinterpret_tensor", "assert_size_stride", "assert_alignment"}
-KNOWN = {"torch", "ops", "zsmerge", "rows", "attend", "default", "clear"} | MEMORY
+KNOWN = {"torch", "ops", "zsmerge", "gemv", "attend", "default", "clear"} | MEMORY
 """What else a generated function may name."""
 STATE = ("keys", "values", "count", "score", "accumulated", "position", "queries", "query_position")
 """What of a layer's cache a program is given."""
@@ -221,7 +221,7 @@ class _Writer:
         names = dict(function.__globals__)
         names |= {name: partial(self._kernel, names[name], _address(names[name])) for name in kernels}
         operators = SimpleNamespace(
-            rows=SimpleNamespace(default=self._rows), attend=SimpleNamespace(default=self._attend)
+            gemv=SimpleNamespace(default=self._rows), attend=SimpleNamespace(default=self._attend)
         )
         dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
         names["torch"] = SimpleNamespace(ops=SimpleNamespace(zsmerge=operators), **dtypes)
@@ -238,8 +238,8 @@ class _Writer:
         self._program.add_code(address, tensors)
 
     def _rows(self, *inputs: Any) -> Sequence[Tensor]:
-        outputs: Sequence[Tensor] = torch.ops.zsmerge.rows(*inputs)
-        self._program.add_rows(*inputs, outputs)
+        outputs: Sequence[Tensor] = torch.ops.zsmerge.gemv(*inputs)
+        self._program.add_gemv(*inputs, outputs)
         self._memory += outputs
         return outputs
 
@@ -251,7 +251,7 @@ class _Writer:
         output[: self._rows_of_step] = torch.ops.zsmerge.attend(*some, scaling, softcap, sinks)
         self._memory.append(output)
         cap, window = self._spec.softcap or 0.0, self._spec.window or 0
-        self._program.add_look(query, key, value, output, scaling, cap, window, sinks)
+        self._program.add_attention(query, key, value, output, scaling, cap, window, sinks)
         self.calls.append(AttentionCall(self._index, query, key, value, scaling, None, softcap, sinks))
         return output
 

@@ -93,7 +93,7 @@ class Engine:
     @property
     def max_decode_batch(self) -> int | None:
         """Conversations that one decode step should take at most; None where more are always better."""
-        return kernels.MOST if self.device.type == "cpu" else None
+        return kernels.MAX_ROWS if self.device.type == "cpu" else None
 
     @property
     def window(self) -> int | None:

@@ -160,9 +160,9 @@ class LayerCache(Slots):
         return KVView(self, used + new, self.fills, in_place=True)
 
     def attend(self, arrival: AttentionInputs, scaling: float) -> tuple[KVView, Tensor]:
-        """`append`, and what the arriving tokens make of it all, [B, Hq, n, D]: in one kernel (`kernels.serves`)."""
+        """`append`, and what the arriving tokens make of it all, [B, Hq, n, D]: in one kernel."""
         new = arrival.keys.shape[2]
-        output = kernels.look(
+        output = kernels.decode_attention(
             (arrival.queries, arrival.keys, arrival.values),
             [getattr(self, name) for name in PER_SLOT],
             arrival.position,
@@ -285,7 +285,7 @@ class LayerCache(Slots):
         self._remember(arrival)
         if arrival.multi_turn:
             self.goes_on.fill_(True)
-        if arrival.queries.shape[2] > kernels.MOST:
+        if arrival.queries.shape[2] > kernels.MAX_ROWS:
             self._accumulate(held, torch.ones_like(self.goes_on), arrival.many)
 
     def _accumulate(self, held: KVView, rows: Tensor, many: bool = False) -> None:
@@ -304,7 +304,7 @@ class LayerCache(Slots):
         """Keep the newest queries: they decide at the next compression, unless a probe does."""
         room = self.config.observation_window
         if arrival.few and arrival.queries.shape[2] <= room:
-            kernels.remember(self.queries, self.query_position, arrival.queries, arrival.asking)
+            kernels.push_queries(self.queries, self.query_position, arrival.queries, arrival.asking)
             return
         queries = torch.cat([self.queries, arrival.queries], dim=2)
         asking = torch.cat([self.query_position, arrival.asking], dim=1)
@@ -337,7 +337,7 @@ class LayerCache(Slots):
         """
         bias = policy.slot_bias(held.count, self.config.alpha)
         if many:
-            return kernels.watch(
+            return kernels.attention_mass(
                 queries, held.keys, bias, asking, held.position, self.scaling, self.spec.softcap, sinks
             )
         seen = held.position[:, :, None, :] <= asking[:, None, :, None]  # [B, H, m, C]
