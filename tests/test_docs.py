@@ -11,7 +11,7 @@ import ast
 import asyncio
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +27,8 @@ from zsmerge_llm.cli.app import app
 from zsmerge_llm.models import loader
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "zsmerge_llm"
+TOP = ("zsmerge_llm", "tests", "examples", "benchmarks", "docs")
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^(?P<skip><!-- not executed: .+ -->\n+)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
@@ -78,11 +80,11 @@ def real_loader(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def reader_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def reader_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder a reader works in, with the file that the pages speak of."""
     (tmp_path / "report.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 def run(page: Path) -> None:
@@ -151,9 +153,23 @@ def test_the_readme_is_short() -> None:
 def test_the_links_and_paths_of_a_page_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     linked = [page.parent / link for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text)]
-    named = [ROOT / path for path in re.findall(r"`((?:zsmerge_llm|tests|examples)/[\w/.-]*)`", text)]
-    missing = {str(path.relative_to(ROOT)) for path in (*linked, *named) if not path.exists()}
+    named = [ROOT / path for path in re.findall(rf"`((?:{'|'.join(TOP)})/[\w/.-]*)`", text)]
+    inside = [PACKAGE / path for path in re.findall(rf"`((?:{'|'.join(folders())})/\w+\.py)`", text)]
+    missing = {str(path.relative_to(ROOT)) for path in (*linked, *named, *inside) if not path.exists()}
     assert not missing
+
+
+def folders() -> list[str]:
+    """The folders of the package."""
+    return [path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+def test_the_folder_tree_is_the_packages() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = text[text.index("```text") :]
+    assert set(folders()) <= set(re.findall(r"^  (\w+)/", tree, re.M))
+    modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    assert modules <= set(re.findall(r"\w+\.py", tree))
 
 
 def test_every_page_is_in_the_navigation() -> None:
