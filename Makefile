@@ -43,22 +43,22 @@ clean:
 	rm -rf $(VENV) site dist build *.egg-info
 
 # A stamp is renewed when a pyproject.toml changes; otherwise the commands start at once.
-$(VENV)/bin/python:
+$(VENV)/bin/pip:
 	@echo "Making $(VENV) with $(PYTHON)"
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(BIN)/pip install --quiet $(TORCH))
 
-$(VENV)/.installed: $(PROJECTS) | $(VENV)/bin/python
+$(VENV)/.installed: $(PROJECTS) | $(VENV)/bin/pip
 	@echo "Installing zsmerge-llm and its integrations into $(VENV)"
 	$(BIN)/pip install --quiet -e . $(EDITABLE)
 	@touch $@
 
-$(VENV)/.installed-dev: $(PROJECTS) | $(VENV)/bin/python
+$(VENV)/.installed-dev: $(PROJECTS) | $(VENV)/bin/pip
 	@echo "Installing zsmerge-llm, its integrations and the test tools into $(VENV)"
 	$(BIN)/pip install --quiet -e ".[dev]" $(EDITABLE)
 	@touch $(VENV)/.installed $@
 
-$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/pip
 	@echo "Installing the documentation tools into $(VENV)"
 	$(BIN)/pip install --quiet -e ".[docs]"
 	@touch $@
