@@ -1,0 +1,98 @@
+"""A policy from outside decides what is evicted; the cache does everything else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.tiny_models import tiny_model, tokens
+from zsmerge_llm import CacheConfig, Engine, SamplingParams
+from zsmerge_llm.errors import ConfigError
+from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.layer_cache import KVView
+from zsmerge_llm.kvcache.policies import BUILT_IN, EvictionPolicy, RankingContext
+from zsmerge_llm.kvcache.slots import AttentionInputs
+
+SINK, RECENT, SLOTS = 2, 4, 16
+
+
+class SmallKeys(EvictionPolicy):
+    """Keeps the keys of the smallest norm (Knorm, arXiv 2406.11430)."""
+
+    name = "small-keys"
+
+    def rank(self, view: KVView, context: RankingContext) -> Tensor:
+        return -view.keys.float().norm(dim=-1)
+
+
+class Counting(SmallKeys):
+    """Counts the tokens of each pass that it observes, per layer."""
+
+    def __init__(self) -> None:
+        self.passes: list[int] = []
+
+    def observe(self, view: KVView, inputs: AttentionInputs) -> None:
+        self.passes.append(inputs.keys.shape[2])
+
+
+def config(policy: object, **settings: int) -> CacheConfig:
+    return CacheConfig(slots=SLOTS, sink=SINK, recent=RECENT, stage=4, policy=policy, **settings)
+
+
+def test_what_a_policy_ranks_lowest_is_evicted_and_sinks_and_recent_tokens_never_are() -> None:
+    engine, ids = Engine(tiny_model(), config(SmallKeys()), compile=False), tokens(20)
+    cache, exact = engine.new_cache(), engine.new_cache(CacheConfig.full())
+    engine.read(cache, ids)
+    engine.read(exact, ids)
+    for layer, whole in zip(cache.layers, exact.layers, strict=True):
+        norms = whole.keys[0, :, : len(ids)].norm(dim=-1)
+        for head in range(layer.spec.kv_heads):
+            protected = {*range(SINK), *range(len(ids) - RECENT, len(ids))}
+            others = sorted(set(range(len(ids))) - protected, key=lambda at: float(norms[head, at]))
+            kept = layer.position[0, head][layer.multiplicity[0, head] > 0].tolist()
+            assert set(kept) == protected | set(others[: SLOTS - len(protected)])
+
+
+@pytest.mark.parametrize("residual", [0, 3])
+def test_rows_of_a_batch_under_a_policy_from_outside_equal_each_row_alone(residual: int) -> None:
+    engine = Engine(tiny_model(), config(SmallKeys(), residual=residual), chunk=8, compile=False)
+    rows = [tokens(length, seed=length) for length in (7, 30, 41)]
+    batch = engine.new_cache(rows=3)
+    logits = engine.read_batch(batch, rows)
+    for row, own in zip(rows, logits, strict=True):
+        torch.testing.assert_close(engine.read(engine.new_cache(), row), own, atol=1e-4, rtol=1e-4)
+    assert all((layer.multiplicity.sum(-1) + layer.dropped).T.tolist() for layer in batch.layers)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_policy_observes_every_pass_and_every_decode_step(compile: bool) -> None:
+    policy = Counting()
+    engine = Engine(tiny_model(), config(policy), chunk=8, compile=compile)
+    policy.passes.clear()
+    said = list(engine.stream(engine.new_cache(), tokens(20), SamplingParams(max_tokens=5, ignore_eos=True)))
+    layers = len(engine.specs)
+    assert len(said) == 5
+    assert policy.passes == [count for count in (8, 8, 4, 1, 1, 1, 1) for _ in range(layers)]
+
+
+def test_a_cache_with_a_policy_object_is_saved_by_name_and_restored_with_the_object() -> None:
+    policy = SmallKeys()
+    engine = Engine(tiny_model(), config(policy), compile=False)
+    cache = engine.new_cache()
+    engine.read(cache, tokens(40))
+    held, facts = cache.clone().state()
+    facts = json.loads(json.dumps(facts))
+    assert facts["config"]["policy"] == "small-keys"
+    restored = Cache.from_state(dict(held), facts, policy)
+    assert restored.config == cache.config
+    assert torch.equal(engine.read(restored, tokens(9)), engine.read(cache, tokens(9)))
+    with pytest.raises(ConfigError, match="small-keys"):
+        Cache.from_state(dict(held), facts)
+
+
+def test_built_in_policies_are_named_as_their_files() -> None:
+    assert set(BUILT_IN) == {"observation_window", "cumulative_attention", "recency"}
+    assert all(CacheConfig(policy=name).policy_name == name for name in BUILT_IN)
