@@ -18,7 +18,7 @@ from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.language.grammar import Constraint
 from zsmerge_llm.language.messages import normalize_messages
-from zsmerge_llm.language.reasoning import ReasoningParser, thinking
+from zsmerge_llm.language.reasoning import ReasoningParser, reasoning_mode
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
@@ -39,7 +39,7 @@ def thinker(text: str = QWEN3, **settings: Any) -> LLM:
 
 
 def constraint(llm: LLM, max_tokens: int | None = 100, **wanted: Any) -> Constraint:
-    form = llm._load().forms.chat(normalize_messages("?"), **wanted)
+    form = llm._load().output_formats.chat(normalize_messages("?"), **wanted)
     made = form.constraint(SamplingParams(max_tokens=max_tokens))
     assert made is not None
     return made
@@ -91,10 +91,10 @@ def test_a_thought_is_told_from_the_answer_wherever_pieces_end(
 
 
 def test_the_template_tells_how_a_model_thinks() -> None:
-    assert thinking(QWEN3, "<|im_start|>assistant\n") == "may"
-    assert thinking(QWEN3, "<|im_start|>assistant\n<think>\n\n</think>\n\n") == "never"
-    assert thinking(BEGUN, "<|im_start|>assistant\n<think>\n") == "begun"
-    assert thinking("no such thing", "<|im_start|>assistant\n") == "never"
+    assert reasoning_mode(QWEN3, "<|im_start|>assistant\n") == "optional"
+    assert reasoning_mode(QWEN3, "<|im_start|>assistant\n<think>\n\n</think>\n\n") == "off"
+    assert reasoning_mode(BEGUN, "<|im_start|>assistant\n<think>\n") == "open"
+    assert reasoning_mode("no such thing", "<|im_start|>assistant\n") == "off"
 
 
 def test_a_form_holds_behind_the_thought() -> None:

@@ -18,8 +18,16 @@ from tests.support.talk import ROOMY, Talk, said, talker
 from tests.support.templates import ENDS, FOLDER, TOOLS
 from zsmerge_llm import LLM, Result, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
-from zsmerge_llm.language.output_format import JSON_NOTE, RESULT_NOTE
-from zsmerge_llm.language.tool_calls import BARE, HERMES, LLAMA, MISTRAL, ToolCallParser, family, parse
+from zsmerge_llm.language.output_format import FIRST_RESULT_INSTRUCTION, JSON_INSTRUCTION
+from zsmerge_llm.language.tool_calls import (
+    BARE,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    ToolCallParser,
+    parse_tool_calls,
+    tool_call_style,
+)
 from zsmerge_llm.types import Usage
 
 ADD = {
@@ -94,7 +102,7 @@ def streamed(text: str, cuts: Sequence[int]) -> tuple[str, Any]:
 
 @pytest.mark.parametrize(("text", "content", "calls"), FOUND)
 def test_calls_are_found_in_every_form(text: str, content: str, calls: list[Any]) -> None:
-    parsed = parse(text, ["weather", "now"])
+    parsed = parse_tool_calls(text, ["weather", "now"])
     assert (parsed.content, made(parsed.calls), parsed.invalid) == (content, calls, [])
     assert len({call["id"] for call in parsed.calls}) == len(calls)
     assert all(call["type"] == "function" for call in parsed.calls)
@@ -102,13 +110,13 @@ def test_calls_are_found_in_every_form(text: str, content: str, calls: list[Any]
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_is_left_as_it_is(text: str) -> None:
-    parsed = parse(text, ["weather", "now"])
+    parsed = parse_tool_calls(text, ["weather", "now"])
     assert (parsed.content, parsed.calls, parsed.invalid) == (text, [], [])
 
 
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_call_that_cannot_be_read_is_reported_and_raises_nothing(text: str) -> None:
-    parsed = parse(text, ["weather", "now"])
+    parsed = parse_tool_calls(text, ["weather", "now"])
     assert (parsed.content, parsed.calls) == ("", [])
     (call,) = parsed.invalid
     assert call["error"]
@@ -117,14 +125,14 @@ def test_a_call_that_cannot_be_read_is_reported_and_raises_nothing(text: str) ->
 
 def test_bare_and_fenced_json_that_names_no_given_tool_is_text() -> None:
     for text in (CALL, f"```json\n{CALL}\n```"):
-        assert parse(text, ["now"]).content == text
+        assert parse_tool_calls(text, ["now"]).content == text
 
 
 @given(text=st.sampled_from([*(text for text, _, _ in FOUND), *TEXTS, *BROKEN]), cuts=st.lists(st.integers(0, 200)))
 @settings(deadline=None)
 def test_a_stream_shows_what_the_whole_answer_shows_and_never_a_call(text: str, cuts: list[int]) -> None:
     shown, parsed = streamed(text, cuts)
-    assert shown == parsed.content == parse(text, ["weather", "now"]).content
+    assert shown == parsed.content == parse_tool_calls(text, ["weather", "now"]).content
 
 
 @given(
@@ -147,11 +155,11 @@ def test_plain_text_is_shown_at_once() -> None:
 
 
 def test_the_family_is_told_by_the_template() -> None:
-    kinds = {name: family((FOLDER / f"{name}.jinja").read_text(encoding="utf-8")) for name in ENDS}
+    kinds = {name: tool_call_style((FOLDER / f"{name}.jinja").read_text(encoding="utf-8")) for name in ENDS}
     assert kinds.pop("llama3") == LLAMA
     assert {kinds.pop("mistral-v0.3"), kinds.pop("mistral-nemo")} == {MISTRAL}
     assert set(kinds.values()) == {HERMES}
-    assert family("{{ tools }}") == BARE
+    assert tool_call_style("{{ tools }}") == BARE
 
 
 # -- what a model can be made to do ----------------------------------------------------------------------------------
@@ -189,7 +197,7 @@ def test_the_choice_of_tools_is_kept_to_by_every_family(name: str) -> None:
 def test_a_model_that_begins_a_call_can_only_finish_it() -> None:
     """Qwen2.5-Coder's way: bare JSON, as soon as a tool is named."""
     llm = talker("qwen2.5")
-    form = llm._load().forms.chat([{"role": "user", "content": "?"}], BOTH)
+    form = llm._load().output_formats.chat([{"role": "user", "content": "?"}], BOTH)
     for text in ('{"name": "weather"', '```json\n{\n  "name": "weather"', 'Hm.\n{"name": "weather"', "So\n<tool_call>"):
         constraint = form.constraint(SamplingParams(max_tokens=200))
         assert constraint is not None
@@ -199,7 +207,7 @@ def test_a_model_that_begins_a_call_can_only_finish_it() -> None:
         while not constraint.complete:
             logits = constraint.mask(torch.rand(len(llm.tokenizer), generator=generator))
             said.append(constraint.accept(int(logits.argmax())))
-        parsed = parse(llm.tokenizer.decode(said), ["weather", "add", "now"])
+        parsed = parse_tool_calls(llm.tokenizer.decode(said), ["weather", "add", "now"])
         assert len(parsed.calls) == 1, llm.tokenizer.decode(said)
         assert not parsed.invalid
         check(Result("", "stop", Usage(1, 0, 1, 0, 0.0, 0.0, 0), parsed.calls))
@@ -312,7 +320,7 @@ def test_a_format_is_told_to_the_model_unless_the_messages_say_it() -> None:
     llm.chat(told, response_format=FORMAT, sampling=WARM, session="told")
     assert llm.tokenizer.decode(llm.session("told").tokens).count('"boolean"') == 1
     llm.chat("Give me JSON.", response_format={"type": "json_object"}, sampling=WARM, session="mode")
-    assert JSON_NOTE not in llm.tokenizer.decode(llm.session("mode").tokens)
+    assert JSON_INSTRUCTION not in llm.tokenizer.decode(llm.session("mode").tokens)
 
 
 def test_a_conversation_with_a_format_goes_on_with_and_without_it() -> None:
@@ -346,7 +354,7 @@ def test_after_a_result_the_model_is_asked_for_words() -> None:
     for seed in range(5):
         answer = llm.chat(messages, tools=TOOLS, sampling=WARM.replace(seed=seed), session="it")
         assert not answer.text.lstrip().startswith(("{", "[", "```"))
-    assert llm.tokenizer.decode(llm.session("it").tokens).count(RESULT_NOTE) == 1
+    assert llm.tokenizer.decode(llm.session("it").tokens).count(FIRST_RESULT_INSTRUCTION) == 1
 
 
 def asked_and_told() -> list[dict[str, Any]]:
