@@ -342,12 +342,15 @@ def collect(chunks: Iterable[Chunk]) -> Result:
     return Result(text, chunk.finish_reason, chunk.usage, chunk.tool_calls, chunk.invalid_tool_calls, reasoning)
 
 
-def check_length(tokens: int, params: SamplingParams, max_input_tokens: int | None, exact_limit: int | None) -> None:
+def check_length(
+    tokens: int, params: SamplingParams, max_input_tokens: int | None, exact_limit: int | None, stacklevel: int = 4
+) -> None:
     """Refuse a prompt longer than `max_input_tokens`; warn where prompt and answer exceed `exact_limit`.
 
     Args:
         tokens: length of the prompt.
         exact_limit: positions the model was trained on, with an exact cache (`Engine.exact_limit`).
+        stacklevel: whose line the warning names, as for `warnings.warn`.
 
     Raises:
         ContextLimitError: too many tokens.
@@ -362,5 +365,5 @@ def check_length(tokens: int, params: SamplingParams, max_input_tokens: int | No
         warnings.warn(
             f"Prompt and answer may take {total} tokens and the model was trained on {exact_limit} positions: beyond "
             "them answers of the exact cache get worse. A compressed cache (slots=...) has no such limit.",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event, RLock
@@ -205,43 +204,16 @@ class LLM:
             TypeError: an unknown keyword argument.
         """
         wanted = RequestOptions.parse(ChatOptions, options)
-        checked = normalize_messages(messages)
-        runtime = self._load()
-        output_format = wanted.output_format(runtime.output_formats, checked)
-        turn = runtime.conversations.begin(
-            output_format.with_instruction(checked), wanted.tools, wanted.session, reread=wanted.reread
-        )
-        length = len(turn.tokens) - turn.recalled
-        check_length(length, wanted.sampling, self.max_input_tokens, runtime.engine.exact_limit)
-        question = checked[-1]["content"]
-        request = Request(
-            turn.tokens,
-            wanted.sampling,
-            chat_probe(runtime.template, wanted.probe) if wanted.probe else message_probe(runtime.template, question),
-            output_format,
-            cached_tokens=turn.cache.seen,
-            retrieved_tokens=turn.recalled,
-            reuse=turn.reuse,
-            multi_turn=not turn.alone and is_multi_turn(turn.messages),
-        )
-        attempt = Attempt(request, turn.cache, runtime.tokenizer)
+        checked, runtime = normalize_messages(messages), self._load()
+        turn, attempt = _begin_turn(runtime, checked, wanted, self.max_input_tokens)
         return _stream_turn(runtime, turn, attempt, wanted)
 
     @with_options(BatchOptions)
     def batch(self, conversations: Sequence[Messages], **options: Unpack[BatchOptions]) -> list[Result]:
         """Answer several conversations together, in order, without sessions. Arguments and errors as for `stream`."""
         wanted = RequestOptions.parse(BatchOptions, options)
-        runtime = self._load()
-        checked = [normalize_messages(messages) for messages in conversations]
-        formats = [wanted.output_format(runtime.output_formats, each) for each in checked]
-        requests = []
-        for output_format, messages in zip(formats, checked, strict=True):
-            prompt = runtime.conversations.whole(
-                runtime.template, output_format.with_instruction(messages), wanted.tools
-            )
-            query_ids = message_probe(runtime.template, messages[-1]["content"])
-            request = Request(prompt.ids, wanted.sampling, query_ids, output_format, prompt.config)
-            requests.append(replace(request, multi_turn=is_multi_turn(messages), retrieved_tokens=prompt.recalled))
+        checked, runtime = [normalize_messages(messages) for messages in conversations], self._load()
+        requests = [_batch_request(runtime, messages, wanted) for messages in checked]
         return generate_batch(runtime.engine, runtime.tokenizer, requests, self.max_input_tokens, wanted.cancel)
 
     # -- sessions and documents --------------------------------------------------------------------------------------
@@ -252,19 +224,11 @@ class LLM:
         return self._load().conversations.store
 
     def session(self, name: str) -> Session:
-        """Return the conversation of that name, with its `.cache`, `.tokens`, `.nbytes`, `.fork(name)`, `.save(path)`.
-
-        Raises:
-            SessionNotFoundError: there is none.
-        """
+        """Return the conversation of that name. Raises SessionNotFoundError if there is none."""
         return self.store.get(name)
 
     def load_session(self, path: str | Path) -> Session:
-        """Load a conversation that `Session.save` wrote; requests that continue it are recognized again.
-
-        Raises:
-            SessionNotFoundError, SessionCorruptError, SessionMismatchError: see the errors.
-        """
+        """Load what `Session.save` wrote; requests that continue it are recognized. Raises SessionError."""
         return self.store.load(path)
 
     def add_session(self, session: Session) -> Session:
@@ -314,7 +278,8 @@ class LLM:
     def stream_complete(self, prompt: str, **options: Unpack[CompletionOptions]) -> Iterator[Chunk]:
         """Continue a plain text, piece by piece, with nothing added to it. Arguments and errors as for `stream`."""
         wanted = RequestOptions.parse(CompletionOptions, options)
-        request, runtime = self._completion_request(prompt, wanted), self._load()
+        text, runtime = _checked_prompt(prompt), self._load()
+        request = _completion_request(runtime, text, wanted)
         check_length(len(request.ids), wanted.sampling, self.max_input_tokens, runtime.engine.exact_limit)
         attempt = Attempt(request, runtime.engine.new_cache(request.cache_config), runtime.tokenizer)
         return _stream_turn(runtime, None, attempt, wanted)
@@ -323,22 +288,66 @@ class LLM:
     def batch_complete(self, prompts: Sequence[str], **options: Unpack[BatchCompletionOptions]) -> list[Result]:
         """Continue several texts together, in order. Arguments and errors as for `stream`."""
         wanted = RequestOptions.parse(BatchCompletionOptions, options)
-        requests, runtime = [self._completion_request(prompt, wanted) for prompt in prompts], self._load()
+        texts, runtime = [_checked_prompt(prompt) for prompt in prompts], self._load()
+        requests = [_completion_request(runtime, text, wanted) for text in texts]
         return generate_batch(runtime.engine, runtime.tokenizer, requests, self.max_input_tokens, wanted.cancel)
 
-    def _completion_request(self, prompt: str, wanted: RequestOptions) -> Request:
-        if not isinstance(prompt, str) or not prompt:
-            raise InputError("The prompt is empty: give some text to continue.")
-        runtime = self._load()
-        ids = runtime.template.encode_prompt(prompt)
-        return Request(
-            ids,
-            wanted.sampling,
-            completion_probe(runtime.template, ids, prompt),
-            runtime.output_formats.completion(wanted.response_format, wanted.grammar),
-            runtime.layer_budgets.config(len(ids)),
-            continues_prompt=True,
-        )
+
+def _begin_turn(
+    runtime: Runtime, messages: list[Message], options: RequestOptions, max_input_tokens: int | None
+) -> tuple[Turn, Attempt]:
+    """Find the conversation that these messages continue, and prepare the next answer. Raises as `LLM.stream`."""
+    output_format = options.output_format(runtime.output_formats, messages)
+    instructed = output_format.with_instruction(messages)
+    turn = runtime.conversations.begin(instructed, options.tools, options.session, reread=options.reread)
+    length = len(turn.tokens) - turn.recalled
+    check_length(length, options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=5)
+    template, question = runtime.template, messages[-1]["content"]
+    request = Request(
+        turn.tokens,
+        options.sampling,
+        chat_probe(template, options.probe) if options.probe else message_probe(template, question),
+        output_format,
+        cached_tokens=turn.cache.seen,
+        retrieved_tokens=turn.recalled,
+        reuse=turn.reuse,
+        multi_turn=not turn.alone and is_multi_turn(turn.messages),
+    )
+    return turn, Attempt(request, turn.cache, runtime.tokenizer)
+
+
+def _batch_request(runtime: Runtime, messages: list[Message], options: RequestOptions) -> Request:
+    """Return the request for one conversation of a batch, which is read from its beginning."""
+    output_format = options.output_format(runtime.output_formats, messages)
+    prompt = runtime.conversations.whole(runtime.template, output_format.with_instruction(messages), options.tools)
+    return Request(
+        prompt.ids,
+        options.sampling,
+        message_probe(runtime.template, messages[-1]["content"]),
+        output_format,
+        prompt.config,
+        retrieved_tokens=prompt.recalled,
+        multi_turn=is_multi_turn(messages),
+    )
+
+
+def _checked_prompt(prompt: Any) -> str:
+    if not isinstance(prompt, str) or not prompt:
+        raise InputError("The prompt is empty: give some text to continue.")
+    return prompt
+
+
+def _completion_request(runtime: Runtime, prompt: str, options: RequestOptions) -> Request:
+    """Return the request for a plain text."""
+    ids = runtime.template.encode_prompt(prompt)
+    return Request(
+        ids,
+        options.sampling,
+        completion_probe(runtime.template, ids, prompt),
+        runtime.output_formats.completion(options.response_format, options.grammar),
+        runtime.layer_budgets.config(len(ids)),
+        continues_prompt=True,
+    )
 
 
 def _stream_turn(runtime: Runtime, turn: Turn | None, attempt: Attempt, options: RequestOptions) -> Iterator[Chunk]:
