@@ -333,13 +333,12 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def collect(chunks: Iterable[Chunk]) -> Result:
     """Return the whole answer of a stream."""
-    text = reasoning = ""
-    for chunk in chunks:
-        text += chunk.text
-        reasoning += chunk.reasoning
-    assert chunk.usage is not None
-    assert chunk.finish_reason is not None
-    return Result(text, chunk.finish_reason, chunk.usage, chunk.tool_calls, chunk.invalid_tool_calls, reasoning)
+    pieces = list(chunks)
+    last = pieces[-1]
+    text, reasoning = "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces)
+    assert last.usage is not None
+    assert last.finish_reason is not None
+    return Result(text, last.finish_reason, last.usage, last.tool_calls, last.invalid_tool_calls, reasoning)
 
 
 def check_length(

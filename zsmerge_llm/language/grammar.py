@@ -188,7 +188,7 @@ class Constraint(Protocol):
 
 
 class GrammarConstraint:
-    """A `Constraint` by a grammar.
+    """The `Constraint` of a grammar.
 
     While `max_tokens` is finite it keeps a plan: tokens that complete the answer from here and fit into what is left.
     A token after which no such plan is found is replaced by the next one of the plan. So an answer that has a plan at
@@ -197,7 +197,7 @@ class GrammarConstraint:
     Args:
         matcher: llguidance's state, this answer's own.
         planner: finds plans.
-        stop_id: the token that ends the answer.
+        stop_id: the token that ends the answer where no plan is left.
         max_tokens: most tokens of the answer; None: no limit and no plan.
     """
 
@@ -209,17 +209,15 @@ class GrammarConstraint:
         self._planner = planner
         self._stop_id = stop_id
         self._plan = None if max_tokens is None else planner.plan(matcher, max_tokens, thorough=True)
-        self._plan_is_stale = False  # tokens were accepted that the plan does not begin with
+        self._plan_is_stale = False  # tokens were accepted that the plan does not account for
         self._steps_until_replan = 0
 
     @property
     def done(self) -> bool:
-        """Whether nothing (more) can follow."""
         return self.ended or self._matcher.is_stopped()
 
     @property
     def complete(self) -> bool:
-        """Whether the answer may end here."""
         return self.ended or self._matcher.is_accepting()
 
     @property
@@ -233,7 +231,6 @@ class GrammarConstraint:
             self.tokens_left -= count
 
     def mask(self, logits: Tensor) -> Tensor:
-        """Return logits float32 [vocab] with -inf for tokens that cannot come next."""
         import numpy as np
         import torch
 
@@ -247,7 +244,6 @@ class GrammarConstraint:
         return self._planner.mask_stop_tokens(logits)
 
     def accept(self, token: int) -> int:
-        """Accept a sampled token, or the plan's next one if the answer could not complete in time; return it."""
         if not self._fits(token):
             token, self._plan = (self._plan[0], self._plan[1:]) if self._plan else (self._stop_id, [])
             self.shortened = True
@@ -255,7 +251,6 @@ class GrammarConstraint:
         return token
 
     def forced(self) -> list[int]:
-        """Accept and return the tokens that must come next whatever the model prefers."""
         tokens: list[int] = []
         if not self.done and self.tokens_left != 0:
             for token in self._matcher.compute_ff_tokens():

@@ -132,22 +132,18 @@ class ReasoningConstraint:
 
     @property
     def ended(self) -> bool:
-        """Whether the end token was accepted."""
         return self._answer.ended
 
     @property
     def shortened(self) -> bool:
-        """Whether a token was replaced so that the answer completes in time."""
         return self._answer.shortened
 
     @property
     def done(self) -> bool:
-        """Whether nothing (more) can follow."""
         return not self._is_reasoning and self._answer.done
 
     @property
     def complete(self) -> bool:
-        """Whether the answer may end here."""
         return not self._is_reasoning and self._answer.complete
 
     @property
@@ -155,7 +151,6 @@ class ReasoningConstraint:
         return self._is_inside or bool(self._pending)
 
     def mask(self, logits: Tensor) -> Tensor:
-        """Return logits float32 [vocab] with -inf for tokens that cannot come next."""
         if self._pending:
             return _only(logits, self._pending[0])
         if self._is_inside:
@@ -166,7 +161,6 @@ class ReasoningConstraint:
         return masked
 
     def accept(self, token: int) -> int:
-        """Accept a sampled token, or another one where the reasoning or the answer has to end; return it."""
         if not self._is_reasoning and token != self._open_id:
             self._open_id = None
             return self._answer.accept(token)
@@ -180,7 +174,6 @@ class ReasoningConstraint:
         return token
 
     def forced(self) -> list[int]:
-        """Accept and return the tokens that must come next whatever the model prefers."""
         left = len(self._pending) if self._answer.tokens_left is None else self._answer.tokens_left
         tokens, self._pending = self._pending[:left], self._pending[left:]
         self._answer.spend(len(tokens))

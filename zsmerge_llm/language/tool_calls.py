@@ -22,6 +22,7 @@ END_MARKER = "</tool_call>"
 FENCE = "```"
 LEADS = tuple(fence + bracket for fence in ("", FENCE, f"{FENCE}json") for bracket in ("{", "[{"))
 SHAPES = ('"name":{}', '"type":"function","name":{}', '"type":"function","function":{{"name":{}')
+"""Beginnings of unmarked calls, up to the tool's name and without spaces: one of LEADS, then one of SHAPES."""
 ARGUMENT_KEYS = ("arguments", "parameters", "args")
 MAX_HEAD = 500
 """Characters within which a bare call must have named its tool."""
