@@ -17,7 +17,7 @@ from typing import Any
 from common import write
 
 from zsmerge_llm import LLM, Grammar, SamplingParams
-from zsmerge_llm.language.grammar import Constraint, GrammarCompiler
+from zsmerge_llm.language.grammar import GrammarCompiler, GrammarConstraint
 
 PEOPLE = {
     "type": "object",
@@ -86,7 +86,7 @@ def main() -> None:
     llm.warm_up()
     per_token, begin = Meter(), Meter()
     for name in ("mask", "accept", "forced"):
-        setattr(Constraint, name, per_token.timed(getattr(Constraint, name)))
+        setattr(GrammarConstraint, name, per_token.timed(getattr(GrammarConstraint, name)))
     GrammarCompiler.constraint = begin.timed(GrammarCompiler.constraint)  # type: ignore[method-assign]
     question = "Write a long story about the crew of a ship."
     plain = llm.chat(question, sampling=SamplingParams(max_tokens=given.tokens, ignore_eos=True)).usage

@@ -1,4 +1,4 @@
-"""The way from threads to asyncio: the loop never waits, and whoever stops listening stops the work."""
+"""Blocking calls from asyncio: the loop never waits, and leaving a stream stops its work."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.support.ticking import ticking
 from zsmerge_llm import SamplingParams, aio
 
 LIMIT = 0.05
-"""Seconds for which nothing of ours may hold the loop."""
+"""Seconds for which a call may block the loop at most."""
 ATTEMPTS = 5
-"""A machine that others use has gaps of its own: one quiet attempt shows that ours are none."""
+"""Other load on the machine causes gaps, too: one attempt without any shows that the calls cause none."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Counter:
-    """Counts up, a number each two milliseconds, until it is cancelled or closed."""
+    """Yields a number every two milliseconds until it is cancelled or closed."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -63,7 +63,7 @@ async def test_results_and_items_come_in_order() -> None:
     assert [item async for item in aio.stream(lambda cancel: iter([1, None, 3]))] == [1, None, 3]
 
 
-async def test_twenty_calls_of_a_model_never_hold_the_loop() -> None:
+async def test_twenty_calls_of_a_model_never_block_the_loop() -> None:
     llm, params = talker(cache=ROOMY), SamplingParams(max_tokens=12)
     llm.chat("Hello", sampling=params)  # loaded
 
@@ -82,7 +82,7 @@ async def test_twenty_calls_of_a_model_never_hold_the_loop() -> None:
     assert min(worst) < LIMIT
 
 
-async def test_a_thread_that_is_slow_to_start_does_not_hold_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thread_that_is_slow_to_start_does_not_block_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 
     def slowly(thread: threading.Thread) -> None:
@@ -127,14 +127,14 @@ async def test_leaving_a_stream_closes_its_source(leave: str) -> None:
     assert counter.made <= made + 1
 
 
-async def test_a_stream_that_was_left_is_over() -> None:
+async def test_a_closed_stream_is_exhausted() -> None:
     stream = aio.stream(Counter())
     await anext(stream)
     await stream.aclose()
     assert [item async for item in stream] == []
 
 
-async def test_a_stream_nobody_reads_does_not_start() -> None:
+async def test_a_stream_starts_at_the_first_request_for_an_item() -> None:
     counter = Counter()
     stream = aio.stream(counter)
     await asyncio.sleep(0.02)
@@ -156,11 +156,11 @@ async def test_cancelling_a_task_stops_the_work_and_does_not_wait_for_it() -> No
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await asyncio.to_thread(cancelled.wait, 10)
-    assert calls()  # the task is over, its work not yet
+    assert calls()  # the task has ended, its work has not
     go.set()
 
 
-async def test_errors_of_the_work_are_raised_where_it_is_waited_for() -> None:
+async def test_errors_of_the_work_are_raised_in_the_waiting_task() -> None:
     def broken(cancel: Event) -> Iterator[int]:
         yield 1
         raise ValueError("no luck")
@@ -177,13 +177,13 @@ async def test_a_thread_that_cannot_be_started_is_an_error(monkeypatch: pytest.M
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    await aio.call(lambda cancel: None)  # what starts threads runs
+    await aio.call(lambda cancel: None)  # now the thread that starts others runs
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(RuntimeError, match="can't start"):
         await aio.call(lambda cancel: None)
 
 
-async def test_the_work_sees_the_context_of_its_caller_and_changes_none() -> None:
+async def test_the_work_sees_its_callers_context_variables_and_changes_none() -> None:
     place: contextvars.ContextVar[str] = contextvars.ContextVar("place", default="nowhere")
 
     def work(cancel: Event) -> str:
@@ -196,7 +196,7 @@ async def test_the_work_sees_the_context_of_its_caller_and_changes_none() -> Non
     assert place.get() == "here"
 
 
-def test_a_loop_that_is_closed_ends_the_work() -> None:
+def test_closing_the_loop_ends_the_work() -> None:
     counter = Counter()
     loop = asyncio.new_event_loop()
     stream = aio.stream(counter)
@@ -220,7 +220,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.stdout.strip() == "7"
 
 
-def test_importing_it_loads_nothing_heavy() -> None:
+def test_importing_aio_does_not_import_torch() -> None:
     program = "import sys, zsmerge_llm.aio; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"

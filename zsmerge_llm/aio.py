@@ -1,4 +1,4 @@
-"""Blocking work as native async: it runs in a thread of its own, and the event loop never waits for that thread.
+"""Run blocking calls from asyncio: each in a thread of its own, for which the event loop never waits.
 
 ```python
 result = await aio.call(lambda cancel: llm.chat(messages, cancel=cancel))
@@ -6,8 +6,8 @@ async for chunk in aio.stream(lambda cancel: llm.stream(messages, cancel=cancel)
     ...
 ```
 
-A thread per request, not the loop's default executor: requests wait for the model in turn, and twenty waiting requests
-would take every thread that the rest of the program (DNS look-ups, file access) needs.
+A thread per request, not the loop's default executor: requests wait for the model in turn, and twenty of them would
+occupy all threads that the rest of the program (DNS look-ups, file access) needs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 async def call(work: Callable[[Event], T]) -> T:
-    """`work(cancel)`, done in a thread. Cancelling the task that waits sets `cancel`; it does not wait for the work."""
+    """Return `work(cancel)`, run in a thread. Cancelling the task sets `cancel` and does not wait for the work."""
 
     def once(cancel: Event) -> Generator[T, None, None]:
         yield work(cancel)
@@ -34,27 +34,29 @@ async def call(work: Callable[[Event], T]) -> T:
 
 
 def stream(source: Callable[[Event], Iterator[T]]) -> AsyncGenerator[T, None]:
-    """The items of `source(cancel)`, made in a thread that starts when the first one is asked for.
+    """Return a stream of the items of `source(cancel)`, which runs in a thread from the first request for an item on.
 
-    Closing the stream, letting go of it, or cancelling the task that waits on it sets `cancel`; at its next item the
-    source is closed. None of them waits for it. The source sees the context variables of whoever asked first, and its
-    errors are raised here. Where no thread can be started, RuntimeError is raised.
+    Closing the stream, dropping it, or cancelling the task that waits for it sets `cancel` and does not wait; the
+    source is closed at its next item. It sees the context variables of the first request. Its errors are raised here.
+
+    Raises:
+        RuntimeError: no thread can be started.
     """
     return _Stream(source)
 
 
 class _End:
-    """The last thing in a queue: the work is done, or it failed with `error`."""
+    """The last entry of a queue: the source has ended, or failed with `error`."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
 class _Stream(AsyncGenerator[T, None]):
-    """An asynchronous generator that stops its thread as soon as nobody holds it any more.
+    """An asynchronous generator that stops its thread as soon as it is no longer referenced.
 
-    A native one would wait for the event loop to finalise it: some frameworks wrap a stream in a generator that does
-    not close it, and by then the model has said more than one token.
+    A native one would wait for the event loop to finalize it. Some frameworks wrap a stream in a generator that does
+    not close it, and by then the model has generated more than one token.
     """
 
     def __init__(self, source: Callable[[Event], Iterator[T]]) -> None:
@@ -91,14 +93,14 @@ class _Stream(AsyncGenerator[T, None]):
 
 
 class _Worker(Generic[T]):
-    """Runs `source` in a thread and hands its items to the loop that made this object."""
+    """Runs `source` in a thread and passes its items to the event loop that constructed this object."""
 
     def __init__(self, source: Callable[[Event], Iterator[T]]) -> None:
         self.queue: asyncio.Queue[T | _End] = asyncio.Queue()
         self.cancel = Event()
         self._source = source
         self._loop = asyncio.get_running_loop()
-        # Not a daemon: a thread inside a matrix product must not outlive the interpreter. It ends within one token.
+        # Not a daemon: a thread within a matrix product must not outlive the interpreter. It ends within one token.
         thread = Thread(target=contextvars.copy_context().run, args=(self._work,), name="zsmerge-call", daemon=False)
         _STARTER.start(thread, lambda error: self._put(_End(error)))
 
@@ -120,14 +122,14 @@ class _Worker(Generic[T]):
     def _put(self, item: T | _End) -> None:
         try:
             self._loop.call_soon_threadsafe(self.queue.put_nowait, item)
-        except RuntimeError:  # the loop is closed, nobody is left to read
+        except RuntimeError:  # the loop is closed: nothing reads the queue any more
             self.cancel.set()
 
 
 class _Starter:
     """Starts threads from a thread of its own.
 
-    `Thread.start` waits until the new thread runs, which takes a while where others compute; an event loop must not.
+    `Thread.start` waits until the new thread runs. That takes a while where others compute, and would block the loop.
     """
 
     def __init__(self) -> None:
@@ -136,9 +138,9 @@ class _Starter:
         self._own: Thread | None = None
 
     def start(self, thread: Thread, failed: Callable[[RuntimeError], None]) -> None:
-        """Start `thread` soon; where that is not possible `failed` is told why."""
+        """Start `thread` soon; call `failed` with the error if that is impossible."""
         with self._lock:
-            if self._own is None or not self._own.is_alive():  # the latter behind a fork
+            if self._own is None or not self._own.is_alive():  # not alive: after a fork
                 self._own = Thread(target=self._run, name="zsmerge-starter", daemon=True)
                 self._own.start()
         self._waiting.put((thread, failed))

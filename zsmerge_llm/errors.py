@@ -1,83 +1,83 @@
-"""Every error this package raises on purpose. Each message says what is wrong and what to do about it.
+"""All errors that this package raises on purpose. Each message states what is wrong and how to fix it.
 
 ZSMergeError
-├── ConfigError (ValueError)            a setting that cannot work
-├── InputError (ValueError)             messages, prompts or token ids that cannot be used
-│   ├── UnsupportedContentError         content the model cannot take (an image block, say)
-│   └── ContextLimitError               more tokens than a stated limit; nothing is ever truncated
-├── LoadError                           a model that cannot be loaded
+├── ConfigError (ValueError)            invalid or contradictory settings
+├── InputError (ValueError)             invalid messages, prompts, tools or token ids
+│   ├── UnsupportedContentError         message content other than text, such as an image
+│   └── ContextLimitError               a prompt longer than a set limit; nothing is ever truncated
+├── LoadError                           the model cannot be loaded
 │   ├── ModelNotFoundError              no such Hub id, folder, file or built-in name
-│   ├── CorruptModelError               a file that is empty, truncated or fails its checksum
-│   ├── UnsupportedModelError           an architecture or feature the compressed cache cannot carry
-│   └── MissingTemplateError            chat asked of a model without a chat template
+│   ├── CorruptModelError               a model file is empty, truncated or fails its checksum
+│   ├── UnsupportedModelError           an architecture or feature that the compressed cache does not support
+│   └── MissingTemplateError            chat with a model that has no chat template
 ├── MissingDependencyError (ImportError)  an optional package is not installed
-└── SessionError                        a conversation that cannot be used
+└── SessionError                        a session cannot be used
     ├── SessionNotFoundError            no session of that name
-    ├── SessionCorruptError             a saved session that is truncated or was altered
-    ├── SessionMismatchError            a saved session of another model, tokenizer, template or cache config
-    └── StoreFullError                  the memory ceiling is too small for one session
+    ├── SessionCorruptError             a saved session is truncated or was altered
+    ├── SessionMismatchError            a session of another model, tokenizer, template or cache config
+    └── StoreFullError                  `session_memory` is too small for one session
 """
 
 
 class ZSMergeError(Exception):
-    """Base of all errors raised on purpose by zsmerge-llm."""
+    """Base class of all errors that zsmerge-llm raises on purpose."""
 
 
 class ConfigError(ZSMergeError, ValueError):
-    """A setting that cannot work."""
+    """A setting is invalid, or settings contradict each other."""
 
 
 class InputError(ZSMergeError, ValueError):
-    """Messages, prompts or token ids that cannot be used."""
+    """Messages, prompts, tools or token ids are invalid."""
 
 
 class UnsupportedContentError(InputError):
-    """Message content that a text model cannot take."""
+    """Message content is not text, such as an image block."""
 
 
 class ContextLimitError(InputError):
-    """More tokens than a stated limit allows. Nothing is ever truncated."""
+    """A prompt is longer than a set limit. Nothing is ever truncated."""
 
 
 class LoadError(ZSMergeError):
-    """A model that cannot be loaded."""
+    """The model cannot be loaded."""
 
 
 class ModelNotFoundError(LoadError):
-    """No such Hub id, folder, GGUF file or built-in name."""
+    """There is no such Hub id, folder, GGUF file or built-in name."""
 
 
 class CorruptModelError(LoadError):
-    """A model file that is empty, truncated or fails its checksum."""
+    """A model file is empty, truncated or fails its checksum."""
 
 
 class UnsupportedModelError(LoadError):
-    """An architecture or a feature that the compressed cache cannot carry."""
+    """The compressed cache does not support the model's architecture or one of its features."""
 
 
 class MissingTemplateError(LoadError):
-    """Chat was asked of a model that has no chat template."""
+    """The model has no chat template, so it cannot chat."""
 
 
 class MissingDependencyError(ZSMergeError, ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is required and not installed."""
 
 
 class SessionError(ZSMergeError):
-    """A conversation that cannot be used."""
+    """A session cannot be used."""
 
 
 class SessionNotFoundError(SessionError):
-    """No session of that name or at that path."""
+    """There is no session of that name or at that path."""
 
 
 class SessionCorruptError(SessionError):
-    """A saved session that is truncated or was altered."""
+    """A saved session is truncated or was altered."""
 
 
 class SessionMismatchError(SessionError):
-    """A saved session that belongs to another model, tokenizer, template or cache configuration."""
+    """A session belongs to another model, tokenizer, template or cache configuration."""
 
 
 class StoreFullError(SessionError):
-    """The memory ceiling is too small for even one session."""
+    """`session_memory` is too small for one session."""

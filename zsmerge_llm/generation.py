@@ -1,19 +1,21 @@
-"""One answer as it comes about: its tokens, its text, and what it cost."""
+"""Generation of answers: requests, parsing of tokens as they arrive, and the loops for one answer and for a batch."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from threading import Event
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.language.messages import assistant_message
 from zsmerge_llm.language.output_format import UNCONSTRAINED, OutputFormat
-from zsmerge_llm.language.tool_calls import ParsedAnswer, canonical
+from zsmerge_llm.language.reasoning import AnswerPiece
+from zsmerge_llm.language.tool_calls import ParsedAnswer
 from zsmerge_llm.retrieval.passage_search import tail
 from zsmerge_llm.types import Chunk, FinishReason, Message, Result, Usage
 
@@ -21,308 +23,346 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from zsmerge_llm.engine.engine import Engine
-    from zsmerge_llm.engine.sampler import Detokenizer
     from zsmerge_llm.kvcache.cache import Cache
 
+CONTEXT_TOKENS = 16
+"""Tokens of the prompt that a continued text is decoded with, for the space before its first word."""
 
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and what its answer must be like."""
+
+    ids: Sequence[int]
+    """Ids of the whole logical prompt."""
+    sampling: SamplingParams
+    query_ids: Sequence[int]
+    """Ids of the question, whose attention decides what the cache keeps."""
+    output_format: OutputFormat = UNCONSTRAINED
+    cache_config: CacheConfig | None = None
+    """Configuration of a new cache for this request; None: the engine's."""
+    cached_tokens: int = 0
+    """How many of `ids` an earlier request has read."""
+    retrieved_tokens: int = 0
+    """How many of `ids` repeat earlier text."""
+    reuse: str = "new"
+    """How the conversation was resumed, for the usage."""
+    multi_turn: bool = False
+    """Whether the prompt holds earlier answers (`Engine.read`)."""
+    continues_prompt: bool = False
+    """Whether the answer continues the prompt's own text (a completion)."""
+
+
+@dataclass(frozen=True)
 class Answer:
-    """Collects the tokens of one answer.
+    """One finished answer."""
+
+    result: Result
+    last_chunk: Chunk
+    """The end of a stream: text that was held back, finish reason, usage and tool calls."""
+    tokens: Sequence[int]
+    needs_fallback: bool
+    """Whether it only holds redundant tool calls, and its format has a fallback."""
+
+    @property
+    def message(self) -> Message:
+        """The answer as callers send it back with their next request."""
+        return assistant_message(self.result.text, self.result.tool_calls)
+
+
+class AnswerParser:
+    """Parse the tokens of one answer, as they arrive, into reasoning, text and tool calls.
+
+    Tokens pass a detokenizer, the reasoning parser, stop strings (which apply to the text alone) and the parser of tool
+    calls. No tokens may follow once `stopped` is true.
 
     Args:
-        cache: what it is based on.
-        prompt: ids of the whole logical prompt; the first `cached` of them were read by an earlier request.
-        reuse: how the conversation was taken up, for the usage.
-        continues: whether the answer goes on in the prompt's own text (completion) or begins one of its own.
-        form: what it must look like.
-        recalled: how many of the prompt's ids repeat what was said before, for the usage.
-
-    Raises:
-        InputError: a form that cannot be enforced.
+        context: ids before the answer, if it continues their text.
     """
 
     def __init__(
         self,
-        cache: Cache,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
         tokenizer: PreTrainedTokenizerBase,
-        cached: int = 0,
-        reuse: str = "new",
-        continues: bool = False,
-        form: OutputFormat = UNCONSTRAINED,
-        recalled: int = 0,
+        output_format: OutputFormat,
+        stop: tuple[str, ...] = (),
+        context: Sequence[int] = (),
     ) -> None:
-        self.cache = cache
-        self.prompt = list(prompt)
-        self.sampling = sampling
-        self.cached = cached
-        self.reuse = reuse
-        self.recalled = recalled
-        self._tokenizer = tokenizer
-        self._context = self.prompt[-16:] if continues else []
-        self._prefill_seconds = 0.0
-        self._started = self._latest = time.perf_counter()
-        self._start(form)
+        from zsmerge_llm.engine.detokenizer import Detokenizer, StopStrings
 
-    def _start(self, form: OutputFormat) -> None:
-        """Begin an answer of this form; what another one gave is forgotten."""
-        self.form = form
-        self.tokens: list[int] = []
-        self.text = self.reasoning = ""
-        self.constraint = form.constraint(self.sampling)
-        self._calls = form.calls()
-        self._parsed = ParsedAnswer()
-        self._settled = False
-        self._rest = "", ""
-        self._thoughts = form.thoughts()
-        self._reasoned = 0
-        self._stream = self._text_stream(self.sampling.stop if self._thoughts is None else ())
-
-    def _text_stream(self, stop: tuple[str, ...]) -> Detokenizer:
-        from zsmerge_llm.engine.sampler import Detokenizer
-
-        return Detokenizer(self._tokenizer, stop, context=[*self._context, *self.tokens[-16:]], shown=self.form.shown)
+        visible = output_format.visible_special_ids
+        self._detokenizer = Detokenizer(tokenizer, context=context, visible_special_ids=visible)
+        self._reasoning = output_format.reasoning_parser()
+        self._stop = StopStrings(stop)
+        self._tool_calls = output_format.tool_call_parser()
+        self.reasoning_tokens = 0
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come up."""
-        return self._stream.stopped
+        """Whether a stop string was found."""
+        return self._stop.stopped
+
+    def push(self, token: int) -> AnswerPiece:
+        """Add a token; return what of the answer is certain now."""
+        reasoning, text = self._split(self._detokenizer.push(token))
+        if reasoning or (self._reasoning is not None and self._reasoning.is_inside):
+            self.reasoning_tokens += 1
+        text = self._stop.push(text)
+        return AnswerPiece(reasoning, text if self._tool_calls is None else self._tool_calls.push(text))
+
+    def finish(self, truncated: bool = False) -> tuple[AnswerPiece, ParsedAnswer]:
+        """Return what was held back, and the whole answer's tool calls.
+
+        `truncated`: the answer was cut where its grammar does not let it end.
+        """
+        reasoning, text = self._split(self._detokenizer.finish())
+        if self._reasoning is not None:
+            rest = self._reasoning.finish()
+            reasoning, text = reasoning + rest.reasoning, text + rest.text
+        text = self._stop.push(text) + self._stop.finish()
+        parsed = ParsedAnswer()
+        if self._tool_calls is not None:
+            text = self._tool_calls.push(text)
+            held, parsed = self._tool_calls.finish(truncated)
+            text += held
+        return AnswerPiece(reasoning, text), parsed
+
+    def _split(self, piece: str) -> AnswerPiece:
+        return AnswerPiece("", piece) if self._reasoning is None else self._reasoning.push(piece)
+
+
+class Attempt:
+    """One try at answering a request, from a cache that has read or will read its prompt.
+
+    A second attempt, in the fallback format, follows one that only made redundant tool calls.
+
+    Raises:
+        InputError: the output format cannot be enforced.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        cache: Cache,
+        tokenizer: PreTrainedTokenizerBase,
+        output_format: OutputFormat | None = None,
+    ) -> None:
+        self.request = request
+        self.cache = cache
+        self.output_format = output_format or request.output_format
+        self.constraint = self.output_format.constraint(request.sampling)
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._text = self._reasoning = ""
+        context = request.ids[-CONTEXT_TOKENS:] if request.continues_prompt else ()
+        self._parser = AnswerParser(tokenizer, self.output_format, request.sampling.stop, context)
 
     @property
-    def repeats(self) -> bool:
-        """Whether it does nothing but call where no call is wanted any more. No more tokens may come."""
-        self._settle()
-        return self.form.instead is not None and self._needless()
+    def stopped(self) -> bool:
+        """Whether a stop string was found. No tokens may follow."""
+        return self._parser.stopped
 
-    def begin(self, prefill_seconds: float) -> None:
-        """The prompt is read; decoding begins now."""
-        self._prefill_seconds = prefill_seconds
-        self._started = self._latest = time.perf_counter()
+    def push(self, token: int) -> Chunk | None:
+        """Add a token; return what of the answer is certain now, if anything."""
+        self._tokens.append(token)
+        return self._chunk(self._parser.push(token))
 
-    def again(self, cache: Cache) -> None:
-        """Begin once more, from the cache as it was behind the prompt, with the form for an answer that repeats."""
-        assert self.form.instead is not None
-        self.cache.replace_with(cache)
-        self._start(self.form.instead)
+    def fallback(self) -> Attempt:
+        """Return a second attempt in the fallback format. The cache must be as it was behind the prompt."""
+        attempt = Attempt(self.request, self.cache, self._tokenizer, self.output_format.fallback)
+        attempt.prefill_seconds, attempt.decode_seconds = self.prefill_seconds, self.decode_seconds
+        return attempt
 
-    def take(self, token: int) -> Chunk | None:
-        """Take one token; what of the answer can be shown now, if anything."""
-        self.tokens.append(token)
-        self._latest = time.perf_counter()
-        parts = self._apart(self._stream.push(token))
-        self._reasoned += self._thoughts is not None and (bool(parts[0]) or self._thoughts.inside)
-        return self._shown(*parts)
+    def finish(self, cancelled: bool = False) -> Answer:
+        """Return the answer. No tokens may follow."""
+        piece, parsed = self._parser.finish(truncated=self.constraint is not None and not self.constraint.complete)
+        self._chunk(piece)
+        redundant = self.output_format.calls_are_redundant(parsed)
+        # Text beside redundant calls is the answer: only an answer without any is generated again.
+        calls = [] if self._text and redundant else parsed.calls
+        reason = "cancelled" if cancelled else self._finish_reason(bool(calls))
+        usage = self._usage(cancelled)
+        return Answer(
+            result=Result(self._text, reason, usage, calls, parsed.invalid, self._reasoning),
+            last_chunk=Chunk(piece.text, reason, usage, calls, parsed.invalid, piece.reasoning),
+            tokens=self._tokens,
+            needs_fallback=bool(calls) and redundant and self.output_format.fallback is not None,
+        )
 
-    def _apart(self, piece: str) -> tuple[str, str]:
-        """What a piece holds of the thought and of the text. Stop strings count from the text on."""
-        if self._thoughts is None:
-            return "", piece
-        before = self._thoughts.open
-        parts = self._thoughts.push(piece)
-        if before and not self._thoughts.open:
-            self._stream = self._text_stream(self.sampling.stop)
-        return parts
+    def _chunk(self, piece: AnswerPiece) -> Chunk | None:
+        self._reasoning += piece.reasoning
+        self._text += piece.text
+        return Chunk(piece.text, reasoning=piece.reasoning) if piece.text or piece.reasoning else None
 
-    def _shown(self, thought: str, text: str) -> Chunk | None:
-        if self._calls is not None:
-            text = self._calls.push(text)
-        self.reasoning += thought
-        self.text += text
-        return Chunk(text, reasoning=thought) if text or thought else None
+    @property
+    def _is_full(self) -> bool:
+        return not self.stopped and len(self._tokens) == self.request.sampling.max_tokens
 
-    def finish(self, cancelled: bool = False) -> Chunk:
-        """The last chunk, with the rest of the text, why it ended, and the usage."""
-        self._settle()
-        reason: FinishReason = "cancelled" if cancelled else self._reason()
-        calls, invalid = self._parsed.calls, self._parsed.invalid
-        return Chunk(self._rest[1], reason, self._usage(cancelled), calls, invalid, self._rest[0])
-
-    def _settle(self) -> None:
-        """No more tokens come: take what was held back, and the calls."""
-        if self._settled:
-            return
-        self._settled = True
-        thought, text = self._apart(self._stream.finish())
-        if self._thoughts is not None:
-            ends = self._thoughts.finish()
-            thought, text = thought + ends[0], text + ends[1]
-        if self._calls is not None:
-            text = self._calls.push(text)
-            cut = self.constraint is not None and not self.constraint.complete
-            held, self._parsed = self._calls.finish(broken=cut)
-            text += held
-        self._rest = thought, text
-        self.reasoning += thought
-        self.text += text
-        if self.text and self._needless():
-            self._parsed.calls = []  # the words are the answer then
-
-    def _needless(self) -> bool:
-        """Whether it calls, and all calls were made in this turn before or stand without the mark they need."""
-        calls = self._parsed.calls
-        if self.form.marked and self._parsed.bare:
-            return bool(calls)
-        return bool(calls) and all(canonical(call) in self.form.made for call in calls)
-
-    def _full(self) -> bool:
-        return not self.stopped and len(self.tokens) == self.sampling.max_tokens
-
-    def _reason(self) -> FinishReason:
-        full = self._full()
+    def _finish_reason(self, calls: bool) -> FinishReason:
+        cut = self._is_full
         if self.constraint is not None:
-            full = self.constraint.shortened or (full and not self.constraint.done)
-        return "length" if full else "tool_calls" if self._parsed.calls else "stop"
+            cut = self.constraint.shortened or (cut and not self.constraint.done)
+        return "length" if cut else "tool_calls" if calls else "stop"
 
     def _usage(self, cancelled: bool) -> Usage:
-        ended = not (self.stopped or self._full() or cancelled)  # then the end token is generated too
+        ended = not (self.stopped or self._is_full or cancelled)  # by the end token, which counts as generated
         if self.constraint is not None:
             ended = self.constraint.ended
         return Usage(
-            prompt_tokens=len(self.prompt),
-            cached_tokens=self.cached,
-            completion_tokens=len(self.tokens) + ended,
+            prompt_tokens=len(self.request.ids),
+            cached_tokens=self.request.cached_tokens,
+            completion_tokens=len(self._tokens) + ended,
             dropped_tokens=self.cache.dropped_tokens,
             merged_tokens=self.cache.merged_tokens,
-            prefill_seconds=self._prefill_seconds,
-            decode_seconds=self._latest - self._started,
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
             cache_bytes=self.cache.nbytes,
-            reuse=self.reuse,
-            reasoning_tokens=self._reasoned,
-            retrieved_tokens=self.recalled,
+            reuse=self.request.reuse,
+            reasoning_tokens=self._parser.reasoning_tokens,
+            retrieved_tokens=self.request.retrieved_tokens,
         )
 
-    def message(self) -> Message:
-        """The answer as the message that a caller sends back with the next request."""
-        return assistant_message(self.text, self._parsed.calls)
 
+def generate(
+    engine: Engine, attempt: Attempt, read: Callable[[], object], cancel: Event | None
+) -> Generator[Chunk, None, Answer]:
+    """Generate one answer: yield its pieces but the last, and return it.
 
-def collect(chunks: Iterable[Chunk]) -> Result:
-    """The whole answer from its chunks."""
-    text = reasoning = ""
-    for chunk in chunks:
-        text += chunk.text
-        reasoning += chunk.reasoning
-    assert chunk.usage is not None
-    assert chunk.finish_reason is not None
-    return Result(text, chunk.finish_reason, chunk.usage, chunk.tool_calls, chunk.invalid_tool_calls, reasoning)
-
-
-def speak(engine: Engine, answer: Answer, cancel: Event | None) -> Generator[Chunk, None, None]:
-    """Decode one answer, whose prompt has been read: its pieces. `Answer.finish` gives the last one.
-
-    One that only makes needless calls is forgotten and decoded again, in the form for that.
-    """
-    behind_prompt = answer.cache.clone() if answer.form.instead is not None else None
-    while True:
-        sampling, prompt, limit = [answer.sampling], [answer.prompt], [answer.constraint]
-        for (token,) in engine.decode(answer.cache, sampling, prompt, constraints=limit, cancel=cancel):
-            assert token is not None
-            if chunk := answer.take(token):
-                yield chunk
-            if answer.stopped:
-                break
-        if behind_prompt is None or not answer.repeats:
-            return
-        answer.again(behind_prompt)
-        behind_prompt = None
-
-
-class Prompt(NamedTuple):
-    """One of several prompts that are answered together: its ids, its probe and what its cache may hold; `multi_turn`
-    as for `Engine.read`, `recalled` as for `Answer`."""
-
-    ids: Sequence[int]
-    probe: Sequence[int]
-    config: CacheConfig
-    multi_turn: bool = False
-    recalled: int = 0
-
-
-def together(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    forms: Sequence[OutputFormat],
-    params: SamplingParams,
-    limit: int | None,
-    cancel: Event | None,
-    continues: bool = False,
-) -> list[Result]:
-    """Read several prompts one by one, and decode their answers together.
-
-    limit: tokens that a prompt may have. Raises as `Answer` and `check_length`, before anything is read.
+    Args:
+        read: reads the request's prompt into the attempt's cache.
+        cancel: an event that stops it within one token; the answer says so in its finish reason.
     """
     from zsmerge_llm.engine.engine import Cancelled
 
-    if not prompts:
-        return []
-    for each in prompts:
-        check_length(len(each.ids) - each.recalled, params, limit, engine.exact_limit)
-    caches = [engine.new_cache(each.config) for each in prompts]
-    answers = [
-        Answer(cache, each.ids, params, tokenizer, continues=continues, form=form, recalled=each.recalled)
-        for cache, each, form in zip(caches, prompts, forms, strict=True)
-    ]
-    cancelled = False
     try:
-        for answer, each in zip(answers, prompts, strict=True):
-            started = time.perf_counter()
-            behind = tail(each.recalled)
-            engine.read(
-                answer.cache, each.ids, probe=each.probe, multi_turn=each.multi_turn, pinned_tail=behind, cancel=cancel
-            )
-            answer.begin(time.perf_counter() - started)
-        _speak_together(engine, answers, cancel)
-        if repeating := [answer for answer in answers if answer.repeats]:
-            for answer in repeating:  # its cache is as it was behind the prompt: what was decoded is in the batch's own
-                answer.again(answer.cache)
-            _speak_together(engine, repeating, cancel)
+        attempt.prefill_seconds = _seconds(read)
+        checkpoint = attempt.cache.clone() if attempt.output_format.fallback is not None else None
+        while True:
+            yield from _decode(engine, attempt.cache, [attempt], cancel)
+            attempt.cache.compress_stage()
+            answer = attempt.finish()
+            if checkpoint is None or not answer.needs_fallback:
+                return answer
+            attempt.cache.replace_with(checkpoint)
+            attempt = attempt.fallback()
     except Cancelled:
-        cancelled = True
-    lasts = [answer.finish(cancelled) for answer in answers]
-    wholes = zip(answers, lasts, strict=True)
-    return [collect([replace(last, text=answer.text, reasoning=answer.reasoning)]) for answer, last in wholes]
+        return attempt.finish(cancelled=True)
 
 
-def _speak_together(engine: Engine, answers: Sequence[Answer], cancel: Event | None) -> None:
-    """Decode answers, those of the same budget at once, as many as a step should take."""
-    for config in dict.fromkeys(answer.cache.config for answer in answers):
-        alike = [answer for answer in answers if answer.cache.config == config]
-        most = engine.max_decode_batch or len(alike)
-        for start in range(0, len(alike), most):
-            _speak_alike(engine, alike[start : start + most], cancel)
+def generate_batch(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    max_input_tokens: int | None,
+    cancel: Event | None,
+) -> list[Result]:
+    """Read several prompts one by one, decode their answers together, and return them in order.
+
+    Raises as `Attempt` and `check_length`, before anything is read.
+    """
+    from zsmerge_llm.engine.engine import Cancelled
+
+    if not requests:
+        return []
+    for request in requests:
+        length = len(request.ids) - request.retrieved_tokens
+        check_length(length, request.sampling, max_input_tokens, engine.exact_limit)
+    attempts = [Attempt(request, engine.new_cache(request.cache_config), tokenizer) for request in requests]
+    answers: dict[int, Answer] = {}
+    pending = list(range(len(attempts)))
+    try:
+        for attempt in attempts:
+            attempt.prefill_seconds = _seconds(partial(_read, engine, attempt, cancel))
+        while pending:
+            _decode_together(engine, [attempts[at] for at in pending], cancel)
+            answers |= {at: attempts[at].finish() for at in pending}
+            pending = [at for at in pending if answers[at].needs_fallback]
+            for at in pending:  # its own cache is as it was behind the prompt: what was decoded is in the batch's
+                attempts[at] = attempts[at].fallback()
+    except Cancelled:
+        answers |= {at: attempts[at].finish(cancelled=True) for at in pending}
+    return [answers[at].result for at in range(len(attempts))]
 
 
-def _speak_alike(engine: Engine, answers: Sequence[Answer], cancel: Event | None) -> None:
+def _decode_together(engine: Engine, attempts: Sequence[Attempt], cancel: Event | None) -> None:
+    """Decode attempts with equal cache configurations together, as many at once as a decode step should take."""
     from zsmerge_llm.kvcache.cache import Cache
 
-    batch = Cache.stack([answer.cache for answer in answers])
-    sampling, prompts = [answer.sampling for answer in answers], [answer.prompt for answer in answers]
-    limits = [answer.constraint for answer in answers]
-    for chosen in engine.decode(batch, sampling, prompts, constraints=limits, cancel=cancel):
-        for answer, token in zip(answers, chosen, strict=True):
-            if token is not None and not answer.stopped:
-                answer.take(token)
-        if all(answer.stopped for answer in answers):
+    for config in dict.fromkeys(attempt.cache.config for attempt in attempts):
+        group = [attempt for attempt in attempts if attempt.cache.config == config]
+        size = engine.max_decode_batch or len(group)
+        for start in range(0, len(group), size):
+            rows = group[start : start + size]
+            for _ in _decode(engine, Cache.stack([attempt.cache for attempt in rows]), rows, cancel):
+                pass
+
+
+def _decode(engine: Engine, cache: Cache, attempts: Sequence[Attempt], cancel: Event | None) -> Iterator[Chunk]:
+    """Decode one attempt in each row of `cache`; yield the pieces of all of them as they arrive."""
+    requests = [attempt.request for attempt in attempts]
+    sampling, prompts = [request.sampling for request in requests], [request.ids for request in requests]
+    constraints = [attempt.constraint for attempt in attempts]
+    started = [time.perf_counter() - attempt.decode_seconds for attempt in attempts]
+    for tokens in engine.decode(cache, sampling, prompts, constraints=constraints, cancel=cancel):
+        for attempt, token, start in zip(attempts, tokens, started, strict=True):
+            if token is not None and not attempt.stopped:
+                attempt.decode_seconds = time.perf_counter() - start
+                if chunk := attempt.push(token):
+                    yield chunk
+        if all(attempt.stopped for attempt in attempts):
             return
 
 
-def check_length(prompt: int, params: SamplingParams, limit: int | None, window: int | None) -> None:
-    """Refuse a prompt of more tokens than `limit`; warn where prompt and answer go beyond `window`.
+def _read(engine: Engine, attempt: Attempt, cancel: Event | None) -> None:
+    request = attempt.request
+    engine.read(
+        attempt.cache,
+        request.ids,
+        probe=request.query_ids,
+        multi_turn=request.multi_turn,
+        pinned_tail=tail(request.retrieved_tokens),
+        cancel=cancel,
+    )
 
-    window: positions the model was trained on, if going beyond them makes answers worse (the exact cache).
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def collect(chunks: Iterable[Chunk]) -> Result:
+    """Return the whole answer of a stream."""
+    pieces = list(chunks)
+    last = pieces[-1]
+    text, reasoning = "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces)
+    assert last.usage is not None
+    assert last.finish_reason is not None
+    return Result(text, last.finish_reason, last.usage, last.tool_calls, last.invalid_tool_calls, reasoning)
+
+
+def check_length(
+    tokens: int, params: SamplingParams, max_input_tokens: int | None, exact_limit: int | None, stacklevel: int = 4
+) -> None:
+    """Refuse a prompt longer than `max_input_tokens`; warn where prompt and answer exceed `exact_limit`.
+
+    Args:
+        tokens: length of the prompt.
+        exact_limit: positions the model was trained on, with an exact cache (`Engine.exact_limit`).
+        stacklevel: whose line the warning names, as for `warnings.warn`.
 
     Raises:
         ContextLimitError: too many tokens.
     """
-    if limit is not None and prompt > limit:
+    if max_input_tokens is not None and tokens > max_input_tokens:
         raise ContextLimitError(
-            f"The prompt has {prompt} tokens and max_input_tokens is {limit}: raise it or shorten the prompt."
+            f"The prompt has {tokens} tokens and max_input_tokens is {max_input_tokens}: raise it or shorten the "
+            "prompt."
         )
-    reach = prompt + (params.max_tokens or 0)
-    if window is not None and reach > window:
+    total = tokens + (params.max_tokens or 0)
+    if exact_limit is not None and total > exact_limit:
         warnings.warn(
-            f"Prompt and answer may reach {reach} tokens and the model was trained on {window} positions: "
-            "the exact cache reads on, but answers beyond get worse. A compressed cache (slots=...) goes on.",
-            stacklevel=4,
+            f"Prompt and answer may take {total} tokens and the model was trained on {exact_limit} positions: beyond "
+            "them answers of the exact cache get worse. A compressed cache (slots=...) has no such limit.",
+            stacklevel=stacklevel,
         )

@@ -1,10 +1,8 @@
-"""`LLM`: messages in, text out. Joins loader, engine, sessions, chat template and sampling, and only composes them."""
+"""`LLM`: messages in, text out. Composes model loading, chat template, sessions, engine and output formats."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from threading import Event, RLock
@@ -12,18 +10,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.errors import InputError
-from zsmerge_llm.generation import Answer, Prompt, check_length, collect, speak, together
-from zsmerge_llm.language.chat_template import normalize_messages
+from zsmerge_llm.generation import Answer, Attempt, Request, check_length, collect, generate, generate_batch
 from zsmerge_llm.language.grammar import Grammar
+from zsmerge_llm.language.messages import normalize_messages
+from zsmerge_llm.models.device import validate_settings
+from zsmerge_llm.options import (
+    BatchCompletionOptions,
+    BatchOptions,
+    ChatOptions,
+    CompletionOptions,
+    RequestOptions,
+    with_options,
+)
 from zsmerge_llm.retrieval.documents import read_text
 from zsmerge_llm.retrieval.passage_search import TOKENS, tail
 from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, completion_probe, is_multi_turn, message_probe
-from zsmerge_llm.runtime import Runtime, assemble, check_settings
-from zsmerge_llm.types import Chunk, Message, Progress, ResponseFormat, Result, ToolChoice
+from zsmerge_llm.runtime import Runtime, assemble, validate_runtime_settings
+from zsmerge_llm.types import Chunk, Message, Progress, Result
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
     from zsmerge_llm.engine.engine import Engine
     from zsmerge_llm.sessions.conversations import Turn
@@ -31,14 +39,15 @@ if TYPE_CHECKING:
     from zsmerge_llm.sessions.store import Store
 
 Messages = str | Sequence[Message]
+"""One user message as text, or a list of dicts in the OpenAI format."""
 
 
 class LLM:
-    """A local model on a cache of constant size. Cheap to make: the model loads on first use.
+    """A local model on a KV cache of constant size. Cheap to construct: the model loads on first use.
 
     Args:
         model: a Hub id, a local folder, a .gguf file, the built-in name "smollm2", or a loaded transformers model.
-        cache: the cache's budget and rule.
+        cache: budget and eviction policy of the KV cache.
         dtype: "auto" (bfloat16 where the hardware has it), a name such as "float32", or a torch dtype.
         device: "auto", "cpu", "cuda", ...; device_map: as in transformers, instead of `device`.
         quantization: "int4" or "int8" on a CPU, "nf4" or "int8" on a GPU (bitsandbytes); None keeps `dtype`.
@@ -47,17 +56,18 @@ class LLM:
         template_args: variables for the chat template, such as {"enable_thinking": False}.
         chunk: tokens read in one forward pass.
         compile: whether decode steps run through compiled layers: True compiles while loading; "auto" later, once
-            enough was decoded for it to pay; False never. Where it is not possible, that is logged, and nothing else.
-        retrieval_tokens: tokens of earlier text that fit a question and are read again before it, where the cache has lost
-            some; half of its slots at most. 0: none.
-        max_input_tokens: a longer prompt raises ContextLimitError; None sets no limit. Nothing is ever truncated.
-        sessions_dir: where conversations are kept for good, to go on after a restart; None keeps them for this process.
+            enough was decoded to pay for it; False never. Where it is impossible, that is logged, and nothing else.
+        retrieval_tokens: most tokens of earlier text that match a question and are read again before it, where the
+            cache has dropped some; at most half of its slots. 0: none.
+        max_input_tokens: a longer prompt raises ContextLimitError; None: no limit. Nothing is ever truncated.
+        sessions_dir: folder that keeps conversations across restarts; None keeps them for this process.
         session_memory: bytes that all conversations together may hold in memory, such as "4GiB"; the least recently
-            used ones go to disk. A ceiling too small for one conversation raises StoreFullError when the model loads.
-        progress: called with a line of text at each step of loading, and of finding the profile (`profile.py`).
+            used ones go to disk. Too few for one conversation raise StoreFullError when the model loads.
+        progress: called with a line of text at each step of loading and of measuring the layer budgets.
 
     Raises:
-        ConfigError: settings that contradict each other. LoadError, on first use: a model that cannot be loaded.
+        ConfigError: settings that are invalid or contradict each other. LoadError, on first use: the model cannot be
+            loaded.
     """
 
     def __init__(
@@ -80,7 +90,8 @@ class LLM:
         session_memory: int | str = "4GiB",
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        check_settings(cache, device, device_map, quantization, compile, retrieval_tokens)
+        validate_settings(dtype, device, device_map, quantization)
+        validate_runtime_settings(cache, compile, retrieval_tokens)
         self.model = model
         self.cache = cache or CacheConfig()
         self.chunk = chunk
@@ -100,14 +111,14 @@ class LLM:
             assemble, model, self.cache, chunk, compile, loading, template_args, retrieval_tokens, sessions_dir, memory
         )
         self._lock = RLock()
-        self._parts: Runtime | None = None
+        self._runtime: Runtime | None = None
 
-    # -- what is behind it -------------------------------------------------------------------------------------------
+    # -- the model ---------------------------------------------------------------------------------------------------
 
     @property
     def loaded(self) -> bool:
         """Whether the model is in memory."""
-        return self._parts is not None
+        return self._runtime is not None
 
     @property
     def name(self) -> str:
@@ -121,186 +132,107 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """The engine below: token ids in and out."""
+        """The engine: token ids in, token ids out."""
         return self._load().engine
 
     @property
     def context_window(self) -> int | None:
-        """Positions the model was trained on, where its config says so. Longer prompts can be read all the same."""
+        """Positions the model was trained on, where its config says so. Longer prompts are read all the same."""
         return self.engine.context_window
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a plain text, without special tokens."""
+        """Return the number of tokens of a plain text, without special tokens."""
         return len(self._load().template.encode(text))
 
     def count_prompt_tokens(self, messages: Messages, tools: Sequence[dict[str, Any]] | None = None) -> int:
-        """Tokens of a prompt made of these messages: `usage.prompt_tokens` of a new conversation.
+        """Return the tokens of a prompt made of these messages: `usage.prompt_tokens` of a new conversation.
 
-        Parts of a conversation count too, such as one that ends with an answer. Raises InputError as `stream`.
+        Parts of a conversation can be counted too, such as one that ends with an answer. Raises InputError as `stream`.
         """
         return self._load().template.count(normalize_messages(messages, partial=True), tools)
 
-    @property
-    def store(self) -> Store:
-        """All conversations, with their sizes."""
-        return self._load().conversations.store
-
     def warm_up(self) -> None:
-        """Load the model, what grammars need, and the kernels that read, now rather than at the first use.
+        """Load the model, the tokenizer for grammars and the kernels for prefill now rather than at the first use.
 
-        Native code holds all threads for up to half a second at a time: call it before an event loop serves others.
+        Native code blocks all threads for up to half a second at a time: call it before an event loop serves others.
         """
         self.engine.backend.warm_up()
         self.complete("a", grammar=Grammar.choice("a"), sampling=SamplingParams(max_tokens=1))
 
     def _load(self) -> Runtime:
         with self._lock:
-            if self._parts is None:
-                self._parts = self._assemble()
-            return self._parts
+            if self._runtime is None:
+                self._runtime = self._assemble()
+            return self._runtime
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
-    def chat(
-        self,
-        messages: Messages,
-        *,
-        sampling: SamplingParams | None = None,
-        tools: Sequence[dict[str, Any]] | None = None,
-        tool_choice: ToolChoice | None = None,
-        parallel_tool_calls: bool = True,
-        response_format: ResponseFormat | None = None,
-        grammar: Grammar | None = None,
-        session: str | Session | None = None,
-        probe: str | None = None,
-        reread: bool = False,
-        cancel: Event | None = None,
-        progress: Progress | None = None,
-    ) -> Result:
-        """Answer a conversation. See `stream`."""
-        return collect(
-            self.stream(
-                messages,
-                sampling=sampling,
-                tools=tools,
-                tool_choice=tool_choice,
-                parallel_tool_calls=parallel_tool_calls,
-                response_format=response_format,
-                grammar=grammar,
-                session=session,
-                probe=probe,
-                reread=reread,
-                cancel=cancel,
-                progress=progress,
-            )
-        )
+    @with_options(ChatOptions)
+    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Result:
+        """Answer a conversation. Arguments and errors as for `stream`."""
+        return collect(self.stream(messages, **options))
 
-    def stream(
-        self,
-        messages: Messages,
-        *,
-        sampling: SamplingParams | None = None,
-        tools: Sequence[dict[str, Any]] | None = None,
-        tool_choice: ToolChoice | None = None,
-        parallel_tool_calls: bool = True,
-        response_format: ResponseFormat | None = None,
-        grammar: Grammar | None = None,
-        session: str | Session | None = None,
-        probe: str | None = None,
-        reread: bool = False,
-        cancel: Event | None = None,
-        progress: Progress | None = None,
-    ) -> Iterator[Chunk]:
+    @with_options(ChatOptions)
+    def stream(self, messages: Messages, **options: Unpack[ChatOptions]) -> Iterator[Chunk]:
         """Answer a conversation, piece by piece; the last chunk has `finish_reason`, `usage` and tool calls.
 
-        What was read or said earlier in this conversation is recognised by its content and not read again.
+        What was read or generated earlier in this conversation is recognized by its content and not read again.
 
         Args:
             messages: a string (one user message) or a list of dicts in the OpenAI format.
-            tools: definitions in the OpenAI format, shown to the model by its template. Calls always fit their schema
-                and never show in the text; the last chunk has them.
+            sampling: how tokens are sampled, and when the answer ends (`SamplingParams`).
+            tools: definitions in the OpenAI format, rendered by the model's chat template. Arguments of calls are
+                always valid under their schema. Calls are no part of the text: the last chunk has them.
             tool_choice: "auto" (default), "required", "none", or `{"type": "function", "function": {"name": ...}}`.
             parallel_tool_calls: whether one answer may hold several calls.
             response_format: `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"name": ...,
-                "schema": {...}}}`. The model is told, and can write nothing else (but calls, if there are tools).
-            grammar: a form that the answer must have, such as `Grammar.regex("yes|no")`. The model is not told.
-            session: a name for the conversation, or a session. It helps to find it and never mixes two; that of a
-                document (`read_document`) asks about the document.
-            probe: text that says what matters in this prompt, for the cache to keep; by default the last line of
-                the last message.
-            reread: read the whole conversation again, and keep what this question needs: for one about something that
-                earlier ones did not need. It costs what a new conversation costs.
-            cancel: an event that stops reading after the current chunk and decoding within one token. Closing the
+                "schema": {...}}}`. The model is told, and can generate nothing else (but calls, if there are tools).
+            grammar: a grammar of the answer, such as `Grammar.regex("yes|no")`. The model is not told.
+            session: a name for the conversation, or a session. It helps to find it and never mixes two; the session of
+                a document (`read_document`) asks about the document.
+            probe: a question that decides what of this prompt the cache keeps; by default the last line of the last
+                message.
+            reread: read the whole conversation again and keep what this question needs, for a question about something
+                that earlier ones did not need. It costs what a new conversation costs.
+            cancel: an event that stops prefill after the current chunk and decoding within one token. Closing the
                 iterator does the same.
-            progress: called with (tokens read, tokens to read) while the prompt is read.
+            progress: called with (tokens read, tokens to read) during prefill.
 
         Raises:
-            InputError: messages, tools or a form that cannot be used, before anything is read.
+            InputError: invalid messages, tools, response format or grammar, before anything is read.
             MissingTemplateError: no chat template. ContextLimitError: more than `max_input_tokens`.
+            TypeError: an unknown keyword argument.
         """
-        checked, params = normalize_messages(messages), sampling or SamplingParams()
-        parts = self._load()
-        form = parts.forms.chat(checked, tools, tool_choice, parallel_tool_calls, response_format, grammar)
-        turn = parts.conversations.begin(form.noted(checked), tools, session, reread=reread)
-        check_length(len(turn.tokens) - turn.recalled, params, self.max_input_tokens, parts.engine.exact_limit)
-        asking = chat_probe(parts.template, probe) if probe else message_probe(parts.template, checked[-1]["content"])
-        answer = Answer(
-            turn.cache,
-            turn.tokens,
-            params,
-            parts.tokenizer,
-            cached=turn.cache.seen,
-            reuse=turn.reuse,
-            form=form,
-            recalled=turn.recalled,
-        )
-        return self._run(turn, answer, asking, cancel, progress)
+        wanted = RequestOptions.parse(ChatOptions, options)
+        checked, runtime = normalize_messages(messages), self._load()
+        turn, attempt = _begin_turn(runtime, checked, wanted, self.max_input_tokens)
+        return _stream_turn(runtime, turn, attempt, wanted)
 
-    def batch(
-        self,
-        conversations: Sequence[Messages],
-        *,
-        sampling: SamplingParams | None = None,
-        tools: Sequence[dict[str, Any]] | None = None,
-        tool_choice: ToolChoice | None = None,
-        parallel_tool_calls: bool = True,
-        response_format: ResponseFormat | None = None,
-        grammar: Grammar | None = None,
-        cancel: Event | None = None,
-    ) -> list[Result]:
-        """Answer several conversations together, in order. Raises as `stream`, before anything is read."""
-        parts = self._load()
-        checked = [normalize_messages(messages) for messages in conversations]
-        wanted = (tools, tool_choice, parallel_tool_calls, response_format, grammar)
-        forms = [parts.forms.chat(each, *wanted) for each in checked]
-        prompts = []
-        for form, each in zip(forms, checked, strict=True):
-            whole = parts.conversations.whole(parts.template, form.noted(each), tools)
-            asking = message_probe(parts.template, each[-1]["content"])
-            prompts.append(Prompt(whole.ids, asking, whole.config, is_multi_turn(each), whole.recalled))
-        params = sampling or SamplingParams()
-        return together(parts.engine, parts.tokenizer, prompts, forms, params, self.max_input_tokens, cancel)
+    @with_options(BatchOptions)
+    def batch(self, conversations: Sequence[Messages], **options: Unpack[BatchOptions]) -> list[Result]:
+        """Answer several conversations together, in order, without sessions. Arguments and errors as for `stream`."""
+        wanted = RequestOptions.parse(BatchOptions, options)
+        checked, runtime = [normalize_messages(messages) for messages in conversations], self._load()
+        requests = [_batch_request(runtime, messages, wanted) for messages in checked]
+        return generate_batch(runtime.engine, runtime.tokenizer, requests, self.max_input_tokens, wanted.cancel)
 
-    # -- sessions ----------------------------------------------------------------------------------------------------
+    # -- sessions and documents --------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> Store:
+        """All conversations, with their sizes."""
+        return self._load().conversations.store
 
     def session(self, name: str) -> Session:
-        """The conversation of that name, with its `.cache`, `.tokens`, `.nbytes`, `.fork(name)` and `.save(path)`.
-
-        Raises:
-            SessionNotFoundError: there is none.
-        """
+        """Return the conversation of that name. Raises SessionNotFoundError if there is none."""
         return self.store.get(name)
 
     def load_session(self, path: str | Path) -> Session:
-        """Bring back a conversation that `Session.save` wrote: requests that continue it are recognised again.
-
-        Raises:
-            SessionNotFoundError, SessionCorruptError, SessionMismatchError: see the errors.
-        """
+        """Load what `Session.save` wrote; requests that continue it are recognized. Raises SessionError."""
         return self.store.load(path)
 
     def add_session(self, session: Session) -> Session:
-        """Keep a session made by `Session.fork` among this model's conversations."""
+        """Add a session made by `Session.fork` to this model's conversations, and return it."""
         self.store.commit(session)
         return session
 
@@ -318,133 +250,135 @@ class LLM:
 
         Args:
             document: the text, or a path to a text file (a `Path`, or a string that names an existing file).
-            text: the text, in place of `document`, where it must never be taken for the name of a file.
-            name: the session's name; a document read under that name before, with the same text, is taken up.
+            text: the text, instead of `document`, where it must never be taken for the name of a file.
+            name: the session's name; a document that was read under that name, with the same text, is returned.
             probe: what will be asked, as far as it is known; decides what is kept. cancel, progress: as for `stream`.
 
         Raises:
-            InputError: no text, or a file that is no text. Cancelled: `cancel` was set; nothing is kept.
+            InputError: no text, or a file that is not text. Cancelled: `cancel` was set; nothing is kept.
         """
-        read, title = read_text(document, text)
-        parts = self._load()
-        turn = parts.conversations.open_document(read, name, title, known=probe is not None)
+        content, title = read_text(document, text)
+        runtime = self._load()
+        turn = runtime.conversations.open_document(content, name, title, known=probe is not None)
         if turn.ids:
-            check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, parts.engine.exact_limit)
-            asking = chat_probe(parts.template, probe or GENERIC)
-            parts.engine.read(turn.cache, turn.ids, probe=asking, cancel=cancel, progress=progress)
-            parts.conversations.keep_document(turn)
+            check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, runtime.engine.exact_limit)
+            query_ids = chat_probe(runtime.template, probe or GENERIC)
+            runtime.engine.read(turn.cache, turn.ids, probe=query_ids, cancel=cancel, progress=progress)
+            runtime.conversations.keep_document(turn)
         return turn.session
 
     # -- plain completion --------------------------------------------------------------------------------------------
 
-    def complete(
-        self,
-        prompt: str,
-        *,
-        sampling: SamplingParams | None = None,
-        response_format: ResponseFormat | None = None,
-        grammar: Grammar | None = None,
-        cancel: Event | None = None,
-        progress: Progress | None = None,
-    ) -> Result:
-        """Continue a plain text, without a chat template. See `stream_complete`."""
-        chunks = self.stream_complete(
-            prompt,
-            sampling=sampling,
-            response_format=response_format,
-            grammar=grammar,
-            cancel=cancel,
-            progress=progress,
-        )
-        return collect(chunks)
+    @with_options(CompletionOptions)
+    def complete(self, prompt: str, **options: Unpack[CompletionOptions]) -> Result:
+        """Continue a plain text, without a chat template. Arguments and errors as for `stream`."""
+        return collect(self.stream_complete(prompt, **options))
 
-    def stream_complete(
-        self,
-        prompt: str,
-        *,
-        sampling: SamplingParams | None = None,
-        response_format: ResponseFormat | None = None,
-        grammar: Grammar | None = None,
-        cancel: Event | None = None,
-        progress: Progress | None = None,
-    ) -> Iterator[Chunk]:
-        """Continue a plain text, piece by piece. Arguments and errors as for `stream`; the prompt stays as it is."""
-        ids, params = self._prompt_ids(prompt), sampling or SamplingParams()
-        parts = self._load()
-        check_length(len(ids), params, self.max_input_tokens, parts.engine.exact_limit)
-        form = parts.forms.plain(response_format, grammar)
-        cache = parts.engine.new_cache(parts.profile.prompt_config(len(ids)))
-        answer = Answer(cache, ids, params, parts.tokenizer, continues=True, form=form)
-        return self._run(None, answer, completion_probe(parts.template, ids, prompt), cancel, progress)
+    @with_options(CompletionOptions)
+    def stream_complete(self, prompt: str, **options: Unpack[CompletionOptions]) -> Iterator[Chunk]:
+        """Continue a plain text, piece by piece, with nothing added to it. Arguments and errors as for `stream`."""
+        wanted = RequestOptions.parse(CompletionOptions, options)
+        text, runtime = _checked_prompt(prompt), self._load()
+        request = _completion_request(runtime, text, wanted)
+        check_length(len(request.ids), wanted.sampling, self.max_input_tokens, runtime.engine.exact_limit)
+        attempt = Attempt(request, runtime.engine.new_cache(request.cache_config), runtime.tokenizer)
+        return _stream_turn(runtime, None, attempt, wanted)
 
-    def batch_complete(
-        self,
-        prompts: Sequence[str],
-        *,
-        sampling: SamplingParams | None = None,
-        response_format: ResponseFormat | None = None,
-        grammar: Grammar | None = None,
-        cancel: Event | None = None,
-    ) -> list[Result]:
-        """Continue several texts together, in order. Raises as `stream_complete`, before anything is read."""
-        ids, parts = [self._prompt_ids(prompt) for prompt in prompts], self._load()
-        read = [
-            Prompt(own, completion_probe(parts.template, own, prompt), parts.profile.prompt_config(len(own)))
-            for own, prompt in zip(ids, prompts, strict=True)
-        ]
-        forms, limit = [parts.forms.plain(response_format, grammar)] * len(ids), self.max_input_tokens
-        params = sampling or SamplingParams()
-        return together(parts.engine, parts.tokenizer, read, forms, params, limit, cancel, continues=True)
+    @with_options(BatchCompletionOptions)
+    def batch_complete(self, prompts: Sequence[str], **options: Unpack[BatchCompletionOptions]) -> list[Result]:
+        """Continue several texts together, in order. Arguments and errors as for `stream`."""
+        wanted = RequestOptions.parse(BatchCompletionOptions, options)
+        texts, runtime = [_checked_prompt(prompt) for prompt in prompts], self._load()
+        requests = [_completion_request(runtime, text, wanted) for text in texts]
+        return generate_batch(runtime.engine, runtime.tokenizer, requests, self.max_input_tokens, wanted.cancel)
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        if not isinstance(prompt, str) or not prompt:
-            raise InputError("The prompt is empty: give some text to continue.")
-        return self._load().template.encode_prompt(prompt)
 
-    # -- how an answer comes about -----------------------------------------------------------------------------------
+def _begin_turn(
+    runtime: Runtime, messages: list[Message], options: RequestOptions, max_input_tokens: int | None
+) -> tuple[Turn, Attempt]:
+    """Find the conversation that these messages continue, and prepare the next answer. Raises as `LLM.stream`."""
+    output_format = options.output_format(runtime.output_formats, messages)
+    instructed = output_format.with_instruction(messages)
+    turn = runtime.conversations.begin(instructed, options.tools, options.session, reread=options.reread)
+    length = len(turn.tokens) - turn.recalled
+    check_length(length, options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=5)
+    template, question = runtime.template, messages[-1]["content"]
+    request = Request(
+        turn.tokens,
+        options.sampling,
+        chat_probe(template, options.probe) if options.probe else message_probe(template, question),
+        output_format,
+        cached_tokens=turn.cache.seen,
+        retrieved_tokens=turn.recalled,
+        reuse=turn.reuse,
+        multi_turn=not turn.alone and is_multi_turn(turn.messages),
+    )
+    return turn, Attempt(request, turn.cache, runtime.tokenizer)
 
-    def _run(
-        self,
-        turn: Turn | None,
-        answer: Answer,
-        probe: list[int],
-        cancel: Event | None,
-        progress: Progress | None,
-    ) -> Iterator[Chunk]:
-        """Read, decode, commit. However it ends, the conversation is at a point it can go on from."""
-        from zsmerge_llm.engine.engine import Cancelled
 
-        conversations = self._load().conversations
-        reply: Message | None = None
-        try:
-            self._read(turn, answer, probe, cancel, progress)
-            with closing(speak(self.engine, answer, cancel)) as pieces:
-                yield from pieces
-            answer.cache.compress_stage()
-            last = answer.finish()
-            reply = answer.message()
-        except Cancelled:
-            last = answer.finish(cancelled=True)
-        finally:
-            if turn is not None:
-                conversations.commit(turn, reply, answer.tokens)
-        yield last
+def _batch_request(runtime: Runtime, messages: list[Message], options: RequestOptions) -> Request:
+    """Return the request for one conversation of a batch, which is read from its beginning."""
+    output_format = options.output_format(runtime.output_formats, messages)
+    prompt = runtime.conversations.whole(runtime.template, output_format.with_instruction(messages), options.tools)
+    return Request(
+        prompt.ids,
+        options.sampling,
+        message_probe(runtime.template, messages[-1]["content"]),
+        output_format,
+        prompt.config,
+        retrieved_tokens=prompt.recalled,
+        multi_turn=is_multi_turn(messages),
+    )
 
-    def _read(
-        self, turn: Turn | None, answer: Answer, probe: list[int], cancel: Event | None, progress: Progress | None
-    ) -> None:
-        """Read what is new of the prompt, and keep the points worth going back to."""
-        started, ids = time.perf_counter(), answer.prompt[answer.cached :]
-        read = partial(self.engine.read, answer.cache, probe=probe, cancel=cancel, progress=progress)
-        multi_turn = turn is not None and not turn.alone and is_multi_turn(turn.messages)
-        first = turn.prefix if turn is not None else 0
-        if not answer.cache.fits(first):
-            first = 0  # compressed for this question, a beginning would be worth little to the next
-        if turn is not None and first:
-            read(ids[:first])
-            turn.mark("prefix", int(turn.messages[0]["role"] == "system"), ids[:first])
-        if ids[first:]:
-            read(ids[first:], multi_turn=multi_turn, pinned_tail=tail(answer.recalled))
+
+def _checked_prompt(prompt: Any) -> str:
+    if not isinstance(prompt, str) or not prompt:
+        raise InputError("The prompt is empty: give some text to continue.")
+    return prompt
+
+
+def _completion_request(runtime: Runtime, prompt: str, options: RequestOptions) -> Request:
+    """Return the request for a plain text."""
+    ids = runtime.template.encode_prompt(prompt)
+    return Request(
+        ids,
+        options.sampling,
+        completion_probe(runtime.template, ids, prompt),
+        runtime.output_formats.completion(options.response_format, options.grammar),
+        runtime.layer_budgets.prompt_config(len(ids)),
+        continues_prompt=True,
+    )
+
+
+def _stream_turn(runtime: Runtime, turn: Turn | None, attempt: Attempt, options: RequestOptions) -> Iterator[Chunk]:
+    """Read the prompt, generate the answer and commit the turn of a conversation; None: there is none.
+
+    However it ends, the conversation is at a point from which it can be resumed.
+    """
+    answer: Answer | None = None
+    try:
+        read = partial(_read_prompt, runtime.engine, turn, attempt, options)
+        answer = yield from generate(runtime.engine, attempt, read, options.cancel)
+    finally:
         if turn is not None:
-            turn.mark("prompt", len(turn.messages), answer.prompt)
-        answer.begin(time.perf_counter() - started)
+            complete = answer is not None and answer.result.finish_reason != "cancelled"
+            message, tokens = (answer.message, answer.tokens) if answer is not None and complete else (None, ())
+            runtime.conversations.commit(turn, message, tokens)
+    yield answer.last_chunk
+
+
+def _read_prompt(engine: Engine, turn: Turn | None, attempt: Attempt, options: RequestOptions) -> None:
+    """Read what is new of the prompt, and mark the points of the conversation that later requests may resume."""
+    request, cache = attempt.request, attempt.cache
+    ids = request.ids[request.cached_tokens :]
+    read = partial(engine.read, cache, probe=request.query_ids, cancel=options.cancel, progress=options.progress)
+    first = turn.prefix if turn is not None else 0
+    if not cache.fits(first):
+        first = 0  # compressed for this question, a prefix would be worth little to other conversations
+    if turn is not None and first:
+        read(ids[:first])
+        turn.mark("prefix", int(turn.messages[0]["role"] == "system"), ids[:first])
+    if ids[first:]:
+        read(ids[first:], multi_turn=request.multi_turn, pinned_tail=tail(request.retrieved_tokens))
+    if turn is not None:
+        turn.mark("prompt", len(turn.messages), request.ids)

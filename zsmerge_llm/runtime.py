@@ -1,4 +1,4 @@
-"""What stands behind an `LLM` once its model is loaded."""
+"""What is behind an `LLM` once its model is loaded."""
 
 from __future__ import annotations
 
@@ -22,34 +22,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Runtime:
-    """One model with everything that works on it."""
+    """A loaded model with everything that works on it."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
     template: ChatTemplate
-    forms: OutputFormats
+    output_formats: OutputFormats
     conversations: Conversations
-    profile: LayerBudgets
+    layer_budgets: LayerBudgets
 
 
-def check_settings(
-    cache: CacheConfig | None,
-    device: str,
-    device_map: Any,
-    quantization: str | None,
-    compile: bool | str,
-    retrieval_tokens: int,
-) -> None:
-    """Refuse at once what cannot be loaded later. Raises ConfigError."""
+def validate_runtime_settings(cache: Any, compile: Any, retrieval_tokens: Any) -> None:
+    """Refuse settings of `LLM` that cannot work, before anything is loaded.
+
+    Raises:
+        ConfigError: a cache that is no CacheConfig, an unknown value of `compile`, or a bad number of tokens.
+    """
     if cache is not None and not isinstance(cache, CacheConfig):
         raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
-    if quantization not in (None, "nf4", "int8", "int4"):
-        raise ConfigError(f"quantization must be None, 'nf4', 'int8' or 'int4', not {quantization!r}.")
     if compile not in (True, False, "auto"):
         raise ConfigError(f"compile must be True, False or 'auto', not {compile!r}.")
-    if device_map is not None and device != "auto":
-        raise ConfigError("Give either device or device_map, not both.")
     if isinstance(retrieval_tokens, bool) or not isinstance(retrieval_tokens, int) or retrieval_tokens < 0:
         raise ConfigError(f"retrieval_tokens must be a number of tokens, 0 for none, not {retrieval_tokens!r}.")
 
@@ -65,7 +58,7 @@ def assemble(
     sessions_dir: str | Path | None,
     session_memory: int,
 ) -> Runtime:
-    """Load the model and build what belongs to it. `loading` goes to `loader.load`; the rest is as for `LLM`.
+    """Load the model and build what works on it. `loading` goes to `loader.load`; the rest is as for `LLM`.
 
     Raises:
         LoadError: the model cannot be loaded. StoreFullError: `session_memory` is too small for one conversation.
@@ -88,9 +81,10 @@ def assemble(
     mark = fingerprint(loaded.model, tokenizer, source, cache)
     devices = [str(spec.device) for spec in engine.specs]
     store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices)
-    forms = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
-    profile = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), loading.get("progress"))
-    budgets = (engine.new_cache, profile.prompt_config, profile.document_config)
+    output_formats = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
+    report_status = loading.get("progress")
+    layer_budgets = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), report_status)
+    budgets = (engine.new_cache, layer_budgets.prompt_config, layer_budgets.document_config)
     searches = (PassageSearch(template, retrieval_tokens), AttentionSearch(engine.query_attention, template))
     conversations = Conversations(store, template, *budgets, *searches)
-    return Runtime(loaded.name, tokenizer, engine, template, forms, conversations, profile)
+    return Runtime(loaded.name, tokenizer, engine, template, output_formats, conversations, layer_budgets)

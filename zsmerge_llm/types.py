@@ -1,4 +1,4 @@
-"""What goes in and comes out: messages, usage, results, chunks. Nothing heavy is imported here."""
+"""Types of requests and answers: messages, usage, results, chunks. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -16,39 +16,43 @@ ResponseFormat = dict[str, Any]
 """`{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}`."""
 
 Progress = Callable[[int, int], None]
-"""Told (tokens read, tokens to read) while a prompt is read."""
+"""Called with (tokens read, tokens to read) during prefill."""
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
-"""`length`: cut by `max_tokens`. Where a grammar or a tool call is at work the answer is complete all the same, only
-shorter than the model would have it, if any complete one fits."""
+"""`length`: limited by `max_tokens`. With a grammar or in a tool call the answer is complete all the same, only shorter
+than the model would have made it, if any complete one fits."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one request cost. Times in seconds, sizes in bytes, the rest in tokens."""
+    """The cost of one request: token counts, times in seconds, sizes in bytes."""
 
     prompt_tokens: int
-    """Logical length of the prompt: everything the answer is based on, read now or earlier."""
+    """Length of the whole logical prompt: everything before the answer, read now or by an earlier request."""
     cached_tokens: int
-    """The part of `prompt_tokens` that an earlier request had read already."""
+    """The part of `prompt_tokens` that an earlier request had read."""
     completion_tokens: int
-    """Tokens generated, the end token included."""
+    """Generated tokens, including the end token."""
     dropped_tokens: int
-    """Tokens read that the cache no longer holds in any form, mean over KV heads and layers."""
+    """Tokens that the cache no longer holds in any form, mean over KV heads and layers."""
     prefill_seconds: float
+    """Time to read the new tokens of the prompt."""
     decode_seconds: float
+    """Time to generate the answer."""
     cache_bytes: int
+    """Memory of the conversation's KV cache."""
     reuse: str = "new"
-    """Where the conversation was taken up: `new`, `continued`, `restored` or `reread: <reason>`."""
+    """How the conversation was resumed: `new`, `continued`, `restored` or `reread: <reason>`."""
     reasoning_tokens: int = 0
-    """The part of `completion_tokens` in which a reasoning model thought."""
+    """The part of `completion_tokens` that is reasoning."""
     retrieved_tokens: int = 0
-    """The part of `prompt_tokens` that repeats what was said: passages that the cache lost, the system message."""
+    """The part of `prompt_tokens` that repeats earlier text: passages the cache has dropped, the system message."""
     merged_tokens: int = 0
-    """Tokens read that are held only as a part of a residual slot's mean, mean over KV heads and layers."""
+    """Tokens that the cache holds only as part of the mean in a residual slot, mean over KV heads and layers."""
 
     @property
     def total_tokens(self) -> int:
+        """Tokens of prompt and answer together."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -60,16 +64,16 @@ class Result:
     finish_reason: FinishReason
     usage: Usage
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
-    """Calls in the OpenAI format, with ids of their own and the arguments as JSON text."""
+    """Calls in the OpenAI format, with unique ids and the arguments as JSON text."""
     invalid_tool_calls: list[dict[str, Any]] = field(default_factory=list)
-    """Calls that could not be read, in the same form, each with an `error`. Their name may be None."""
+    """Calls that could not be parsed, in the same format, each with an `error`. Their name may be None."""
     reasoning: str = ""
-    """What a reasoning model thought before it answered (`<think>...</think>`); no part of the text."""
+    """What a reasoning model wrote before its answer (`<think>...</think>`); not part of the text."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer, thought or said. Only the last one carries `finish_reason`, `usage` and calls."""
+    """A piece of an answer: of its text or its reasoning. Only the last one has `finish_reason`, `usage` and calls."""
 
     text: str
     finish_reason: FinishReason | None = None

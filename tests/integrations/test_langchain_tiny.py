@@ -22,7 +22,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel, Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from tests.support.scripted_model import saying
+from tests.support.scripted_model import scripted_answers
 from tests.support.talk import ROOMY, counted, talker
 from tests.support.ticking import ticking
 from zsmerge_llm import Grammar
@@ -83,7 +83,7 @@ def test_an_agent_with_three_tools_reads_every_token_of_six_turns_once(name: str
     usage = UsageMetadataCallbackHandler()
     with counted() as passes:
         for question, *answers in TURNS:
-            with saying(model.core, *[answer for answer in answers if answer]):
+            with scripted_answers(model.core, *[answer for answer in answers if answer]):
                 state = agent.invoke({"messages": [("user", question)]}, {**thread, "callbacks": [usage]})
     said = [message for message in state["messages"] if isinstance(message, AIMessage)]
     assert len(said) == 11
@@ -115,7 +115,7 @@ def test_an_agent_ends_with_a_structured_response(strategy: Any) -> None:
         else f'<tool_call>\n{{"name": "Place", "arguments": {place}}}\n</tool_call>'
     )
     call = '<tool_call>\n{"name": "weather", "arguments": {"place": "Zürich"}}\n</tool_call>'
-    with saying(model.core, call, last):
+    with scripted_answers(model.core, call, last):
         state = agent.invoke({"messages": [("user", "Where is it warm?")]})
     assert state["structured_response"] == Place(name="Zürich", kind="town")
 

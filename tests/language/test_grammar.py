@@ -1,4 +1,4 @@
-"""Answers have the form that was asked for, whatever the model would say, and however few tokens they may have."""
+"""Answers follow their grammar or schema, whatever the model prefers and however small `max_tokens` is."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ SCHEMAS = st.recursive(leaves(), nodes, max_leaves=6).filter(lambda pair: "prope
 
 @given(pair=SCHEMAS, few=st.integers(1, 60), seed=st.integers(0, 9))
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_what_a_random_model_says_is_valid_under_a_random_schema_also_in_few_tokens(
-    pair: Pair, few: int, seed: int
-) -> None:
+def test_answers_are_valid_under_random_schemas_also_within_few_tokens(pair: Pair, few: int, seed: int) -> None:
     schema, short = pair
     llm = model()
     wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
@@ -117,29 +115,29 @@ def test_a_regular_expression_is_matched(pattern: str) -> None:
         assert re.fullmatch(pattern, answer(Grammar.regex(pattern), seed=seed).text)
 
 
-def test_a_choice_and_a_lark_grammar_are_kept_to() -> None:
+def test_a_choice_and_a_lark_grammar_are_followed() -> None:
     assert answer(Grammar.choice("red", 'gr"ün', "blau")).text in ("red", 'gr"ün', "blau")
     assert re.fullmatch(r"\((\d,)*\d\)", answer(Grammar.lark('start: "(" (N ",")* N ")"\nN: /[0-9]/')).text)
 
 
 @pytest.mark.parametrize("text", ["größer", "中文", "🙂🚀", 'a "b" \\ c'])
-def test_unicode_stays_as_it_is(text: str) -> None:
+def test_unicode_is_not_escaped(text: str) -> None:
     assert answer(Grammar.json_schema({"const": text})).text == written(text)
 
 
-def test_a_recursive_schema_ends_in_time() -> None:
+def test_an_answer_under_a_recursive_schema_is_complete_within_max_tokens() -> None:
     tree = {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/tree"}, "minItems": 1}, {"type": "null"}]}
     schema = {"$ref": "#/$defs/tree", "$defs": {"tree": tree}}
     for limit in (4, 9, 30):
         jsonschema.validate(json.loads(answer(Grammar.json_schema(schema), limit).text), schema)
 
 
-def test_objects_that_name_their_properties_get_no_others() -> None:
+def test_objects_have_only_the_properties_of_their_schema() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}}
     assert set(json.loads(answer(Grammar.json_schema(schema)).text)) <= {"a", "b"}
 
 
-def test_an_answer_cut_short_says_so() -> None:
+def test_a_shortened_answer_has_the_finish_reason_length() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 200}}, "required": ["a"]}
     result = answer(Grammar.json_schema(schema), 12)
     assert (result.finish_reason, result.usage.completion_tokens) == ("length", 12)  # nothing valid is that short
@@ -147,18 +145,18 @@ def test_an_answer_cut_short_says_so() -> None:
     assert (cut.finish_reason, len(json.loads(cut.text)) >= 9) == ("length", True)  # valid, but not all of it
 
 
-def test_an_answer_complete_at_the_last_token_is_not_cut() -> None:
+def test_an_answer_that_completes_at_the_last_token_has_the_finish_reason_stop() -> None:
     text = "redgreen"
     assert answer(Grammar.choice(text), model().count_tokens(text)).finish_reason == "stop"
 
 
-def test_the_end_token_is_counted_where_it_is_generated() -> None:
+def test_the_end_token_is_counted_only_if_it_is_generated() -> None:
     done = answer(Grammar.choice("yes"))
     assert done.usage.completion_tokens == model().count_tokens("yes")  # nothing can follow: no need to say so
     assert answer(Grammar.regex("(yes)+"), None).usage.completion_tokens % 2 == 0
 
 
-def test_ignore_eos_does_not_go_beyond_the_grammar() -> None:
+def test_ignore_eos_does_not_exceed_the_grammar() -> None:
     assert answer(Grammar.regex("a?b"), ignore_eos=True).text in ("b", "ab")
 
 
@@ -171,18 +169,18 @@ def test_ignore_eos_does_not_go_beyond_the_grammar() -> None:
         (Grammar.json_schema({"type": "nonsense"}), "nonsense"),
     ],
 )
-def test_a_form_that_cannot_be_enforced_is_refused_before_anything_is_read(grammar: Grammar, part: str) -> None:
+def test_a_grammar_that_cannot_be_enforced_is_refused_before_anything_is_read(grammar: Grammar, part: str) -> None:
     with pytest.raises(InputError, match=part):
         model().stream_complete("Say it.", grammar=grammar)
 
 
-def test_a_schema_that_is_not_strict_may_have_parts_that_cannot_be_enforced() -> None:
+def test_a_schema_that_is_not_strict_may_have_keywords_that_cannot_be_enforced() -> None:
     described = {"name": "it", "strict": False, "schema": {"type": "array", "uniqueItems": True, "maxItems": 2}}
     result = model().complete("Say it.", response_format={"type": "json_schema", "json_schema": described})
     assert isinstance(json.loads(result.text), list)
 
 
-def test_two_forms_at_once_are_refused() -> None:
+def test_a_grammar_with_a_response_format_is_refused() -> None:
     with pytest.raises(ConfigError, match="not both"):
         model().complete("Say it.", grammar=Grammar.regex("a"), response_format={"type": "json_object"})
 
@@ -217,7 +215,7 @@ def test_forced_tokens_are_read_in_one_pass() -> None:
     torch.testing.assert_close(held.logits[0].float(), fresh, rtol=1e-3, atol=1e-3)
 
 
-def test_each_row_of_a_batch_keeps_to_its_own_form() -> None:
+def test_each_row_of_a_batch_follows_its_own_grammar() -> None:
     llm = model()
     engine, grammars = llm.engine, GrammarCompiler(llm.tokenizer, llm.engine.vocab_size, llm.engine.stop_ids)
     forms = [Grammar.regex("[0-9]{3}"), None, Grammar.choice("yes"), Grammar.json_schema({"type": "boolean"})]
@@ -241,7 +239,7 @@ def test_each_row_of_a_batch_keeps_to_its_own_form() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece(), sentencepiece(False)])
-def test_tokenizers_of_every_kind_and_models_with_a_larger_vocabulary_work(tokenizer: Any) -> None:
+def test_all_kinds_of_tokenizers_and_models_with_a_larger_vocabulary_work(tokenizer: Any) -> None:
     size = len(tokenizer) + 37
     grammars = GrammarCompiler(tokenizer, size, [tokenizer.eos_token_id])
     for limit in (None, 40):

@@ -1,4 +1,4 @@
-"""Reasoning models: the thought is kept apart from the answer, and forms hold for what comes behind it."""
+"""Reasoning is separated from the answer, and grammars apply to what follows it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.language.grammar import Constraint
 from zsmerge_llm.language.messages import normalize_messages
-from zsmerge_llm.language.reasoning import ReasoningParser, thinking
+from zsmerge_llm.language.reasoning import ReasoningParser, reasoning_mode
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
 WARM = SamplingParams(max_tokens=120, temperature=1.0, seed=5)
 QWEN3 = (FOLDER / "qwen3.jinja").read_text(encoding="utf-8")
 BEGUN = QWEN3 + '{%- if add_generation_prompt -%}{{- "<think>\\n" -}}{%- endif -%}'
-"""As DeepSeek-R1's: the prompt opens the thought."""
+"""As DeepSeek-R1's: the prompt opens the reasoning."""
 
 
-def thinker(text: str = QWEN3, **settings: Any) -> LLM:
-    """A tiny random model with Qwen3's template and its tokens for thoughts."""
+def reasoning_model(text: str = QWEN3, **settings: Any) -> LLM:
+    """A tiny random model with Qwen3's template and its reasoning tokens."""
     tokenizer = copy.deepcopy(template("qwen3").tokenizer)
     tokenizer.add_tokens(["<think>", "</think>"])
     model = tiny_model(vocab=len(tokenizer))
@@ -39,14 +39,14 @@ def thinker(text: str = QWEN3, **settings: Any) -> LLM:
 
 
 def constraint(llm: LLM, max_tokens: int | None = 100, **wanted: Any) -> Constraint:
-    form = llm._load().forms.chat(normalize_messages("?"), **wanted)
+    form = llm._load().output_formats.chat(normalize_messages("?"), **wanted)
     made = form.constraint(SamplingParams(max_tokens=max_tokens))
     assert made is not None
     return made
 
 
 def written(llm: LLM, limit: Constraint, thought: str, tokens: int = 100) -> str:
-    """What comes of a model that thinks this and would then say anything."""
+    """The answer of a model that reasons like this and then prefers random tokens."""
     ids: list[int] = []
     for token in llm._load().template.encode(thought):
         ids.append(limit.accept(token))
@@ -61,7 +61,7 @@ def written(llm: LLM, limit: Constraint, thought: str, tokens: int = 100) -> str
     return str(llm.tokenizer.decode(ids))
 
 
-def taken_apart(text: str, cuts: list[int], begun: bool) -> tuple[str, str]:
+def parsed(text: str, cuts: list[int], begun: bool) -> tuple[str, str]:
     stream = ReasoningParser(begun)
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     parts = [stream.push(text[a:b]) for a, b in itertools.pairwise(places)] + [stream.finish()]
@@ -84,21 +84,21 @@ def taken_apart(text: str, cuts: list[int], begun: bool) -> tuple[str, str]:
 )
 @given(cuts=st.lists(st.integers(0, 60)))
 @settings(deadline=None, max_examples=20)
-def test_a_thought_is_told_from_the_answer_wherever_pieces_end(
+def test_reasoning_and_text_are_separated_wherever_pieces_end(
     text: str, begun: bool, thought: str, answer: str, cuts: list[int]
 ) -> None:
-    assert taken_apart(text, cuts, begun) == (thought, answer)
+    assert parsed(text, cuts, begun) == (thought, answer)
 
 
-def test_the_template_tells_how_a_model_thinks() -> None:
-    assert thinking(QWEN3, "<|im_start|>assistant\n") == "may"
-    assert thinking(QWEN3, "<|im_start|>assistant\n<think>\n\n</think>\n\n") == "never"
-    assert thinking(BEGUN, "<|im_start|>assistant\n<think>\n") == "begun"
-    assert thinking("no such thing", "<|im_start|>assistant\n") == "never"
+def test_the_reasoning_mode_is_known_from_the_chat_template() -> None:
+    assert reasoning_mode(QWEN3, "<|im_start|>assistant\n") == "optional"
+    assert reasoning_mode(QWEN3, "<|im_start|>assistant\n<think>\n\n</think>\n\n") == "off"
+    assert reasoning_mode(BEGUN, "<|im_start|>assistant\n<think>\n") == "open"
+    assert reasoning_mode("no such thing", "<|im_start|>assistant\n") == "off"
 
 
-def test_a_form_holds_behind_the_thought() -> None:
-    llm = thinker()
+def test_a_format_applies_to_what_follows_the_reasoning() -> None:
+    llm = reasoning_model()
     for thought in ("<think>\nA {thought}, <|im_start|> and all.</think>", ""):
         text = written(llm, constraint(llm, response_format=FORMAT), thought)
         assert json.loads(text.partition("</think>\n\n")[2] or text) in ({"x": True}, {"x": False})
@@ -106,24 +106,24 @@ def test_a_form_holds_behind_the_thought() -> None:
     assert calls.partition("</think>\n\n")[2].startswith("<tool_call>")
 
 
-def test_a_thought_that_takes_too_long_is_ended_so_that_the_answer_still_comes() -> None:
-    llm = thinker()
+def test_reasoning_that_exceeds_its_budget_is_closed_so_that_the_answer_is_complete() -> None:
+    llm = reasoning_model()
     limit = constraint(llm, max_tokens=80, response_format=FORMAT)
     text = written(llm, limit, "<think>" + "again and " * 40, tokens=80)
     assert set(json.loads(text.partition("</think>\n\n")[2])) == {"x"}
     assert limit.complete
 
 
-def test_no_thought_is_begun_where_few_tokens_are_left() -> None:
-    llm = thinker()
+def test_reasoning_cannot_begin_with_a_small_budget() -> None:
+    llm = reasoning_model()
     limit = constraint(llm, max_tokens=40, response_format=FORMAT)
     opened = llm._load().template.encode("<think>")
     scores = limit.mask(torch.zeros(len(llm.tokenizer)))
     assert scores[opened].tolist() == [float("-inf")]
 
 
-def test_a_thought_cannot_end_the_answer() -> None:
-    llm = thinker(BEGUN)
+def test_the_answer_cannot_end_within_the_reasoning() -> None:
+    llm = reasoning_model(BEGUN)
     limit = constraint(llm, response_format=FORMAT)
     scores = limit.mask(torch.zeros(len(llm.tokenizer)))
     assert scores[llm.tokenizer.eos_token_id] == float("-inf")
@@ -132,8 +132,8 @@ def test_a_thought_cannot_end_the_answer() -> None:
 
 
 @pytest.mark.parametrize("wanted", [{"response_format": FORMAT}, {"tools": TOOLS, "tool_choice": "required"}, {}])
-def test_an_answer_that_begins_within_the_thought_has_both(wanted: dict[str, Any]) -> None:
-    llm = thinker(BEGUN)
+def test_an_answer_that_begins_within_the_reasoning_has_reasoning_and_text(wanted: dict[str, Any]) -> None:
+    llm = reasoning_model(BEGUN)
     *pieces, last = llm.stream("Hello", sampling=WARM, **wanted)
     chunks = [*pieces, last]
     thought, text = "".join(chunk.reasoning for chunk in chunks), "".join(chunk.text for chunk in chunks)
@@ -149,24 +149,24 @@ def test_an_answer_that_begins_within_the_thought_has_both(wanted: dict[str, Any
         assert last.tool_calls
 
 
-def test_a_batch_keeps_thoughts_apart_too() -> None:
-    llm = thinker(BEGUN)
+def test_a_batch_separates_reasoning_too() -> None:
+    llm = reasoning_model(BEGUN)
     for result in llm.batch(["Hello", "Good day to you"], response_format=FORMAT, sampling=WARM):
         assert result.reasoning
         assert set(json.loads(result.text)) == {"x"}
 
 
-def test_stop_strings_count_from_the_answer_on() -> None:
-    llm = thinker(BEGUN)
+def test_stop_strings_do_not_apply_to_the_reasoning() -> None:
+    llm = reasoning_model(BEGUN)
     result = llm.chat("Hello", response_format=FORMAT, sampling=WARM.replace(stop=("e", "a", "o", "}")))
     assert result.reasoning
     assert result.text.startswith('{"x')
     assert result.finish_reason == "stop"
 
 
-def test_a_conversation_goes_on_behind_a_thought_whether_it_comes_back_or_not() -> None:
+def test_a_conversation_continues_whether_or_not_its_reasoning_is_sent_back() -> None:
     for key in ("", "reasoning_content"):
-        llm = thinker(BEGUN)
+        llm = reasoning_model(BEGUN)
         messages = said("Hello")
         first = llm.chat(messages, response_format=FORMAT, sampling=WARM)
         reply = {"role": "assistant", "content": first.text, **({key: first.reasoning} if key else {})}

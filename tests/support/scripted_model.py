@@ -1,4 +1,4 @@
-"""A tiny model that says what a test wants, as far as grammars let it."""
+"""A tiny model that generates the answers of a test, as far as grammars allow."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from zsmerge_llm import LLM
 
 
 @contextmanager
-def saying(llm: LLM, *answers: str) -> Iterator[None]:
-    """The model says these, one after the other and then from the first one on; each row of a batch says its own."""
-    told = iter(range(10**6))
+def scripted_answers(llm: LLM, *answers: str) -> Iterator[None]:
+    """The model generates these answers in turn, and from the first one again; each row of a batch takes the next."""
+    turns = iter(range(10**6))
 
     class Script:
-        greedy = False  # nobody may draw ahead
+        greedy = False  # nothing may be sampled ahead
 
         def __init__(self, *_: Any) -> None:
-            self.say(answers[next(told) % len(answers)])
+            self.set_text(answers[next(turns) % len(answers)])
 
-        def say(self, text: str) -> None:
-            self.left = [*llm.tokenizer.encode(text, add_special_tokens=False), llm.tokenizer.eos_token_id]
+        def set_text(self, text: str) -> None:
+            self.remaining = [*llm.tokenizer.encode(text, add_special_tokens=False), llm.tokenizer.eos_token_id]
 
         def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-            return torch.tensor(self.left[0])
+            return torch.tensor(self.remaining[0])
 
         def accept(self, token: int) -> None:
-            if token == self.left[0]:
-                self.left.pop(0)
+            if token == self.remaining[0]:
+                self.remaining.pop(0)
                 return
-            text, piece = llm.tokenizer.decode(self.left[:-1]), llm.tokenizer.decode([token])
-            assert text.startswith(piece), "a grammar wants it otherwise"
-            self.say(text[len(piece) :])  # the same text in other tokens
+            text, piece = llm.tokenizer.decode(self.remaining[:-1]), llm.tokenizer.decode([token])
+            assert text.startswith(piece), "the grammar does not allow this answer"
+            self.set_text(text[len(piece) :])  # the same text in other tokens
 
     with mock.patch("zsmerge_llm.engine.engine.Sampler", Script):
         yield

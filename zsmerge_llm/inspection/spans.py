@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zsmerge_llm.engine.sampler import Detokenizer
+from zsmerge_llm.engine.detokenizer import Detokenizer
 from zsmerge_llm.inspection.memory_map import MemoryMap
 
 if TYPE_CHECKING:

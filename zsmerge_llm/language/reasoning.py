@@ -1,207 +1,202 @@
-"""What reasoning models think before they answer, `<think>...</think>`: kept apart from it, and left free by forms.
+"""The reasoning that a model writes before its answer, `<think>...</think>`: split off, and exempt from grammars.
 
-A form (grammar, tools, response format) holds for what comes behind the thought. Thinking may take half of the tokens
-that an answer may have; then it is ended, so that the answer still comes.
+A grammar, tools or a response format apply to what follows the reasoning. Reasoning may take half of `max_tokens`; then
+it is closed, so that the answer still comes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
-from zsmerge_llm.language.grammar import Constraint
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from zsmerge_llm.language.completion import CompletionPlanner
+    from zsmerge_llm.language.grammar import GrammarConstraint
 
 OPEN, CLOSE = "<think>", "</think>"
 BREAK = "\n\n"
-"""What models write between thought and answer."""
-LEAST = 32
-"""Tokens below which no thought is worth beginning."""
+"""What models write between reasoning and answer."""
+MIN_REASONING_TOKENS = 32
+"""With a smaller budget, reasoning is not begun."""
 
-ReasoningMode = Literal["never", "may", "begun"]
-"""Whether a model thinks in an answer; `begun`: the prompt has opened the thought already."""
+ReasoningMode = Literal["off", "optional", "open"]
+"""Whether a model reasons before it answers. `open`: the prompt has opened the reasoning already."""
 
 
-def thinking(template: str, header: str) -> ReasoningMode:
-    """How a model thinks, by its chat template's Jinja text and what that writes to begin an answer.
+class AnswerPiece(NamedTuple):
+    """A piece of an answer: its reasoning and its text, either of them often ""."""
 
-    One that writes the thought itself, empty (`enable_thinking=False`), lets its model answer at once.
+    reasoning: str
+    text: str
+
+
+def reasoning_mode(template_source: str, generation_prompt: str) -> ReasoningMode:
+    """Return how a model reasons.
+
+    Args:
+        template_source: Jinja text of its chat template.
+        generation_prompt: what the template writes to begin an answer. A template that writes empty reasoning there
+            (`enable_thinking=False`) has the model answer at once.
     """
-    if CLOSE not in template:
-        return "never"
-    if header.rstrip().endswith(OPEN):
-        return "begun"
-    return "never" if header.rstrip().endswith(CLOSE) else "may"
+    if CLOSE not in template_source:
+        return "off"
+    if generation_prompt.rstrip().endswith(OPEN):
+        return "open"
+    return "off" if generation_prompt.rstrip().endswith(CLOSE) else "optional"
 
 
 class ReasoningParser:
-    """Takes an answer as it comes apart into the thought at its very beginning and what is said.
+    """Split an answer, as it arrives, into the reasoning at its very beginning and the text. Spaces between them go.
 
     Args:
-        begun: the answer begins within the thought.
+        is_open: whether the answer begins within the reasoning.
     """
 
-    def __init__(self, begun: bool) -> None:
-        self._part: Literal["beginning", "thought", "gap", "text"] = "thought" if begun else "beginning"
+    def __init__(self, is_open: bool) -> None:
+        self._part: Literal["undecided", "reasoning", "gap", "text"] = "reasoning" if is_open else "undecided"
         self._held = ""
-        self._thought = False  # whether any of it was handed on
+        self._emitted = False  # whether any reasoning was returned: spaces before that are dropped
 
     @property
-    def open(self) -> bool:
-        """Whether what comes next may belong to the thought."""
-        return self._part in ("beginning", "thought")
+    def is_inside(self) -> bool:
+        """Whether the reasoning has begun and not ended."""
+        return self._part == "reasoning"
 
-    @property
-    def inside(self) -> bool:
-        """Whether the thought has begun and not ended."""
-        return self._part == "thought"
-
-    def push(self, piece: str) -> tuple[str, str]:
-        """More of the answer; what of it belongs to the thought, and what is said. White space between them goes."""
+    def push(self, piece: str) -> AnswerPiece:
+        """Add a piece of the answer; return what of it is certain."""
         if self._part == "text":
-            return "", piece
+            return AnswerPiece("", piece)
         self._held += piece
-        if self._part == "beginning":
-            self._begin()
-        thought = self._think() if self._part == "thought" else ""
+        if self._part == "undecided":
+            self._decide()
+        reasoning = self._split_reasoning() if self._part == "reasoning" else ""
         if self._part == "gap":
             self._held = self._held.lstrip()
             self._part = "text" if self._held else "gap"
         if self._part != "text":
-            return thought, ""
+            return AnswerPiece(reasoning, "")
         text, self._held = self._held, ""
-        return thought, text
+        return AnswerPiece(reasoning, text)
 
-    def finish(self) -> tuple[str, str]:
-        """What was held back, at the end of the answer."""
+    def finish(self) -> AnswerPiece:
+        """Return what was held back, at the end of the answer."""
         held, self._held = self._held, ""
-        return (self._outer(held.rstrip()), "") if self._part == "thought" else ("", held)
+        return AnswerPiece(self._trimmed(held.rstrip()), "") if self._part == "reasoning" else AnswerPiece("", held)
 
-    def _begin(self) -> None:
-        """Decide whether the answer begins with a thought, as soon as that is known."""
+    def _decide(self) -> None:
+        """Find out whether the answer begins with reasoning, as soon as that is known."""
         start = self._held.lstrip()
         if start.startswith(OPEN):
-            self._part, self._held = "thought", start[len(OPEN) :]
+            self._part, self._held = "reasoning", start[len(OPEN) :]
         elif not OPEN.startswith(start):
             self._part = "text"
 
-    def _think(self) -> str:
+    def _split_reasoning(self) -> str:
         before, closed, after = self._held.partition(CLOSE)
         if closed:
             self._part, self._held = "gap", after
-            return self._outer(before.rstrip())
+            return self._trimmed(before.rstrip())
         end = next((at for at in range(len(before)) if CLOSE.startswith(before[at:])), len(before))
-        shown = before[:end].rstrip()
-        self._held = before[len(shown) :]
-        return self._outer(shown)
+        certain = before[:end].rstrip()
+        self._held = before[len(certain) :]
+        return self._trimmed(certain)
 
-    def _outer(self, text: str) -> str:
-        text = text if self._thought else text.lstrip()
-        self._thought = self._thought or bool(text)
+    def _trimmed(self, text: str) -> str:
+        text = text if self._emitted else text.lstrip()
+        self._emitted = self._emitted or bool(text)
         return text
 
 
-class ReasoningConstraint(Constraint):
-    """A constraint on what comes behind the thought, which itself is free.
+class ReasoningConstraint:
+    """A `Constraint` that leaves the reasoning free and applies another one to the answer behind it.
 
     Args:
+        answer: the constraint on the answer; reasoning is taken from its token budget.
         tokenizer: a transformers tokenizer.
-        begun: the answer begins within the thought. Else the model may begin one, if it has a token for that.
+        is_open: whether the answer begins within the reasoning. Else the model may begin it, if `<think>` is a token.
     """
 
-    def __init__(
-        self,
-        matcher: LLMatcher,
-        closing: CompletionPlanner,
-        end: int,
-        max_tokens: int | None,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        begun: bool,
-    ) -> None:
-        super().__init__(matcher, closing, end, max_tokens)
+    def __init__(self, answer: GrammarConstraint, tokenizer: PreTrainedTokenizerBase, is_open: bool) -> None:
+        self._answer = answer
         self._tokenizer = tokenizer
-        self._inside = begun
-        self._thought: list[int] = []
-        self._due: list[int] = []  # tokens that must come, one by one
-        self._budget = max_tokens
-        if max_tokens is not None:
-            self._budget = max(0, min(max_tokens // 2, max_tokens - len(self._plan or ())))
-        roomy = self._budget is None or self._budget >= LEAST
-        self._open = own_token(tokenizer, OPEN) if roomy and not begun else None
+        self._is_inside = is_open
+        self._tokens: list[int] = []
+        self._break_ids, self._close_ids = (_encode(tokenizer, text) for text in (BREAK, CLOSE + BREAK))
+        self._pending: list[int] = []  # ids that must come next, one by one
+        limit = answer.tokens_left
+        # At most half of all tokens, and none of those that the known way to complete the answer needs.
+        self._budget = None if limit is None else max(0, min(limit // 2, limit - answer.planned_tokens))
+        may_open = not is_open and (self._budget is None or self._budget >= MIN_REASONING_TOKENS)
+        self._open_id = added_token_id(tokenizer, OPEN) if may_open else None
+
+    @property
+    def ended(self) -> bool:
+        return self._answer.ended
+
+    @property
+    def shortened(self) -> bool:
+        return self._answer.shortened
 
     @property
     def done(self) -> bool:
-        return not self._thinking and super().done
+        return not self._is_reasoning and self._answer.done
 
     @property
     def complete(self) -> bool:
-        return not self._thinking and super().complete
+        return not self._is_reasoning and self._answer.complete
 
     @property
-    def _thinking(self) -> bool:
-        return self._inside or bool(self._due)
+    def _is_reasoning(self) -> bool:
+        return self._is_inside or bool(self._pending)
 
     def mask(self, logits: Tensor) -> Tensor:
-        """float32[vocab] with -inf for tokens that cannot come next."""
-        if self._due:
-            return _only(logits, self._due[0])
-        if self._inside:
-            return self._closing.without_ends(logits)
-        masked = super().mask(logits)
-        if self._open is not None:
-            masked[self._open] = logits[self._open]
+        if self._pending:
+            return _only(logits, self._pending[0])
+        if self._is_inside:
+            return self._answer.mask_stop_tokens(logits)
+        masked = self._answer.mask(logits)
+        if self._open_id is not None:
+            masked[self._open_id] = logits[self._open_id]
         return masked
 
     def accept(self, token: int) -> int:
-        """Take the token that was drawn, or another one where the thought or the answer has to end."""
-        if not self._thinking and token != self._open:
-            self._open = None
-            return super().accept(token)
-        if self._due:
-            token = self._due.pop(0)
-        elif self._inside:
-            token = self._think(token)
+        if not self._is_reasoning and token != self._open_id:
+            self._open_id = None
+            return self._answer.accept(token)
+        if self._pending:
+            token = self._pending.pop(0)
+        elif self._is_inside:
+            token = self._accept_inside(token)
         else:
-            self._inside, self._open = True, None
-        self._count()
+            self._is_inside, self._open_id = True, None
+        self._answer.spend(1)
         return token
 
     def forced(self) -> list[int]:
-        """Tokens that must come next whatever the model says; taken already."""
-        left = len(self._due) if self._left is None else self._left
-        tokens, self._due = self._due[:left], self._due[left:]
-        for _ in tokens:
-            self._count()
-        return tokens if self._thinking else [*tokens, *super().forced()]
+        left = len(self._pending) if self._answer.tokens_left is None else self._answer.tokens_left
+        tokens, self._pending = self._pending[:left], self._pending[left:]
+        self._answer.spend(len(tokens))
+        return tokens if self._is_reasoning else [*tokens, *self._answer.forced()]
 
-    def _think(self, token: int) -> int:
-        """The next token of the thought; the first one of its end where it has used up its tokens."""
-        end = _ids(self._tokenizer, CLOSE + BREAK)
-        if self._budget is not None and len(self._thought) + len(end) >= self._budget:
-            self._inside, self._due = False, end[1:]
-            return end[0]
-        self._thought.append(token)
-        if CLOSE in self._tokenizer.decode(self._thought[-len(CLOSE) :]):
-            self._inside, self._due = False, _ids(self._tokenizer, BREAK)
+    def _accept_inside(self, token: int) -> int:
+        """Return the next token of the reasoning, or the first one of its end where the budget is used up."""
+        if self._budget is not None and len(self._tokens) + len(self._close_ids) >= self._budget:
+            self._is_inside, self._pending = False, self._close_ids[1:]
+            return self._close_ids[0]
+        self._tokens.append(token)
+        # A token has at least one character of CLOSE, so as many tokens as CLOSE has characters hold all of it.
+        if CLOSE in self._tokenizer.decode(self._tokens[-len(CLOSE) :]):
+            self._is_inside, self._pending = False, list(self._break_ids)
         return token
 
-    def _count(self) -> None:
-        if self._left is not None:
-            self._left -= 1
 
-
-def own_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """The token of its own that a text has, if any."""
+def added_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """Return the id of the added token that spells exactly `text`, if there is one."""
     return next((index for index, token in tokenizer.added_tokens_decoder.items() if token.content == text), None)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

@@ -1,9 +1,9 @@
-"""Tool calls as model families write them: found in an answer's text, and kept out of what is shown of it.
+"""Parse tool calls out of an answer's text, in the formats of all model families.
 
-Read are, whatever the family: `<tool_call>{...}</tool_call>` (Hermes, Qwen), `[TOOL_CALLS] [{...}]` (Mistral),
+Recognized, whatever the family: `<tool_call>{...}</tool_call>` (Hermes, Qwen), `[TOOL_CALLS] [{...}]` (Mistral),
 `<|python_tag|>{...}` and bare or fenced JSON at the beginning of a line (Llama 3, and small models of every family).
-Bare and fenced JSON is a call only if it names one of the given tools. A call that cannot be read is reported, and
-never raises.
+Bare and fenced JSON is a call only if it names one of the given tools. A call that cannot be parsed is returned with an
+error; nothing raises.
 """
 
 from __future__ import annotations
@@ -16,68 +16,70 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-MARKS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-"""What announces a call wherever it stands."""
-END_MARK = "</tool_call>"
+MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+"""Text that begins a call anywhere."""
+END_MARKER = "</tool_call>"
 FENCE = "```"
 LEADS = tuple(fence + bracket for fence in ("", FENCE, f"{FENCE}json") for bracket in ("{", "[{"))
 SHAPES = ('"name":{}', '"type":"function","name":{}', '"type":"function","function":{{"name":{}')
-KEYS = ("arguments", "parameters", "args")
-HEAD = 500
-"""Characters in which the beginning of a bare call must show that it is one."""
+"""Beginnings of unmarked calls, up to the tool's name and without spaces: one of LEADS, then one of SHAPES."""
+ARGUMENT_KEYS = ("arguments", "parameters", "args")
+MAX_HEAD = 500
+"""Characters within which a bare call must have named its tool."""
 
 
 @dataclass(frozen=True)
 class ToolCallStyle:
-    """How a model family writes calls: `mark` announces them, `key` holds the arguments.
+    """How a model family writes tool calls."""
 
-    wrapped: each call has a mark of its own and an end mark. parallel: there may be several calls in one answer.
-    """
-
-    mark: str
-    key: str = "arguments"
+    marker: str
+    """Text before the calls; "" where there is none."""
+    arguments_key: str = "arguments"
+    """The JSON key of a call's arguments."""
     wrapped: bool = False
+    """Whether each call has a marker of its own and `END_MARKER`."""
     parallel: bool = True
+    """Whether one answer may hold several calls."""
 
 
 HERMES = ToolCallStyle("<tool_call>", wrapped=True)
 MISTRAL = ToolCallStyle("[TOOL_CALLS]")
-LLAMA = ToolCallStyle("<|python_tag|>", key="parameters", parallel=False)
+LLAMA = ToolCallStyle("<|python_tag|>", arguments_key="parameters", parallel=False)
 BARE = ToolCallStyle("")
 
 
-def family(template: str) -> ToolCallStyle:
-    """The family a chat template is of, by its Jinja text.
+def tool_call_style(template_source: str) -> ToolCallStyle:
+    """Return the style of a model family, by the Jinja text of its chat template.
 
-    One that knows no tools gets `chat.TOOL_GUIDE` into its system message, which asks for Hermes' form. One that has
-    a form of its own that is not known here is taken to understand plain JSON.
+    A template without tools is Hermes: `chat_template.TOOL_GUIDE` in the system message asks for that. A template with
+    an unknown style of its own is taken to understand plain JSON.
     """
-    if "[TOOL_CALLS]" in template:
+    if "[TOOL_CALLS]" in template_source:
         return MISTRAL
-    if "<tool_call>" in template or not re.search(r"\btools\b", template):
+    if "<tool_call>" in template_source or not re.search(r"\btools\b", template_source):
         return HERMES
-    return LLAMA if "<|python_tag|>" in template or '"parameters": ' in template else BARE
+    return LLAMA if "<|python_tag|>" in template_source or '"parameters": ' in template_source else BARE
 
 
 @dataclass
 class ParsedAnswer:
-    """An answer taken apart: text, calls in the OpenAI format, and calls that could not be read, with their `error`.
-
-    bare: whether a call stood there without any mark.
-    """
+    """The text and the tool calls of an answer."""
 
     content: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
+    """Calls in the OpenAI format, with the arguments as JSON text."""
     invalid: list[dict[str, Any]] = field(default_factory=list)
-    bare: bool = False
+    """Calls that could not be parsed, in the same format, each with an `error`."""
+    has_unmarked: bool = False
+    """Whether a call had no marker."""
 
 
-def parse(text: str, names: Collection[str]) -> ParsedAnswer:
-    """Take the answer of a model that was given the tools of these names apart."""
+def parse_tool_calls(text: str, names: Collection[str]) -> ParsedAnswer:
+    """Split a whole answer into text and calls. `names`: the tools that the model was given."""
     parsed, at, heads = ParsedAnswer(), 0, _heads(names)
     while (start := _find(text, heads, at)) is not None:
         parsed.content += text[at:start].rstrip()
-        parsed.bare = parsed.bare or not text.startswith(MARKS, start)
+        parsed.has_unmarked = parsed.has_unmarked or not text.startswith(MARKERS, start)
         body, at = _body(text, start)
         for call in _calls(body):
             (parsed.invalid if "error" in call else parsed.calls).append(call)
@@ -87,92 +89,94 @@ def parse(text: str, names: Collection[str]) -> ParsedAnswer:
 
 
 class ToolCallParser:
-    """Lets through the text of an answer as it comes and keeps back what is, or may become, a tool call.
+    """Pass on the text of an answer as it arrives, and hold back what is, or may become, a tool call.
 
     Args:
-        names: of the tools that were given.
+        names: the tools that the model was given.
     """
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
         self._heads = _heads(names)
         self._text = ""
-        self._shown = 0
-        self._calling = False
+        self._emitted = 0
+        self._in_call = False
 
     def push(self, piece: str) -> str:
-        """More of the answer; what of it can be shown."""
+        """Add a piece of the answer; return the text that is certainly no call."""
         self._text += piece
-        if self._calling:
+        if self._in_call:
             return ""
-        start = _find(self._text, self._heads, self._shown)
-        self._calling = start is not None
+        start = _find(self._text, self._heads, self._emitted)
+        self._in_call = start is not None
         end = self._undecided() if start is None else start
-        return self._show(len(self._text[:end].rstrip()))
+        return self._emit(len(self._text[:end].rstrip()))
 
-    def finish(self, broken: bool = False) -> tuple[str, ParsedAnswer]:
-        """The text that was kept back and is no call, and the whole answer.
+    def finish(self, truncated: bool = False) -> tuple[str, ParsedAnswer]:
+        """Return the text that was held back and is no call, and the whole answer parsed.
 
-        `broken`: the answer was cut where it cannot end, so what was kept back is the beginning of a call.
+        `truncated`: the answer was cut where it cannot end, so what was held back is the beginning of a call.
         """
-        parsed, held = parse(self._text, self._names), self._text[self._shown :].strip()
-        if broken and held and not (parsed.calls or parsed.invalid):
+        parsed, held = parse_tool_calls(self._text, self._names), self._text[self._emitted :].strip()
+        if truncated and held and not (parsed.calls or parsed.invalid):
             return "", ParsedAnswer(
-                self._text[: self._shown], invalid=[_invalid(None, held, "The answer was cut here.")]
+                self._text[: self._emitted], invalid=[_invalid(None, held, "The answer was cut here.")]
             )
-        return parsed.content[self._shown :], parsed
+        return parsed.content[self._emitted :], parsed
 
-    def _show(self, end: int) -> str:
-        end = max(end, self._shown)
-        shown, self._shown = self._text[self._shown : end], end
-        return shown
+    def _emit(self, end: int) -> str:
+        end = max(end, self._emitted)
+        piece, self._emitted = self._text[self._emitted : end], end
+        return piece
 
     def _undecided(self) -> int:
-        """Where text begins that may become a call."""
+        """Return the index from which on the text may become a call."""
         text = self._text
-        for at in range(max(self._shown, len(text) - max(map(len, MARKS))), len(text)):
-            if any(mark.startswith(text[at:]) for mark in MARKS):
+        for at in range(max(self._emitted, len(text) - max(map(len, MARKERS))), len(text)):
+            if any(marker.startswith(text[at:]) for marker in MARKERS):
                 break
         else:
             at = len(text)
-        for line in _lines(text, self._shown):
+        for line in _lines(text, self._emitted):
             beginning = _compact(text[line:])
             if any(head.startswith(beginning) for head in self._heads):
                 return min(at, line)
         return at
 
 
-def canonical(call: dict[str, Any]) -> str:
-    """A text that is the same for calls of the same function with the same arguments."""
+def canonical_call(call: dict[str, Any]) -> str:
+    """Return a text that is equal for calls of the same function with the same arguments."""
     function = call["function"]
     arguments = function["arguments"]
     if isinstance(arguments, str):
-        with suppress(ValueError):  # one that cannot be read is the same as itself only
+        with suppress(ValueError):  # invalid JSON is compared as text
             arguments = json.loads(arguments)
     return json.dumps([function["name"], arguments], sort_keys=True)
 
 
 def _heads(names: Collection[str]) -> list[str]:
-    """How bare and fenced calls begin, without white space."""
+    """Return the ways in which bare and fenced calls begin, without spaces."""
     quoted = [json.dumps(name, ensure_ascii=False) for name in names]
     return [lead + shape.format(name) for lead in LEADS for shape in SHAPES for name in quoted]
 
 
 def _find(text: str, heads: list[str], start: int) -> int | None:
-    """Where the first call at or after `start` begins."""
-    places = [at for mark in MARKS if (at := text.find(mark, start)) >= 0]
-    first = min(places, default=len(text))
+    """Return the index at which the first call at or after `start` begins."""
+    found = [at for marker in MARKERS if (at := text.find(marker, start)) >= 0]
+    first = min(found, default=len(text))
     for line in _lines(text, start):
         if line >= first:
             break
         if _compact(text[line:]).startswith(tuple(heads)):
             return line
-    return first if places else None
+    return first if found else None
 
 
 def _lines(text: str, start: int) -> Iterator[int]:
-    """Beginnings of lines from `start` on, where bare and fenced calls can begin; of the first line, if nothing but
-    white space stands before `start`."""
+    """Yield the indices from `start` on at which a line, and so a bare or fenced call, can begin.
+
+    `start` itself is one if only spaces come before it in its line.
+    """
     if not text[text.rfind("\n", 0, start) + 1 : start].strip():
         yield start
     for found in re.compile("\n").finditer(text, start):
@@ -180,18 +184,18 @@ def _lines(text: str, start: int) -> Iterator[int]:
 
 
 def _compact(text: str) -> str:
-    return "".join(text[:HEAD].split())
+    return "".join(text[:MAX_HEAD].split())
 
 
 def _body(text: str, start: int) -> tuple[str, int]:
-    """The JSON of the call that begins at `start`, or what stands in its place, and where the text goes on."""
-    mark = next((mark for mark in MARKS if text.startswith(mark, start)), None)
-    if mark == HERMES.mark:
-        begin = start + len(mark)
-        end = text.find(END_MARK, begin)
-        return (text[begin:], len(text)) if end < 0 else (text[begin:end], end + len(END_MARK))
-    fenced = re.compile(r"\s*```(?:json)?").match(text, start) if mark is None else None
-    begin = fenced.end() if fenced else start + len(mark or "")
+    """Return the JSON of the call that begins at `start`, or what is in its place, and the index behind the call."""
+    marker = next((marker for marker in MARKERS if text.startswith(marker, start)), None)
+    if marker == HERMES.marker:
+        begin = start + len(marker)
+        end = text.find(END_MARKER, begin)
+        return (text[begin:], len(text)) if end < 0 else (text[begin:end], end + len(END_MARKER))
+    fenced = re.compile(r"\s*```(?:json)?").match(text, start) if marker is None else None
+    begin = fenced.end() if fenced else start + len(marker or "")
     end = begin
     while (value := _value(text, end)) is not None:
         end = value[1]
@@ -202,7 +206,7 @@ def _body(text: str, start: int) -> tuple[str, int]:
 
 
 def _value(text: str, at: int) -> tuple[Any, int] | None:
-    """The JSON object or list that comes next, behind separators, and where it ends."""
+    """Return the JSON object or list that comes next, behind separators, and the index behind it."""
     begin = re.compile(r"[\s,;]*").match(text, at)
     assert begin is not None
     if text[begin.end() : begin.end() + 1] not in ("{", "["):
@@ -214,14 +218,14 @@ def _value(text: str, at: int) -> tuple[Any, int] | None:
 
 
 def _calls(body: str) -> Iterator[dict[str, Any]]:
-    """The calls in a body; those with an `error` cannot be made."""
+    """Yield the calls of a body; invalid ones have an `error`."""
     at, found = 0, False
     while (value := _value(body, at)) is not None:
         found, at = True, value[1]
         for entry in value[0] if isinstance(value[0], list) else [value[0]]:
             yield _call(entry)
     if not found or body[at:].strip(" \n\t,;"):
-        yield _invalid(None, body[at:].strip(), "This is no complete JSON object.")
+        yield _invalid(None, body[at:].strip(), "This is not a complete JSON object.")
 
 
 def _call(entry: Any) -> dict[str, Any]:
@@ -229,21 +233,21 @@ def _call(entry: Any) -> dict[str, Any]:
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(name, str) or not name:
         return _invalid(None, json.dumps(entry, ensure_ascii=False), "The call names no function.")
-    arguments = next((function[key] for key in KEYS if key in function), None)
+    arguments = next((function[key] for key in ARGUMENT_KEYS if key in function), None)
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except ValueError:
-            return _invalid(name, arguments, "The arguments are no JSON.")
+            return _invalid(name, arguments, "The arguments are not JSON.")
     if not isinstance(arguments, dict | None):
-        return _invalid(name, json.dumps(arguments, ensure_ascii=False), "The arguments are no JSON object.")
-    return _made(name, json.dumps(arguments or {}, ensure_ascii=False))
+        return _invalid(name, json.dumps(arguments, ensure_ascii=False), "The arguments are not a JSON object.")
+    return _openai_call(name, json.dumps(arguments or {}, ensure_ascii=False))
 
 
-def _made(name: str | None, arguments: str) -> dict[str, Any]:
+def _openai_call(name: str | None, arguments: str) -> dict[str, Any]:
     function = {"name": name, "arguments": arguments}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def _invalid(name: str | None, arguments: str, error: str) -> dict[str, Any]:
-    return {**_made(name, arguments), "error": error}
+    return {**_openai_call(name, arguments), "error": error}

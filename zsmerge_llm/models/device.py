@@ -24,7 +24,7 @@ QUANTIZATIONS = ("nf4", "int8", "int4")
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 
 
-def check_settings(dtype: Any, device: Any, device_map: Any, quantization: Any) -> None:
+def validate_settings(dtype: Any, device: Any, device_map: Any, quantization: Any) -> None:
     """Refuse settings that cannot work on any machine, without importing torch.
 
     Raises:

@@ -21,7 +21,7 @@ from zsmerge_llm.errors import (
     UnsupportedModelError,
 )
 from zsmerge_llm.models import gguf, hub
-from zsmerge_llm.models.device import check_settings, packed_bits, pick_device, pick_dtype, quantization_config
+from zsmerge_llm.models.device import packed_bits, pick_device, pick_dtype, quantization_config, validate_settings
 from zsmerge_llm.models.log_filters import quiet, say_int8_cast_once
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def load(
         MissingDependencyError: quantization without bitsandbytes.
     """
     say = progress or (lambda step: None)
-    check_settings(dtype, device, device_map, quantization)
+    validate_settings(dtype, device, device_map, quantization)
     if not isinstance(model, (str, Path)):
         changes = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
         return _adopt(model, tokenizer, chat_template, changes, say)

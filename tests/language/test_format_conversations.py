@@ -1,0 +1,72 @@
+"""Conversations with tools and response formats continue without reading anything twice."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.support.talk import ROOMY, Talk, said, talker
+from tests.support.templates import ENDS
+from tests.support.tools import (
+    BOTH,
+    FORMAT,
+    WARM,
+    with_results,
+)
+from zsmerge_llm.language.output_format import JSON_INSTRUCTION
+
+
+@pytest.mark.parametrize("name", [*ENDS])
+def test_a_conversation_with_tool_calls_continues_without_reading_anything_twice(name: str) -> None:
+    llm = talker(name, cache=ROOMY)
+    messages = said("Hello")
+    first = llm.chat(messages, tools=BOTH, tool_choice="required", sampling=WARM, session="it")
+    assistant_message = llm.session("it").tokens
+    messages = with_results(messages, first)
+    second = llm.chat(messages, tools=BOTH, tool_choice="none", sampling=WARM.replace(max_tokens=4))
+    tokens = llm.session("it").tokens
+    assert second.usage.reuse == "continued"
+    assert tokens[: len(assistant_message)] == assistant_message  # what was generated is never made into tokens again
+    assert second.usage.cached_tokens <= len(assistant_message)
+    text = llm.tokenizer.decode(tokens)
+    assert text.count("18 degrees") == len(first.tool_calls)
+    held = llm.session("it").cache
+    fresh = llm.engine.read(llm.engine.new_cache(), tokens[: held.seen])
+    torch.testing.assert_close(held.logits[0].float(), fresh, rtol=1e-3, atol=1e-3)
+
+
+def test_a_response_format_is_part_of_the_prompt_unless_the_messages_state_it() -> None:
+    llm = talker("qwen2.5", cache=ROOMY)
+    llm.chat("Hello", response_format=FORMAT, sampling=WARM, session="it")
+    text = llm.tokenizer.decode(llm.session("it").tokens)
+    assert json.dumps(FORMAT["json_schema"]["schema"]) in text
+    told = f"Hello {json.dumps(FORMAT['json_schema']['schema'])}"
+    llm.chat(told, response_format=FORMAT, sampling=WARM, session="told")
+    assert llm.tokenizer.decode(llm.session("told").tokens).count('"boolean"') == 1
+    llm.chat("Give me JSON.", response_format={"type": "json_object"}, sampling=WARM, session="mode")
+    assert JSON_INSTRUCTION not in llm.tokenizer.decode(llm.session("mode").tokens)
+
+
+def test_a_conversation_continues_with_and_without_a_response_format() -> None:
+    talk = Talk(talker("qwen2.5", cache=ROOMY), "it")
+    talk.tell("One")
+    for wanted in (FORMAT, None, {"type": "json_object"}, FORMAT):
+        before = talk.llm.session("it").tokens
+        result = talk.tell("And", response_format=wanted, sampling=WARM)
+        assert result.usage.reuse == "continued"
+        assert talk.llm.session("it").tokens[: len(before)] == before
+    assert len(talk.llm.store) == 1
+
+
+def test_the_same_question_with_another_response_format_is_another_prompt() -> None:
+    talk = Talk(talker("qwen2.5", cache=ROOMY), "it", said("One", "Two", "Three"))
+    plain = talk.llm.chat(talk.messages, sampling=WARM, session="it")
+    formed = talk.llm.chat(talk.messages, sampling=WARM, session="it", response_format=FORMAT)
+    assert formed.usage.prompt_tokens > plain.usage.prompt_tokens
+    assert formed.usage.cached_tokens < plain.usage.prompt_tokens
+    again = talk.llm.chat(talk.messages, sampling=WARM, session="it", response_format=FORMAT)
+    assert again.usage.reuse == "restored"
+    assert again.usage.cached_tokens == again.usage.prompt_tokens == formed.usage.prompt_tokens
+    assert again.text == formed.text

@@ -1,0 +1,108 @@
+"""The keyword arguments of `LLM`'s requests, listed once: for type checkers, for `help`, and as one object inside."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from threading import Event
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from zsmerge_llm.config import SamplingParams
+from zsmerge_llm.language.grammar import Grammar
+from zsmerge_llm.language.output_format import OutputFormat, OutputFormats
+from zsmerge_llm.types import Message, Progress, ResponseFormat, ToolChoice
+
+if TYPE_CHECKING:
+    from zsmerge_llm.sessions.session import Session
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class BatchCompletionOptions(TypedDict, total=False):
+    """Keyword arguments of `LLM.batch_complete`."""
+
+    sampling: SamplingParams | None
+    response_format: ResponseFormat | None
+    grammar: Grammar | None
+    cancel: Event | None
+
+
+class CompletionOptions(BatchCompletionOptions, total=False):
+    """Keyword arguments of `LLM.complete` and `LLM.stream_complete`."""
+
+    progress: Progress | None
+
+
+class BatchOptions(BatchCompletionOptions, total=False):
+    """Keyword arguments of `LLM.batch`."""
+
+    tools: Sequence[dict[str, Any]] | None
+    tool_choice: ToolChoice | None
+    parallel_tool_calls: bool
+
+
+class ChatOptions(BatchOptions, total=False):
+    """Keyword arguments of `LLM.chat` and `LLM.stream`."""
+
+    session: str | Session | None
+    probe: str | None
+    reread: bool
+    progress: Progress | None
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """The keyword arguments of any request, with their defaults. `LLM.stream` documents them."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    tools: Sequence[dict[str, Any]] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    grammar: Grammar | None = None
+    session: str | Session | None = None
+    probe: str | None = None
+    reread: bool = False
+    cancel: Event | None = None
+    progress: Progress | None = None
+
+    @classmethod
+    def parse(cls, allowed: type, given: Mapping[str, Any]) -> RequestOptions:
+        """Return the options of a method whose keyword arguments the TypedDict `allowed` lists.
+
+        Raises:
+            TypeError: an unknown keyword argument.
+        """
+        known = allowed.__annotations__
+        if unknown := [name for name in given if name not in known]:
+            raise TypeError(
+                f"Unknown keyword argument {', '.join(unknown)}: known are {', '.join(known)}. Settings of sampling, "
+                "such as max_tokens, go into sampling=SamplingParams(...)."
+            )
+        return cls(**{**given, "sampling": given.get("sampling") or SamplingParams()})
+
+    def output_format(self, formats: OutputFormats, messages: Sequence[Message]) -> OutputFormat:
+        """Return the format of the answer to `messages`. Raises as `OutputFormats.chat`."""
+        return formats.chat(
+            messages, self.tools, self.tool_choice, self.parallel_tool_calls, self.response_format, self.grammar
+        )
+
+
+def with_options(options: type) -> Callable[[Method], Method]:
+    """Show the keys of a TypedDict as keyword arguments in the signature of a method that takes them as `**options`."""
+    defaults = {each.name: None if each.name == "sampling" else each.default for each in fields(RequestOptions)}
+
+    def decorate(method: Method) -> Method:
+        signature = inspect.signature(method)
+        positional = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        keywords = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint.__forward_arg__
+            )
+            for name, hint in options.__annotations__.items()
+        ]
+        method.__signature__ = signature.replace(parameters=[*positional, *keywords])  # type: ignore[attr-defined]
+        return method
+
+    return decorate
