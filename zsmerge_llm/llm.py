@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.errors import InputError
-from zsmerge_llm.generation import Answer, Attempt, Request, check_length, collect, generate, generate_batch
-from zsmerge_llm.language.grammar import Grammar
-from zsmerge_llm.language.messages import normalize_messages
-from zsmerge_llm.models.device import validate_settings
-from zsmerge_llm.options import (
+from zsmerge_llm.generation.answer import Answer, Attempt, Request
+from zsmerge_llm.generation.loops import check_length, collect, generate, generate_batch
+from zsmerge_llm.generation.options import (
     BatchCompletionOptions,
     BatchOptions,
     ChatOptions,
@@ -22,6 +20,9 @@ from zsmerge_llm.options import (
     RequestOptions,
     with_options,
 )
+from zsmerge_llm.language.grammar import Grammar
+from zsmerge_llm.language.messages import normalize_messages
+from zsmerge_llm.models.device import validate_settings
 from zsmerge_llm.retrieval.documents import read_text
 from zsmerge_llm.retrieval.passage_search import TOKENS, tail
 from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, completion_probe, is_multi_turn, message_probe

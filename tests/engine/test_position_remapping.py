@@ -20,7 +20,7 @@ from zsmerge_llm.engine import model_runner
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.position_remapping import PositionRemapper, RemapLayout
 from zsmerge_llm.errors import ContextLimitError
-from zsmerge_llm.generation import check_length
+from zsmerge_llm.generation.loops import check_length
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.rope import PositionMap, Rotation, fit_rotation
 

@@ -1,28 +1,21 @@
-"""Generation of answers: requests, parsing of tokens as they arrive, and the loops for one answer and for a batch."""
+"""A request, and its answer as the tokens arrive: parsed into reasoning, text and tool calls, with what it cost."""
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from threading import Event
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.config import CacheConfig, SamplingParams
-from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.language.messages import assistant_message
 from zsmerge_llm.language.output_format import UNCONSTRAINED, OutputFormat
 from zsmerge_llm.language.reasoning import AnswerPiece
 from zsmerge_llm.language.tool_calls import ParsedAnswer
-from zsmerge_llm.retrieval.passage_search import tail
 from zsmerge_llm.types import Chunk, FinishReason, Message, Result, Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from zsmerge_llm.engine.engine import Engine
     from zsmerge_llm.kvcache.cache import Cache
 
 CONTEXT_TOKENS = 16
@@ -220,149 +213,4 @@ class Attempt:
             reuse=self.request.reuse,
             reasoning_tokens=self._parser.reasoning_tokens,
             retrieved_tokens=self.request.retrieved_tokens,
-        )
-
-
-def generate(
-    engine: Engine, attempt: Attempt, read: Callable[[], object], cancel: Event | None
-) -> Generator[Chunk, None, Answer]:
-    """Generate one answer: yield its pieces but the last, and return it.
-
-    Args:
-        read: reads the request's prompt into the attempt's cache.
-        cancel: an event that stops it within one token; the answer says so in its finish reason.
-    """
-    from zsmerge_llm.engine.engine import Cancelled
-
-    try:
-        attempt.prefill_seconds = _seconds(read)
-        checkpoint = attempt.cache.clone() if attempt.output_format.fallback is not None else None
-        while True:
-            yield from _decode(engine, attempt.cache, [attempt], cancel)
-            attempt.cache.compress_stage()
-            answer = attempt.finish()
-            if checkpoint is None or not answer.needs_fallback:
-                return answer
-            attempt.cache.replace_with(checkpoint)
-            attempt = attempt.fallback()
-    except Cancelled:
-        return attempt.finish(cancelled=True)
-
-
-def generate_batch(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    max_input_tokens: int | None,
-    cancel: Event | None,
-) -> list[Result]:
-    """Read several prompts one by one, decode their answers together, and return them in order.
-
-    Raises as `Attempt` and `check_length`, before anything is read.
-    """
-    from zsmerge_llm.engine.engine import Cancelled
-
-    if not requests:
-        return []
-    for request in requests:
-        length = len(request.ids) - request.retrieved_tokens
-        check_length(length, request.sampling, max_input_tokens, engine.exact_limit)
-    attempts = [Attempt(request, engine.new_cache(request.cache_config), tokenizer) for request in requests]
-    answers: dict[int, Answer] = {}
-    pending = list(range(len(attempts)))
-    try:
-        for attempt in attempts:
-            attempt.prefill_seconds = _seconds(partial(_read, engine, attempt, cancel))
-        while pending:
-            _decode_together(engine, [attempts[at] for at in pending], cancel)
-            answers |= {at: attempts[at].finish() for at in pending}
-            pending = [at for at in pending if answers[at].needs_fallback]
-            for at in pending:  # its own cache is as it was behind the prompt: what was decoded is in the batch's
-                attempts[at] = attempts[at].fallback()
-    except Cancelled:
-        answers |= {at: attempts[at].finish(cancelled=True) for at in pending}
-    return [answers[at].result for at in range(len(attempts))]
-
-
-def _decode_together(engine: Engine, attempts: Sequence[Attempt], cancel: Event | None) -> None:
-    """Decode attempts with equal cache configurations together, as many at once as a decode step should take."""
-    from zsmerge_llm.kvcache.cache import Cache
-
-    for config in dict.fromkeys(attempt.cache.config for attempt in attempts):
-        group = [attempt for attempt in attempts if attempt.cache.config == config]
-        size = engine.max_decode_batch or len(group)
-        for start in range(0, len(group), size):
-            rows = group[start : start + size]
-            for _ in _decode(engine, Cache.stack([attempt.cache for attempt in rows]), rows, cancel):
-                pass
-
-
-def _decode(engine: Engine, cache: Cache, attempts: Sequence[Attempt], cancel: Event | None) -> Iterator[Chunk]:
-    """Decode one attempt in each row of `cache`; yield the pieces of all of them as they arrive."""
-    requests = [attempt.request for attempt in attempts]
-    sampling, prompts = [request.sampling for request in requests], [request.ids for request in requests]
-    constraints = [attempt.constraint for attempt in attempts]
-    started = [time.perf_counter() - attempt.decode_seconds for attempt in attempts]
-    for tokens in engine.decode(cache, sampling, prompts, constraints=constraints, cancel=cancel):
-        for attempt, token, start in zip(attempts, tokens, started, strict=True):
-            if token is not None and not attempt.stopped:
-                attempt.decode_seconds = time.perf_counter() - start
-                if chunk := attempt.push(token):
-                    yield chunk
-        if all(attempt.stopped for attempt in attempts):
-            return
-
-
-def _read(engine: Engine, attempt: Attempt, cancel: Event | None) -> None:
-    request = attempt.request
-    engine.read(
-        attempt.cache,
-        request.ids,
-        probe=request.query_ids,
-        multi_turn=request.multi_turn,
-        pinned_tail=tail(request.retrieved_tokens),
-        cancel=cancel,
-    )
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def collect(chunks: Iterable[Chunk]) -> Result:
-    """Return the whole answer of a stream."""
-    pieces = list(chunks)
-    last = pieces[-1]
-    text, reasoning = "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces)
-    assert last.usage is not None
-    assert last.finish_reason is not None
-    return Result(text, last.finish_reason, last.usage, last.tool_calls, last.invalid_tool_calls, reasoning)
-
-
-def check_length(
-    tokens: int, params: SamplingParams, max_input_tokens: int | None, exact_limit: int | None, stacklevel: int = 4
-) -> None:
-    """Refuse a prompt longer than `max_input_tokens`; warn where prompt and answer exceed `exact_limit`.
-
-    Args:
-        tokens: length of the prompt.
-        exact_limit: positions the model was trained on, with an exact cache (`Engine.exact_limit`).
-        stacklevel: whose line the warning names, as for `warnings.warn`.
-
-    Raises:
-        ContextLimitError: too many tokens.
-    """
-    if max_input_tokens is not None and tokens > max_input_tokens:
-        raise ContextLimitError(
-            f"The prompt has {tokens} tokens and max_input_tokens is {max_input_tokens}: raise it or shorten the "
-            "prompt."
-        )
-    total = tokens + (params.max_tokens or 0)
-    if exact_limit is not None and total > exact_limit:
-        warnings.warn(
-            f"Prompt and answer may take {total} tokens and the model was trained on {exact_limit} positions: beyond "
-            "them answers of the exact cache get worse. A compressed cache (slots=...) has no such limit.",
-            stacklevel=stacklevel,
         )

@@ -13,7 +13,7 @@ from tests.support.talk import ROOMY, talker
 from tests.support.templates import byte_level, template
 from tests.support.tools import BOTH, CALL, WEATHER, name_and_arguments, question_and_result
 from zsmerge_llm import SamplingParams
-from zsmerge_llm.generation import AnswerParser
+from zsmerge_llm.generation.answer import AnswerParser
 from zsmerge_llm.language.output_format import OutputFormat
 
 

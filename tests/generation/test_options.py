@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from zsmerge_llm import LLM
-from zsmerge_llm.options import ChatOptions, CompletionOptions, RequestOptions
+from zsmerge_llm.generation.options import ChatOptions, CompletionOptions, RequestOptions
 
 REQUESTS = {
     "chat": {"session", "probe", "reread", "tools", "progress", "cancel", "sampling"},
