@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from policies.attention_based import TOVA, CaM, SnapKV, pyramid
-from policies.base import STAGE, Policy, plain, probed, rope_of
-from policies.by_head import ByHead, ByHeadShare
-from policies.fitted import Fitted
-from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
-from policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
+from benchmarks.policies.attention_based import TOVA, CaM, SnapKV, pyramid
+from benchmarks.policies.base import STAGE, Policy, plain, probed, rope_of
+from benchmarks.policies.by_head import ByHead, ByHeadShare
+from benchmarks.policies.fitted import Fitted
+from benchmarks.policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
+from benchmarks.policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.layer_budgets import KNOWN
 from zsmerge_llm.retrieval.passage_search import TOKENS
@@ -75,8 +75,8 @@ def _full(slots: int) -> CacheConfig:
 _ALL = (
     Policy("full", _full, chunk=None),
     Policy("truncate", _full, newest_only=True),
-    Policy("full-recall", _full, chunk=None, retrieval_tokens=TOKENS),
-    Policy("truncate-recall", _full, newest_only=True, retrieval_tokens=TOKENS),
+    Policy("full-retrieval", _full, chunk=None, retrieval_tokens=TOKENS),
+    Policy("truncate-retrieval", _full, newest_only=True, retrieval_tokens=TOKENS),
     Policy("streaming", _streaming),
     Policy("lm-infinite", _streaming, LMInfinite),
     Policy("h2o", _h2o),
@@ -93,39 +93,39 @@ _ALL = (
     Policy("paper-two-whole", _paper_two, chunk=None),
     Policy("streaming-whole", _streaming, chunk=None),
     Policy("h2o-whole", _h2o, chunk=None),
-    Policy("ours-question", _passages, probe="question", profiled=KNOWN),
-    Policy("passages-half-profile", _passages, probe="question", profiled=0.5),
-    Policy("passages-profile", _passages, probe="question", profiled=1),
-    Policy("passages-uniform", _passages, probe="question"),
+    Policy("zsmerge-question", _passages, probe="question", profiled=KNOWN),
+    Policy("passages-half-layer-budgets", _passages, probe="question", profiled=0.5),
+    Policy("passages-layer-budgets", _passages, probe="question", profiled=1),
+    Policy("passages-uniform-budgets", _passages, probe="question"),
     Policy("passages-half", _half, probe="question", profiled=1),
     Policy("pooled-question", _pooled, probe="question"),
-    Policy("ours-question-recall", _passages, probe="question", profiled=KNOWN, retrieval_tokens=TOKENS),
-    Policy("ours-chat", _chat, probe="question"),
-    Policy("ours-chat-recall", _chat, probe="question", retrieval_tokens=TOKENS),
-    Policy("chat-asked", _asked, probe="question"),
-    Policy("chat-half", _chat, probe="question", profiled=0.5),
-    Policy("chat-profile", _chat, probe="question", profiled=1),
-    Policy("ours-generic", _ahead, probe="generic"),
+    Policy("zsmerge-question-retrieval", _passages, probe="question", profiled=KNOWN, retrieval_tokens=TOKENS),
+    Policy("zsmerge-chat", _chat, probe="question"),
+    Policy("zsmerge-chat-retrieval", _chat, probe="question", retrieval_tokens=TOKENS),
+    Policy("chat-no-history", _asked, probe="question"),
+    Policy("chat-half-layer-budgets", _chat, probe="question", profiled=0.5),
+    Policy("chat-layer-budgets", _chat, probe="question", profiled=1),
+    Policy("zsmerge-uniform-budgets", _ahead, probe="generic"),
     Policy("pooled-generic", _pooled, probe="generic"),
-    Policy("ours-profile", _ahead, probe="generic", profiled=1),
-    Policy("ours-recall", _ahead, probe="generic", profiled=1, retrieval_tokens=TOKENS, glance=True),
-    Policy("ours-words", _ahead, probe="generic", profiled=1, retrieval_tokens=TOKENS),
-    Policy("by-head", _ahead, ByHead, probe="generic", profiled=1),
-    Policy("by-head-share", _ahead, ByHeadShare, probe="generic", profiled=1),
-    Policy("profile-question", _pooled, probe="question", profiled=1),
-    Policy("profile-generic", _pooled, probe="generic", profiled=1),
-    Policy("profile-generic-whole", _pooled, probe="generic", profiled=1, chunk=None),
-    Policy("sharpest-generic", probed, Sharpest, probe="generic", profiled=1),
-    Policy("valued-generic", probed, Valued, probe="generic", profiled=1),
-    Policy("valued-question", probed, Valued, probe="question", profiled=1),
-    Policy("valued-mean", probed, ValuedMean, probe="generic", profiled=1),
-    Policy("fitted", _fitted, Fitted, probe="generic", profiled=1),
-    Policy("valued-mean-question", probed, ValuedMean, probe="question", profiled=1),
-    Policy("valued-more", probed, MostlyValued, probe="generic", profiled=1),
-    Policy("valued-expected", probed, ValuedExpected, probe="generic", profiled=1),
-    Policy("both-max", probed, BothMax, probe="both", profiled=1),
-    Policy("both-mean", _ahead, probe="both", profiled=1),
-    Policy("profile-h2o", _h2o, profiled=1),
-    Policy("profile-expected", plain, ExpectedAttention, profiled=1),
+    Policy("zsmerge-layer-budgets", _ahead, probe="generic", profiled=1),
+    Policy("zsmerge-retrieval", _ahead, probe="generic", profiled=1, retrieval_tokens=TOKENS, glance=True),
+    Policy("zsmerge-passage-search", _ahead, probe="generic", profiled=1, retrieval_tokens=TOKENS),
+    Policy("per-head-budgets", _ahead, ByHead, probe="generic", profiled=1),
+    Policy("per-head-budgets-normalized", _ahead, ByHeadShare, probe="generic", profiled=1),
+    Policy("layer-budgets-question", _pooled, probe="question", profiled=1),
+    Policy("layer-budgets-generic", _pooled, probe="generic", profiled=1),
+    Policy("layer-budgets-generic-whole", _pooled, probe="generic", profiled=1, chunk=None),
+    Policy("max-attention-generic", probed, Sharpest, probe="generic", profiled=1),
+    Policy("value-weighted-max", probed, Valued, probe="generic", profiled=1),
+    Policy("value-weighted-max-question", probed, Valued, probe="question", profiled=1),
+    Policy("value-weighted-mean", probed, ValuedMean, probe="generic", profiled=1),
+    Policy("least-squares-merging", _fitted, Fitted, probe="generic", profiled=1),
+    Policy("value-weighted-mean-question", probed, ValuedMean, probe="question", profiled=1),
+    Policy("value-weighted-norm", probed, MostlyValued, probe="generic", profiled=1),
+    Policy("value-weighted-expected", probed, ValuedExpected, probe="generic", profiled=1),
+    Policy("question-and-generic-max", probed, BothMax, probe="both", profiled=1),
+    Policy("question-and-generic-mean", _ahead, probe="both", profiled=1),
+    Policy("h2o-layer-budgets", _h2o, profiled=1),
+    Policy("expected-layer-budgets", plain, ExpectedAttention, profiled=1),
 )
 POLICIES = {policy.name: policy for policy in _ALL}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from policies.base import PolicyLayer, RankedLayer
+from benchmarks.policies.base import PolicyLayer, RankedLayer
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.view import AttentionInputs, KVView
 

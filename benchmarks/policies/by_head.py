@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.base import PolicyLayer
+from benchmarks.policies.base import PolicyLayer
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.kvcache.layer_cache import LayerCache
 from zsmerge_llm.kvcache.policy import NEVER

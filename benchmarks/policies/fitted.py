@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from policies.ours import ValuedMean
+from benchmarks.policies.ours import ValuedMean
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.view import AttentionInputs, KVView
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from policies.base import PolicyLayer, RankedLayer
+from benchmarks.policies.base import PolicyLayer, RankedLayer
 from zsmerge_llm.kvcache.view import AttentionInputs, KVView
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from policies.base import RankedLayer
-from policies.key_based import ExpectedAttention
+from benchmarks.policies.base import RankedLayer
+from benchmarks.policies.key_based import ExpectedAttention
 from zsmerge_llm.kvcache.view import AttentionInputs, KVView
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/quality_chat.py on tiny random models: what a chat is made of, and how it is read and asked about."""
+"""benchmarks/chat.py on tiny random models: what a chat is made of, and how it is read and asked about."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quality_chat
-import quality_run
-from policies import POLICIES
 
+from benchmarks.policies import POLICIES
+from benchmarks.quality import chat as chat_benchmark
+from benchmarks.quality import evaluator
 from tests.support.talk import ROOMY, talker
 from tests.support.templates import template
 
@@ -30,12 +30,12 @@ def record(paragraphs: int = 6, questions: int = 3) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reader() -> quality_run.Reader:
-    return quality_run.Reader(talker(cache=ROOMY).engine, template("smollm2"))
+def reader() -> evaluator.Reader:
+    return evaluator.Reader(talker(cache=ROOMY).engine, template("smollm2"))
 
 
 def test_a_chat_asks_about_each_paragraph_and_at_last_about_the_first_third() -> None:
-    made, behind = quality_chat.conversation(record())
+    made, behind = chat_benchmark.conversation(record())
     said = made["messages"]
     assert [message["role"] for message in said] == ["user", "assistant"] * 6
     assert [message["content"] for message in said[1::2]] == [f"{number}0 feet" for number in range(6)]
@@ -44,9 +44,9 @@ def test_a_chat_asks_about_each_paragraph_and_at_last_about_the_first_third() ->
     assert all(asked["a"][0] in said[at - 2]["content"] for asked, at in zip(made["qa"], behind, strict=True))
 
 
-def test_questions_are_asked_behind_their_paragraph_and_at_the_end(reader: quality_run.Reader) -> None:
-    made = quality_chat.chat(reader.template, record(), 12)
-    lines = quality_chat.measure(reader, POLICIES["full"], 96, made)
+def test_questions_are_asked_behind_their_paragraph_and_at_the_end(reader: evaluator.Reader) -> None:
+    made = chat_benchmark.chat(reader.template, record(), 12)
+    lines = chat_benchmark.measure(reader, POLICIES["full"], 96, made)
     assert [(line["setting"], line["question"]) for line in lines] == [
         *(("first", number) for number in range(4)),
         *(("later", number) for number in range(4)),
@@ -55,34 +55,34 @@ def test_questions_are_asked_behind_their_paragraph_and_at_the_end(reader: quali
     assert lines[0]["tokens_read"] == sum(len(ids) for ids, _ in made.item.parts[:2])
 
 
-@pytest.mark.parametrize("name", ["truncate", "streaming", "h2o", "ours-chat"])
-def test_policies_read_the_same_chat_in_the_memory_they_have(name: str, reader: quality_run.Reader) -> None:
-    made = quality_chat.chat(reader.template, record(24), 4)
-    *_, cache = quality_chat.turns(reader, POLICIES[name], 160, made.item)
+@pytest.mark.parametrize("name", ["truncate", "streaming", "h2o", "zsmerge-chat"])
+def test_policies_read_the_same_chat_in_the_memory_they_have(name: str, reader: evaluator.Reader) -> None:
+    made = chat_benchmark.chat(reader.template, record(24), 4)
+    *_, cache = chat_benchmark.turns(reader, POLICIES[name], 160, made.item)
     held = cache.full_nbytes() if cache.slots is None else cache.nbytes
-    assert held <= quality_run.plain_bytes(reader.engine, 160) + (0 if cache.logits is None else cache.logits.nbytes)
+    assert held <= evaluator.plain_bytes(reader.engine, 160) + (0 if cache.logits is None else cache.logits.nbytes)
     assert made.item.tokens > 2 * 288
     assert cache.seen == (288 if name == "truncate" else made.item.tokens)
 
 
-def test_a_policy_that_looks_things_up_knows_only_what_was_said_before(reader: quality_run.Reader) -> None:
-    made = quality_chat.chat(reader.template, record(24), 4)
-    policy, budget = POLICIES["ours-chat-recall"], quality_run.Budget(400)
+def test_a_policy_that_looks_things_up_knows_only_what_was_said_before(reader: evaluator.Reader) -> None:
+    made = chat_benchmark.chat(reader.template, record(24), 4)
+    policy, budget = POLICIES["zsmerge-chat-retrieval"], evaluator.Budget(400)
     asked = made.item.questions[-1]
     for before in (2, 6):
         found = reader.passages(policy, budget, made.item, before, asked.text)
         assert found
         said = "\n\n".join(message["content"] for message in made.item.said[:before])
         assert all(line in said for each in found for line in each.split("\n\n"))
-    *_, cache = quality_chat.turns(reader, policy, 160, made.item)
-    *_, plain = quality_chat.turns(reader, POLICIES["ours-chat"], 160, made.item)
+    *_, cache = chat_benchmark.turns(reader, policy, 160, made.item)
+    *_, plain = chat_benchmark.turns(reader, POLICIES["zsmerge-chat"], 160, made.item)
     assert cache.seen > plain.seen == made.item.tokens
     assert cache.nbytes == plain.nbytes
 
 
-def test_the_product_makes_room_behind_each_answer(reader: quality_run.Reader) -> None:
-    made = quality_chat.chat(reader.template, record(24), 4)
-    for number, cache in enumerate(quality_chat.turns(reader, POLICIES["ours-chat"], 160, made.item), start=1):
+def test_the_product_makes_room_behind_each_answer(reader: evaluator.Reader) -> None:
+    made = chat_benchmark.chat(reader.template, record(24), 4)
+    for number, cache in enumerate(chat_benchmark.turns(reader, POLICIES["zsmerge-chat"], 160, made.item), start=1):
         if number % 2 == 0:
             assert all(max(layer.fills) <= (layer.config.slots or 0) for layer in cache.layers)
 
@@ -92,11 +92,11 @@ def test_the_report_compares_with_the_policy_that_was_named(
 ) -> None:
     facts = {"budget": "512", "task": "chat-toy", "item": "d1", "setting": "later", "question": 0, "depth": 0.1}
     facts |= {"asked": 1, "exact": False, "cache_bytes": 1, "reading_bytes": 0}
-    lines = [{**facts, "policy": name, "nll": nll} for name, nll in (("ours-chat", 1.0), ("h2o", 3.0))]
+    lines = [{**facts, "policy": name, "nll": nll} for name, nll in (("zsmerge-chat", 1.0), ("h2o", 3.0))]
     (tmp_path / "quality-chat-toy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(quality_chat, "RESULTS", tmp_path)
-    monkeypatch.setattr("sys.argv", ["quality_chat.py", "--report", "--name", "toy"])
+    monkeypatch.setattr(chat_benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["chat.py", "--report", "--name", "toy"])
 
-    quality_chat.main()
+    chat_benchmark.main()
 
     assert "+2.00 [+2.00, +2.00]" in capsys.readouterr().out

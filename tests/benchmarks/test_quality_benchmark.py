@@ -1,4 +1,4 @@
-"""benchmarks/quality.py on tiny random models: equal bytes, what each policy keeps, scoring, resuming, figures."""
+"""benchmarks/quality/run.py on tiny random models: equal bytes, what each policy keeps, scoring, resuming, figures."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quality
-import quality_report
-import quality_run
-import quality_tasks
 import torch
-from policies import POLICIES, rope_of
-from policies.attention_based import pyramid
-from policies.fitted import Fitted
-from quality_ask import ask
-from quality_rouge import rouge
 
+from benchmarks.policies import POLICIES, rope_of
+from benchmarks.policies.attention_based import pyramid
+from benchmarks.policies.fitted import Fitted
+from benchmarks.quality import evaluator, report, run, tasks
+from benchmarks.quality.ask import ask
+from benchmarks.quality.rouge import rouge
 from tests.support.talk import ROOMY, talker
 from tests.support.templates import template
 from tests.support.tiny_models import tiny_model, tokens
@@ -41,9 +38,9 @@ def engine() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def reader() -> quality_run.Reader:
+def reader() -> evaluator.Reader:
     llm = talker(cache=ROOMY)
-    return quality_run.Reader(llm.engine, template("smollm2"))
+    return evaluator.Reader(llm.engine, template("smollm2"))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral-sliding", "gemma2-softcap", "gpt_oss-sinks"])
@@ -88,7 +85,7 @@ def test_an_answer_is_exact_iff_greedy_decoding_says_it(engine: Engine) -> None:
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_every_policy_reads_within_the_same_bytes(name: str, engine: Engine) -> None:
-    policy, budget = POLICIES[name], quality_run.plain_bytes(engine, 200)
+    policy, budget = POLICIES[name], evaluator.plain_bytes(engine, 200)
     slots = policy.slots_for(engine.specs, budget)
     cache = policy.new_cache(engine.specs, slots, rope_of(engine))
     engine.chunk = policy.chunk or 700
@@ -129,12 +126,15 @@ def test_lm_infinite_puts_no_key_further_away_than_its_slots(engine: Engine) -> 
 
 
 def test_a_fitted_residual_answers_its_queries_better_than_eviction(engine: Engine) -> None:
-    caches = {name: POLICIES[name].new_cache(engine.specs, 200, rope_of(engine)) for name in ("fitted", "valued-mean")}
+    caches = {
+        name: POLICIES[name].new_cache(engine.specs, 200, rope_of(engine))
+        for name in ("least-squares-merging", "value-weighted-mean")
+    }
     exact = engine.new_cache(POLICIES["full"].config(0))
     engine.chunk = 700
     for cache in (exact, *caches.values()):
         engine.read(cache, tokens(700), probe=tokens(5, seed=1))
-    layer = caches["fitted"].layers[0]
+    layer = caches["least-squares-merging"].layers[0]
     assert isinstance(layer, Fitted)
 
     def answers(cache: Any) -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_a_fitted_residual_answers_its_queries_better_than_eviction(engine: Engi
 
     wanted = answers(exact)
     off = {name: (answers(cache) - wanted).square().mean().item() for name, cache in caches.items()}
-    assert off["fitted"] < 0.5 * off["valued-mean"]
+    assert off["least-squares-merging"] < 0.5 * off["value-weighted-mean"]
     position = [cache.layers[0].position[:, :, :200] for cache in caches.values()]
     assert torch.equal(*position), "the same tokens stay"
 
@@ -157,40 +157,40 @@ def test_a_pyramid_keeps_the_total() -> None:
     assert min(budgets) == 96
 
 
-def test_layers_get_their_budgets_from_the_profile(reader: quality_run.Reader) -> None:
+def test_layers_get_their_budgets_from_the_profile(reader: evaluator.Reader) -> None:
     weights = reader.profile
     assert len(weights) == len(reader.engine.specs)
     assert sum(weights) / len(weights) == pytest.approx(1)
-    cache = reader.new_cache(POLICIES["valued-generic"], quality_run.Budget(300), 0)
+    cache = reader.new_cache(POLICIES["value-weighted-max"], evaluator.Budget(300), 0)
     slots = [layer.config.slots for layer in cache.layers]
     assert sum(slots) == pytest.approx(cache.config.slots * len(slots), abs=1)
     assert slots == [pytest.approx(cache.config.slots * weight, abs=1) for weight in weights]
 
 
-def test_a_question_behind_the_generic_probe_only_adds_to_what_is_wanted(reader: quality_run.Reader) -> None:
-    read = quality_tasks.item(reader.template, RECORD, 1)
+def test_a_question_behind_the_generic_probe_only_adds_to_what_is_wanted(reader: evaluator.Reader) -> None:
+    read = tasks.item(reader.template, RECORD, 1)
     both, generic = (
-        reader.fill(POLICIES[name], quality_run.Budget(96), read, read.questions[0])
-        for name in ("both-max", "valued-mean")
+        reader.fill(POLICIES[name], evaluator.Budget(96), read, read.questions[0])
+        for name in ("question-and-generic-max", "value-weighted-mean")
     )
     assert both.seen == generic.seen
     kept = [[set(layer.position[0, 0].tolist()) for layer in cache.layers] for cache in (both, generic)]
     assert kept[0] != kept[1]
 
 
-def test_follow_ups_are_asked_after_each_known_question(reader: quality_run.Reader) -> None:
-    read = quality_tasks.item(reader.template, RECORD, 5)
-    budget = quality_run.Budget.parse("30%")
-    rows = list(reader.known(POLICIES["ours-question"], budget, read))
+def test_follow_ups_are_asked_after_each_known_question(reader: evaluator.Reader) -> None:
+    read = tasks.item(reader.template, RECORD, 5)
+    budget = evaluator.Budget.parse("30%")
+    rows = list(reader.known(POLICIES["zsmerge-question"], budget, read))
     assert [row.get("setting") for row in rows] == [None, "followup", "followup"] * 2
     assert {row["question"] for row in rows} == {0, 1}
     assert all(row["cache_bytes"] > 0 and row["nll"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o", "expected"])
-def test_what_is_read_once_for_all_questions_equals_reading_it_for_each(name: str, reader: quality_run.Reader) -> None:
-    read, policy = quality_tasks.item(reader.template, LONG, 2), POLICIES[name]
-    budget = quality_run.Budget(100)
+def test_what_is_read_once_for_all_questions_equals_reading_it_for_each(name: str, reader: evaluator.Reader) -> None:
+    read, policy = tasks.item(reader.template, LONG, 2), POLICIES[name]
+    budget = evaluator.Budget(100)
     begun = reader.begin(policy, budget, read)
     assert begun is not None
     assert 0 < begun.seen < read.tokens
@@ -204,7 +204,7 @@ def test_what_is_read_once_for_all_questions_equals_reading_it_for_each(name: st
         assert cache.seen == alone.seen == len(ids)
         assert torch.equal(cache.layers[0].keys, alone.layers[0].keys)
     assert torch.equal(begun.layers[0].keys, before), "each goes on with a copy"
-    assert reader.begin(POLICIES["ours-question"], budget, read) is None, "its probe is another for each question"
+    assert reader.begin(POLICIES["zsmerge-question"], budget, read) is None, "its probe is another for each question"
 
 
 def test_joined_documents_are_numbered_on_and_keep_their_questions_depths(tmp_path: Path) -> None:
@@ -214,20 +214,20 @@ def test_joined_documents_are_numbered_on_and_keep_their_questions_depths(tmp_pa
         for n in range(5)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    first, second = quality_tasks.load([path], None, join=2)
+    first, second = tasks.load([path], None, join=2)
     assert (first["id"], first["file"], second["id"]) == ("r0+r1", "passagesx2", "r2+r3")
     assert first["context"].split("\n\n")[2:] == ["Document [3] The sea.", "Document [4] Word1."]
     assert [asked["depth"] for asked in first["qa"]] == [pytest.approx(0.25, abs=0.02), pytest.approx(0.75, abs=0.02)]
-    assert len(list(quality_tasks.load([path], 1, join=2))) == 1
+    assert len(list(tasks.load([path], 1, join=2))) == 1
 
 
 def test_the_peak_of_reading_grows_with_the_text_only_where_the_full_cache_comes_first(
-    reader: quality_run.Reader,
+    reader: evaluator.Reader,
 ) -> None:
-    budget, peaks = quality_run.Budget(96), {}
+    budget, peaks = evaluator.Budget(96), {}
     for name in ("h2o", "h2o-whole", "full"):
         for record in (RECORD, LONG):
-            read = quality_tasks.item(reader.template, record, 1)
+            read = tasks.item(reader.template, record, 1)
             (row,) = reader.unknown(POLICIES[name], budget, read)
             peaks[name, read.tokens] = row["reading_bytes"] - row["cache_bytes"] * (name != "full")
     short, long = sorted({tokens for _, tokens in peaks})
@@ -235,22 +235,22 @@ def test_the_peak_of_reading_grows_with_the_text_only_where_the_full_cache_comes
     assert peaks["h2o", long] < 1.2 * peaks["h2o", short] < peaks["full", short]
 
 
-def test_a_chat_is_read_message_by_message(reader: quality_run.Reader) -> None:
+def test_a_chat_is_read_message_by_message(reader: evaluator.Reader) -> None:
     said = [{"role": ("user", "assistant")[n % 2], "content": f"Message {n} about the sea."} for n in range(9)]
     record = {"id": "c", "file": "toy", "messages": said, "qa": [{"q": "What about?", "a": ["the sea"], "depth": 0.0}]}
-    read = quality_tasks.item(reader.template, record, 3)
+    read = tasks.item(reader.template, record, 3)
     whole = reader.template.render([*said, {"role": "user", "content": "What about?"}])
     ids = [token for part, _ in read.parts for token in part] + read.questions[0].asking
     assert reader.template.tokenizer.decode(ids) == whole
     assert [bool(probe) for _, probe in read.parts] == [True, False] * 4 + [True]
-    (row,) = reader.unknown(POLICIES["ours-question"], quality_run.Budget(96), read)
+    (row,) = reader.unknown(POLICIES["zsmerge-question"], evaluator.Budget(96), read)
     assert row["tokens_read"] == read.tokens
 
 
 def test_needles_stand_in_their_documents(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(f"Paragraph {n}. It was a quiet day at sea." for n in range(4000)))
-    for record in quality_tasks.needles(book, template("smollm2"), 2, 600):
+    for record in tasks.needles(book, template("smollm2"), 2, 600):
         for asked in record["qa"]:
             at = record["context"].index(asked["a"][0]) / len(record["context"])
             assert at == pytest.approx(asked["depth"], abs=0.12)
@@ -258,7 +258,7 @@ def test_needles_stand_in_their_documents(tmp_path: Path) -> None:
 
 def test_an_answer_goes_on_from_its_opening() -> None:
     asked = {**RECORD["qa"][0], "opening": "The cat is called"}
-    reads = [quality_tasks.item(template("smollm2"), {**RECORD, "qa": [each]}, 1) for each in (RECORD["qa"][0], asked)]
+    reads = [tasks.item(template("smollm2"), {**RECORD, "qa": [each]}, 1) for each in (RECORD["qa"][0], asked)]
     plain, opened = (read.questions[0] for read in reads)
     said = template("smollm2").tokenizer.decode(opened.asking[len(plain.asking) :] + opened.answer)
     assert said == "The cat is called Bishop"
@@ -269,14 +269,14 @@ def test_a_restart_skips_what_is_done_and_drops_a_torn_line(tmp_path: Path) -> N
     path = tmp_path / "quality-x.jsonl"
     line = {"policy": "h2o", "budget": "512", "setting": "followup", "task": "t", "item": "1", "asked": 3}
     path.write_text(json.dumps(line) + '\n{"policy": "sn')
-    assert quality.done(path) == {("h2o", "512", "known", "t", "1", 3)}
+    assert run.done(path) == {("h2o", "512", "known", "t", "1", 3)}
     assert path.read_text() == json.dumps(line) + "\n"
 
 
 def test_intervals_hold_the_mean_and_shrink_with_the_noise() -> None:
-    low, high = quality_report.interval([0.5, 1.5] * 50)
+    low, high = report.interval([0.5, 1.5] * 50)
     assert low < 1.0 < high
-    assert quality_report.interval([1.0] * 10) == (1.0, 1.0)
+    assert report.interval([1.0] * 10) == (1.0, 1.0)
 
 
 def test_the_report_compares_the_same_questions(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_the_report_compares_the_same_questions(tmp_path: Path) -> None:
     rows = [("ours", "512", 0, 1.0), ("ours", "512", 1, 2.0), ("h2o", "512", 1, 3.0), ("full", "full", 1, 0.5)]
     lines = [{**facts, "policy": p, "budget": b, "question": q, "nll": n, "depth": 0.5} for p, b, q, n in rows]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = quality_report.report(path, ["not measured", "ours"])
+    text = report.report(path, ["not measured", "ours"])
     assert "| h2o | 1 (1) | 3.00 | 6.00 | 100% | +1.00 [+1.00, +1.00]" in text
     assert "| full | 1 (1) | 0.50 | 1.00 | 100% | -1.50" in text
     assert "| ours | 2 (1) | 1.50 | 4.00 | 100% |  |" in text, "against full on the question that both have"
@@ -298,7 +298,7 @@ def test_a_full_cache_that_was_asked_once_for_all_questions_stands_beside_known_
     facts = {"task": "t", "item": "1", "question": 0}
     full = {**facts, "policy": "full", "budget": "full", "setting": "unknown"}
     ours = {**facts, "policy": "ours", "budget": "512", "setting": "known"}
-    assert set(quality_report.groups([ours, full])["t", "known", "512"]) == {"ours", "full"}
+    assert set(report.groups([ours, full])["t", "known", "512"]) == {"ours", "full"}
 
 
 def test_rouge_counts_common_words_pairs_and_subsequences() -> None:

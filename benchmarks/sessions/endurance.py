@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, book, plot, write
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.common import RESULTS, book, plot, write
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.position_remapping import PositionRemapper, RemapLayout

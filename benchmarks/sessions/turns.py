@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 import time
 from pathlib import Path
 
-import torch
-from common import plot, write
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import torch
+
+from benchmarks.common import plot, write
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 
 TOPICS = ("the sea", "old maps", "bread", "winter", "a small railway", "bees", "a lighthouse", "rivers", "tea", "chess")

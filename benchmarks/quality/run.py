@@ -16,21 +16,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
-from policies import POLICIES
-from quality_report import report
-from quality_run import Budget, Reader
-from quality_tasks import item, load, needles, rephrased, summary
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.common import RESULTS
+from benchmarks.policies import POLICIES
+from benchmarks.quality.evaluator import Budget, Reader
+from benchmarks.quality.report import report
+from benchmarks.quality.tasks import item, load, needles, rephrased, summary
 from zsmerge_llm import LLM
 from zsmerge_llm.language.chat_template import ChatTemplate
 
-DEFAULT = "full,truncate,streaming,h2o,snapkv,pyramidkv,tova,keydiff,knorm,expected,cam,paper,ours-generic,valued-mean"
-OURS = ["ours-question", "ours-profile", "ours-generic"]
+DEFAULT = "full,truncate,streaming,h2o,snapkv,pyramidkv,tova,keydiff,knorm,expected,cam,paper,zsmerge-uniform-budgets,value-weighted-mean"
+OURS = ["zsmerge-question", "zsmerge-layer-budgets", "zsmerge-uniform-budgets"]
 Cell = tuple[str, str, str, str, str, int]
 UNBOUNDED = "full"
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import psutil
 import torch
-from common import forget_peak, peak_rss
-from policies.base import STAGE, Policy, PolicyLayer, plain, rope_of, weighted
-from quality_ask import Score, ask
-from quality_rouge import rouge
-from quality_tasks import Item, Question
 
+from benchmarks.common import forget_peak, peak_rss
+from benchmarks.policies.base import STAGE, Policy, PolicyLayer, plain, rope_of, weighted
+from benchmarks.quality.ask import Score, ask
+from benchmarks.quality.rouge import rouge
+from benchmarks.quality.tasks import Item, Question
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.layer_budgets import LayerBudgets

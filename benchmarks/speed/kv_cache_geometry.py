@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import torch
-from common import full_bytes, median_seconds, plot, write
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.common import full_bytes, median_seconds, plot, write
 from zsmerge_llm import CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache.cache import Cache

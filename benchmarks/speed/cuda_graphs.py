@@ -15,15 +15,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import torch
-from common import book, repeated, write
-from speed import theirs
 from torch import Tensor
 
+from benchmarks.common import book, repeated, write
+from benchmarks.speed.decode_and_prefill import theirs
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.attention.interface import ForwardPass, forward
 from zsmerge_llm.engine.engine import Engine

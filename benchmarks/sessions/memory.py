@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import psutil
 import torch
-from common import book, forget_peak, full_bytes, peak_rss, plot, repeated, write
 from transformers import DynamicCache
 
+from benchmarks.common import book, forget_peak, full_bytes, peak_rss, plot, repeated, write
 from zsmerge_llm import LLM, CacheConfig
 
 KINDS = ("transformers, one pass", "transformers, chunks of 512", "zsmerge-llm", "zsmerge-llm, probe")

@@ -14,25 +14,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
-from policies import POLICIES
-from policies.base import STAGE, Policy, PolicyLayer
-from quality import done
-from quality_report import report
-from quality_run import Budget, Reader, row
-from quality_tasks import GUIDE, Item, item, load
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.common import RESULTS
+from benchmarks.policies import POLICIES
+from benchmarks.policies.base import STAGE, Policy, PolicyLayer
+from benchmarks.quality.evaluator import Budget, Reader, row
+from benchmarks.quality.report import report
+from benchmarks.quality.run import done
+from benchmarks.quality.tasks import GUIDE, Item, item, load
 from zsmerge_llm import LLM
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import block
 
-DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,ours-chat,ours-chat-recall,truncate-recall"
+DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,zsmerge-chat,zsmerge-chat-retrieval,truncate-retrieval"
 EARLY = 1 / 3
 
 
@@ -158,7 +160,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=512)
     parser.add_argument("--documents", type=int, help="of each file (default: all)")
     parser.add_argument("--questions", type=int, default=12, help="of each chat")
-    parser.add_argument("--ours", default="ours-chat", help="the policy that the others are compared with")
+    parser.add_argument("--ours", default="zsmerge-chat", help="the policy that the others are compared with")
     parser.add_argument("--name", help="of the results (default: the model's)")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     arguments = parser.parse_args()

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from common import write
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.common import write
 from zsmerge_llm import LLM, Grammar, SamplingParams
 from zsmerge_llm.language.grammar import Constraint, GrammarCompiler
 

@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import book, median_seconds, repeated, write
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import torch
+
+from benchmarks.common import book, median_seconds, repeated, write
 from zsmerge_llm import LLM
 
 NAME = "document"

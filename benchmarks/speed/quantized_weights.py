@@ -16,9 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import book, forget_peak, peak_rss, write
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import torch
+
+from benchmarks.common import book, forget_peak, peak_rss, write
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 
 MODES = ("bfloat16", "int8", "int4")

@@ -13,10 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from common import book, forget_peak, median_seconds, peak_rss, plot, repeated, write
 
+from benchmarks.common import book, forget_peak, median_seconds, peak_rss, plot, repeated, write
 from zsmerge_llm import LLM, CacheConfig
 
 LENGTHS = (1024, 2048, 4096, 7168)

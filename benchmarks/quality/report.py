@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import machine
+from benchmarks.common import machine
 
 Key = tuple[Any, ...]
 Rows = dict[Key, dict[str, Any]]
