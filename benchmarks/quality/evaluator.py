@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.common import forget_peak, peak_rss
+from benchmarks.common import peak_rss, reset_peak_rss
 from benchmarks.policies.base import STAGE, Policy, PolicyLayer, plain, rope_of, weighted
 from benchmarks.quality.ask import Score, ask
 from benchmarks.quality.rouge import rouge
@@ -221,7 +221,7 @@ class Reader:
         self, policy: Policy, budget: Budget, item: Item, asked: Question | None, begun: Cache | None = None
     ) -> tuple[Cache, dict[str, Any]]:
         """A filled cache, and what it cost (seconds: of the tokens that were not `begun`)."""
-        forget_peak()
+        reset_peak_rss()
         before, started = psutil.Process().memory_info().rss, time.perf_counter()
         cache = self.fill(policy, budget, item, asked, begun)
         return cache, {

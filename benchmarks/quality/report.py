@@ -1,4 +1,4 @@
-"""Tables, paired bootstrap intervals and plots of a results file of quality.py."""
+"""Tables, paired bootstrap intervals and plots of a file of measured lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine
+from benchmarks.common import provenance
 
 Key = tuple[Any, ...]
 Rows = dict[Key, dict[str, Any]]
@@ -18,14 +18,18 @@ DEPTHS = 5
 
 
 def interval(differences: Sequence[float], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of paired differences."""
+    """Return the 95 % bootstrap interval of the mean of paired differences."""
     draw, size = random.Random(seed), len(differences)
     means = sorted(sum(draw.choices(differences, k=size)) / size for _ in range(draws))
     return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
 
 
 def groups(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Rows]]:
-    """(task, setting, budget) → policy → question → line. What has no budget, or ignores questions, is in each."""
+    """Return (task, setting, budget) → policy → question → line.
+
+    Lines of an unbounded cache stand in the tables of every budget. Policies that ignore the question were measured
+    once for all questions: they stand in the tables of known questions too.
+    """
     found: dict[tuple[str, str, str], dict[str, Rows]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         asked = (line["item"], line["question"], line.get("after"))
@@ -46,13 +50,13 @@ def groups(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[s
 
 
 def summarise(policies: dict[str, Rows], preferred: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each policy, best first, over the questions that it shares with ours: the first of `preferred` that
-    was measured."""
-    ours = next((name for name in preferred if name in policies), preferred[0])
+    """Return one row for each policy, lowest NLL first, over the questions that it shares with the reference policy: the
+    first of `preferred` that was measured."""
+    reference = next((name for name in preferred if name in policies), preferred[0])
     full = policies.get("full", {})
     table = []
     for name, rows in policies.items():
-        shared = sorted(set(rows) & set(policies.get(ours, rows)), key=str)
+        shared = sorted(set(rows) & set(policies.get(reference, rows)), key=str)
         if not shared:
             continue
         lines = [rows[asked] for asked in shared]
@@ -72,52 +76,49 @@ def summarise(policies: dict[str, Rows], preferred: Sequence[str]) -> list[dict[
         for score in ("rouge1", "rouge2", "rougeL"):
             if score in lines[0]:
                 result[score] = _mean([line[score] for line in lines])
-        if name != ours and ours in policies:
-            gaps = [rows[asked]["nll"] - policies[ours][asked]["nll"] for asked in shared]
-            result["against_ours"] = {"mean": _mean(gaps), "interval": interval(gaps)}
+        if name != reference and reference in policies:
+            gaps = [rows[asked]["nll"] - policies[reference][asked]["nll"] for asked in shared]
+            result["gap"] = {"mean": _mean(gaps), "interval": interval(gaps)}
         table.append(result)
     return sorted(table, key=lambda result: result["nll"])
 
 
 def by_depth(lines: Sequence[dict[str, Any]]) -> list[float | None]:
-    """Mean NLL of the answers in each fifth of the document."""
+    """Return the mean NLL of the answers in each fifth of the document."""
     bins: list[list[float]] = [[] for _ in range(DEPTHS)]
     for line in lines:
         bins[min(int(line["depth"] * DEPTHS), DEPTHS - 1)].append(line["nll"])
     return [_mean(values) if values else None for values in bins]
 
 
-def report(path: Path, ours: Sequence[str]) -> str:
-    """Write PATH.json, PATH.md and the plots beside a results file; the tables as text."""
+def report(path: Path, preferred: Sequence[str], model: str) -> str:
+    """Write PATH.json and the plots beside a file of measured lines; return the tables as text."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    tables = {" / ".join(key): summarise(policies, ours) for key, policies in groups(lines).items()}
-    path.with_suffix(".json").write_text(
-        json.dumps({"machine": machine(), "ours": list(ours), "tables": tables}, indent=1)
-    )
-    text = "\n\n".join(f"### {title}\n\n{as_text(table)}" for title, table in tables.items())
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    tables = {" / ".join(key): summarise(policies, preferred) for key, policies in groups(lines).items()}
+    result = {**provenance(), "model": model, "reference": list(preferred), "tables": tables}
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     plots(path, tables)
-    return text
+    return "\n\n".join(f"### {title}\n\n{as_text(table)}" for title, table in tables.items())
 
 
 def as_text(table: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     extra = [score for score in ("rouge1", "rouge2", "rougeL") if score in table[0]]
-    titles = ["policy", "n (documents)", "NLL", "of full's", "exact", "against ours", "cache MB", "reading MB", *extra]
+    titles = ["policy", "n (documents)", "NLL", "over full", "exact", "gap", "cache MB", "prefill MB", *extra]
     rows = [titles, ["---"] * len(titles)]
     for result in table:
-        gap = result.get("against_ours")
-        against = "" if gap is None else f"{gap['mean']:+.2f} [{gap['interval'][0]:+.2f}, {gap['interval'][1]:+.2f}]"
+        gap = result.get("gap")
+        shown = "" if gap is None else f"{gap['mean']:+.2f} [{gap['interval'][0]:+.2f}, {gap['interval'][1]:+.2f}]"
         share = f"{result['of_full']:.2f}" if "of_full" in result else ""
         figures = [f"{result['n']} ({result['documents']})", f"{result['nll']:.2f}", share]
-        figures += [f"{result['exact']:.0%}", against]
+        figures += [f"{result['exact']:.0%}", shown]
         figures += [f"{result['cache_mb']:.1f}", f"{result['reading_mb']:.0f}"]
         rows.append([result["policy"], *figures, *(f"{100 * result[score]:.1f}" for score in extra)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def plots(path: Path, tables: dict[str, list[dict[str, Any]]]) -> None:
-    """PATH-memory.png: NLL against cache bytes; PATH-depth.png: NLL by where the answer stands."""
+    """Plot NLL by cache bytes (PATH-memory.png) and by the depth of the answer in the document (PATH-depth.png)."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for title, table in tables.items():
         for result in table:
@@ -135,7 +136,7 @@ def plots(path: Path, tables: dict[str, list[dict[str, Any]]]) -> None:
         for title, table in tables.items()
         if "summary" not in title
     }
-    _panels(path.with_name(f"{path.stem}-depth.png"), "where the answer stands (0: start)", depths)
+    _panels(path.with_name(f"{path.stem}-depth.png"), "depth of the answer in the document", depths)
 
 
 def _panels(path: Path, x_label: str, panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
@@ -149,7 +150,7 @@ def _panels(path: Path, x_label: str, panels: dict[str, dict[str, list[tuple[flo
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, 4 * len(panels)), squeeze=False)
     for (title, lines), panel in zip(panels.items(), axes[:, 0], strict=True):
         for name, points in lines.items():
-            style = "-" if name.startswith(("ours", "full")) else "--"
+            style = "-" if name.startswith(("zsmerge", "full")) else "--"
             panel.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
         panel.set(title=title, xlabel=x_label, ylabel="NLL of the answer, per token")
         panel.grid(alpha=0.3)

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.common import RESULTS, book, plot, write
+from benchmarks.common import RESULTS, long_text, plot, write
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.position_remapping import PositionRemapper, RemapLayout
@@ -151,7 +151,7 @@ def main() -> None:
     llm = LLM(arguments.model, cache=CacheConfig(slots=arguments.slots), retrieval_tokens=arguments.recall)
     if set(arguments.only) != {"chat"}:
         known.update({"block": BLOCK, "slots": arguments.slots, "model": Path(llm.name).stem})
-    ids = llm.tokenizer(book(arguments.text), add_special_tokens=False, verbose=False).input_ids[: arguments.tokens]
+    ids = llm.tokenizer(long_text(arguments.text), add_special_tokens=False, verbose=False).input_ids[: arguments.tokens]
     for name in ("fresh", *WAYS):
         if name in arguments.only and name not in reading:
             print(name, flush=True)
@@ -159,7 +159,7 @@ def main() -> None:
             reading[name] = fresh(llm, ids) if name == "fresh" else endure(llm, ids)
             write("endurance", known)
     place(llm.engine, RemapLayout())
-    texts = passages(llm, book(arguments.text), arguments.passage, arguments.tokens // arguments.passage)
+    texts = passages(llm, long_text(arguments.text), arguments.passage, arguments.tokens // arguments.passage)
     for name, (system, questions) in ASSISTANTS.items():
         key = f"{Path(llm.name).stem}, {name}, {arguments.tokens} tokens, {arguments.recall} read again"
         if "chat" in arguments.only and key not in chats:

@@ -21,7 +21,7 @@ import psutil
 import torch
 from transformers import DynamicCache
 
-from benchmarks.common import book, forget_peak, full_bytes, peak_rss, plot, repeated, write
+from benchmarks.common import full_cache_bytes, long_text, peak_rss, plot, repeat_to, reset_peak_rss, write
 from zsmerge_llm import LLM, CacheConfig
 
 KINDS = ("transformers, one pass", "transformers, chunks of 512", "zsmerge-llm", "zsmerge-llm, probe")
@@ -30,12 +30,12 @@ KINDS = ("transformers, one pass", "transformers, chunks of 512", "zsmerge-llm",
 def read(model: str, kind: str, length: int, text: str | None) -> dict[str, int]:
     """Peak memory above what was held before, and the bytes of the cache: in bytes."""
     llm = LLM(model, cache=CacheConfig(slots=1024))
-    ids = repeated(llm.tokenizer(book(text)).input_ids, length)
+    ids = repeat_to(llm.tokenizer(long_text(text)).input_ids, length)
     engine = llm.engine
     engine.fusion.load_reading()
     engine.read(engine.new_cache(), ids[:64])
     before = psutil.Process().memory_info().rss
-    forget_peak()
+    reset_peak_rss()
     if kind.startswith("zsmerge"):
         cache = engine.new_cache()
         engine.read(cache, ids, probe=ids[-32:] if kind.endswith("probe") else None)
@@ -47,7 +47,7 @@ def read(model: str, kind: str, length: int, text: str | None) -> dict[str, int]
         for start in range(0, length, step):
             part = torch.tensor([ids[start : start + step]])
             engine.model(part, past_key_values=full, use_cache=True, logits_to_keep=torch.tensor([part.shape[1] - 1]))
-    return {"peak": peak_rss() - before, "cache": full_bytes(full)}
+    return {"peak": peak_rss() - before, "cache": full_cache_bytes(full)}
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--full", type=int, default=8192, help="the longest text for transformers")
-    parser.add_argument("--text", help="a text file; repeated where it is too short")
+    parser.add_argument("--text", help="a text file; repeat_to where it is too short")
     arguments = parser.parse_args()
     result: dict[str, dict[int, Any]] = {kind: {} for kind in KINDS}
     for length in arguments.lengths:

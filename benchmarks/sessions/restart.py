@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from benchmarks.common import book, median_seconds, repeated, write
+from benchmarks.common import long_text, median_seconds, repeat_to, write
 from zsmerge_llm import LLM
 
 NAME = "document"
@@ -30,7 +30,7 @@ NAME = "document"
 def read_and_save(model: str, text: str, tokens: int, path: Path) -> dict[str, Any]:
     """Read, save, and measure the reading of the same tokens again."""
     llm = LLM(model)
-    ids = repeated(llm.tokenizer(text).input_ids, tokens)
+    ids = repeat_to(llm.tokenizer(text).input_ids, tokens)
     session = llm.read_document(llm.tokenizer.decode(ids), name=NAME)
     session.save(path)
     torch.save(session.cache.logits, path.with_suffix(".logits"))
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=8000)
-    parser.add_argument("--text", help="a text file to read; repeated where it is too short")
+    parser.add_argument("--text", help="a text file to read; repeat_to where it is too short")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
@@ -70,7 +70,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "document.zsmerge"
-        result = read_and_save(arguments.model, book(arguments.text), arguments.tokens, path)
+        result = read_and_save(arguments.model, long_text(arguments.text), arguments.tokens, path)
         command = [sys.executable, __file__, "--model", arguments.model, "--load", str(path)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     result |= json.loads(done.stdout.splitlines()[-1])

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor
 
-from benchmarks.common import book, repeated, write
+from benchmarks.common import long_text, repeat_to, write
 from benchmarks.speed.decode_and_prefill import theirs
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.attention.interface import ForwardPass, forward
@@ -124,11 +124,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--history", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=512)
-    parser.add_argument("--text", help="a text file for the history; repeated where it is too short")
+    parser.add_argument("--text", help="a text file for the history; repeat_to where it is too short")
     arguments = parser.parse_args()
     llm = LLM(arguments.model, cache=CacheConfig(slots=1024), compile=False)
     engine, skip = llm.engine, arguments.steps // 2  # by then every state has been captured
-    ids = repeated(llm.tokenizer(book(arguments.text)).input_ids, arguments.history)
+    ids = repeat_to(llm.tokenizer(long_text(arguments.text)).input_ids, arguments.history)
     cache, rates = engine.new_cache(), {}
     engine.read(cache, ids)
     cache.compress_stage()

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import DynamicCache
 
-from benchmarks.common import book, median_seconds, plot, repeated, write
+from benchmarks.common import long_text, median_seconds, plot, repeat_to, write
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache.cache import Cache
@@ -221,7 +221,7 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
     }
     result = {"bandwidth": bandwidth(), "multiplication": multiplication(), **parts}
     if arguments.llama:
-        ids = repeated(LLM(arguments.model).tokenizer(text).input_ids, arguments.full)
+        ids = repeat_to(LLM(arguments.model).tokenizer(text).input_ids, arguments.full)
         result["rates"]["llama.cpp"], result["reading"]["llama.cpp"] = llama(arguments.llama, ids, arguments.full)
         show("llama.cpp", result["rates"]["llama.cpp"])
     for name in arguments.formats:
@@ -229,7 +229,7 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
         engine, rates = llm.engine, result["rates"]
         tensors = [*engine.model.parameters(), *engine.model.buffers()]
         result["weight_bytes"][name] = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-        ids = repeated(llm.tokenizer(text).input_ids, arguments.longest)
+        ids = repeat_to(llm.tokenizer(text).input_ids, arguments.longest)
         caches, result["reading"][f"zsmerge {name} eager"] = histories(engine, ids)
         result["cache_bytes"] = caches[4096].nbytes
         if name == "bf16":
@@ -270,10 +270,10 @@ def main() -> None:
     parser.add_argument("--llama", metavar="FILE", help="a GGUF file for llama.cpp")
     parser.add_argument("--full", type=int, default=7168, help="the longest history for transformers' full cache")
     parser.add_argument("--longest", type=int, default=HISTORIES[-1], help="the longest history; at least 4,096")
-    parser.add_argument("--text", help="a text file for the history; repeated where it is too short")
+    parser.add_argument("--text", help="a text file for the history; repeat_to where it is too short")
     arguments = parser.parse_args()
     name = Path(arguments.model).stem
-    result = measure(arguments, book(arguments.text))
+    result = measure(arguments, long_text(arguments.text))
     floor = {kind: size / result["bandwidth"] for kind, size in result["weight_bytes"].items()}
     summary = {
         "floor_tokens_per_second": {kind: 1 / seconds for kind, seconds in floor.items()},

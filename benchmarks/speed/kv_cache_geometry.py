@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import full_bytes, median_seconds, plot, write
+from benchmarks.common import full_cache_bytes, median_seconds, plot, write
 from zsmerge_llm import CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache.cache import Cache
@@ -43,7 +43,7 @@ def model(layers: int, longest: int) -> LlamaForCausalLM:
 
 
 def noise(tokens: int) -> torch.Tensor:
-    """Keys or values bfloat16 [1, heads, tokens, size]; one piece, repeated."""
+    """Keys or values bfloat16 [1, heads, tokens, size]; one piece, repeat_to."""
     return torch.randn(1, HEADS, 512, SIZE).bfloat16().repeat(1, 1, -(-tokens // 512), 1)[:, :, :tokens]
 
 
@@ -57,7 +57,7 @@ def theirs(engine: Engine, length: int) -> tuple[float, int]:
     token = torch.tensor([[5]])
     seconds = median_seconds(lambda: engine.model(token, past_key_values=cache, use_cache=True), STEPS, warmup=3)
     engine.model.set_attn_implementation("zsmerge")
-    return seconds, full_bytes(cache)
+    return seconds, full_cache_bytes(cache)
 
 
 def filled(engine: Engine, length: int, slots: int) -> Cache:

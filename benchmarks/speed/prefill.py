@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from benchmarks.common import book, forget_peak, median_seconds, peak_rss, plot, repeated, write
+from benchmarks.common import long_text, median_seconds, peak_rss, plot, repeat_to, reset_peak_rss, write
 from zsmerge_llm import LLM, CacheConfig
 
 LENGTHS = (1024, 2048, 4096, 7168)
@@ -28,7 +28,7 @@ LENGTHS = (1024, 2048, 4096, 7168)
 def tokens(llm: LLM, text: str, count: int) -> list[int]:
     """`count` ids of the text, from its beginning again where it ends."""
     ids = llm.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return repeated(ids, count)
+    return repeat_to(ids, count)
 
 
 def beside_transformers(model: str, text: str, repeats: int) -> list[dict[str, float]]:
@@ -75,7 +75,7 @@ def alone(model: str, text: str, length: int) -> dict[str, object]:
     engine, ids, seconds = llm.engine, tokens(llm, text, length), []
     engine.fusion.load_reading()
     cache = engine.new_cache()
-    forget_peak()
+    reset_peak_rss()
     latest = time.perf_counter()
 
     def note(done: int, total: int) -> None:
@@ -100,15 +100,15 @@ def in_a_process(arguments: argparse.Namespace, length: int) -> dict[str, object
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--text", help="a text file to read; repeated where it is too short")
+    parser.add_argument("--text", help="a text file to read; repeat_to where it is too short")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long", type=int, default=100_000, help="tokens of the long read")
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
-        print(json.dumps(alone(arguments.model, book(arguments.text), arguments.alone)))
+        print(json.dumps(alone(arguments.model, long_text(arguments.text), arguments.alone)))
         return
-    rows = beside_transformers(arguments.model, book(arguments.text), arguments.repeats)
+    rows = beside_transformers(arguments.model, long_text(arguments.text), arguments.repeats)
     short, long = in_a_process(arguments, 4000), in_a_process(arguments, arguments.long)
     chunks: list[float] = long["chunk_seconds"]  # type: ignore[assignment]
     early, late = statistics.median(chunks[2:5]), statistics.median(chunks[-4:-1])

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from benchmarks.common import book, forget_peak, peak_rss, write
+from benchmarks.common import long_text, peak_rss, reset_peak_rss, write
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 
 MODES = ("bfloat16", "int8", "int4")
@@ -76,7 +76,7 @@ def reading_rate(llm: LLM, tokens: int) -> float:
 def alone(arguments: argparse.Namespace) -> dict[str, Any]:
     """One mode in this process."""
     torch.zeros(1)
-    forget_peak()
+    reset_peak_rss()
     before = private_bytes()
     quantization = None if arguments.alone == "bfloat16" else arguments.alone
     llm = LLM(arguments.model, device="cpu", dtype="bfloat16", quantization=quantization)
@@ -91,7 +91,7 @@ def alone(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     texts = arguments.text or [None]
     result["nll"] = {
-        Path(text or "demo").stem: negative_log_likelihood(llm, book(text), arguments.tokens, arguments.piece)
+        Path(text or "demo").stem: negative_log_likelihood(llm, long_text(text), arguments.tokens, arguments.piece)
         for text in texts
     }
     if not arguments.quality_only:
