@@ -1,7 +1,7 @@
 """Ask many questions of one cache in one forward pass, without changing it, and score the gold answers.
 
-Each question sees the cache and itself, never another question: its tokens take the positions behind what was read.
-The figures are those of reading question and answer into a clone of the cache, where nothing is compressed meanwhile.
+Each question sees the cache and itself, never another question: its tokens take the positions behind what was read. The
+scores are those of reading question and answer into a clone of the cache, where nothing is compressed meanwhile.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from zsmerge_llm.attention.call import AttentionCall, AttentionHandler, dense_attention
 
-from zsmerge_llm.attention.interface import AttentionCall, AttentionHandler, _attend, forward
+from zsmerge_llm.attention.interface import forward
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.kvcache import policy
+from zsmerge_llm.kvcache import equations
 from zsmerge_llm.kvcache.cache import Cache
 
-TOGETHER = 512
+MAX_TOKENS = 512
 """Tokens of questions and answers asked in one pass."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """nll: mean negative log-likelihood per token of the gold answer; exact: whether greedy decoding would say it."""
+    """nll: mean negative log-likelihood per token of the gold answer. exact: whether greedy decoding gives it."""
 
     nll: float
     exact: bool
@@ -31,71 +32,75 @@ class Score:
 
 
 @dataclass
-class Asking(AttentionHandler):
-    """Questions as blocks of one row. position [1, T]; own [T, T]: 0 within a block up to itself, else -inf."""
+class QuestionPass(AttentionHandler):
+    """Questions as blocks of one row.
+
+    position: [1, T]. own: [T, T], 0 within a block up to the token itself, else -inf.
+    """
 
     cache: Cache
     position: Tensor
     own: Tensor
 
     def attend(self, call: AttentionCall) -> Tensor:
+        """Attend to the layer's slots and to the own block."""
         layer = self.cache.layers[call.layer]
-        used, new = max(layer.fills), call.query.shape[2]
-        keys = torch.cat([layer.keys[:, :, :used], call.key], dim=2)
-        values = torch.cat([layer.values[:, :, :used], call.value], dim=2)
-        held = policy.slot_bias(layer.count[:, :, :used], layer.config.alpha)[:, :, None, :].expand(-1, -1, new, -1)
+        view, new = layer.view(), call.query.shape[2]
+        keys = torch.cat([view.keys, call.key], dim=2)
+        values = torch.cat([view.values, call.value], dim=2)
+        held = equations.slot_bias(view.multiplicity, layer.config.alpha)[:, :, None, :].expand(-1, -1, new, -1)
         bias = torch.cat([held, self.own[None, None].expand(1, held.shape[1], -1, -1)], dim=-1)
         if layer.spec.window is not None:
-            position = torch.cat([layer.position[:, 0, :used], self.position], dim=1)
-            bias = bias + policy.window_bias(self.position, position, layer.spec.window)[:, None]
+            position = torch.cat([view.position[:, 0], self.position], dim=1)
+            bias = bias + equations.window_bias(self.position, position, layer.spec.window)[:, None]
         group = call.query.shape[1] // call.key.shape[1]
-        return _attend(call, keys, values, bias.to(call.query.dtype).repeat_interleave(group, dim=1))
+        return dense_attention(call, keys, values, bias.to(call.query.dtype).repeat_interleave(group, dim=1))
 
 
 @torch.inference_mode()
 def ask(engine: Engine, cache: Cache, asked: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-    """Score (question ids, gold answer ids) pairs against a one-row cache, which stays as it is, but for its places
-    where the window is about to end."""
-    engine.remapper.ensure_positions(cache, [max((len(q) + len(a) for q, a in asked), default=0)], 0)
+    """Score (question ids, gold answer ids) pairs against a one-row cache.
+
+    The cache stays as it is, but for its RoPE positions where the trained window is about to end.
+    """
+    engine.runner.remapper.ensure_positions(cache, [max((len(q) + len(a) for q, a in asked), default=0)], 0)
     scores: list[Score] = []
     batch: list[tuple[list[int], list[int]]] = []
     for pair in asked:
-        if batch and sum(len(q) + len(a) for q, a in [*batch, pair]) > TOGETHER:
-            scores += _ask_together(engine, cache, batch)
+        if batch and sum(len(q) + len(a) for q, a in [*batch, pair]) > MAX_TOKENS:
+            scores += _ask_in_one_pass(engine, cache, batch)
             batch = []
         batch.append(pair)
-    return scores + _ask_together(engine, cache, batch) if batch else scores
+    return scores + _ask_in_one_pass(engine, cache, batch) if batch else scores
 
 
-def _ask_together(engine: Engine, cache: Cache, asked: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+def _ask_in_one_pass(engine: Engine, cache: Cache, asked: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
     ids = [token for question, answer in asked for token in (*question, *answer)]
     lengths = [len(question) + len(answer) for question, answer in asked]
     block = torch.repeat_interleave(torch.arange(len(asked)), torch.tensor(lengths))
     order = torch.cat([torch.arange(length) for length in lengths])
     sees = (block[:, None] == block) & (order[:, None] >= order)
-    own = torch.zeros(len(ids), len(ids)).masked_fill(~sees, policy.NEVER)
-    wanted: list[int] = []
-    goals: list[int] = []
-    for start, (question, answer) in zip(_starts(lengths), asked, strict=True):
+    own = torch.zeros(len(ids), len(ids)).masked_fill(~sees, equations.NEVER)
+    predicting: list[int] = []
+    gold: list[int] = []
+    start = 0
+    for question, answer in asked:
         first = start + len(question) - 1  # the token before the answer predicts its first one
-        wanted += range(first, first + len(answer))
-        goals += answer
+        predicting += range(first, first + len(answer))
+        gold += answer
+        start += len(question) + len(answer)
     position = (cache.lengths[0] + order)[None]
-    place = position - cache.position_maps[0].offset  # beyond the trained window the model is told another place
+    rope_position = position - cache.position_maps[0].offset  # beyond the trained window it differs from the text's
     logits = forward(
         engine.model,
-        Asking(cache, position.to(engine.device), own.to(engine.device)),
+        QuestionPass(cache, position.to(engine.device), own.to(engine.device)),
         input_ids=torch.tensor([ids], device=engine.device),
-        position_ids=place.to(engine.device),
-        logits_to_keep=torch.tensor(wanted, device=engine.device),
+        position_ids=rope_position.to(engine.device),
+        logits_to_keep=torch.tensor(predicting, device=engine.device),
     )[0].float()
-    gold = torch.tensor(goals, device=logits.device)
-    losses = torch.nn.functional.cross_entropy(logits, gold, reduction="none")
-    hits = logits.argmax(-1) == gold
+    targets = torch.tensor(gold, device=logits.device)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    hits = logits.argmax(-1) == targets
     sizes = [len(answer) for _, answer in asked]
     parts = zip(losses.split(sizes), hits.split(sizes), sizes, strict=True)
     return [Score(loss.mean().item(), bool(hit.all()), size) for loss, hit, size in parts]
-
-
-def _starts(lengths: Sequence[int]) -> list[int]:
-    return [sum(lengths[:number]) for number in range(len(lengths))]

@@ -50,7 +50,7 @@ def groups(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict[s
 
 
 def summarise(policies: dict[str, Rows], preferred: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one row for each policy, lowest NLL first, over the questions that it shares with the reference policy: the
+    """Return one row per policy, lowest NLL first, over the questions shared with the reference policy: the
     first of `preferred` that was measured."""
     reference = next((name for name in preferred if name in policies), preferred[0])
     full = policies.get("full", {})

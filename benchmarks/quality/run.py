@@ -1,15 +1,15 @@
 """Answer quality of cache policies at equal bytes: documents, chats, needles, summaries.
 
-    python benchmarks/quality.py --data FILE.jsonl... [--model M] [--policies A,B] [--budgets 512 1024 10%]
+    python benchmarks/quality/run.py --data FILE.jsonl... [--model M] [--policies A,B] [--budgets 512 1024 10%]
 
-Each (policy, budget, setting, document) is measured once and appended to results/quality-MODEL.jsonl; a restart goes on
-where it was. Afterwards (or with --report alone) the table, the intervals and the plots are made from that file.
+Each (policy, budget, setting, document) is measured once and appended to results/quality-MODEL.jsonl; a restart
+continues where it was. Afterwards (or with --report alone) the summary, the intervals and the plots are made from it.
 
 Settings: `unknown`, the document is read before any question is asked; `known`, each question is read with its
 document, and follow-up questions come afterwards (`followup`). Chats (`messages`) are read message by message. Records
-with a `prompt` are continued (`summary`). `--needles FILE` makes documents of a book with secret codes in it.
+with a `prompt` are continued (`summary`). `--needles FILE` hides secret codes in excerpts of a text.
 
-NLL: mean negative log-likelihood per token of the gold answer. Exact: greedy decoding would say the gold answer.
+NLL: mean negative log-likelihood per token of the gold answer. Exact: greedy decoding gives the gold answer.
 """
 
 from __future__ import annotations
@@ -25,26 +25,29 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import RESULTS
 from benchmarks.policies import POLICIES
-from benchmarks.quality.evaluator import Budget, Reader
+from benchmarks.quality.evaluator import Budget, Evaluator
 from benchmarks.quality.report import report
 from benchmarks.quality.tasks import item, load, needles, rephrased, summary
 from zsmerge_llm import LLM
 from zsmerge_llm.language.chat_template import ChatTemplate
 
-DEFAULT = "full,truncate,streaming,h2o,snapkv,pyramidkv,tova,keydiff,knorm,expected,cam,paper,zsmerge-uniform-budgets,value-weighted-mean"
-OURS = ["zsmerge-question", "zsmerge-layer-budgets", "zsmerge-uniform-budgets"]
+DEFAULT = (
+    "full,truncate,streaming,h2o,snapkv,pyramidkv,tova,keydiff,knorm,expected,cam,paper,zsmerge-uniform-budgets,"
+    "value-weighted-mean"
+)
+REFERENCE = ["zsmerge-question", "zsmerge-layer-budgets", "zsmerge-uniform-budgets"]
 Cell = tuple[str, str, str, str, str, int]
 UNBOUNDED = "full"
 
 
 def cell(line: dict[str, Any]) -> Cell:
-    """What is measured at once, and skipped once it is there."""
+    """Return the key of what is measured at once, and skipped once it is there."""
     setting = "known" if line["setting"] == "followup" else line["setting"]
     return line["policy"], line["budget"], setting, line["task"], line["item"], line["asked"]
 
 
 def done(path: Path) -> set[Cell]:
-    """The cells of a results file, whose last line may be cut off."""
+    """Return the cells of a file of measured lines; a torn last line is removed."""
     if not path.exists():
         return set()
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -54,21 +57,23 @@ def done(path: Path) -> set[Cell]:
     return {cell(json.loads(line)) for line in lines}
 
 
-def records(arguments: argparse.Namespace, reader: Reader) -> Iterator[dict[str, Any]]:
+def records(arguments: argparse.Namespace, evaluator: Evaluator) -> Iterator[dict[str, Any]]:
     loaded = load(arguments.data, arguments.documents, arguments.join)
     yield from loaded if arguments.rephrased is None else rephrased(loaded, Path(arguments.rephrased))
     if arguments.needles:
-        yield from needles(Path(arguments.needles), reader.template, arguments.documents or 6, arguments.needle_tokens)
+        yield from needles(
+            Path(arguments.needles), evaluator.template, arguments.documents or 6, arguments.needle_tokens
+        )
 
 
 def measure(arguments: argparse.Namespace, path: Path) -> None:
-    """Append what is missing, one cell at a time."""
+    """Measure what is missing and append it, one cell at a time."""
     llm = LLM(arguments.model)
-    reader = Reader(llm.engine, ChatTemplate(llm.tokenizer), rouge=not arguments.no_rouge)
+    evaluator = Evaluator(llm.engine, ChatTemplate(llm.tokenizer), rouge=not arguments.no_rouge)
     finished = done(path)
-    for record in records(arguments, reader):
+    for record in records(arguments, evaluator):
         plain = "prompt" in record
-        read = summary(reader.template, record) if plain else item(reader.template, record, arguments.questions)
+        read = summary(evaluator.template, record) if plain else item(evaluator.template, record, arguments.questions)
         for setting in ["summary"] if plain else arguments.settings:
             for name in arguments.policies.split(","):
                 for budget in arguments.budgets:
@@ -76,7 +81,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
                     key = (name, label, setting, read.task, read.id, len(read.questions))
                     if key in finished:
                         continue
-                    rows = list(getattr(reader, setting)(POLICIES[name], budget, read))
+                    rows = list(getattr(evaluator, setting)(POLICIES[name], budget, read))
                     with path.open("a", encoding="utf-8") as file:
                         fields = dict(zip(("policy", "budget", "setting", "task", "item", "asked"), key, strict=True))
                         file.writelines(json.dumps({**fields, **row}) + "\n" for row in rows)
@@ -90,7 +95,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", nargs="*", default=[], help="JSON lines")
     parser.add_argument(
-        "--rephrased", help="JSON: document → question's number → the question in other words (only those)"
+        "--rephrased", help="JSON: document → question's number → the question in other words (asks only those)"
     )
     parser.add_argument("--needles", help="a long text to hide secret codes in")
     parser.add_argument("--needle-tokens", type=int, default=4000)
@@ -98,12 +103,12 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="*", type=Budget.parse, default=[Budget(512)], help="slots, or percent")
     parser.add_argument("--settings", nargs="*", default=["unknown"], choices=["unknown", "known"])
     parser.add_argument("--documents", type=int, help="of each file (default: all)")
-    parser.add_argument("--join", type=int, default=1, help="documents of a file that are put together to one")
+    parser.add_argument("--join", type=int, default=1, help="documents of a file that become one")
     parser.add_argument("--questions", type=int, default=24, help="of each document, spread over it")
     parser.add_argument(
-        "--ours", nargs="*", default=OURS, help="the policy that others are compared with: the first that a table has"
+        "--reference", nargs="*", default=REFERENCE, help="compare with the first of these that a table has"
     )
-    parser.add_argument("--no-rouge", action="store_true", help="score the references of summaries, write none")
+    parser.add_argument("--no-rouge", action="store_true", help="score the references of summaries, generate none")
     parser.add_argument("--name", help="of the results (default: the model's)")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
@@ -112,7 +117,7 @@ def main() -> None:
     path = RESULTS / f"{name}.jsonl"
     if not arguments.report:
         measure(arguments, path)
-    print(report(path, arguments.ours))
+    print(report(path, arguments.reference, Path(arguments.model).stem))
 
 
 if __name__ == "__main__":

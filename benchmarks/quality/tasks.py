@@ -1,7 +1,7 @@
-"""Tasks for quality.py: JSON lines of documents or chats with questions, as token ids that a policy reads and is asked.
+"""Tasks of the quality benchmark: documents or chats with questions, from JSON lines to token ids.
 
 One line: `{id, task, context | messages | prompt, qa: [{q, a: [accepted answers], depth}], metric, max_new_tokens}`.
-With an `opening` of a question, the assistant's answer has begun so, and the gold answer is what goes on from there.
+With an `opening` of a question, the assistant's answer begins with it, and the gold answer continues from there.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ MARK = "@@question@@"
 
 @dataclass(frozen=True)
 class Question:
-    """One question: `asking` ids follow the document, `following` ids follow an answer; `answer` is the gold answer,
-    `probe` what a prompt that ends so has as its probe, and `forms` the texts of the first two, with MARK before the
-    question."""
+    """One question of an item.
+
+    asking, following: its ids after the document, and after another answer. answer: ids of the gold answer. probe: the
+    query probe of a prompt that ends with it. forms: the texts of `asking` and `following`, with MARK before the
+    question.
+    """
 
     index: int
     text: str
@@ -38,31 +41,34 @@ class Question:
     depth: float
     forms: tuple[str, str] = ("", "")
 
-    def behind(self, template: ChatTemplate, passages: Sequence[str], follows: bool) -> list[int]:
-        """`asking` or `following` with passages that are read again before the question, as `LLM` puts them."""
+    def with_passages(self, template: ChatTemplate, passages: Sequence[str], follows: bool) -> list[int]:
+        """Return `asking` or `following` with passages before the question, as `LLM` puts them."""
         return template.encode(self.forms[follows].replace(MARK, block(passages)))
 
 
 @dataclass(frozen=True)
 class Item:
-    """One document or chat: `parts` are read one after another (a document is one part), each with the last line of
-    its user's message as its own probe. said: the chat's messages, or the document as one; texts: what the template
-    makes of each message of a chat."""
+    """One document or chat.
+
+    parts: ids that are read one after another (a document is one part), each with the probe of its user's message.
+    messages: the chat's messages, or the document as one. texts: each message of a chat as the template renders it.
+    """
 
     id: str
     task: str
     parts: list[tuple[list[int], list[int]]]
     questions: list[Question]
-    said: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
+        """Tokens of all parts."""
         return sum(len(ids) for ids, _ in self.parts)
 
 
 def load(paths: Sequence[str | Path], limit: int | None, join: int = 1) -> Iterator[dict[str, Any]]:
-    """The first `limit` records of each file, with the file's stem as `file`; `join` documents become one record."""
+    """Yield `limit` records of each file, with its stem as `file`; `join` documents become one record."""
     for path in map(Path, paths):
         with path.open(encoding="utf-8") as lines:
             records = list(map(json.loads, islice(lines, None if limit is None else limit * join)))
@@ -71,9 +77,9 @@ def load(paths: Sequence[str | Path], limit: int | None, join: int = 1) -> Itera
             yield {**record, "file": path.stem if join == 1 else f"{path.stem}x{join}"}
 
 
-def rephrased(records: Iterable[dict[str, Any]], words: Path) -> Iterator[dict[str, Any]]:
-    """The records that a file knows, with those of their questions that it puts in other words."""
-    known = json.loads(words.read_text(encoding="utf-8"))
+def rephrased(records: Iterable[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records that a JSON file names, with those of their questions that it puts in other words."""
+    known = json.loads(path.read_text(encoding="utf-8"))
     for record in records:
         if own := known.get(record["id"]):
             qa = [{**record["qa"][int(index)], "q": asked} for index, asked in own.items()]
@@ -81,7 +87,7 @@ def rephrased(records: Iterable[dict[str, Any]], words: Path) -> Iterator[dict[s
 
 
 def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One document of several, their passages numbered on ("Document [1]", ...), with the questions of all."""
+    """Join documents to one, with passages numbered throughout ("Document [1]", ...) and the questions of all."""
     numbers = count(1)
     context = "\n\n".join(record["context"] for record in records)
     size, before, qa = len(context), 0, []
@@ -94,26 +100,26 @@ def joined(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def item(template: ChatTemplate, record: dict[str, Any], most: int) -> Item:
-    """One record with at most `most` of its questions, spread evenly over the document."""
+    """Return a record as an item, with at most `most` of its questions, spread evenly over the document."""
     if "messages" in record:
         parts, texts, closing = _chat(template, record["messages"])
-        said = record["messages"]
+        messages = record["messages"]
     else:
-        texts, said = [], [{"role": "user", "content": record["context"]}]
+        texts, messages = [], [{"role": "user", "content": record["context"]}]
         parts, closing = _document(template, record["context"])
     asked, between = record["qa"], _between(template)
     step = max(1.0, len(asked) / most)
     picked = [int(number * step) for number in range(min(most, len(asked)))]
     complete = "messages" in record or record.get("task", "").startswith(("kv_", "longchat"))
-    guide = "" if complete else GUIDE  # those questions say themselves what is wanted
+    guide = "" if complete else GUIDE  # those questions are complete instructions
     questions = [_question(template, index, asked[index], guide, closing, between) for index in picked]
-    return Item(str(record["id"]), record["file"], parts, questions, said, texts)
+    return Item(str(record["id"]), record["file"], parts, questions, messages, texts)
 
 
 def _question(
     template: ChatTemplate, index: int, asked: dict[str, Any], guide: str, closing: str, between: str
 ) -> Question:
-    """One line of a record's `qa`, asked behind the document (`closing`) or behind another answer (`between`)."""
+    """Return one of a record's `qa`, asked after the document (`closing`) or another answer (`between`)."""
     opening = asked.get("opening", "")
     return Question(
         index,
@@ -128,13 +134,13 @@ def _question(
 
 
 def _between(template: ChatTemplate) -> str:
-    """What the template writes from an assistant's answer to the next one, with MARK where the question stands."""
+    """Return what the template writes from one assistant's answer to the next, with MARK in the question's place."""
     turns = [("user", "?"), ("assistant", "@@answer@@"), ("user", MARK)]
     return template.render([{"role": role, "content": text} for role, text in turns]).rpartition("@@answer@@")[2]
 
 
 def _document(template: ChatTemplate, context: str) -> tuple[list[tuple[list[int], list[int]]], str]:
-    """The document as one part, and what follows it, with MARK where the question stands."""
+    """Return the document as one part, and what follows it, with MARK in the question's place."""
     head, _, tail = template.render([{"role": "user", "content": f"{context}\n\n{MARK}"}]).partition(MARK)
     return [(template.encode(head), [])], MARK + tail
 
@@ -142,7 +148,7 @@ def _document(template: ChatTemplate, context: str) -> tuple[list[tuple[list[int
 def _chat(
     template: ChatTemplate, messages: list[dict[str, Any]]
 ) -> tuple[list[tuple[list[int], list[int]]], list[str], str]:
-    """A chat, each message as its own part; a user's with the probe that the product would take."""
+    """Return each message as a part, a user's with the probe that `LLM` takes; the texts; and the closing with MARK."""
     parts, texts, before = [], [], ""
     for number, message in enumerate(messages, start=1):
         after = template.render(messages[:number], add_generation_prompt=False)
@@ -155,7 +161,7 @@ def _chat(
 
 
 def summary(template: ChatTemplate, record: dict[str, Any]) -> Item:
-    """A plain prompt and its reference, as one question about nothing but the prompt."""
+    """Return a plain prompt and its reference as an item with one question."""
     ids = template.encode_prompt(record["prompt"])
     reference = template.encode(" " + record["reference"].strip())
     asked = Question(0, record["stop"], ids[-1:], [], reference, template.encode(question(record["prompt"])), 0.0)
@@ -163,8 +169,10 @@ def summary(template: ChatTemplate, record: dict[str, Any]) -> Item:
 
 
 def needles(book: Path, tokens_of: ChatTemplate, documents: int, tokens: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Records made of a long text: six secret codes in sentences at even depths of each of `documents` excerpts. The
-    answers go on from a sentence's opening, so that exactness is about the code alone."""
+    """Hide six secret codes at even depths of each of `documents` excerpts of a long text.
+
+    The answers continue a sentence's opening, so that exactness is about the code alone.
+    """
     draw = random.Random(seed)
     text = book.read_text(encoding="utf-8")
     places = ("harbour", "library", "garden", "station", "kitchen", "tower", "cellar", "chapel", "bakery", "archive")

@@ -1,11 +1,11 @@
-"""Endurance: a book read far beyond the trained window in a cache of constant size, and chats that go on beyond it.
+"""Endurance: a book read far beyond the trained window in a cache of constant size, and chats that continue beyond it.
 
-    python benchmarks/endurance.py --text BOOK [--model smollm2] [--tokens 65536] [--slots 1024] [--only NAME ...]
+    python benchmarks/sessions/endurance.py --text BOOK [--model smollm2] [--tokens 65536] [--slots 1024] [--only NAME]
 
-For every way of placing tokens: mean NLL of each block of 4,096 tokens, and a text written at the end. `fresh` is what
-the text itself costs: some blocks, each in a new cache behind the 3,072 tokens before it. Then three chats: facts and
-instructions in the system message, turns until the window is long passed, and how many answers still heed it. What
-the result file knows already is not measured again. Writes results/endurance.json and results/endurance.png.
+For every layout of positions: mean NLL of each block of 4,096 tokens, and a text generated at the end. `new cache` is
+what the text itself costs: some blocks, each in a new cache after the 3,072 tokens before it. Then three chats: facts
+and instructions in the system message, turns until the window is long passed, and how many answers follow it. What the
+result file has already is not measured again. Writes results/endurance-MODEL.json and .png.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.common import RESULTS, long_text, plot, write
+from benchmarks.common import RESULTS, long_text, plot, provenance, write
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.position_remapping import PositionRemapper, RemapLayout
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.grammar import Grammar
 
-BLOCK, BEFORE, FRESH = 4096, 3072, (1, 15, 7, 11, 3)
-WAYS: dict[str, RemapLayout | None] = {
-    "as is": None,
-    "re-mapped": RemapLayout(),
-    "re-mapped, to a quarter": RemapLayout(squeeze=0.25),
-    "re-mapped, evenly": RemapLayout(segments=1),
-    "re-mapped, near 1/16": RemapLayout(near=0.0625),
-    "re-mapped, near 1/2": RemapLayout(near=0.5),
+BLOCK, CONTEXT, FRESH_BLOCKS = 4096, 3072, (1, 15, 7, 11, 3)
+LAYOUTS: dict[str, RemapLayout | None] = {
+    "growing positions": None,
+    "remapped": RemapLayout(),
+    "remapped, to a quarter": RemapLayout(squeeze=0.25),
+    "remapped, evenly": RemapLayout(segments=1),
+    "remapped, near 1/16": RemapLayout(near=0.0625),
+    "remapped, near 1/2": RemapLayout(near=0.5),
 }
+FRESH = "new cache"
 ASSISTANTS = {
     "shop": (
         "You are the assistant of the shop Miller & Sons. The phone number of the shop is 5512. Whenever somebody asks "
@@ -67,14 +68,15 @@ ASSISTANTS = {
         },
     ),
 }
-"""What the system message of a chat says, and the word that the answer to a question about it has."""
-ASKED = (1, 4, 8, 16, 32, 48)
-"""Turns behind which the chat is asked, beside the last."""
+"""A chat's system message, and for questions about it the word that a right answer has."""
+ASK_AFTER = (1, 4, 8, 16, 32, 48)
+"""Turns after which the questions are asked, beside the last."""
 
 
-def place(engine: Engine, shape: RemapLayout | None) -> None:
-    """Let the engine's caches stand in the window as `shape` says; None: never move."""
-    engine.remapper = PositionRemapper(engine.model, engine.specs, engine.window if shape else None, shape)
+def use_layout(engine: Engine, layout: RemapLayout | None) -> None:
+    """Remap positions by a layout; None: never remap."""
+    window = engine.context_window if layout else None
+    engine.runner.remapper = PositionRemapper(engine.model, engine.specs, window, layout)
 
 
 def block_nll(engine: Engine, cache: Cache, ids: list[int]) -> float:
@@ -83,53 +85,55 @@ def block_nll(engine: Engine, cache: Cache, ids: list[int]) -> float:
     return nll
 
 
-def endure(llm: LLM, ids: list[int]) -> dict[str, Any]:
-    """NLL by block of one long reading, and what the model writes behind it."""
+def read_on(llm: LLM, ids: list[int]) -> dict[str, Any]:
+    """Return the NLL by block of one long prefill, and what the model generates after it."""
     engine = llm.engine
     cache = engine.new_cache()
     by_block = [block_nll(engine, cache, ids[start : start + BLOCK]) for start in range(0, len(ids), BLOCK)]
-    written = list(engine.decode(cache, [SamplingParams(max_tokens=120, ignore_eos=True)], [[]]))
-    text = llm.tokenizer.decode([token for (token,) in written])
+    generated = list(engine.decode(cache, [SamplingParams(max_tokens=120, ignore_eos=True)], [[]]))
+    text = llm.tokenizer.decode([token for (token,) in generated])
     return {
         "blocks": list(range(len(by_block))),
         "nll": by_block,
-        "written": text,
+        "generated": text,
         "bytes": cache.nbytes,
-        "parts": len(cache.position_maps[0].knots),
+        "segments": len(cache.position_maps[0].knots),
     }
 
 
-def fresh(llm: LLM, ids: list[int]) -> dict[str, Any]:
-    """NLL of some blocks, each in a cache of its own: what the text itself costs there."""
+def read_fresh(llm: LLM, ids: list[int]) -> dict[str, Any]:
+    """Return the NLL of some blocks, each in a new cache after a short context: what the text itself costs there."""
     engine, by_block = llm.engine, {}
-    for block in FRESH:
+    for block in FRESH_BLOCKS:
         start, cache = block * BLOCK, engine.new_cache()
-        engine.read(cache, ids[start - BEFORE : start])
+        engine.read(cache, ids[start - CONTEXT : start])
         by_block[block] = block_nll(engine, cache, ids[start : start + BLOCK])
     return {"blocks": sorted(by_block), "nll": [by_block[block] for block in sorted(by_block)]}
 
 
-def talk(llm: LLM, system: str, questions: dict[str, str], text: list[str]) -> list[dict[str, Any]]:
-    """A chat whose every turn brings a passage of the book and OK as its answer: what it says now and then about the
-    system message, asked on a branch, so that no answer of its own tells it later."""
+def chat(llm: LLM, system: str, questions: dict[str, str], text: list[str]) -> list[dict[str, Any]]:
+    """Run a chat whose turns bring a passage each, answered by "OK."; return answers about its system message.
+
+    Questions are asked on a branch, so that no answer of its own tells the model later.
+    """
     messages, found = [{"role": "system", "content": system}], []
     short = SamplingParams(max_tokens=24)
     for turn, passage in enumerate(text, start=1):
         messages.append({"role": "user", "content": f"Here is a passage.\n\n{passage}\n\nSay OK."})
         answer = llm.chat(messages, session="book", sampling=short, grammar=Grammar.choice("OK."))
         messages.append({"role": "assistant", "content": answer.text})
-        if turn not in ASKED and turn < len(text):
+        if turn not in ASK_AFTER and turn < len(text):
             continue
         asked = {q: llm.chat([*messages, {"role": "user", "content": q}], sampling=short) for q in questions}
-        said = {q: answer.text for q, answer in asked.items()}
-        right = sum(word in said[question].lower() for question, word in questions.items())
+        answers = {q: answer.text for q, answer in asked.items()}
+        right = sum(word in answers[question].lower() for question, word in questions.items())
         read = [answer.usage.prompt_tokens - answer.usage.cached_tokens for answer in asked.values()]
-        found.append({"tokens": llm.session("book").cache.seen, "right": right, "read": read, "said": said})
+        found.append({"tokens": llm.session("book").cache.seen, "right": right, "read": read, "answers": answers})
         print(found[-1], flush=True)
     return found
 
 
-def passages(llm: LLM, text: str, size: int, count: int) -> list[str]:
+def split_passages(llm: LLM, text: str, size: int, count: int) -> list[str]:
     ids = llm.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return [llm.tokenizer.decode(ids[at * size : (at + 1) * size]) for at in range(count)]
 
@@ -140,36 +144,41 @@ def main() -> None:
     parser.add_argument("--text", help="a long text file")
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--slots", type=int, default=1024)
-    parser.add_argument("--only", nargs="*", default=["fresh", *WAYS, "chat"], help="ways to measure")
+    parser.add_argument("--only", nargs="*", default=[FRESH, *LAYOUTS, "chat"], help="what to measure")
     parser.add_argument("--passage", type=int, default=1000, help="tokens of the passage in each turn (chat)")
-    parser.add_argument("--recall", type=int, default=256, help="tokens read again at most (chat)")
+    parser.add_argument("--retrieval-tokens", type=int, default=256, help="passage tokens read again at most (chat)")
     arguments = parser.parse_args()
-    path = RESULTS / "endurance.json"
+    name = f"endurance-{Path(arguments.model).stem}"
+    path = RESULTS / f"{name}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    known.pop("machine", None)
+    for key in provenance():
+        known.pop(key, None)
     reading, chats = known.setdefault("reading", {}), known.setdefault("chats", {})
-    llm = LLM(arguments.model, cache=CacheConfig(slots=arguments.slots), retrieval_tokens=arguments.recall)
+    llm = LLM(arguments.model, cache=CacheConfig(slots=arguments.slots), retrieval_tokens=arguments.retrieval_tokens)
     if set(arguments.only) != {"chat"}:
         known.update({"block": BLOCK, "slots": arguments.slots, "model": Path(llm.name).stem})
-    ids = llm.tokenizer(long_text(arguments.text), add_special_tokens=False, verbose=False).input_ids[: arguments.tokens]
-    for name in ("fresh", *WAYS):
-        if name in arguments.only and name not in reading:
-            print(name, flush=True)
-            place(llm.engine, WAYS.get(name))
-            reading[name] = fresh(llm, ids) if name == "fresh" else endure(llm, ids)
-            write("endurance", known)
-    place(llm.engine, RemapLayout())
-    texts = passages(llm, long_text(arguments.text), arguments.passage, arguments.tokens // arguments.passage)
-    for name, (system, questions) in ASSISTANTS.items():
-        key = f"{Path(llm.name).stem}, {name}, {arguments.tokens} tokens, {arguments.recall} read again"
+    ids = llm.tokenizer(long_text(arguments.text), add_special_tokens=False, verbose=False).input_ids[
+        : arguments.tokens
+    ]
+    for way in (FRESH, *LAYOUTS):
+        if way in arguments.only and way not in reading:
+            print(way, flush=True)
+            use_layout(llm.engine, LAYOUTS.get(way))
+            reading[way] = read_fresh(llm, ids) if way == FRESH else read_on(llm, ids)
+            write(name, known)
+    use_layout(llm.engine, RemapLayout())
+    texts = split_passages(llm, long_text(arguments.text), arguments.passage, arguments.tokens // arguments.passage)
+    retrieval = f"{arguments.retrieval_tokens} retrieval tokens"
+    for assistant, (system, questions) in ASSISTANTS.items():
+        key = f"{Path(llm.name).stem}, {assistant}, {arguments.tokens} tokens, {retrieval}"
         if "chat" in arguments.only and key not in chats:
-            asked = talk(llm, system, questions, texts)
+            asked = chat(llm, system, questions, texts)
             chats[key] = {"slots": arguments.slots, "questions": len(questions), "asked": asked}
-            write("endurance", known)
+            write(name, known)
     if reading:
-        lines = {name: ([(n + 1) * BLOCK for n in way["blocks"]], way["nll"]) for name, way in reading.items()}
+        lines = {way: ([(n + 1) * BLOCK for n in row["blocks"]], row["nll"]) for way, row in reading.items()}
         title = f"A book in {known['slots']:,} slots ({known['model']})"
-        plot("endurance", title, "tokens read", f"NLL of {BLOCK:,}", lines)
+        plot(name, title, "tokens read", f"NLL of {BLOCK:,}", lines)
 
 
 if __name__ == "__main__":

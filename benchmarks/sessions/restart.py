@@ -1,9 +1,9 @@
-"""Coming back after a restart: loading a saved conversation beside reading its tokens again.
+"""After a restart: loading a saved conversation beside prefill of its tokens.
 
-    python benchmarks/restart.py [--model smollm2] [--tokens 8000] [--text FILE]
+    python benchmarks/sessions/restart.py [--model smollm2] [--tokens 8000] [--text FILE]
 
-Reads a document of that many tokens into a session, saves it, loads it in a fresh process and compares the logits of
-the next token bit for bit. Writes results/restart-MODEL.json. Run it with nothing else running.
+Reads a document of that many tokens into a session, saves it, loads it in a new process and compares the logits of the
+next token bit for bit. Writes results/restart-MODEL.json. Run it with nothing else running.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAME = "document"
 
 
 def read_and_save(model: str, text: str, tokens: int, path: Path) -> dict[str, Any]:
-    """Read, save, and measure the reading of the same tokens again."""
+    """Read and save a document, and time prefill of the same tokens."""
     llm = LLM(model)
     ids = repeat_to(llm.tokenizer(text).input_ids, tokens)
     session = llm.read_document(llm.tokenizer.decode(ids), name=NAME)
@@ -43,8 +43,8 @@ def read_and_save(model: str, text: str, tokens: int, path: Path) -> dict[str, A
     }
 
 
-def load(model: str, path: Path) -> dict[str, Any]:
-    """In a process of its own: bring the session back, a few times."""
+def load_saved(model: str, path: Path) -> dict[str, Any]:
+    """Load the session a few times, in a process of its own."""
     llm = LLM(model)
     llm.chat("Hello.")
     times = []
@@ -62,11 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=8000)
-    parser.add_argument("--text", help="a text file to read; repeat_to where it is too short")
+    parser.add_argument("--text", help="a text file to read; repeated where it is too short")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
-        print(json.dumps(load(arguments.model, arguments.load)))
+        print(json.dumps(load_saved(arguments.model, arguments.load)))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "document.zsmerge"

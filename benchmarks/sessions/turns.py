@@ -1,10 +1,10 @@
-"""A long chat: time to the first token and memory, turn by turn, beside transformers re-reading the history.
+"""A long chat: time to the first token and memory, turn by turn, beside transformers reading the history again.
 
-    python benchmarks/turns.py [--model smollm2] [--turns 100]
+    python benchmarks/sessions/turns.py [--model smollm2] [--turns 100]
 
 The same user messages go to both; each keeps its own answers (of a fixed number of tokens). transformers gets the whole
-message list each turn, as a stateless server does, with its own full cache. Writes results/turns.json and .png. Run it
-with nothing else running.
+message list each turn, as a stateless server does, with its own full cache. Writes results/turns-MODEL.json and .png.
+Run it with nothing else running.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ ANSWER = 12
 
 
 def question(turn: int) -> str:
-    """User messages of nearly the same length, all different."""
+    """Return user messages of nearly the same length, all different."""
     return f"Message {turn:03d}. In one sentence, tell me something about {TOPICS[turn % len(TOPICS)]}."
 
 
 def rss() -> int:
-    """Bytes this process holds now."""
+    """Return the resident bytes of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def ours(llm: LLM, turns: int) -> list[dict[str, float]]:
+def zsmerge_turns(llm: LLM, turns: int) -> list[dict[str, float]]:
+    """Return time to the first token, tokens read and memory at each turn."""
     messages: list[dict[str, object]] = []
     rows = []
     params = SamplingParams(max_tokens=ANSWER, ignore_eos=True)
@@ -69,8 +70,8 @@ def ours(llm: LLM, turns: int) -> list[dict[str, float]]:
 
 
 @torch.inference_mode()
-def rereading(llm: LLM, turns: list[int]) -> list[dict[str, float]]:
-    """transformers' time to the first token at some turns, re-reading everything; answers are as long as ours."""
+def transformers_turns(llm: LLM, turns: list[int]) -> list[dict[str, float]]:
+    """Return transformers' time to the first token at some turns, with prefill of the whole history each time."""
     model, tokenizer, rows = llm.engine.model, llm.tokenizer, []
     model.set_attn_implementation("sdpa")
     filler = tokenizer.decode(tokenizer("Here is one sentence about it, told plainly. " * 5).input_ids[:ANSWER])
@@ -95,7 +96,7 @@ def rereading(llm: LLM, turns: list[int]) -> list[dict[str, float]]:
 
 
 def around(rows: list[dict[str, float]], turn: int, key: str) -> float:
-    """Median over the five turns around `turn`."""
+    """Return the median over the five turns around `turn`."""
     near = sorted(row[key] for row in rows if abs(row["turn"] - turn) <= 2)
     return near[len(near) // 2]
 
@@ -108,9 +109,9 @@ def main() -> None:
     arguments = parser.parse_args()
     llm = LLM(arguments.model, cache=CacheConfig(slots=arguments.slots))
     llm.chat("Hello.", sampling=SamplingParams(max_tokens=4))
-    rows = ours(llm, arguments.turns)
+    rows = zsmerge_turns(llm, arguments.turns)
     middle, last = min(50, arguments.turns), arguments.turns
-    theirs = rereading(llm, sorted({5, 10, 25, middle, last} & set(range(1, last + 1))))
+    theirs = transformers_turns(llm, sorted({5, 10, 25, middle, last} & set(range(1, last + 1))))
     at = {int(row["turn"]): row for row in theirs}
     summary = {
         "first_token_turn_5": around(rows, 5, "first_token_seconds"),

@@ -1,8 +1,8 @@
-"""How long the event loop is held: 20 gathered calls in each framework beside a task that ticks every 2 ms.
+"""How long the event loop is blocked: 20 gathered calls in each framework beside a task that ticks every 2 ms.
 
-    python benchmarks/loop.py [--model smollm2] [--calls 20] [--tokens 16] [--rounds 5]
+    python benchmarks/speed/event_loop.py [--model smollm2] [--calls 20] [--tokens 16] [--rounds 5]
 
-`control` is the same work begun from plain threads: what the machine and the interpreter cost whatever the bridge.
+`control` is the same work started from plain threads: what the machine and the interpreter cost without asyncio.
 `first use` is one call on a model that is not loaded yet, in a process of its own.
 """
 
@@ -27,8 +27,8 @@ from zsmerge_llm import LLM, SamplingParams
 QUESTION = "Why is the sky blue?"
 
 
-async def held(work: Callable[[], Awaitable[Any]]) -> list[float]:
-    """Milliseconds by which the ticks were late while `work` was done, the longest first."""
+async def tick_delays(work: Callable[[], Awaitable[Any]]) -> list[float]:
+    """Return the milliseconds between ticks while `work` runs, longest first."""
     gaps: list[float] = []
 
     async def tick() -> None:
@@ -58,8 +58,8 @@ def llamaindex(llm: LLM | None, model: str, tokens: int) -> Callable[[], Awaitab
     return lambda: chat.acomplete(QUESTION)
 
 
-def plain(llm: LLM, tokens: int, calls: int) -> Callable[[], Awaitable[None]]:
-    """The same calls in threads that run already: only the interpreter's own switching is left."""
+def control(llm: LLM, tokens: int, calls: int) -> Callable[[], Awaitable[None]]:
+    """Run the same calls in threads that wait already: only the interpreter's own switching is left."""
 
     async def work() -> None:
         go, params = threading.Event(), SamplingParams(max_tokens=tokens)
@@ -79,8 +79,9 @@ def plain(llm: LLM, tokens: int, calls: int) -> Callable[[], Awaitable[None]]:
 
 
 def first_use(framework: str, model: str) -> None:
+    """Print the gaps over 50 ms of one call that loads the model."""
     ask = {"langchain": langchain, "llamaindex": llamaindex}[framework](None, model, 4)
-    gaps = asyncio.run(held(ask))
+    gaps = asyncio.run(tick_delays(ask))
     print(json.dumps([round(gap) for gap in gaps if gap > 50]))
 
 
@@ -98,26 +99,26 @@ def main() -> None:
     llm = LLM(given.model)
     llm.warm_up()
     gc.collect()
-    gc.freeze()  # else the collector's walk over PyTorch's modules falls into some rounds and not into others
+    gc.freeze()  # else the collector's walk over PyTorch's modules falls into some rounds (docs/research/sessions)
 
     def gathered(ask: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
         return lambda: asyncio.gather(*(ask() for _ in range(given.calls)))
 
     work = {
-        "control": plain(llm, given.tokens, given.calls),
+        "control": control(llm, given.tokens, given.calls),
         "langchain": gathered(langchain(llm, given.model, given.tokens)),
         "llamaindex": gathered(llamaindex(llm, given.model, given.tokens)),
     }
     for name, each in work.items():
         for turn in range(given.rounds):
-            gaps = asyncio.run(held(each))
+            gaps = asyncio.run(tick_delays(each))
             ranks = {"longest": gaps[0], "99 %": gaps[len(gaps) // 100], "median": gaps[len(gaps) // 2]}
             shown = ", ".join(f"{rank} {gap:.1f} ms" for rank, gap in ranks.items())
             print(f"{name} {turn + 1}: {len(gaps)} ticks, {shown}", flush=True)
     for framework in ("langchain", "llamaindex"):
         command = [sys.executable, __file__, "--first-use", framework, "--model", given.model]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        print(f"{framework}, first use: longer than 50 ms were {done.stdout.strip().splitlines()[-1]}")
+        print(f"{framework}, first use, gaps over 50 ms: {done.stdout.strip().splitlines()[-1]}")
 
 
 if __name__ == "__main__":

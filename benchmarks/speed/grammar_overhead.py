@@ -1,9 +1,9 @@
-"""What a grammar costs per token, as a share of a decode step: masks, the state, forced tokens, the plan for the end.
+"""Grammar-constrained decoding: cost per token as a share of a decode step.
 
-    python benchmarks/grammar.py [--model smollm2] [--tokens 256] [--answers 4]
+    python benchmarks/speed/grammar_overhead.py [--model smollm2] [--tokens 256] [--answers 4]
 
-`to begin` is what a form costs once per answer: compiling, and a plan for ending in time. Where there is no such plan
-(the form needs more than `max_tokens`) the search for one takes up to half a second.
+Counted are masks, state updates and forced tokens. `to begin` is the cost once per answer: compiling, and a plan for
+ending within `max_tokens`. Where no such plan exists the search for one takes up to half a second.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-FORMS: dict[str, dict[str, Any]] = {
+GRAMMARS: dict[str, dict[str, Any]] = {
     "json schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "crew", "schema": PEOPLE}}},
     "free text with tools": {"tools": [TOOL]},
     "regular expression": {"grammar": Grammar.regex(r"([A-Z][a-z]+ ){20,200}")},
@@ -59,7 +59,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 class Meter:
-    """Adds up the seconds spent in the constraints' methods."""
+    """Adds up the seconds spent in methods."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -96,7 +96,7 @@ def main() -> None:
     step = plain.decode_seconds / plain.completion_tokens
     print(f"a decode step without a grammar: {1000 * step:.1f} ms")
     result: dict[str, Any] = {"model": llm.name, "step_ms": 1000 * step}
-    for form, options in FORMS.items():
+    for name, options in GRAMMARS.items():
         shares, firsts, tokens = [], [], 0
         for _ in range(given.answers):
             per_token.seconds = begin.seconds = 0.0
@@ -105,12 +105,12 @@ def main() -> None:
             firsts.append(begin.seconds)
             tokens = usage.completion_tokens
         share = statistics.median(shares)
-        result[form] = {"share": share, "tokens": tokens, "begin_ms": [1000 * first for first in firsts]}
+        result[name] = {"share": share, "tokens": tokens, "begin_ms": [1000 * first for first in firsts]}
         print(
-            f"{form}: {1000 * share * step:.2f} ms per token of {tokens}, {100 * share:.1f} % of a step; "
+            f"{name}: {1000 * share * step:.2f} ms per token of {tokens}, {100 * share:.1f} % of a step; "
             f"to begin, first {1000 * firsts[0]:.0f} ms, then {1000 * statistics.median(firsts[1:]):.1f} ms"
         )
-    print(write(f"grammar-{llm.name}", result))
+    print(write(f"grammar-overhead-{llm.name}", result))
 
 
 if __name__ == "__main__":

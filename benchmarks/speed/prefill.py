@@ -1,8 +1,8 @@
-"""Reading: speed beside transformers with its full cache, and memory and speed over 100,000 tokens.
+"""Prefill: tokens per second beside transformers with its full cache; memory and speed over 100,000 tokens.
 
-    python benchmarks/reading.py [--model smollm2] [--text FILE]
+    python benchmarks/speed/prefill.py [--model smollm2] [--text FILE]
 
-Writes results/reading.json and results/reading.png. Run it with nothing else running.
+Writes results/prefill-MODEL.json and .png. Run it with nothing else running.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ LENGTHS = (1024, 2048, 4096, 7168)
 
 
 def tokens(llm: LLM, text: str, count: int) -> list[int]:
-    """`count` ids of the text, from its beginning again where it ends."""
+    """Return `count` ids of the text, repeated where it is too short."""
     ids = llm.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return repeat_to(ids, count)
 
 
 def beside_transformers(model: str, text: str, repeats: int) -> list[dict[str, float]]:
-    """Tokens per second of both, for several lengths, in turns within one process."""
+    """Return tokens per second of both for several lengths, in turns within one process."""
     llm = LLM(model, cache=CacheConfig(slots=1024))
     engine, rows = llm.engine, []
-    engine.fusion.load_reading()
+    engine.backend.warm_up()
     for length in LENGTHS:
         ids = tokens(llm, text, length)
         batch = torch.tensor([ids])
@@ -48,21 +48,21 @@ def beside_transformers(model: str, text: str, repeats: int) -> list[dict[str, f
         def ours(ids: list[int] = ids) -> None:
             engine.read(engine.new_cache(), ids)
 
-        def guided(ids: list[int] = ids) -> None:
+        def probed(ids: list[int] = ids) -> None:
             engine.read(engine.new_cache(), ids, probe=ids[-64:])
 
         engine.model.set_attn_implementation("sdpa")
         theirs = median_seconds(full, repeats)
         engine.model.set_attn_implementation("zsmerge")
-        plain, probed = median_seconds(ours, repeats), median_seconds(guided, repeats)
+        plain, with_probe = median_seconds(ours, repeats), median_seconds(probed, repeats)
         rows.append(
             {
                 "tokens": length,
                 "transformers": length / theirs,
                 "zsmerge": length / plain,
-                "zsmerge_with_probe": length / probed,
+                "zsmerge_with_probe": length / with_probe,
                 "ratio": theirs / plain,
-                "ratio_with_probe": theirs / probed,
+                "ratio_with_probe": theirs / with_probe,
             }
         )
         print({name: round(value, 2) for name, value in rows[-1].items()}, flush=True)
@@ -70,21 +70,21 @@ def beside_transformers(model: str, text: str, repeats: int) -> list[dict[str, f
 
 
 def alone(model: str, text: str, length: int) -> dict[str, object]:
-    """In this process: read `length` tokens into 1,024 slots; peak memory and the seconds of each chunk."""
+    """Read `length` tokens into 1,024 slots in this process; return peak memory and the seconds of each chunk."""
     llm = LLM(model, cache=CacheConfig(slots=1024))
     engine, ids, seconds = llm.engine, tokens(llm, text, length), []
-    engine.fusion.load_reading()
+    engine.backend.warm_up()
     cache = engine.new_cache()
     reset_peak_rss()
     latest = time.perf_counter()
 
-    def note(done: int, total: int) -> None:
+    def record(done: int, total: int) -> None:
         nonlocal latest
         now = time.perf_counter()
         seconds.append(now - latest)
         latest = now
 
-    engine.read(cache, ids, progress=note)
+    engine.read(cache, ids, progress=record)
     return {"tokens": length, "peak_rss": peak_rss(), "cache_bytes": cache.nbytes, "chunk_seconds": seconds}
 
 
@@ -100,7 +100,7 @@ def in_a_process(arguments: argparse.Namespace, length: int) -> dict[str, object
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--text", help="a text file to read; repeat_to where it is too short")
+    parser.add_argument("--text", help="a text file to read; repeated where it is too short")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long", type=int, default=100_000, help="tokens of the long read")
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
@@ -121,14 +121,21 @@ def main() -> None:
         "late_over_early": late / early,
     }
     print(json.dumps(summary))
-    write("reading", {"model": arguments.model, "speed": rows, "short": short, "long": long, "summary": summary})
+    name = f"prefill-{Path(arguments.model).stem}"
+    write(name, {"model": arguments.model, "speed": rows, "short": short, "long": long, "summary": summary})
     lengths = [row["tokens"] for row in rows]
     series = {
         "transformers, full cache": (lengths, [row["transformers"] for row in rows]),
         "zsmerge, 1,024 slots": (lengths, [row["zsmerge"] for row in rows]),
         "zsmerge, with a probe": (lengths, [row["zsmerge_with_probe"] for row in rows]),
     }
-    plot("reading", f"Reading with {arguments.model}", "tokens of the prompt", "tokens per second", series)
+    plot(
+        name,
+        f"Prefill with {arguments.model}",
+        "tokens of the prompt",
+        "tokens per second",
+        series,
+    )
 
 
 if __name__ == "__main__":

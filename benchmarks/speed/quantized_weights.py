@@ -1,9 +1,9 @@
-"""Weights in bfloat16, 8 and 4 bits on a CPU: quality, bytes, seconds to load, and rates of decoding and reading.
+"""Weights in bfloat16, 8 and 4 bits on a CPU: likelihood, bytes, seconds to load, rates of decoding and prefill.
 
-Each in a process of its own, one after the other. Quality is the mean negative log-likelihood of a text, read in
-pieces that fit the cache, so that nothing is compressed and only the weights differ.
+    python benchmarks/speed/quantized_weights.py --model smollm2 --text book.txt --text articles.txt --tokens 4096
 
-    python benchmarks/lowbit.py --model smollm2 --text book.txt --text articles.txt --tokens 4096
+Each mode runs in a process of its own. The likelihood is the mean NLL of a text, read in pieces that fit the cache, so
+that nothing is compressed and only the weights differ.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ MODES = ("bfloat16", "int8", "int4")
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
+    """Return the bytes of all parameters and buffers, shared ones once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def private_bytes() -> int:
-    """Bytes this process holds that no file backs (Linux): the system cannot take them back."""
+    """Return the bytes of this process that no file backs (Linux): the system cannot reclaim them."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
 
 def negative_log_likelihood(llm: LLM, text: str, tokens: int, piece: int) -> float:
-    """Mean over the first `tokens` tokens, read in pieces; the first token of each is not predicted."""
+    """Return the mean over the first `tokens` tokens, read in pieces; the first token of each is not predicted."""
     ids = llm.tokenizer(text[: 12 * tokens], add_special_tokens=False).input_ids[:tokens]
     found = [
         llm.engine.logprobs(llm.engine.new_cache(CacheConfig.full()), ids[start : start + piece])[1:]
@@ -50,7 +50,7 @@ def negative_log_likelihood(llm: LLM, text: str, tokens: int, piece: int) -> flo
 
 
 def decode_rate(llm: LLM, rows: int, new: int) -> float:
-    """Tokens a second, all rows together, behind a prompt of 64 tokens; the first step is not counted."""
+    """Return tokens a second of all rows together after a prompt of 64 tokens; the first step is not counted."""
     cache = llm.engine.new_cache(rows=rows)
     prompts = [[(7 * at + row) % 900 + 100 for at in range(64)] for row in range(rows)]
     llm.engine.read_batch(cache, prompts)
@@ -61,8 +61,8 @@ def decode_rate(llm: LLM, rows: int, new: int) -> float:
     return count / (time.perf_counter() - started)
 
 
-def reading_rate(llm: LLM, tokens: int) -> float:
-    """Tokens a second of one chunk of `tokens` tokens; the best of three."""
+def prefill_rate(llm: LLM, tokens: int) -> float:
+    """Return tokens a second of one chunk of `tokens` tokens, the best of three."""
     ids = [(7 * at) % 900 + 100 for at in range(tokens)]
     seconds = []
     for _ in range(3):
@@ -73,8 +73,8 @@ def reading_rate(llm: LLM, tokens: int) -> float:
     return tokens / min(seconds)
 
 
-def alone(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One mode in this process."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one mode in this process."""
     torch.zeros(1)
     reset_peak_rss()
     before = private_bytes()
@@ -96,7 +96,7 @@ def alone(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if not arguments.quality_only:
         result["decode"] = {rows: decode_rate(llm, rows, arguments.new) for rows in (1, 4, 8, 16)}
-        result["reading"] = {tokens: reading_rate(llm, tokens) for tokens in (128, 512)}
+        result["reading"] = {tokens: prefill_rate(llm, tokens) for tokens in (128, 512)}
     return result
 
 
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--alone", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
-        print(json.dumps(alone(arguments)))
+        print(json.dumps(measure(arguments)))
         return
     rows = []
     for mode in arguments.modes:
@@ -128,7 +128,8 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     name = Path(arguments.model).name.removesuffix(".gguf")
-    write(f"lowbit-{name}", {"model": name, "tokens": arguments.tokens, "piece": arguments.piece, "rows": rows})
+    result = {"model": name, "tokens": arguments.tokens, "piece": arguments.piece, "rows": rows}
+    write(f"quantized-weights-{name}", result)
 
 
 if __name__ == "__main__":

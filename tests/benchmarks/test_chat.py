@@ -1,4 +1,4 @@
-"""benchmarks/chat.py on tiny random models: what a chat is made of, and how it is read and asked about."""
+"""benchmarks/chat.py on tiny random models: how a chat is made, read and asked about."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def record(paragraphs: int = 6, questions: int = 3) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reader() -> evaluator.Reader:
-    return evaluator.Reader(talker(cache=ROOMY).engine, template("smollm2"))
+def bench() -> evaluator.Evaluator:
+    return evaluator.Evaluator(talker(cache=ROOMY).engine, template("smollm2"))
 
 
 def test_a_chat_asks_about_each_paragraph_and_at_last_about_the_first_third() -> None:
-    made, behind = chat_benchmark.conversation(record())
-    said = made["messages"]
-    assert [message["role"] for message in said] == ["user", "assistant"] * 6
-    assert [message["content"] for message in said[1::2]] == [f"{number}0 feet" for number in range(6)]
+    made, asked_after = chat_benchmark.conversation(record())
+    messages = made["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 6
+    assert [message["content"] for message in messages[1::2]] == [f"{number}0 feet" for number in range(6)]
     assert [asked["a"][0] for asked in made["qa"]] == ["01 feet", "02 feet", "11 feet", "12 feet"]
-    assert behind == [2, 2, 4, 4]
-    assert all(asked["a"][0] in said[at - 2]["content"] for asked, at in zip(made["qa"], behind, strict=True))
+    assert asked_after == [2, 2, 4, 4]
+    assert all(asked["a"][0] in messages[at - 2]["content"] for asked, at in zip(made["qa"], asked_after, strict=True))
 
 
-def test_questions_are_asked_behind_their_paragraph_and_at_the_end(reader: evaluator.Reader) -> None:
-    made = chat_benchmark.chat(reader.template, record(), 12)
-    lines = chat_benchmark.measure(reader, POLICIES["full"], 96, made)
+def test_questions_are_asked_after_their_paragraph_and_at_the_end(bench: evaluator.Evaluator) -> None:
+    made = chat_benchmark.chat(bench.template, record(), 12)
+    lines = chat_benchmark.measure(bench, POLICIES["full"], 96, made)
     assert [(line["setting"], line["question"]) for line in lines] == [
         *(("first", number) for number in range(4)),
         *(("later", number) for number in range(4)),
@@ -56,35 +56,35 @@ def test_questions_are_asked_behind_their_paragraph_and_at_the_end(reader: evalu
 
 
 @pytest.mark.parametrize("name", ["truncate", "streaming", "h2o", "zsmerge-chat"])
-def test_policies_read_the_same_chat_in_the_memory_they_have(name: str, reader: evaluator.Reader) -> None:
-    made = chat_benchmark.chat(reader.template, record(24), 4)
-    *_, cache = chat_benchmark.turns(reader, POLICIES[name], 160, made.item)
+def test_policies_read_the_same_chat_in_the_memory_they_have(name: str, bench: evaluator.Evaluator) -> None:
+    made = chat_benchmark.chat(bench.template, record(24), 4)
+    *_, cache = chat_benchmark.turns(bench, POLICIES[name], 160, made.item)
     held = cache.full_nbytes() if cache.slots is None else cache.nbytes
-    assert held <= evaluator.plain_bytes(reader.engine, 160) + (0 if cache.logits is None else cache.logits.nbytes)
+    assert held <= evaluator.plain_bytes(bench.engine, 160) + (0 if cache.logits is None else cache.logits.nbytes)
     assert made.item.tokens > 2 * 288
     assert cache.seen == (288 if name == "truncate" else made.item.tokens)
 
 
-def test_a_policy_that_looks_things_up_knows_only_what_was_said_before(reader: evaluator.Reader) -> None:
-    made = chat_benchmark.chat(reader.template, record(24), 4)
+def test_retrieval_searches_earlier_messages_only(bench: evaluator.Evaluator) -> None:
+    made = chat_benchmark.chat(bench.template, record(24), 4)
     policy, budget = POLICIES["zsmerge-chat-retrieval"], evaluator.Budget(400)
     asked = made.item.questions[-1]
     for before in (2, 6):
-        found = reader.passages(policy, budget, made.item, before, asked.text)
+        found = bench.passages(policy, budget, made.item, before, asked.text)
         assert found
-        said = "\n\n".join(message["content"] for message in made.item.said[:before])
-        assert all(line in said for each in found for line in each.split("\n\n"))
-    *_, cache = chat_benchmark.turns(reader, policy, 160, made.item)
-    *_, plain = chat_benchmark.turns(reader, POLICIES["zsmerge-chat"], 160, made.item)
+        earlier = "\n\n".join(message["content"] for message in made.item.messages[:before])
+        assert all(line in earlier for each in found for line in each.split("\n\n"))
+    *_, cache = chat_benchmark.turns(bench, policy, 160, made.item)
+    *_, plain = chat_benchmark.turns(bench, POLICIES["zsmerge-chat"], 160, made.item)
     assert cache.seen > plain.seen == made.item.tokens
     assert cache.nbytes == plain.nbytes
 
 
-def test_the_product_makes_room_behind_each_answer(reader: evaluator.Reader) -> None:
-    made = chat_benchmark.chat(reader.template, record(24), 4)
-    for number, cache in enumerate(chat_benchmark.turns(reader, POLICIES["zsmerge-chat"], 160, made.item), start=1):
+def test_the_library_compresses_after_each_answer(bench: evaluator.Evaluator) -> None:
+    made = chat_benchmark.chat(bench.template, record(24), 4)
+    for number, cache in enumerate(chat_benchmark.turns(bench, POLICIES["zsmerge-chat"], 160, made.item), start=1):
         if number % 2 == 0:
-            assert all(max(layer.fills) <= (layer.config.slots or 0) for layer in cache.layers)
+            assert all(max(layer.num_filled) <= (layer.config.slots or 0) for layer in cache.layers)
 
 
 def test_the_report_compares_with_the_policy_that_was_named(
