@@ -53,8 +53,8 @@ class CacheConfig:
         policy: the eviction policy, by name or as an object (`kvcache.policies.EvictionPolicy`):
             "observation_window": slots rank by the attention of the prompt's question (the probe) or, without one, of
             the newest `observation_window` queries: the mean, max-pooled over `pool_kernel` slots. A slot keeps its
-            best score. "cumulative_attention": contribution scores of Eq. 5, s ← decay · s + a, from every query (H2O, the
-            paper). "recency": newest first (StreamingLLM).
+            best score. "cumulative_attention": contribution scores of Eq. 5, s ← decay · s + a, from every query (H2O,
+            the paper). "recency": newest first (StreamingLLM).
         observation_window: number of newest queries that are kept for scoring.
         pool_kernel: width of the max-pooling of scores over neighbouring slots; odd.
         score_floor: slots rank by (attention + score_floor) · ‖value‖; None ranks by attention alone.
@@ -126,6 +126,12 @@ class CacheConfig:
     def uses_question(self) -> bool:
         """Whether the default policy decides, which heeds the question of a prompt, and chats that go on."""
         return self.slots is not None and self.policy == OBSERVATION_WINDOW
+
+    @property
+    def num_recorded_queries(self) -> int:
+        """Newest queries that each layer keeps: `observation_window` where the policy records them, else 0."""
+        records = self.uses_question or getattr(self.policy, "records_queries", False)
+        return self.observation_window if records and self.slots is not None else 0
 
     @property
     def num_protected(self) -> int:

@@ -127,7 +127,7 @@ class LLM:
     @property
     def context_window(self) -> int | None:
         """Positions the model was trained on, where its config says so. Longer prompts can be read all the same."""
-        return self.engine.window
+        return self.engine.context_window
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a plain text, without special tokens."""
@@ -150,7 +150,7 @@ class LLM:
 
         Native code holds all threads for up to half a second at a time: call it before an event loop serves others.
         """
-        self.engine.fusion.load_reading()
+        self.engine.backend.warm_up()
         self.complete("a", grammar=Grammar.choice("a"), sampling=SamplingParams(max_tokens=1))
 
     def _load(self) -> Runtime:
@@ -373,7 +373,7 @@ class LLM:
         parts = self._load()
         check_length(len(ids), params, self.max_input_tokens, parts.engine.exact_limit)
         form = parts.forms.plain(response_format, grammar)
-        cache = parts.engine.new_cache(parts.profile.config(len(ids)))
+        cache = parts.engine.new_cache(parts.profile.prompt_config(len(ids)))
         answer = Answer(cache, ids, params, parts.tokenizer, continues=True, form=form)
         return self._run(None, answer, completion_probe(parts.template, ids, prompt), cancel, progress)
 
@@ -389,7 +389,7 @@ class LLM:
         """Continue several texts together, in order. Raises as `stream_complete`, before anything is read."""
         ids, parts = [self._prompt_ids(prompt) for prompt in prompts], self._load()
         read = [
-            Prompt(own, completion_probe(parts.template, own, prompt), parts.profile.config(len(own)))
+            Prompt(own, completion_probe(parts.template, own, prompt), parts.profile.prompt_config(len(own)))
             for own, prompt in zip(ids, prompts, strict=True)
         ]
         forms, limit = [parts.forms.plain(response_format, grammar)] * len(ids), self.max_input_tokens

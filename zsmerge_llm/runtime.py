@@ -71,9 +71,10 @@ def assemble(
         LoadError: the model cannot be loaded. StoreFullError: `session_memory` is too small for one conversation.
     """
     from zsmerge_llm.engine.engine import Engine
-    from zsmerge_llm.engine.layer_budgets import LayerBudgets, profile_path
+    from zsmerge_llm.engine.layer_budgets import LayerBudgets, budgets_path
     from zsmerge_llm.models.loader import load
     from zsmerge_llm.retrieval.attention_search import AttentionSearch
+    from zsmerge_llm.retrieval.calibration import calibration
     from zsmerge_llm.retrieval.passage_search import PassageSearch
     from zsmerge_llm.sessions.conversations import Conversations
     from zsmerge_llm.sessions.fingerprint import fingerprint
@@ -88,8 +89,8 @@ def assemble(
     devices = [str(spec.device) for spec in engine.specs]
     store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices)
     forms = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
-    profile = LayerBudgets(engine, template, profile_path(mark.weights), loading.get("progress"))
-    budgets = (engine.new_cache, profile.config, profile.document_config)
-    searches = (PassageSearch(template, retrieval_tokens), AttentionSearch(engine.look, template))
+    profile = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), loading.get("progress"))
+    budgets = (engine.new_cache, profile.prompt_config, profile.document_config)
+    searches = (PassageSearch(template, retrieval_tokens), AttentionSearch(engine.query_attention, template))
     conversations = Conversations(store, template, *budgets, *searches)
     return Runtime(loaded.name, tokenizer, engine, template, forms, conversations, profile)

@@ -52,7 +52,7 @@ def test_far_beyond_the_budget_every_family_goes_on_in_constant_memory(family: s
     assert torch.isfinite(cache.logits).all()
     assert cache.seen == 340
     for layer in cache.layers:
-        accounted = layer.count.sum(-1) + layer.dropped
+        accounted = layer.multiplicity.sum(-1) + layer.dropped
         assert (accounted == 340).all(), "nothing disappears unaccounted"
 
 

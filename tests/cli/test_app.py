@@ -42,7 +42,7 @@ class FakeEngine:
     model = FakeNetwork()
 
     def __init__(self) -> None:
-        self.fusion = FakeFusion()
+        self.backend = FakeFusion()
 
     def new_cache(self, rows: int) -> FakeCache:
         return FakeCache()
@@ -165,7 +165,7 @@ def test_quiet_prints_the_answer_alone(document: Path) -> None:
 
 def test_the_kernels_that_read_are_loaded_before_the_answer(document: Path, fake: type[FakeLLM]) -> None:
     run("ask", document, "What is it?")
-    assert not fake.made[0].engine.fusion.may_read
+    assert not fake.made[0].engine.backend.pending_build
 
 
 def test_nothing_but_plain_text_goes_to_a_pipe(document: Path, fake: type[FakeLLM]) -> None:

@@ -11,9 +11,11 @@ from tests.support.tiny_models import FAMILIES, tiny_model
 from zsmerge_llm import CacheConfig, SamplingParams
 from zsmerge_llm.cpu import native as kernels
 from zsmerge_llm.cpu import quantized_linear as lowbit
-from zsmerge_llm.cpu.compiled_layers import WIDTHS
-from zsmerge_llm.engine.engine import FUSE_AFTER, Engine
+from zsmerge_llm.cpu.compiled_layers import COMPILE_AFTER
+from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 
+WIDTHS = (1, 1 + MAX_DRAFT_TOKENS)
 CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, observation_window=4)
 PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
 STEPS = 30
@@ -38,14 +40,14 @@ def test_compiled_layers_give_the_same_logits_in_every_family(family: str) -> No
     engine = Engine(tiny_model(family), compile=False)
     expected = said(engine)
 
-    engine.fusion.start()
+    engine.backend.start()
     given = said(engine)
 
     if family == "gpt_oss-sinks":  # its experts choose by what they see
-        assert engine.fusion.trouble is not None
+        assert engine.backend.disabled_reason is not None
     else:
-        assert engine.fusion.on, engine.fusion.trouble
-    assert engine.fusion.kernels
+        assert engine.backend.compiled.enabled, engine.backend.disabled_reason
+    assert engine.backend.has_decode_kernels
     assert torch.allclose(given, expected, atol=1e-4)
 
 
@@ -53,10 +55,10 @@ def test_compiled_layers_give_the_same_logits_in_every_family(family: str) -> No
 def test_compiled_layers_work_with_every_rule_of_the_cache(config: CacheConfig) -> None:
     engine = Engine(tiny_model(), compile=False)
     expected = said(engine, config)
-    engine.fusion.start()
+    engine.backend.start()
 
     assert torch.allclose(said(engine, config), expected, atol=1e-4)
-    assert engine.fusion.on
+    assert engine.backend.compiled.enabled
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -65,17 +67,17 @@ def test_compiled_layers_work_with_weights_of_few_bits(bits: int) -> None:
     lowbit.pack(model, bits, torch.float32)
     engine = Engine(model, compile=False)
     expected = said(engine)
-    engine.fusion.start()
+    engine.backend.start()
 
     assert torch.allclose(said(engine), expected, atol=2e-2)  # inputs are rounded to 16 bits
-    assert engine.fusion.on, engine.fusion.trouble
+    assert engine.backend.compiled.enabled, engine.backend.disabled_reason
 
 
 def test_layers_of_one_kind_are_compiled_once() -> None:
     engine = Engine(tiny_model("gemma3"), compile=True)
 
-    assert engine.fusion.on
-    assert len(engine.fusion.graphs) < len(engine.specs)
+    assert engine.backend.compiled.enabled
+    assert len(engine.backend.compiled.graphs) < len(engine.specs)
 
 
 def test_layers_of_other_sizes_are_not_taken_for_the_same() -> None:
@@ -84,30 +86,30 @@ def test_layers_of_other_sizes_are_not_taken_for_the_same() -> None:
     model.model.layers[1].mlp = wide
     engine = Engine(model, compile=False)
     expected = said(engine)
-    engine.fusion.start()
+    engine.backend.start()
 
     assert torch.allclose(said(engine), expected, atol=1e-4)
-    assert engine.fusion.on
+    assert engine.backend.compiled.enabled
 
 
 def test_compiling_begins_by_itself_after_many_steps() -> None:
     engine = Engine(tiny_model())
     cache = engine.new_cache(CONFIG)
-    params = SamplingParams(max_tokens=FUSE_AFTER - 1, ignore_eos=True, lookup=False)
+    params = SamplingParams(max_tokens=COMPILE_AFTER - 1, ignore_eos=True, lookup=False)
 
     list(engine.stream(cache, PROMPT, params))
-    assert not engine.fusion.on
+    assert not engine.backend.compiled.enabled
     list(engine.stream(cache, PROMPT, SamplingParams(max_tokens=4, ignore_eos=True)))
-    assert engine.fusion.on
+    assert engine.backend.compiled.enabled
 
 
 def test_compiling_can_be_turned_off() -> None:
     engine = Engine(tiny_model(), compile=False)
     cache = engine.new_cache(CONFIG)
 
-    list(engine.stream(cache, PROMPT, SamplingParams(max_tokens=FUSE_AFTER + 2, ignore_eos=True, lookup=False)))
+    list(engine.stream(cache, PROMPT, SamplingParams(max_tokens=COMPILE_AFTER + 2, ignore_eos=True, lookup=False)))
 
-    assert not engine.fusion.on
+    assert not engine.backend.compiled.enabled
 
 
 def test_a_model_that_cannot_be_compiled_says_so_and_goes_on(
@@ -122,11 +124,11 @@ def test_a_model_that_cannot_be_compiled_says_so_and_goes_on(
     monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", broken)
     kernels.build.cache_clear()  # as on a machine that has not built them yet
     with caplog.at_level(logging.WARNING):
-        engine.fusion.start()
+        engine.backend.start()
         given = said(engine)
 
     assert torch.equal(given, expected)
-    assert engine.fusion.trouble is not None
+    assert engine.backend.disabled_reason is not None
     assert "no working C++ compiler" in caplog.text
     assert caplog.text.count("without compiled layers") == 1
 

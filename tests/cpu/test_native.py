@@ -16,10 +16,10 @@ from torch import Tensor
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import CacheConfig
 from zsmerge_llm.cpu import native as kernels
-from zsmerge_llm.cpu.compiled_layers import READ_AFTER
+from zsmerge_llm.cpu.backend import BUILD_PREFILL_AFTER
 from zsmerge_llm.cpu.quantized_linear import round_to_int4, round_to_int8
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.kvcache import policy
+from zsmerge_llm.kvcache import equations
 
 DTYPES = list(kernels.DTYPES)
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -153,7 +153,7 @@ def test_more_rows_than_the_kernels_take_are_refused() -> None:
 def test_a_matrix_that_no_row_comes_to_is_left_to_pytorch() -> None:
     model = tiny_model()
     engine = Engine(model, compile=True)
-    assert engine.fusion.kernels
+    assert engine.backend.has_decode_kernels
     with torch.inference_mode():
         assert model.lm_head(torch.ones(0, 32)).shape == (0, model.config.vocab_size)
 
@@ -315,8 +315,8 @@ def test_what_queries_pay_is_that_of_pytorch(
     seen = position[:, :, None, :] <= asking[:, None, :, None]
     hiding = bias[:, :, None, :].masked_fill(~seen, float("-inf"))[:, :, None]
     grouped = queries.float().reshape(rows, heads, group, asked, size)
-    paid = policy.weights(grouped, keys.float(), hiding, size**-0.5, cap, sinks)
-    torch.testing.assert_close(mean, policy.mean_paid(paid, asking >= 0), rtol=1e-3, atol=1e-6)
+    paid = equations.attention_weights(grouped, keys.float(), hiding, size**-0.5, cap, sinks)
+    torch.testing.assert_close(mean, equations.mean_attention(paid, asking >= 0), rtol=1e-3, atol=1e-6)
     counted = paid.masked_fill((asking < 0)[:, None, None, :, None], 0.0)
     torch.testing.assert_close(most, counted.amax((2, 3)), rtol=1e-3, atol=1e-6)
 
@@ -345,7 +345,7 @@ def test_an_engine_reads_with_the_kernels_what_it_reads_without(name: str, confi
 
     def read(compile: bool) -> Tensor:
         engine = Engine(model, config, chunk=40, compile=compile)
-        engine.fusion.reads = compile and kernels.multiplies_bfloat16()
+        engine.backend.has_prefill_kernels = compile and kernels.multiplies_bfloat16()
         cache = engine.new_cache()
         return engine.read(cache, ids, probe=ids[:12])
 
@@ -358,21 +358,21 @@ def test_the_kernels_of_reading_load_where_they_were_built_or_when_much_was_read
     def reads(tokens: int, compile: bool | Literal["auto"] = "auto") -> bool:
         engine = Engine(tiny_model(dtype=torch.bfloat16), compile=compile)
         for _ in range(tokens // 500):
-            engine.fusion.count(500)
-        return engine.fusion.reads
+            engine.backend.on_pass(500)
+        return engine.backend.has_prefill_kernels
 
     can = kernels.multiplies_bfloat16()
     assert kernels.built(kernels.READING)
     assert reads(500) == can
     monkeypatch.setattr(kernels, "built", lambda _: False)
-    assert not reads(READ_AFTER - 500)
-    assert reads(READ_AFTER + 500) == can
+    assert not reads(BUILD_PREFILL_AFTER - 500)
+    assert reads(BUILD_PREFILL_AFTER + 500) == can
     assert reads(0, compile=True) == can
-    assert not reads(READ_AFTER + 500, compile=False)
+    assert not reads(BUILD_PREFILL_AFTER + 500, compile=False)
     engine = Engine(tiny_model(dtype=torch.bfloat16))
-    engine.fusion.load_reading()
-    assert engine.fusion.reads == can
-    assert not engine.fusion.may_read
+    engine.backend.warm_up()
+    assert engine.backend.has_prefill_kernels == can
+    assert not engine.backend.pending_build
 
 
 def test_the_newest_queries_push_out_the_oldest() -> None:
@@ -418,5 +418,5 @@ def test_without_a_compiler_decoding_goes_on_and_says_so_once(
     finally:
         kernels.build.cache_clear()
 
-    assert not engine.fusion.kernels
+    assert not engine.backend.has_decode_kernels
     assert caplog.text.count("no g++ here") == 1

@@ -12,10 +12,11 @@ from tests.support.tiny_models import tiny_model
 from zsmerge_llm import CacheConfig, SamplingParams
 from zsmerge_llm.cpu import native as kernels
 from zsmerge_llm.cpu import step_recorder as replay
-from zsmerge_llm.cpu.compiled_layers import WIDTHS
 from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.kvcache.cache import Cache
 
+WIDTHS = (1, 1 + MAX_DRAFT_TOKENS)
 CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, observation_window=4)
 PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
 STEPS = 24
@@ -23,15 +24,15 @@ STEPS = 24
 
 def engine(family: str = "llama", replaying: bool = True) -> Engine:
     made = Engine(tiny_model(family), CONFIG, compile=False)
-    made.fusion.start()
+    made.backend.start()
     if not replaying:
-        made.fusion.replays.clear()
+        made.backend.compiled.recorders.clear()
     return made
 
 
 def alone(recorder: Engine) -> list[bool]:
     """Whether the steps of one conversation have been recorded."""
-    return [each.ready for (rows, _), each in recorder.fusion.replays.items() if rows == 1]
+    return [each.ready for (rows, _), each in recorder.backend.compiled.recorders.items() if rows == 1]
 
 
 def said(reader: Engine, config: CacheConfig = CONFIG) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -39,7 +40,7 @@ def said(reader: Engine, config: CacheConfig = CONFIG) -> tuple[torch.Tensor, li
     cache = reader.new_cache(config)
     reader.read(cache, PROMPT)
     logits = [reader.read(cache, list(range(at, at + WIDTHS[at % 4 == 3]))) for at in range(STEPS)]
-    held = [getattr(layer, name)[:, :, : layer.fills[0]] for layer in cache.layers for name in ("keys", "score")]
+    held = [getattr(layer, name)[:, :, : layer.num_filled[0]] for layer in cache.layers for name in ("keys", "score")]
     return torch.stack(logits), [*held, *(layer.queries for layer in cache.layers)]
 
 
@@ -96,18 +97,18 @@ def test_several_conversations_are_decoded_in_recorded_steps(family: str, rows: 
     recorder, plain = engine(family), Engine(tiny_model(family), CONFIG, compile=False)
     if rows > kernels.MOST:
         together(recorder, kernels.MOST)
-    assert rows <= kernels.MOST or recorder.fusion.replays[kernels.MOST, 1].ready
+    assert rows <= kernels.MOST or recorder.backend.compiled.recorders[kernels.MOST, 1].ready
     given = together(recorder, rows)
 
     expected = together(plain, rows)
-    assert recorder.fusion.replays[kernels.MOST, 1].ready
+    assert recorder.backend.compiled.recorders[kernels.MOST, 1].ready
     assert torch.allclose(given[0], expected[0], atol=1e-4)
     for mine, other in zip(given[1].layers, expected[1].layers, strict=True):
-        assert mine.fills == other.fills
-        used = max(mine.fills)
+        assert mine.num_filled == other.num_filled
+        used = max(mine.num_filled)
         assert torch.equal(
-            mine.position[:, :, :used] * (mine.count > 0)[:, :, :used],
-            other.position[:, :, :used] * (other.count > 0)[:, :, :used],
+            mine.position[:, :, :used] * (mine.multiplicity > 0)[:, :, :used],
+            other.position[:, :, :used] * (other.multiplicity > 0)[:, :, :used],
         )
         assert torch.allclose(mine.queries, other.queries, atol=1e-4)
 
@@ -120,7 +121,7 @@ def together(reader: Engine, rows: int) -> tuple[torch.Tensor, Cache]:
     with torch.inference_mode():
         for step in range(STEPS):
             waiting = None if step % 3 else torch.tensor([[(row + step) % 4 != 0] for row in range(rows)])
-            reader._forward(cache, torch.full((rows, 1), step + 1), waiting)
+            reader.runner.run(cache, torch.full((rows, 1), step + 1), waiting)
             assert cache.logits is not None
             logits.append(cache.logits.clone())
     return torch.stack(logits), cache
@@ -136,7 +137,7 @@ def test_guesses_are_tried_in_recorded_steps() -> None:
     for _ in range(2):
         cache = recorder.new_cache(CacheConfig(slots=200))
         assert list(recorder.stream(cache, prompt, greedy)) == plain
-    assert recorder.fusion.replays[1, WIDTHS[1]].ready
+    assert recorder.backend.compiled.recorders[1, WIDTHS[1]].ready
 
 
 def test_a_model_whose_code_is_strange_decodes_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,4 +148,4 @@ def test_a_model_whose_code_is_strange_decodes_as_before(monkeypatch: pytest.Mon
 
     assert torch.equal(given, said(engine(replaying=False))[0])
     assert not any(alone(reader))
-    assert reader.fusion.on
+    assert reader.backend.compiled.enabled

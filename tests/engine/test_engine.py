@@ -109,7 +109,7 @@ def test_tokens_can_be_appended_at_any_time(engine: Engine) -> None:
         engine.read(cache, tokens(size, seed=size))
         total += size
         assert cache.seen == total
-        assert all((layer.count.sum(-1) == total).all() for layer in cache.layers)
+        assert all((layer.multiplicity.sum(-1) == total).all() for layer in cache.layers)
     assert cache.dropped_tokens + cache.merged_tokens == total - (24 - 3)
 
 
@@ -127,7 +127,7 @@ def test_making_room_between_turns_loses_no_count_and_lets_the_next_tokens_in(
         cache.compress_stage()
         assert cache.fits(9)
         for layer in cache.layers:
-            accounted = layer.count.sum(-1) + layer.dropped
+            accounted = layer.multiplicity.sum(-1) + layer.dropped
             assert (accounted == torch.tensor(cache.lengths)[:, None]).all()
     engine.read_batch(batch, [tokens(7, seed=2)] * 2)
     for row, cache in enumerate(caches):

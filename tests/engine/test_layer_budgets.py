@@ -13,9 +13,10 @@ from tests.support.talk import ROOMY, SHORT, TIGHT, counted, talker
 from tests.support.templates import template
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, CacheConfig
-from zsmerge_llm.attention import interface as attention
+from zsmerge_llm.attention.passes import PASSAGE_TOKENS
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.layer_budgets import FORMAT, STEPS, LayerBudgets, allocate, curve, measure_retrieval
+from zsmerge_llm.retrieval.calibration import calibration
 
 LONG = "The cat of the ship is called Bishop, and the captain is called Stone. " * 20
 
@@ -26,7 +27,7 @@ def llm() -> LLM:
 
 
 def profile(llm: LLM, path: Path | None = None, say: mock.Mock | None = None) -> LayerBudgets:
-    return LayerBudgets(llm.engine, template("smollm2"), path, say)
+    return LayerBudgets(llm.engine, lambda: calibration(template("smollm2")), path, say)
 
 
 def test_layers_that_look_things_up_get_more() -> None:
@@ -75,10 +76,10 @@ def test_random_weights_have_a_profile_too(family: str) -> None:
     model = tiny_model(family, vocab=len(words.tokenizer))
     engine = Engine(model)
     full = sum(spec.window is None for spec in engine.specs)
-    curves = measure_retrieval(engine, words)
+    curves = measure_retrieval(engine, calibration(words))
     assert curves.shape == (full, STEPS + 1)
     assert (curves.diff(dim=-1) >= 0).all()
-    shares = LayerBudgets(engine, words).layer_budgets
+    shares = LayerBudgets(engine, lambda: calibration(words)).weights
     assert len(shares) == full
     assert sum(shares) / full == pytest.approx(1)
     engine.new_cache(CacheConfig(layer_budgets=shares))
@@ -91,18 +92,18 @@ def test_models_without_room_or_without_full_attention_recite_nothing() -> None:
         model.config.max_position_embeddings = window
         engine = Engine(model)
         with counted() as passes:
-            assert LayerBudgets(engine, words).layer_budgets == shares
+            assert LayerBudgets(engine, lambda: calibration(words)).weights == shares
         assert not passes
-        assert LayerBudgets(engine, words).document_config(10**6).slots == 1024
+        assert LayerBudgets(engine, lambda: calibration(words)).document_config(10**6).slots == 1024
 
 
 def test_it_is_found_once_and_kept_for_the_next_process(llm: LLM, tmp_path: Path) -> None:
     path, say = tmp_path / "profiles" / "x.json", mock.Mock()
     first = profile(llm, path, say)
-    shares = first.layer_budgets
+    shares = first.weights
     with counted() as passes:
-        assert first.layer_budgets == shares
-        assert profile(llm, path).layer_budgets == shares
+        assert first.weights == shares
+        assert profile(llm, path).weights == shares
     assert not passes
     say.assert_called_once()
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
@@ -124,18 +125,18 @@ def test_it_is_found_once_and_kept_for_the_next_process(llm: LLM, tmp_path: Path
 def test_a_damaged_file_is_made_again(llm: LLM, tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    shares = profile(llm, path).layer_budgets
+    shares = profile(llm, path).weights
     assert json.loads(path.read_text()) == {"format": FORMAT, "shares": list(shares)}
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(llm: LLM, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert len(profile(llm, tmp_path / "file" / "x.json").layer_budgets) == 2
+    assert len(profile(llm, tmp_path / "file" / "x.json").weights) == 2
 
 
 def test_a_document_that_does_not_fit_is_kept_by_the_profile(llm: LLM) -> None:
     document = llm.read_document(LONG, name="long")
-    assert document.cache.config == TIGHT.query_agnostic().replace(layer_budgets=profile(llm).layer_budgets)
+    assert document.cache.config == TIGHT.query_agnostic().replace(layer_budgets=profile(llm).weights)
     answer = llm.chat("Who is the captain?", session=document, sampling=SHORT)
     assert answer.usage.cached_tokens > 0
 
@@ -164,10 +165,10 @@ def test_a_rule_or_shares_of_the_users_own_are_left_alone(cache: CacheConfig) ->
 
 def test_a_prompt_with_its_question_leaves_every_layer_room_for_a_passage(llm: LLM) -> None:
     engine, words = Engine(llm.engine.model, CacheConfig(slots=256)), template("smollm2")
-    uneven = LayerBudgets(engine, words)
-    uneven._shares = (0.1, 1.9)
-    config = uneven.config(1000)
-    assert min(config.layer_slots(2)) >= 4 + 64 + attention.PASSAGE
+    uneven = LayerBudgets(engine, lambda: calibration(words))
+    uneven._weights = (0.1, 1.9)
+    config = uneven.prompt_config(1000)
+    assert min(config.layer_slots(2)) >= 4 + 64 + PASSAGE_TOKENS
     assert sum(config.layer_slots(2)) == 512
     assert uneven.document_config(1000).layer_budgets == (0.1, 1.9)
-    assert uneven.config(256).layer_budgets is None
+    assert uneven.prompt_config(256).layer_budgets is None

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from tests.support.tiny_models import FAMILIES, tiny_model, tokens
 from zsmerge_llm.attention import interface as attention
 from zsmerge_llm.config import CacheConfig, SamplingParams
-from zsmerge_llm.engine import engine
+from zsmerge_llm.engine import model_runner
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.position_remapping import PositionRemapper, RemapLayout
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.generation import check_length
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.kvcache.rope import PositionMap, Rotation, fit
+from zsmerge_llm.kvcache.rope import PositionMap, Rotation, fit_rotation
 
 WINDOW = 96
 LIMIT = 86
@@ -93,7 +93,7 @@ def small() -> Engine:
 
 
 def stands(cache: Cache, row: int = 0) -> Tensor:
-    return cache.position_maps[row].of(torch.arange(cache.lengths[row]))
+    return cache.position_maps[row].rope_positions(torch.arange(cache.lengths[row]))
 
 
 def keys_at(model: PreTrainedModel, ids: list[int], place: int) -> dict[int, Tensor]:
@@ -106,12 +106,12 @@ def keys_at(model: PreTrainedModel, ids: list[int], place: int) -> dict[int, Ten
 @pytest.mark.parametrize("kind", EVERY)
 def test_keys_turned_to_a_place_equal_keys_made_there(kind: str) -> None:
     model = model_of(EVERY[kind], window=4096)
-    attention.prepare(model)
-    known = attention.rotations(model, [1, 7, 1200, 3600])
+    attention.prepare_model(model)
+    known = attention.measure_rotations(model, [1, 7, 1200, 3600])
     here, there = keys_at(model, tokens(6), 3000), keys_at(model, tokens(6), 1111)
     for layer, rotation in enumerate(known):
         assert rotation is not None
-        turned = rotation.turn(here[layer], torch.tensor(1111.0 - 3000.0))
+        turned = rotation.rotate(here[layer], torch.tensor(1111.0 - 3000.0))
         torch.testing.assert_close(turned, there[layer], atol=2e-3, rtol=2e-3)
     if kind != "without-positions":
         assert not torch.allclose(here[0], there[0], atol=0.1), "else nothing was tested"
@@ -119,8 +119,8 @@ def test_keys_turned_to_a_place_equal_keys_made_there(kind: str) -> None:
 
 def test_gemma_3_has_two_frequencies_and_each_layer_its_own() -> None:
     model = model_of(FAMILIES["gemma3"], window=4096)
-    attention.prepare(model)
-    local, full, other = (each.frequencies for each in attention.rotations(model, [1, 7, 1200, 3600]))
+    attention.prepare_model(model)
+    local, full, other = (each.frequencies for each in attention.measure_rotations(model, [1, 7, 1200, 3600]))
     assert torch.equal(local, other)
     assert not torch.allclose(local, full)
 
@@ -129,9 +129,9 @@ def test_a_large_bias_does_not_hide_a_wrong_frequency() -> None:
     origin = torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(0))
     origin[..., 0] += 1000
     right, wrong = torch.tensor([1.0, 0.1]), torch.tensor([1.0, 0.3])
-    moved = {place: Rotation(right.double()).turn(origin, torch.tensor(float(place))) for place in (1, 50)}
-    assert fit(origin, moved, [wrong]) is None
-    found = fit(origin, moved, [wrong, right])
+    moved = {place: Rotation(right.double()).rotate(origin, torch.tensor(float(place))) for place in (1, 50)}
+    assert fit_rotation(origin, moved, [wrong]) is None
+    found = fit_rotation(origin, moved, [wrong, right])
     assert found is not None
     assert torch.equal(found.frequencies, right.double())
 
@@ -142,9 +142,9 @@ def test_in_bfloat16_keys_stay_close_over_as_many_epochs_as_move_them() -> None:
     keys = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     place, turned = torch.linspace(100, 7000, 50).double(), keys
     for _ in range(60):
-        turned = rotation.turn(turned, -place / 2)
+        turned = rotation.rotate(turned, -place / 2)
         place = place / 2
-    direct = rotation.turn(keys, -torch.linspace(100, 7000, 50).double()).float()
+    direct = rotation.rotate(keys, -torch.linspace(100, 7000, 50).double()).float()
     assert (turned.float() - direct).norm() / direct.norm() < 0.015
 
 
@@ -165,7 +165,7 @@ def test_order_newest_distances_and_beginning_hold_and_no_place_is_beyond_the_li
     sizes: list[int], chunk: int, probe: int, sink: int, shape: RemapLayout
 ) -> None:
     small = Engine(model_of({"model_type": "llama"}), SMALL.replace(sink=sink), chunk=chunk)
-    small.remapper = PositionRemapper(small.model, small.specs, WINDOW, shape)
+    small.runner.remapper = PositionRemapper(small.model, small.specs, WINDOW, shape)
     near = max(int(LIMIT * shape.near), SMALL.observation_window)
     asked: list[int] = []
 
@@ -174,7 +174,7 @@ def test_order_newest_distances_and_beginning_hold_and_no_place_is_beyond_the_li
         return attention.forward(*given, **inputs)
 
     cache = small.new_cache()
-    with mock.patch.object(engine, "forward", seeing):
+    with mock.patch.object(model_runner, "forward", seeing):
         for size in sizes:
             small.read(cache, tokens(size), probe=tokens(probe) if probe else None)
             place = stands(cache)
@@ -211,7 +211,7 @@ def test_ten_windows_are_read_in_constant_memory(kind: str, config: CacheConfig)
     assert torch.isfinite(cache.logits).all()
     assert stands(cache).max() < LIMIT
     for layer in cache.layers:
-        accounted = layer.count.sum(-1) + layer.dropped
+        accounted = layer.multiplicity.sum(-1) + layer.dropped
         assert (accounted == cache.seen).all()
         merged = layer.residual_keys
         assert torch.equal(layer.keys[:, :, : merged.shape[2]], merged), "the means and what is attended to agree"
@@ -236,20 +236,22 @@ def test_after_epochs_logits_equal_a_fresh_pass_at_the_same_places(kind: str) ->
 
 
 def test_moving_changes_nothing_between_the_newest_queries_and_the_newest_keys(small: Engine) -> None:
-    cache, known = small.new_cache(MERGING), attention.rotations(small.model, [1, 50])
+    cache, known = small.new_cache(MERGING), attention.measure_rotations(small.model, [1, 50])
     small.read(cache, tokens(80))
 
     def likeness() -> list[Tensor]:
         return [layer.queries[0].unflatten(0, (2, 2)) @ layer.keys[0, :, None].mT for layer in cache.layers]
 
-    newest = [((layer.position >= 60) & (layer.count > 0))[0, :, None, None] for layer in cache.layers]
+    newest = [((layer.position >= 60) & (layer.multiplicity > 0))[0, :, None, None] for layer in cache.layers]
     before, means = likeness(), [layer.residual_keys.clone() for layer in cache.layers]
     places = PositionMap().squeezed(head=5, near=60, to=20, segments=4)
-    cache.move(0, places, [each for each in known if each])
+    cache.remap(0, places, [each for each in known if each])
     for layer, mean, rotation in zip(cache.layers, means, known, strict=True):
         first = layer.position[:, :, : mean.shape[2]]
         assert rotation is not None
-        assert torch.equal(layer.residual_keys, rotation.turn(mean, places.of(first) - first)), "the means go along"
+        assert torch.equal(layer.residual_keys, rotation.rotate(mean, places.rope_positions(first) - first)), (
+            "the means go along"
+        )
     for was, now, near in zip(before, likeness(), newest, strict=True):
         torch.testing.assert_close(was * near, now * near, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(was * ~near, now * ~near, atol=0.1), "the others are nearer now"
@@ -313,7 +315,7 @@ def test_log_probabilities_cross_epochs_too(small: Engine) -> None:
 
 def test_a_pass_longer_than_the_room_is_read_in_parts() -> None:
     wide = Engine(model_of({"model_type": "llama"}), SMALL, chunk=512)
-    narrow = Engine(wide.model, SMALL, chunk=wide.remapper.room(wide.new_cache(), 512, 0))
+    narrow = Engine(wide.model, SMALL, chunk=wide.runner.remapper.max_pass_tokens(wide.new_cache(), 512, 0))
     ids = tokens(400)
     a, b = wide.new_cache(), narrow.new_cache()
     assert torch.equal(wide.logprobs(a, ids), narrow.logprobs(b, ids))
@@ -340,7 +342,9 @@ def test_positions_that_cannot_be_mapped_are_refused_by_name_where_the_window_en
 def test_rotations_are_looked_for_only_when_they_are_needed() -> None:
     reader = Engine(model_of({"model_type": "llama"}), SMALL, chunk=16)
     cache = reader.new_cache()
-    with mock.patch("zsmerge_llm.engine.position_remapping.rotations", wraps=attention.rotations) as look:
+    with mock.patch(
+        "zsmerge_llm.engine.position_remapping.measure_rotations", wraps=attention.measure_rotations
+    ) as look:
         reader.read(cache, tokens(80))
         assert not look.called
         reader.read(cache, tokens(400))
@@ -362,7 +366,7 @@ def test_the_exact_cache_never_moves_and_alone_warns(small: Engine) -> None:
 
 def test_a_model_that_names_no_window_is_read_as_it_is() -> None:
     reader = Engine(model_of({"model_type": "llama"}), SMALL, chunk=16)
-    reader.remapper = PositionRemapper(reader.model, reader.specs, None)
+    reader.runner.remapper = PositionRemapper(reader.model, reader.specs, None)
     cache = reader.new_cache()
     reader.read(cache, tokens(300))
     assert not cache.position_maps[0].knots
@@ -376,5 +380,5 @@ def test_a_probe_that_leaves_no_room_is_refused_with_its_length(small: Engine) -
 
 
 def test_places_without_knots_are_positions() -> None:
-    assert PositionMap().of(torch.tensor([[0, 5], [7, 1]])).tolist() == [[0, 5], [7, 1]]
+    assert PositionMap().rope_positions(torch.tensor([[0, 5], [7, 1]])).tolist() == [[0, 5], [7, 1]]
     assert PositionMap().offset == 0

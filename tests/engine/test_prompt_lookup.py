@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tests.support.tiny_models import FAMILIES, tiny_model, tokens
 from zsmerge_llm import CacheConfig, SamplingParams
-from zsmerge_llm.attention.interface import ForwardPass
+from zsmerge_llm.attention.passes import ForwardPass
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.engine.prompt_lookup import AHEAD, GRAM, PromptLookup
+from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS, NGRAM, PromptLookup
 from zsmerge_llm.kvcache.cache import Cache
 
 CONFIGS = {
@@ -33,9 +33,9 @@ class Oracle(PromptLookup):
 
     answer: tuple[int, ...] = ()
 
-    def guess(self) -> list[int]:
+    def propose(self) -> list[int]:
         said = len(self._ids) - self.prompt
-        right = list(self.answer[said : said + AHEAD])
+        right = list(self.answer[said : said + MAX_DRAFT_TOKENS])
         return [*right[:2], 3, 3] if said % 3 == 0 else right
 
     def __init__(self, ids: list[int], stops: object) -> None:
@@ -58,7 +58,7 @@ def equal(one: Cache, other: Cache) -> bool:
     others, its = other.state()
     for name, tensor in held.items():
         index, _, part = name.partition(".")
-        used = held[f"{index}.count"] > 0 if part in ("keys", "values", "score", "position") else None
+        used = held[f"{index}.multiplicity"] > 0 if part in ("keys", "values", "score", "position") else None
         mine, theirs = (tensor, others[name]) if used is None else (tensor[used], others[name][used])
         if not torch.allclose(mine, theirs, atol=1e-4):
             return False
@@ -96,16 +96,16 @@ def test_right_guesses_save_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = answered(engine, CacheConfig.full(), tokens(50), lookup=False)
     monkeypatch.setattr("zsmerge_llm.engine.sequence.PromptLookup", Oracle)
     monkeypatch.setattr(Oracle, "answer", tuple(plain))
-    passes, run = [], engine._run
+    passes, run = [], engine.runner._forward
 
     def counted(step: ForwardPass, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         passes.append(ids.shape[1])
         return run(step, ids, wanted)
 
-    monkeypatch.setattr(engine, "_run", counted)
+    monkeypatch.setattr(engine.runner, "_forward", counted)
     answered(engine, CacheConfig.full(), tokens(50), lookup=True)
 
-    assert max(passes[1:]) == 1 + AHEAD
+    assert max(passes[1:]) == 1 + MAX_DRAFT_TOKENS
     assert len(passes) < len(plain) / 2
 
 
@@ -138,9 +138,9 @@ def test_an_answer_drawn_at_random_takes_no_guesses() -> None:
 
 @given(st.lists(st.integers(0, 4), max_size=60))
 def test_a_guess_is_what_stood_behind_the_latest_equal_tokens(ids: list[int]) -> None:
-    gram = ids[-GRAM:]
-    found = [at for at in range(GRAM, len(ids)) if ids[at - GRAM : at] == gram]
-    expected = ids[found[-1] : found[-1] + AHEAD] if found else []
+    gram = ids[-NGRAM:]
+    found = [at for at in range(NGRAM, len(ids)) if ids[at - NGRAM : at] == gram]
+    expected = ids[found[-1] : found[-1] + MAX_DRAFT_TOKENS] if found else []
     expected = expected[: expected.index(4)] if 4 in expected else expected
 
-    assert PromptLookup(ids, stops={4}).guess() == expected
+    assert PromptLookup(ids, stop_ids={4}).propose() == expected

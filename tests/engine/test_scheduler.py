@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm import CacheConfig, Engine, SamplingParams
+from zsmerge_llm.engine.model_runner import ModelRunner
 from zsmerge_llm.kvcache.cache import Cache
 
 SMALL = CacheConfig(slots=24, sink=2, recent=4, stage=5)
@@ -25,13 +28,22 @@ class Counted(Engine):
     def __init__(self, config: CacheConfig) -> None:
         self.passes: list[tuple[int, int]] = []
         self.failing: Callable[[int, int], bool] = lambda rows, passes: False
-        super().__init__(tiny_model(), config)
+        with mock.patch("zsmerge_llm.engine.engine.ModelRunner", partial(CountedRunner, self)):
+            super().__init__(tiny_model(), config)
 
-    def _forward(self, cache: Cache, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.passes.append((cache.rows, ids.shape[1]))
-        if self.failing(cache.rows, len(self.passes)):
+
+class CountedRunner(ModelRunner):
+    """Runs the passes of a `Counted` engine."""
+
+    def __init__(self, counted: Counted, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.counted = counted
+
+    def run(self, cache: Cache, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.counted.passes.append((cache.rows, ids.shape[1]))
+        if self.counted.failing(cache.rows, len(self.counted.passes)):
             raise MemoryError("no room")
-        return super()._forward(cache, ids, *args, **kwargs)
+        return super().run(cache, ids, *args, **kwargs)
 
 
 def said(engine: Engine, cache: Cache, length: int) -> Iterator[int]:
@@ -93,8 +105,8 @@ def test_threads_share_passes_and_say_what_they_say_alone(config: CacheConfig) -
     assert len(engine.passes) < sum(new for _, new in LENGTHS) * 0.7
     for cache, same in zip(caches, single, strict=True):
         assert cache.lengths == same.lengths
-        assert [layer.fills for layer in cache.layers] == [layer.fills for layer in same.layers]
-        used = cache.layers[1].fills[0]
+        assert [layer.num_filled for layer in cache.layers] == [layer.num_filled for layer in same.layers]
+        used = cache.layers[1].num_filled[0]
         keys, expected_keys = cache.layers[1].keys[:, :, :used], same.layers[1].keys[:, :, :used]
         torch.testing.assert_close(keys, expected_keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(cache.logits, same.logits, atol=1e-4, rtol=1e-4)

@@ -125,7 +125,7 @@ def test_a_token_counts_once_for_each_head_that_holds_it() -> None:
     found, cache = memory_map(session), session.cache
     for at in range(0, found.seen, 7):
         holders = sum(
-            int(((layer.position[0, head] == at) & (layer.count[0, head] == 1)).any())
+            int(((layer.position[0, head] == at) & (layer.multiplicity[0, head] == 1)).any())
             for layer in cache.layers
             for head in range(layer.spec.kv_heads)
         )

@@ -12,7 +12,7 @@ from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm.config import QUERY_AGNOSTIC_FLOOR, CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError
-from zsmerge_llm.kvcache import policy
+from zsmerge_llm.kvcache import equations
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.layer_cache import LayerCache
 
@@ -45,13 +45,13 @@ def paid(engine: Engine, ids: list[int], newest: int) -> list[torch.Tensor]:
         grouped = queries.view(1, keys.shape[1], -1, *queries.shape[2:])
         assert layer.spec.scaling is not None
         hidden = torch.full((newest, len(ids)), float("-inf")).triu(len(ids) - newest + 1)
-        weights = policy.weights(grouped, keys, hidden, layer.spec.scaling)
+        weights = equations.attention_weights(grouped, keys, hidden, layer.spec.scaling)
         found.append(weights.mean((2, 3))[0])
     return found
 
 
 def positions(layer: LayerCache, head: int) -> set[int]:
-    return {int(at) for at in layer.position[0, head][layer.count[0, head] > 0]}
+    return {int(at) for at in layer.position[0, head][layer.multiplicity[0, head] > 0]}
 
 
 def test_half_of_the_context_goes_by_the_question_and_half_by_what_the_conversation_looked_at(engine: Engine) -> None:
@@ -79,7 +79,7 @@ def test_without_a_reserve_nothing_is_accumulated(engine: Engine) -> None:
     cache = engine.new_cache(CONFIG.replace(history_share=0.0))
     engine.read(cache, tokens(61), probe=QUESTION, multi_turn=True)
     cache.compress_stage()
-    assert not any(layer.accumulated.any() for layer in cache.layers)
+    assert not any(layer.cumulative_attention.any() for layer in cache.layers)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "gpt_oss-sinks"])
@@ -94,7 +94,7 @@ def test_making_room_between_two_turns_leaves_no_trace_but_the_room(family: str)
     assert cache.fits(5)
     for layer in cache.layers:
         assert (layer.position < 33).all()
-        assert (layer.count.sum(-1) + layer.dropped == 33).all()
+        assert (layer.multiplicity.sum(-1) + layer.dropped == 33).all()
 
 
 def test_a_text_with_its_question_is_kept_for_the_question_alone(engine: Engine) -> None:
@@ -116,23 +116,23 @@ def test_where_there_is_room_none_is_made(engine: Engine) -> None:
     before = cache.clone()
     cache.compress_stage()
     for layer, old in zip(cache.layers, before.layers, strict=True):
-        assert torch.equal(layer.accumulated, old.accumulated)
+        assert torch.equal(layer.cumulative_attention, old.cumulative_attention)
         assert not layer.dropped.any()
-        assert not layer.goes_on.any()
+        assert not layer.multi_turn.any()
 
 
 def test_what_a_slot_is_paid_adds_up_with_each_turn(engine: Engine) -> None:
     """Turns that fit count as well: of a chat, what was looked at all along is kept."""
     cache = engine.new_cache(CONFIG.replace(slots=60, stage=60))
-    before = [torch.zeros_like(layer.accumulated) for layer in cache.layers]
+    before = [torch.zeros_like(layer.cumulative_attention) for layer in cache.layers]
     for turn in range(3):
         engine.read(cache, tokens(30, seed=turn), multi_turn=True)
         for layer, old in zip(cache.layers, before, strict=True):
             used = 30 * turn
-            assert bool((layer.accumulated[:, :, : used + 30] > old[:, :, : used + 30]).all())
+            assert bool((layer.cumulative_attention[:, :, : used + 30] > old[:, :, : used + 30]).all())
             # The mean of queries whose attention sums up to one.
-            assert torch.allclose((layer.accumulated - old).sum(-1), torch.ones(()), atol=1e-4)
-        before = [layer.accumulated.clone() for layer in cache.layers]
+            assert torch.allclose((layer.cumulative_attention - old).sum(-1), torch.ones(()), atol=1e-4)
+        before = [layer.cumulative_attention.clone() for layer in cache.layers]
 
 
 def test_making_room_behind_a_turn_does_not_count_its_tokens_twice(engine: Engine) -> None:
@@ -144,14 +144,16 @@ def test_making_room_behind_a_turn_does_not_count_its_tokens_twice(engine: Engin
         assert layer.dropped.any()
         for head in range(layer.spec.kv_heads):
             stayed = layer.position[0, head, : CONFIG.slots].long()
-            assert torch.equal(layer.accumulated[0, head, : CONFIG.slots], old.accumulated[0, head, stayed])
+            assert torch.equal(
+                layer.cumulative_attention[0, head, : CONFIG.slots], old.cumulative_attention[0, head, stayed]
+            )
 
 
 def test_a_long_turn_does_not_make_the_conversation_forget_what_it_looked_at(engine: Engine) -> None:
     """What was paid most before a long turn is held after it, though the turn's own question looks elsewhere."""
     cache = engine.new_cache(CONFIG.replace(history_share=1.0))
     engine.read(cache, tokens(28), multi_turn=True)
-    best = [layer.accumulated * layer.values.norm(dim=-1) for layer in cache.layers]
+    best = [layer.cumulative_attention * layer.values.norm(dim=-1) for layer in cache.layers]
     engine.read(cache, tokens(50, seed=3), probe=QUESTION, multi_turn=True)
     for layer, worth in zip(cache.layers, best, strict=True):
         for head in range(layer.spec.kv_heads):
@@ -175,11 +177,11 @@ def test_conversations_with_a_reserve_go_on_and_are_saved(tmp_path: Path) -> Non
     assert first.usage.dropped_tokens > 0
     said += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "And about the land? " * 20}]
     assert llm.chat(said, session="ann", sampling=SHORT).usage.cached_tokens > 0
-    assert any(layer.accumulated.any() for layer in llm.session("ann").cache.layers)
+    assert any(layer.cumulative_attention.any() for layer in llm.session("ann").cache.layers)
     llm.session("ann").save(tmp_path / "ann.zsmerge")
     loaded = talker(cache=TIGHT.replace(history_share=0.5)).load_session(tmp_path / "ann.zsmerge")
     for mine, theirs in zip(loaded.cache.layers, llm.session("ann").cache.layers, strict=True):
-        assert torch.equal(mine.accumulated, theirs.accumulated)
+        assert torch.equal(mine.cumulative_attention, theirs.cumulative_attention)
 
 
 def test_plain_completion_needs_no_chat_template_for_its_reserve() -> None:

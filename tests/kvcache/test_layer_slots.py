@@ -158,7 +158,7 @@ def test_the_stage_of_every_layer_can_be_emptied(engine: Engine) -> None:
     cache = engine.new_cache()
     engine.read(cache, tokens(65))
     cache.compress_stage()
-    assert [max(layer.fills) for layer in cache.layers] == [20, 60]
+    assert [max(layer.num_filled) for layer in cache.layers] == [20, 60]
     assert cache.fits(7)
     assert not cache.fits(8)
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from tests.support.talk import SHORT, talker
 from tests.support.tiny_models import tiny_model, tokens
-from zsmerge_llm.attention import interface as attention
+from zsmerge_llm.attention import passes
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.kvcache import policy
+from zsmerge_llm.kvcache import equations
 from zsmerge_llm.kvcache.cache import Cache
 
 CONFIG = CacheConfig(slots=30, sink=2, recent=6, stage=6, observation_window=4, pool_kernel=3, passage_share=0.5)
@@ -26,12 +26,12 @@ def engine() -> Engine:
 
 def positions(cache: Cache, layer: int, head: int) -> set[int]:
     own = cache.layers[layer]
-    return {int(at) for at in own.position[0, head][own.count[0, head] > 0]}
+    return {int(at) for at in own.position[0, head][own.multiplicity[0, head] > 0]}
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40), st.integers(0, 10))
 def test_a_passage_is_worth_the_mean_vote_of_its_tokens(votes: list[float], reach: int) -> None:
-    found = policy.passages(torch.tensor(votes), 2 * reach + 1)
+    found = equations.smooth_votes(torch.tensor(votes), 2 * reach + 1)
     for at, worth in enumerate(found.tolist()):
         around = votes[max(0, at - reach) : at + reach + 1]
         assert worth == pytest.approx(sum(around) / len(around), abs=1e-5)
@@ -47,7 +47,7 @@ def paid(engine: Engine, ids: list[int]) -> list[torch.Tensor]:
         assert scaling is not None
         queries = layer.queries[0].view(heads, -1, *layer.queries.shape[2:])
         bias = torch.zeros(len(ids))
-        found.append(policy.weights(queries[None], layer.keys[:, :, : len(ids)], bias, scaling)[0])
+        found.append(equations.attention_weights(queries[None], layer.keys[:, :, : len(ids)], bias, scaling)[0])
     return found
 
 
@@ -55,7 +55,7 @@ def test_half_of_the_context_goes_to_the_passages_that_all_layers_vote_for(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a count by hand, in the first compression of all."""
-    monkeypatch.setattr(attention, "PASSAGE", 5)
+    monkeypatch.setattr(passes, "PASSAGE_TOKENS", 5)
     ids = tokens(60)
     cache = engine.new_cache()
     engine.read(cache, ids, probe=QUESTION)
@@ -92,8 +92,8 @@ def test_every_token_is_counted_however_a_text_is_cut(family: str, chunk: int) -
     cache = reader.new_cache()
     reader.read(cache, tokens(150), probe=QUESTION)
     for layer in cache.layers:
-        assert (layer.count.sum(-1) + layer.dropped == 150).all()
-        assert max(layer.fills) < layer.capacity
+        assert (layer.multiplicity.sum(-1) + layer.dropped == 150).all()
+        assert max(layer.num_filled) < layer.capacity
 
 
 def test_a_short_turn_of_a_chat_asks_each_layer_alone() -> None:
@@ -113,7 +113,7 @@ def test_a_short_turn_of_a_chat_asks_each_layer_alone() -> None:
 
 def test_a_layer_of_more_slots_has_more_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer of three slots has room for one token besides sink and newest: the one that the other votes for."""
-    monkeypatch.setattr(attention, "PASSAGE", 1)
+    monkeypatch.setattr(passes, "PASSAGE_TOKENS", 1)
     ids, shares = tokens(60), [(1.9, 0.1), (0.1, 1.9)]
     config = CONFIG.replace(slots=24, recent=1, sink=1, passage_share=1.0)
     for large, uneven in enumerate(shares):

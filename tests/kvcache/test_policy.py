@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.naive_algorithm import NaiveHead
-from zsmerge_llm.attention.interface import AttentionCall, ForwardPass
+from zsmerge_llm.attention.backend import TorchBackend
+from zsmerge_llm.attention.call import AttentionCall
+from zsmerge_llm.attention.masks import PassLayout
+from zsmerge_llm.attention.passes import ForwardPass
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.kvcache import policy
+from zsmerge_llm.kvcache import equations
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.kvcache.view import LayerSpec
+from zsmerge_llm.kvcache.slots import LayerSpec
 
 HEADS, GROUP, DIM = 2, 2, 4
 FIGURE_2 = CacheConfig(
@@ -32,9 +35,10 @@ def feed(cache: Cache, query: Tensor, key: Tensor, value: Tensor, valid: Tensor 
     rows, new = key.shape[0], key.shape[2]
     lengths = torch.tensor(cache.lengths)
     counts = torch.full((rows,), new) if valid is None else valid.sum(-1)
-    step = ForwardPass(cache, new, lengths[:, None] + torch.arange(new), valid, counts.tolist(), lengths + counts)
+    layout = PassLayout(new, lengths[:, None] + torch.arange(new), valid, counts.tolist(), lengths + counts)
+    step = ForwardPass(cache, layout, TorchBackend())
     output = step.attend(AttentionCall(0, query, key, value, DIM**-0.5, None, None, None))
-    cache.lengths = step.seen.tolist()
+    cache.lengths = layout.seen.tolist()
     return output
 
 
@@ -84,8 +88,8 @@ def test_tensor_code_agrees_with_algorithm_1_token_by_token(
     layer = cache.layers[0]
     for h, head in enumerate(heads):
         merged = [slot.count for slot in head.merged] + [0.0] * (residual - len(head.merged))
-        assert layer.count[0, h, :residual].tolist() == merged
-        kept = layer.count[0, h, residual:] > 0
+        assert layer.multiplicity[0, h, :residual].tolist() == merged
+        kept = layer.multiplicity[0, h, residual:] > 0
         assert sorted(layer.position[0, h, residual:][kept].tolist()) == sorted(s.position for s in head.kept)
 
 
@@ -94,7 +98,7 @@ def test_figure_2_from_12_to_17_tokens_keeps_nine_slots_and_accounts_for_every_t
     query, key, value = draw(17, seed=3)
     for t in range(17):
         feed(cache, query[:, :, t : t + 1], key[:, :, t : t + 1], value[:, :, t : t + 1])
-        count, position = cache.layers[0].count[0], cache.layers[0].position[0]
+        count, position = cache.layers[0].multiplicity[0], cache.layers[0].position[0]
         assert count.sum(-1).tolist() == [t + 1] * HEADS
         assert ((count > 0).sum(-1) == min(t + 1, 9)).all()
         if t + 1 in (12, 17):
@@ -114,19 +118,19 @@ def test_theorem_3_1_unmerged_tokens_keep_at_least_their_attention(
     kept, evicted = (torch.randn(1, 1, n, DIM, generator=generator) for n in (5, lost))
     query = torch.randn(1, 1, 1, 3, DIM, generator=generator)
     empty = torch.zeros(1, 1, residual, DIM)
-    (keys, _, count), _ = policy.merge(
+    (keys, _, count), _ = equations.merge(
         (empty, empty, torch.zeros(1, 1, residual)), (evicted, evicted, torch.ones(1, 1, lost))
     )
-    full = policy.weights(query, torch.cat([kept, evicted], 2), torch.zeros(()), 1.0)[..., :5]
-    bias = policy.slot_bias(torch.cat([torch.ones(1, 1, 5), count], -1), alpha)[:, :, None, None, :]
-    compressed = policy.weights(query, torch.cat([kept, keys], 2), bias, 1.0)[..., :5]
+    full = equations.attention_weights(query, torch.cat([kept, evicted], 2), torch.zeros(()), 1.0)[..., :5]
+    bias = equations.slot_bias(torch.cat([torch.ones(1, 1, 5), count], -1), alpha)[:, :, None, None, :]
+    compressed = equations.attention_weights(query, torch.cat([kept, keys], 2), bias, 1.0)[..., :5]
     assert (compressed >= full * (1 - 1e-5)).all()
 
 
 def test_merged_slots_are_the_means_of_what_entered_them() -> None:
     _, key, value = draw(40, seed=1)
     empty, none = torch.zeros(1, HEADS, 3, DIM), torch.zeros(1, HEADS, 3)
-    (keys, values, count), home = policy.merge((empty, empty, none), (key, value, torch.ones(1, HEADS, 40)))
+    (keys, values, count), home = equations.merge((empty, empty, none), (key, value, torch.ones(1, HEADS, 40)))
     for h in range(HEADS):
         for slot in range(3):
             members = home[0, h] == slot
@@ -140,7 +144,7 @@ def test_padding_is_never_merged() -> None:
     count = torch.tensor([1.0, 0, 1, 0, 0, 1]).expand(1, HEADS, 6)
     poisoned = torch.where(count[..., None] > 0, key, 1e9)
     empty, none = torch.zeros(1, HEADS, 2, DIM), torch.zeros(1, HEADS, 2)
-    (keys, _, total), _ = policy.merge((empty, empty, none), (poisoned, value, count))
+    (keys, _, total), _ = equations.merge((empty, empty, none), (poisoned, value, count))
     assert total.sum(-1).tolist() == [[3.0] * HEADS]
     assert keys.abs().max() < 1e3
 
@@ -156,7 +160,7 @@ def test_counts_and_means_do_not_saturate_in_half_precision(dtype: torch.dtype) 
         query = torch.zeros(1, HEADS * GROUP, 1, DIM, dtype=dtype)
         feed(cache, query, key, value)
     layer = cache.layers[0]
-    assert layer.count[0, :, 0].tolist() == [steps - 5] * HEADS
+    assert layer.multiplicity[0, :, 0].tolist() == [steps - 5] * HEADS
     assert torch.isfinite(layer.keys).all()
     torch.testing.assert_close(layer.values[0, :, 0].float().mean().item(), 0.5, atol=0.01, rtol=0)
 
@@ -174,7 +178,7 @@ def test_sinks_are_never_merged_even_when_nobody_looks_at_them() -> None:
 
 
 def test_bias_of_a_slot_is_alpha_log_count_and_an_empty_slot_is_closed() -> None:
-    bias = policy.slot_bias(torch.tensor([0.0, 1.0, 10.0]), 0.6)
+    bias = equations.slot_bias(torch.tensor([0.0, 1.0, 10.0]), 0.6)
     assert bias[0] == -math.inf
     assert bias[1] == 0
     assert bias[2] == pytest.approx(0.6 * math.log(10))
@@ -203,10 +207,10 @@ def test_a_lone_probe_decides_who_stays_and_leaves_no_trace() -> None:
     probe = 20 * key[:, :, wanted].repeat_interleave(GROUP, 1)
     key_probe = torch.full((1, HEADS, 4, DIM), 100.0)
     position = torch.arange(44)[None]
-    step = ForwardPass(cache, 40, position, None, [40], torch.tensor([40]))
+    step = ForwardPass(cache, PassLayout(40, position, None, [40], torch.tensor([40])), TorchBackend())
     both = torch.cat([query, probe], 2), torch.cat([key, key_probe], 2), torch.cat([value, key_probe], 2)
     step.attend(AttentionCall(0, *both, DIM**-0.5, None, None, None))
     layer = cache.layers[0]
     assert layer.keys.max() < 50, "the probe's own keys are not held"
     for h in range(HEADS):
-        assert set(wanted) <= set(layer.position[0, h][layer.count[0, h] > 0].tolist())
+        assert set(wanted) <= set(layer.position[0, h][layer.multiplicity[0, h] > 0].tolist())

@@ -57,7 +57,7 @@ def test_a_look_is_what_the_model_itself_would_pay(family: str) -> None:
     read, asked = tokens(40), tokens(5, seed=1)
     cache = engine.new_cache()
     engine.read(cache, read)
-    paid = engine.look(cache, asked)
+    paid = engine.query_attention(cache, asked)
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         exact = model(torch.tensor([read + asked]), output_attentions=True).attentions
@@ -77,12 +77,12 @@ def test_looking_changes_nothing(length: int, asked: int, compressed: bool) -> N
     looked, other = engine.new_cache(), engine.new_cache()
     for cache in (looked, other):
         engine.read(cache, tokens(length))
-    engine.look(looked, tokens(asked, seed=1))
+    engine.query_attention(looked, tokens(asked, seed=1))
     for cache in (looked, other):
         engine.read(cache, tokens(50, seed=2))
     assert torch.equal(looked.logits, other.logits)
     for own, same in zip(looked.layers, other.layers, strict=True):
-        used = own.fills[0]
+        used = own.num_filled[0]
         assert torch.equal(own.position[:, :, :used], same.position[:, :, :used])
         assert torch.equal(own.score[:, :, :used], same.score[:, :, :used])
 

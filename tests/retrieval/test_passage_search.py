@@ -247,7 +247,7 @@ def test_a_turn_that_fits_into_the_newest_share_is_held_whole_while_it_is_read()
     engine.read(cache, tokens(config.num_recent, seed=1), probe=tokens(3, seed=2))
     end = 200 + config.num_recent
     for layer in cache.layers:
-        held = layer.position[0][layer.count[0] > 0].view(layer.spec.kv_heads, -1)
+        held = layer.position[0][layer.multiplicity[0] > 0].view(layer.spec.kv_heads, -1)
         assert all(set(range(200, end)) <= set(head.tolist()) for head in held)
     engine.read(cache, tokens(50, seed=3), probe=tokens(3, seed=2))
     newest = [set(head.tolist()) >= set(range(end, end + 50)) for layer in cache.layers for head in layer.position[0]]

@@ -32,7 +32,7 @@ def held_by_all(cache: Any, first: int) -> bool:
     heads = [
         set(positions[count > 0].tolist())
         for layer in cache.layers
-        for positions, count in zip(layer.position[0], layer.count[0], strict=True)
+        for positions, count in zip(layer.position[0], layer.multiplicity[0], strict=True)
     ]
     return all(wanted <= head for head in heads)
 

@@ -13,7 +13,8 @@ import torch
 from tests.support.templates import FOLDER, template
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
-from zsmerge_llm.attention.interface import ForwardPass, forward
+from zsmerge_llm.attention.interface import forward
+from zsmerge_llm.attention.passes import ForwardPass
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.sessions.conversations import Conversations
 
@@ -112,9 +113,9 @@ def counted() -> Iterator[list[int]]:
     passes: list[int] = []
 
     def counting(model: Any, step: ForwardPass, **inputs: Any) -> torch.Tensor:
-        if step.new:  # a probe alone puts nothing into the cache
-            passes.append(step.new)
+        if step.layout.num_new:  # a probe alone puts nothing into the cache
+            passes.append(step.layout.num_new)
         return forward(model, step, **inputs)
 
-    with mock.patch("zsmerge_llm.engine.engine.forward", counting):
+    with mock.patch("zsmerge_llm.engine.model_runner.forward", counting):
         yield passes

@@ -233,10 +233,10 @@ def _open(
             sessions_dir=sessions_dir,
             progress=step,
         )
-        network, fusion = llm.engine.model, llm.engine.fusion
-        if fusion.may_read:
+        network, backend = llm.engine.model, llm.engine.backend
+        if backend.pending_build:
             step("Loading the kernels that read, built once on a machine in about 10 s")
-            fusion.load_reading()
+            backend.warm_up()
     screen.loaded(llm.name, str(network.device), str(network.dtype).removeprefix("torch."))
     return llm
 

@@ -1,8 +1,9 @@
-"""Decode steps of one conversation through decoder layers that TorchInductor has fused.
+"""Decode steps through decoder layers that TorchInductor has compiled.
 
 A layer is traced with its weights as inputs and attention as one opaque operator. Layers with the same graph share the
-compiled code, usually one for the whole model, and attention, cache and compression stay what they are. Everything
-else, such as reading or several conversations in one pass, runs the layers as transformers wrote them.
+compiled code, usually one for the whole model; attention, cache and compression stay what they are. Everything else,
+such as prefill, runs the layers as transformers wrote them. Works on any device; on a CPU the compiled steps may also
+be recorded (`step_recorder`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,30 +23,26 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.interface import AttentionCall, AttentionHandler, ForwardPass
-from zsmerge_llm.cpu import native as kernels
-from zsmerge_llm.cpu.quantized_linear import Int4Linear, Int8Linear
+from zsmerge_llm.attention.call import AttentionCall, AttentionHandler
+from zsmerge_llm.attention.passes import ForwardPass
+from zsmerge_llm.cpu.patches import ForwardPatches
 from zsmerge_llm.cpu.step_recorder import StepRecorder
-from zsmerge_llm.engine.prompt_lookup import AHEAD
 from zsmerge_llm.errors import UnsupportedModelError
 
 log = logging.getLogger(__name__)
 
 OPTIONS = {"size_asserts": False, "allow_buffer_reuse": False, "inplace_buffers": False}
-"""What attention was given stays as it is until the layers after it have run, when the cache may still need it."""
-WIDTHS = (1, 1 + AHEAD)
-"""Tokens of the passes that are compiled: one, and one with a whole guess behind it."""
+"""TorchInductor's. The inputs of attention stay as they are until later layers have run: the cache may need them."""
 
-READ_AFTER = 16_384
-"""Tokens read before the kernels of reading are built of their own accord, which takes 10 s once on a machine."""
+PassShape = tuple[int, int]
+"""Rows and tokens of a decode step."""
 
-SHAPES = (*((1, width) for width in WIDTHS), (kernels.MOST, 1))
-"""Rows and tokens of the passes that are compiled. Several rows, up to so many, only where they can be recorded too."""
+_CURRENT: ContextVar[tuple[ForwardPass, int]] = ContextVar("zsmerge_current")  # the pass and layer that attends now
+COMPILER = Lock()
+"""Held while something is compiled: TorchInductor is not made for several threads."""
 
-_HERE: ContextVar[tuple[ForwardPass, int]] = ContextVar(
-    "zsmerge_here"
-)  # where the running layer attends: its step and number
-_COMPILER = Lock()  # TorchInductor is not made for several threads
+COMPILE_AFTER = 512
+"""Decode steps before layers are compiled of their own accord: as long as compiling takes (docs/research/kernels)."""
 
 Compiled = Callable[..., Sequence[Tensor]]
 
@@ -59,18 +56,18 @@ torch.library.define(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    step, layer = _HERE.get()
+    step, layer = _CURRENT.get()
     return step.attend(AttentionCall(layer, query, key, value, scaling, None, softcap, sinks)).contiguous()
 
 
 @torch.library.register_fake("zsmerge::attend")
-def _shape(
+def _attend_shape(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
-class _Opaque(AttentionHandler):
+class _OpaqueAttention(AttentionHandler):
     """Attention while a layer is traced: one operator, whatever is behind it."""
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -79,118 +76,76 @@ class _Opaque(AttentionHandler):
 
 
 class CompiledLayers:
-    """The compiled layers of one model. Off until `start`; a layer is compiled when it first decodes after that.
+    """The compiled decoder layers of one model. A layer is compiled when it first decodes after `start`.
 
-    A model that cannot be compiled goes on as it was, and `trouble` says why.
+    A model that cannot be compiled goes on as it was, and `disabled_reason` says why.
 
     Args:
-        layers: how many the model has.
-        after: decode steps before it starts by itself; None: never.
+        num_layers: how many decoder layers the model has.
+        shapes: rows and tokens of the passes that are compiled.
+        automatic: whether they are compiled once that pays (`is_due`), not only by `start`.
+
+    Attributes:
+        recorders: by shape, what records compiled steps and repeats them; a shape without one takes one row.
+        optimize: changes a traced graph before it is compiled.
+        graphs: the compiled code, by the text of its graph.
+        seconds: spent on compiling.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: int, after: int | None) -> None:
-        self.trouble: str | None = None
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_layers: int,
+        shapes: Sequence[PassShape],
+        automatic: bool = False,
+    ) -> None:
+        self.disabled_reason: str | None = None
         self.seconds = 0.0
         self.graphs: dict[str, Compiled] = {}
-        self.replays: dict[tuple[int, int], StepRecorder] = {}
+        self.recorders: dict[PassShape, StepRecorder] = {}
+        self.optimize: Callable[[GraphModule], None] | None = None
+        self.patches = ForwardPatches()
+        self._shapes = frozenset(shapes)
+        self._steps_left = COMPILE_AFTER if automatic else None
         self._model = model
-        self._expected = layers
-        self._left = after
-        self.reads = False
-        self._many: list[GemmLinear] = []
-        self._unread = None if after is None else READ_AFTER
-        self._layers: list[CompiledLayer] = []
-        self._matrices: list[GemvLinear] = []
+        self._num_layers = num_layers
 
     @property
-    def kernels(self) -> bool:
-        """Whether decode steps go through the kernels, which serve models that cannot be compiled too."""
-        return bool(self._matrices)
-
-    @property
-    def on(self) -> bool:
+    def enabled(self) -> bool:
         """Whether decode steps go through compiled layers."""
-        return bool(self._layers) and self.trouble is None
+        return len(self.patches) > 0
 
-    def start(self) -> None:
-        """From now on, compile. Where that is known not to work, `trouble` says why."""
-        if self._layers or self.trouble is not None:
-            return
-        if self._model.device.type == "cpu":
-            self._build_reading()
-            self._build()
-        try:
-            layers = _decoder_layers(self._model, self._expected)
-        except UnsupportedModelError as error:
-            self.give_up(error)
-            return
-        self._layers = [CompiledLayer(self, layer, index) for index, layer in enumerate(layers)]
-
-    def _build(self) -> None:
-        """Load the kernels and let the matrices use them; what is compiled works without them too."""
-        if self._loads(kernels.DECODING, "Decoding"):
-            self._matrices = [GemvLinear(each) for each in self._model.modules() if _is_matrix(each)]
-            self.replays = {(rows, width): StepRecorder(self._expected, width, rows) for rows, width in SHAPES}
-
-    def _build_reading(self) -> None:
-        """Load the kernels that read, where the model is one for them."""
-        if self.reads or self._many or not self._fits_reading or not self._loads(kernels.READING, "Reading"):
-            return
-        self.reads = kernels.multiplies_bfloat16()
-        if kernels.multiplies_packed():
-            packed = [each for each in self._model.modules() if isinstance(each, Int4Linear | Int8Linear)]
-            self._many = [GemmLinear(each) for each in packed]
-
-    def _loads(self, parts: Sequence[str], what: str) -> bool:
-        """Load kernels; where that does not work, say so."""
-        started = time.perf_counter()
-        try:
-            with _COMPILER:
-                kernels.build(parts)
-        except UnsupportedModelError as error:
-            log.warning("%s goes on without kernels of its own: %s", what, error)
+    def is_due(self, num_tokens: int) -> bool:
+        """Count a pass of so many tokens; return True once, when compiling has come to pay."""
+        if self._steps_left is None or all(num_tokens != tokens for rows, tokens in self._shapes if rows == 1):
             return False
-        self.seconds += time.perf_counter() - started
+        self._steps_left -= 1
+        if self._steps_left:
+            return False
+        self._steps_left = None
+        log.info("Compiling the decoder layers, which takes some seconds.")
         return True
 
-    @property
-    def _fits_reading(self) -> bool:
-        return self._model.device.type == "cpu" and self._model.dtype == torch.bfloat16
-
-    @property
-    def may_read(self) -> bool:
-        """Whether the kernels that read will be loaded sooner or later, but are not yet."""
-        return self._unread is not None and self._fits_reading
-
-    def load_reading(self) -> None:
-        """Load the kernels that read now, where they would be later."""
-        if self._unread is not None:
-            self._unread = None
-            self._build_reading()
-
-    def count(self, tokens: int) -> None:
-        """Take note of a pass of so many tokens, if it is one that kernels or compiling would make faster."""
-        if self._unread is not None and tokens > kernels.MOST:
-            self._unread -= tokens
-            if self._unread <= 0 or kernels.built(kernels.READING):
-                self.load_reading()
-        if self._left is None or tokens not in WIDTHS:
+    def start(self) -> None:
+        """Compile from now on. Where that is known not to work, `disabled_reason` says why."""
+        if self.enabled or self.disabled_reason is not None:
             return
-        self._left -= 1
-        if self._left == 0:
-            self._left = None
-            log.info("Compiling the decoder layers, which takes some seconds.")
-            self.start()
+        try:
+            layers = _decoder_layers(self._model, self._num_layers)
+        except UnsupportedModelError as error:
+            self.disable(error)
+            return
+        for index, layer in enumerate(layers):
+            self.patches.replace(layer, CompiledLayer(self, layer, index))
 
-    def give_up(self, why: Exception) -> None:
-        """Run every layer as it is, and say so once."""
-        self.trouble = f"{type(why).__name__}: {why}"
-        for layer in self._layers:
-            layer.remove()
-        log.warning("Decoding goes on without compiled layers: %s", self.trouble)
+    def disable(self, why: Exception) -> None:
+        """Run every layer as transformers wrote it, and log why once."""
+        self.disabled_reason = f"{type(why).__name__}: {why}"
+        self.patches.restore()
+        log.warning("Decoding goes on without compiled layers: %s", self.disabled_reason)
 
     def compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Compiled:
-        """The code for a graph, compiled once however many layers have it with weights of the same shapes."""
+        """Return the code for a graph, compiled once however many layers have it with weights of the same shapes."""
         constants = [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
         shapes = [(*each.shape, *each.stride(), each.dtype, each.device) for each in inputs]
         key = "\n".join([graph.code, str(shapes), *(str(each.tolist()) for each in constants)])
@@ -198,10 +153,25 @@ class CompiledLayers:
             self.graphs[key] = torch._inductor.compile(graph, list(inputs), options=OPTIONS)
         return self.graphs[key]
 
+    def shape_of(self, step: ForwardPass) -> PassShape | None:
+        """Return the compiled shape that serves a pass; None for one that runs as transformers wrote it.
+
+        One row has a shape of its own. Several rows share one that is recorded for more rows than it needs.
+        """
+        rows, tokens = step.layout.positions.shape
+        if rows == 1:
+            return (1, tokens) if (1, tokens) in self._shapes else None
+        if not tokens == 1 == step.layout.num_new:
+            return None
+        for shape, recorder in self.recorders.items():
+            if shape[0] > 1 and recorder.disabled_reason is None and (recorder.ready or rows <= recorder.rows):
+                return shape
+        return None
+
 
 @dataclass(frozen=True)
 class Code:
-    """The compiled code of a layer for passes of one width; the constants it was made for, and its result's form."""
+    """The compiled code of a layer for passes of one shape; the constants it was made for; the form of its result."""
 
     run: Compiled
     constants: list[Any]
@@ -211,65 +181,68 @@ class Code:
 class CompiledLayer:
     """Stands in for the forward of one decoder layer."""
 
-    def __init__(self, fusion: CompiledLayers, layer: nn.Module, index: int) -> None:
-        self.fusion = fusion
+    def __init__(self, layers: CompiledLayers, layer: nn.Module, index: int) -> None:
+        self.layers = layers
         self.layer = layer
         self.index = index
         named = [*layer.named_parameters(), *layer.named_buffers()]
         self.names = [name for name, _ in named]
         self.weights = [weight for _, weight in named]
         self.eager = layer.forward
-        self.codes: dict[tuple[int, int], Code] = {}
-        layer.forward = self
-
-    def remove(self) -> None:
-        """Put the layer's own forward back."""
-        self.layer.forward = self.eager
+        self.codes: dict[PassShape, Code] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One pass: compiled if it is a decode step of one or a few conversations, else as the model has it."""
+        """Run one pass: compiled if it is a decode step of one or a few conversations, else as the model has it."""
         step = next((value for value in kwargs.values() if isinstance(value, ForwardPass)), None)
-        shape = None if step is None else self._shape(step)
+        shape = None if step is None else self.layers.shape_of(step)
         if step is None or shape is None:
             return self.eager(*args, **kwargs)
-        replay = self.fusion.replays.get(shape)
-        if replay is not None and replay.runs(step, self.index):
+        recorder = self.layers.recorders.get(shape)
+        if recorder is not None and recorder.runs(step, self.index):
             output = args[0]
-            if replay.needs(self.index):
-                output = replay.go_on(step, self.index, _flat((*args, *kwargs.values()))[0])
+            if recorder.needs(self.index):
+                output = recorder.go_on(step, self.index, _flat((*args, *kwargs.values()))[0])
             return pytree.tree_unflatten([output], self.codes[shape].form)
         tensors, constants = _flat((*args, *kwargs.values()))
-        if shape not in self.codes:
-            try:
-                example = tensors if replay is None else [replay.room(step, each) for each in tensors]
-                self.codes[shape] = self._prepare(args, kwargs, example, constants)
-            except Exception as error:  # whatever a compiler throws, the model works without it
-                self.fusion.give_up(error)
-        code = self.codes.get(shape)
+        code = self._code(shape, step, args, kwargs, tensors, constants)
         if code is None or constants != code.constants:
             return self.eager(*args, **kwargs)
-        here = _HERE.set((step, self.index))
-        try:
-            outputs = None
-            if replay is not None and args and args[0] is tensors[0]:
-                outputs = replay.record(step, self.index, code.run, tensors, self.weights)
-            if outputs is None and shape[0] == 1:
-                outputs = code.run(*tensors, *self.weights)
-        finally:
-            _HERE.reset(here)  # it would hold the step's cache
+        outputs = self._run(code, shape, step, recorder if args and args[0] is tensors[0] else None, tensors)
         return self.eager(*args, **kwargs) if outputs is None else pytree.tree_unflatten(list(outputs), code.form)
 
-    def _shape(self, step: ForwardPass) -> tuple[int, int] | None:
-        """Which of SHAPES serves a step."""
-        rows, width = step.position.shape
-        if rows == 1:
-            return (1, width) if width in WIDTHS else None
-        several = self.fusion.replays.get(SHAPES[-1])
-        if several is None or several.trouble is not None or not width == 1 == step.new:
-            return None
-        return SHAPES[-1] if several.ready or rows <= several.rows else None
+    def _run(
+        self, code: Code, shape: PassShape, step: ForwardPass, recorder: StepRecorder | None, tensors: list[Tensor]
+    ) -> Sequence[Tensor] | None:
+        """Run compiled code, recording it where possible. None where several rows cannot be recorded."""
+        current = _CURRENT.set((step, self.index))
+        try:
+            outputs = None
+            if recorder is not None:
+                outputs = recorder.record(step, self.index, code.run, tensors, self.weights)
+            return code.run(*tensors, *self.weights) if outputs is None and shape[0] == 1 else outputs
+        finally:
+            _CURRENT.reset(current)  # it would keep the step's cache alive
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], rest: list[Any]) -> Code:
+    def _code(
+        self,
+        shape: PassShape,
+        step: ForwardPass,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        constants: list[Any],
+    ) -> Code | None:
+        """Return the layer's code for passes of a shape, compiled the first time; None where that fails."""
+        if shape not in self.codes:
+            recorder = self.layers.recorders.get(shape)
+            try:
+                example = tensors if recorder is None else [recorder.padded(step, each) for each in tensors]
+                self.codes[shape] = self._compile(args, kwargs, example, constants)
+            except Exception as error:  # whatever a compiler throws, the model works without it
+                self.layers.disable(error)
+        return self.codes.get(shape)
+
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], rest: list[Any]) -> Code:
         """Trace the layer and find its compiled code."""
         form: list[pytree.TreeSpec] = []
         strange = [type(value).__name__ for value in rest if not isinstance(value, (bool, int, float, str, type(None)))]
@@ -286,58 +259,17 @@ class CompiledLayer:
             return made
 
         inputs, started = [*tensors, *self.weights], time.perf_counter()
-        self.remove()
-        with _COMPILER:
+        with self.layers.patches.suspended(self.layer), COMPILER:
             graph = make_fx(run, tracing_mode="fake")(*inputs)
-            if self.fusion.kernels:
-                kernels.share(graph)
-            compiled = self.fusion.compile(graph, inputs)
-        self.layer.forward = self
-        self.fusion.seconds += time.perf_counter() - started
+            if self.layers.optimize is not None:
+                self.layers.optimize(graph)
+            compiled = self.layers.compile(graph, inputs)
+        self.layers.seconds += time.perf_counter() - started
         return Code(compiled, rest, form[-1])
 
 
-class GemvLinear:
-    """Stands in for the forward of one matrix: few rows go through the kernels, whatever runs around it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.eager = layer.forward
-        layer.forward = self
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N]."""
-        own = self.layer
-        weight = cast(Tensor, own.weight)
-        scales, biases = _some(getattr(own, "ranges", None)), _some(own.bias)
-        if not kernels.multiplies(x, weight) or any(each.dtype != x.dtype for each in (*scales, *biases)):
-            return self.eager(x)
-        (output,) = kernels.rows(x.reshape(-1, x.shape[-1]), [weight], scales, biases)
-        return output.view(*x.shape[:-1], -1)
-
-
-class GemmLinear:
-    """Stands in for the forward of one matrix of 4 or 8 bits: the rows of a chunk go through the kernels."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = cast("Int4Linear | Int8Linear", layer)
-        self.eager = layer.forward
-        layer.forward = self
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N]."""
-        own = self.layer
-        if not kernels.takes_many(x, own.weight, own.ranges):
-            return self.eager(x)
-        return kernels.many(x, own.weight, own.ranges, own.bias)
-
-
-def _some(tensor: Any) -> list[Tensor]:
-    return [] if tensor is None else [tensor]
-
-
 def _flat(values: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
-    """The tensors among the values of a call, those in tuples included, and the other values but the step."""
+    """Return the tensors among a call's values, those in tuples included, and the other values but the pass."""
     tensors: list[Tensor] = []
     rest: list[Any] = []
     for value in values:
@@ -351,12 +283,12 @@ def _flat(values: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
 
 
 def _refill(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """`value` with other tensors in the places that `_flat` took them from, and opaque attention for the step."""
+    """Return `value` with other tensors where `_flat` took them from, and opaque attention for the pass."""
     if isinstance(value, Tensor):
         return next(tensors)
     if _is_tensors(value):
         return tuple(next(tensors) for _ in value)
-    return _Opaque() if isinstance(value, ForwardPass) else value
+    return _OpaqueAttention() if isinstance(value, ForwardPass) else value
 
 
 def _is_tensors(value: Any) -> bool:
@@ -364,7 +296,7 @@ def _is_tensors(value: Any) -> bool:
 
 
 def _decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
-    """The model's decoder layers, in order.
+    """Return the model's decoder layers, in order.
 
     Raises:
         UnsupportedModelError: layers that cannot be told, or whose weights are not all plain tensors in their place.
@@ -381,11 +313,6 @@ def _decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
         if kinds:
             raise UnsupportedModelError(f"Weights of type {kinds.pop().__name__} are not compiled.")
     return layers
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    plain = type(module) in (nn.Linear, Int8Linear, Int4Linear) and not hasattr(module, "_hf_hook")
-    return plain and type(module.weight) in (nn.Parameter, Tensor)
 
 
 def _attends(layer: nn.Module) -> bool:

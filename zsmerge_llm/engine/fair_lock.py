@@ -1,4 +1,4 @@
-"""A lock that is granted in the order in which it was asked for, and whose holder may do the work of those who wait."""
+"""A lock granted in order of request, whose holder may do the work of threads that wait for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Ticket:
-    """A place in the queue. `work` is what the holder of the lock may do for whoever waits; None: nothing."""
+    """A place in the queue. `work`: what the lock's holder may do for the waiting thread; None: nothing."""
 
     def __init__(self, work: Any = None) -> None:
         self.work = work
@@ -37,7 +37,7 @@ class FairLock:
         self.wait(Ticket())
 
     def wait(self, ticket: Ticket) -> bool:
-        """Wait for the lock: True when it is held, False when another holder has done this ticket's work."""
+        """Wait for the lock; return True when it is held, False when another holder has done this ticket's work."""
         with self._guard:
             if self._holder is None:
                 self._holder = get_ident()
@@ -59,12 +59,12 @@ class FairLock:
         self.release()
 
     def release(self) -> None:
-        """Give the lock to the next in the queue."""
+        """Hand the lock to the next ticket in the queue."""
         with self._guard:
             self._pass_on()
 
     def take(self, wanted: Callable[[Any], bool]) -> list[Ticket]:
-        """The holder takes the waiting tickets of the wanted work out of the queue, and must `serve` them."""
+        """Take waiting tickets of the wanted work out of the queue; the holder must `serve` them."""
         with self._guard:
             taken = [ticket for ticket in self._waiting if ticket.work is not None and wanted(ticket.work)]
             for ticket in taken:
@@ -73,12 +73,12 @@ class FairLock:
         return taken
 
     def waiting(self, wanted: Callable[[Any], bool]) -> int:
-        """How many tickets of the wanted work wait."""
+        """Count the waiting tickets of the wanted work."""
         with self._guard:
             return sum(ticket.work is not None and wanted(ticket.work) for ticket in self._waiting)
 
     def serve(self, tickets: Iterable[Ticket]) -> None:
-        """The work of these tickets is done: their threads go on without ever holding the lock."""
+        """Let the threads of these tickets go on, without the lock: their work is done."""
         for ticket in tickets:
             ticket.served = True
             ticket._wait.release()
@@ -95,7 +95,7 @@ class FairLock:
 
     def _pass_on(self) -> None:
         if self._waiting:
-            self._holder = -1  # nobody's until the next one wakes
+            self._holder = -1  # nobody's until the next thread wakes
             self._waiting.popleft()._wait.release()
         else:
             self._holder = None

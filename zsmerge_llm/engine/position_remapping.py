@@ -1,8 +1,8 @@
-"""Reading for ever with a model that knows only so many positions: when tokens get new places, and which.
+"""Keep RoPE positions within the window that a model was trained on, however long the text gets.
 
-Tokens stand at their positions until the window nears its end. Then comes an *epoch*: the newest tokens keep their
+Tokens have their text positions until the window nears its end. Then a row is *remapped*: the newest tokens keep their
 distances and move down together, the beginning of the text stays where it is, and what lies between is squeezed towards
-it, in order. Epochs happen between passes and to one row at a time. The exact cache has none.
+it, in order. Rows are remapped between passes and one at a time; the exact cache never is.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.interface import rotations
+from zsmerge_llm.attention.interface import measure_rotations
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.rope import Rotation
-from zsmerge_llm.kvcache.view import LayerSpec
+from zsmerge_llm.kvcache.slots import LayerSpec
 
 
 @dataclass(frozen=True)
 class RemapLayout:
-    """How an epoch divides the window.
+    """How remapping divides the window (values: docs/research/sessions).
 
-    limit: share of the window that places may take. head, near, middle: shares of the limit for the text's beginning,
-    which never moves, for the newest tokens, whose distances stay exact, and at least for what lies between.
-    squeeze: what becomes of the middle. segments: linear parts that it may consist of; older ones become one.
+    limit: share of the window that positions may take. head, near, middle: shares of the limit for the text's
+    beginning, which never moves, for the newest tokens, whose distances stay exact, and at least for what lies between.
+    squeeze: the factor by which the middle shrinks. segments: linear parts it may consist of; older ones become one.
     """
 
     limit: float = 0.9
@@ -38,99 +38,109 @@ class RemapLayout:
 
 
 class PositionRemapper:
-    """Keeps the places of all caches of one model within its window.
+    """Keeps the positions of all caches of one model within its window.
 
     Args:
-        specs: of the model's layers. window: positions that it was trained on; None: not known, nothing ever moves.
+        specs: of the model's layers. window: positions that it was trained on; None: not known, nothing is remapped.
     """
 
     def __init__(
-        self, model: PreTrainedModel, specs: Sequence[LayerSpec], window: int | None, shape: RemapLayout | None = None
+        self, model: PreTrainedModel, specs: Sequence[LayerSpec], window: int | None, layout: RemapLayout | None = None
     ) -> None:
         self.window = window
-        self.shape = shape or RemapLayout()
+        self.layout = layout or RemapLayout()
         self._model = model
         self._sliding = max((spec.window for spec in specs if spec.window), default=0)
         self._rotations: list[Rotation | None] | None = None
 
     @property
     def limit(self) -> int:
-        """Places are below this wherever something was merged or dropped."""
-        return int((self.window or 0) * self.shape.limit)
+        """Positions are below this wherever something was merged or dropped."""
+        return int((self.window or 0) * self.layout.limit)
 
-    def room(self, cache: Cache, new: int, ahead: int) -> int:
-        """How many of `new` tokens one pass may read, with `ahead` tokens of a probe behind them.
+    def max_pass_tokens(self, cache: Cache, new: int, num_probe: int) -> int:
+        """Return how many of `new` tokens one pass may read, with `num_probe` tokens of a probe behind them.
+
+        After a remapping the window holds, below the limit: the head, a middle of at least its share, and the newest
+        tokens. What is left of the limit is for new tokens and the probe:
+
+            limit = head + middle + near + new + probe
+
+        With a long probe nothing may be left. That is no error while the pass still ends below the limit, for then
+        nothing has to be remapped.
 
         Raises:
-            ContextLimitError: an epoch is near and a long probe, or many sinks, leave it no room.
+            ContextLimitError: a remapping is due, and a long probe or many sinks leave it no room.
         """
         if self.window is None or cache.slots is None:
             return new
-        room = self.limit - self._near(cache) - self._head(cache) - self._share(self.shape.middle) - ahead
+        room = self.limit - self._near(cache) - self._head(cache) - self._tokens(self.layout.middle) - num_probe
         if room > 0:
             return room
-        if max(self._end(cache, row, new + ahead) for row in range(cache.rows)) <= self.limit:
+        if max(self._end(cache, row, new + num_probe) for row in range(cache.rows)) <= self.limit:
             return new
         raise ContextLimitError(
-            f"A probe of {ahead} tokens and {cache.config.sink} sinks leave no room to read in the {self.window} "
+            f"A probe of {num_probe} tokens and {cache.config.sink} sinks leave no room to read in the {self.window} "
             "positions that the model was trained on: use a shorter probe or fewer sinks."
         )
 
-    def ensure_positions(self, cache: Cache, coming: Sequence[int], ahead: int) -> None:
-        """Before a pass: an epoch for every row whose last token would stand beyond the limit.
+    def ensure_positions(self, cache: Cache, num_new_tokens: Sequence[int], num_probe: int) -> None:
+        """Remap, before a pass, every row whose last token would be beyond the limit.
 
-        Runs the model the first time. While nothing of a row is lost, it has the whole window.
+        Runs the model the first time. While nothing of a row has been evicted, it has the whole window.
 
         Args:
-            coming: tokens that each row will read, at most `room`; ahead: tokens of the probe behind them.
+            num_new_tokens: that each row will read, at most `max_pass_tokens`. num_probe: tokens behind them.
 
         Raises:
-            ContextLimitError: the window ends, and the model's positions cannot be mapped. Nothing has changed then.
+            ContextLimitError: the window ends, and the model's positions cannot be remapped. Nothing has changed then.
         """
         if self.window is None or cache.exact_capacity is None:
             return
-        ends = [self._end(cache, row, new + ahead) if new else 0 for row, new in enumerate(coming)]
-        kept = [length + new <= cache.exact_capacity for length, new in zip(cache.lengths, coming, strict=True)]
-        due = [row for row, end in enumerate(ends) if end > (self.window if kept[row] else self.limit)]
-        known = self._known() if due else None
-        if known is None:
+        ends = [self._end(cache, row, new + num_probe) if new else 0 for row, new in enumerate(num_new_tokens)]
+        exact = [old + new <= cache.exact_capacity for old, new in zip(cache.lengths, num_new_tokens, strict=True)]
+        due = [row for row, end in enumerate(ends) if end > (self.window if exact[row] else self.limit)]
+        rotations = self._known_rotations() if due else None
+        if rotations is None:
             if max(ends) > self.window:
                 raise ContextLimitError(self._refusal())
             return
         for row in due:
-            self._remap(cache, row, coming[row] + ahead, known)
+            self._remap(cache, row, num_new_tokens[row] + num_probe, rotations)
 
-    def _remap(self, cache: Cache, row: int, reach: int, known: list[Rotation]) -> None:
-        """New places for one row, so that `reach` more tokens stand below the limit."""
+    def _remap(self, cache: Cache, row: int, ahead: int, rotations: list[Rotation]) -> None:
+        """Give one row new positions, so that `ahead` more tokens end below the limit."""
         near, head, old = self._near(cache), self._head(cache), cache.position_maps[row]
         start = cache.lengths[row] - near
-        squeezed = head + (float(old.of(torch.tensor(start))) - head) * self.shape.squeeze
-        to = max(head + 1, int(min(squeezed, self.limit - near - reach)))
-        cache.move(row, old.squeezed(head, start, to, self.shape.segments), known)
+        squeezed = head + (float(old.rope_positions(torch.tensor(start))) - head) * self.layout.squeeze
+        to = max(head + 1, int(min(squeezed, self.limit - near - ahead)))
+        cache.remap(row, old.squeezed(head, start, to, self.layout.segments), rotations)
 
-    def _end(self, cache: Cache, row: int, reach: int) -> int:
-        """The place behind the last of `reach` more tokens."""
-        return cache.lengths[row] + reach - cache.position_maps[row].offset
+    def _end(self, cache: Cache, row: int, ahead: int) -> int:
+        """Return the position behind the last of `ahead` more tokens."""
+        return cache.lengths[row] + ahead - cache.position_maps[row].offset
 
-    def _share(self, share: float) -> int:
+    def _tokens(self, share: float) -> int:
         return int(self.limit * share)
 
     def _head(self, cache: Cache) -> int:
-        return max(cache.config.sink, self._share(self.shape.head))
+        """Return how many first tokens never move: their share, or all sinks."""
+        return max(cache.config.sink, self._tokens(self.layout.head))
 
     def _near(self, cache: Cache) -> int:
-        """Newest tokens whose distances stay exact: a quarter of the window, or more where something asks for more.
+        """Return how many newest tokens keep exact distances: their share, or more where something needs more.
 
-        At most half of it: a recent or sliding window beyond that is squeezed like the rest.
+        At most half of the limit: a recent or sliding window beyond that is squeezed like the rest.
         """
-        wanted = max(cache.config.recent, cache.config.observation_window, self._sliding, self._share(self.shape.near))
+        config = cache.config
+        wanted = max(config.recent, config.observation_window, self._sliding, self._tokens(self.layout.near))
         return min(wanted, self.limit // 2)
 
-    def _known(self) -> list[Rotation] | None:
-        """How each layer's keys carry their place; None if that is not known of all layers."""
+    def _known_rotations(self) -> list[Rotation] | None:
+        """Return how each layer rotates its keys; None if that is not known of all layers."""
         if self._rotations is None:
             last = self.limit - 1
-            self._rotations = rotations(self._model, sorted({1, min(7, last), last // 3, last}))
+            self._rotations = measure_rotations(self._model, sorted({1, min(7, last), last // 3, last}))
         known = [rotation for rotation in self._rotations if rotation is not None]
         return known if len(known) == len(self._rotations) else None
 
@@ -141,7 +151,7 @@ class PositionRemapper:
         kinds = sorted({str(given["rope_type"]) for given in nested if given and "rope_type" in given})
         what = f"rotary positions of type {', '.join(kinds)}" if kinds else "no rotary positions"
         return (
-            f"{type(self._model).__name__} has {what}, which cannot be mapped anew: it reads no further than the "
+            f"{type(self._model).__name__} has {what}, which cannot be remapped: it reads no further than the "
             f"{self.window} positions that it was trained on. Shorten the conversation or begin a new one, or use a "
             "model with plain, linear, llama3 or YaRN rotary positions."
         )

@@ -1,47 +1,46 @@
-"""What an answer may say next, guessed from the prompt: what stood there behind the same few tokens.
+"""Prompt lookup decoding (arXiv 2304.04487): draft the next tokens from what followed the same n-gram before.
 
-Answers about a document quote it. A guess is read in one pass with the token before it, and as much of it stays as the
-model says itself, so that the answer is the same (prompt lookup decoding; arXiv 2304.04487).
+Answers about a document quote it. A draft is read in one pass with the token before it, and as much of it is kept as
+the model samples itself, so that the answer is the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-GRAM = 3
-"""Equal tokens that make a guess: with 2, half of the guesses would be wrong."""
-AHEAD = 4
-"""Tokens of a guess."""
+NGRAM = 3
+"""Equal tokens that make a draft: with 2, half of the drafts would be wrong (docs/research/kernels)."""
+MAX_DRAFT_TOKENS = 4
 
 
 class PromptLookup:
-    """The tokens of one conversation, for looking up.
+    """Finds drafts in the tokens of one conversation.
 
-    They are indexed when a guess is wanted, so that a row that asks for none pays nothing and no first token waits.
+    They are indexed when a draft is wanted, so that a row that asks for none pays nothing and no first token waits.
 
     Args:
-        ids: what was said so far.
-        stops: ids that are never guessed.
+        ids: the conversation so far.
+        stop_ids: ids that are never drafted.
     """
 
-    def __init__(self, ids: Sequence[int], stops: Collection[int]) -> None:
+    def __init__(self, ids: Sequence[int], stop_ids: Collection[int]) -> None:
         self._ids = list(ids)
-        self._stops = stops
-        self._indexed = 0
-        self._behind: dict[tuple[int, ...], int] = {}
-        self._found: int | None = None  # where the last GRAM of the indexed ids stood before: what is behind them
+        self._stop_ids = stop_ids
+        self._num_indexed = 0
+        self._end_of: dict[tuple[int, ...], int] = {}  # by n-gram: where its newest occurrence ends
+        self._match: int | None = None  # where an earlier occurrence of the newest n-gram ends
 
     def push(self, token: int) -> None:
-        """Take the next token."""
+        """Append the next token of the conversation."""
         self._ids.append(token)
 
-    def guess(self) -> list[int]:
-        """At most AHEAD ids; none where the last GRAM ids are new."""
-        for end in range(self._indexed + 1, len(self._ids) + 1):
-            gram = tuple(self._ids[max(0, end - GRAM) : end])
-            self._found = self._behind.get(gram)
-            self._behind[gram] = end
-        self._indexed = len(self._ids)
-        found = self._ids[self._found : self._found + AHEAD] if self._found is not None else []
-        end = next((at for at, token in enumerate(found) if token in self._stops), len(found))
-        return found[:end]
+    def propose(self) -> list[int]:
+        """Return at most MAX_DRAFT_TOKENS ids; none where the newest n-gram has not occurred before."""
+        for end in range(self._num_indexed + 1, len(self._ids) + 1):
+            ngram = tuple(self._ids[max(0, end - NGRAM) : end])
+            self._match = self._end_of.get(ngram)
+            self._end_of[ngram] = end
+        self._num_indexed = len(self._ids)
+        draft = self._ids[self._match : self._match + MAX_DRAFT_TOKENS] if self._match is not None else []
+        end = next((at for at, token in enumerate(draft) if token in self._stop_ids), len(draft))
+        return draft[:end]

@@ -156,7 +156,7 @@ def map_cache(cache: Cache, tokens: list[int]) -> MemoryMap:
 
 
 def _layer_map(index: int, layer: LayerCache, seen: int) -> LayerMap:
-    count, position = layer.count[0].cpu(), layer.position[0].cpu().long()  # [H, P]
+    count, position = layer.multiplicity[0].cpu(), layer.position[0].cpu().long()  # [H, P]
     held = torch.zeros(seen, dtype=torch.long)
     held.index_put_((position[count == 1],), torch.tensor(1), accumulate=True)
     merged = tuple(

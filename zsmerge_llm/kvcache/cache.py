@@ -14,16 +14,24 @@ from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError
+from zsmerge_llm.kvcache import eviction
 from zsmerge_llm.kvcache.layer_cache import TENSORS, LayerCache, layer_configs
 from zsmerge_llm.kvcache.rope import PositionMap, Rotation
-from zsmerge_llm.kvcache.view import PER_SLOT, LayerSpec
+from zsmerge_llm.kvcache.slots import PER_SLOT, LayerSpec
 
 
 class Cache:
     """The cache of one conversation, or of several as rows of a batch.
 
-    `lengths` says how many tokens each row has read. Made by `Engine.new_cache`; `Engine.read` and `Engine.stream`
-    change it in place.
+    Made by `Engine.new_cache`; `Engine.read` and `Engine.stream` change it in place.
+
+    Attributes:
+        config: the configuration of the whole cache; each layer has its own (`layer_configs`).
+        specs: the shapes of the model's layers.
+        layers: one `LayerCache` each.
+        lengths: tokens that each row has read.
+        position_maps: for each row, which RoPE position its tokens have.
+        logits: [B, vocab] in the model's dtype, after each row's last token; None before anything was read.
     """
 
     def __init__(self, config: CacheConfig, specs: Sequence[LayerSpec], rows: int = 1) -> None:
@@ -32,8 +40,10 @@ class Cache:
         configs = layer_configs(config, self.specs)
         self.layers = [LayerCache(own, spec, rows) for own, spec in zip(configs, self.specs, strict=True)]
         self.lengths = [0] * rows
-        self.position_maps = [PositionMap()] * rows  # where each row's tokens stand in the model's window
-        self.logits: Tensor | None = None  # [B, vocab] in the model's dtype, after each row's last token
+        self.position_maps = [PositionMap()] * rows
+        self.logits: Tensor | None = None
+
+    # -- what it holds -----------------------------------------------------------------------------------------------
 
     @property
     def seen(self) -> int:
@@ -42,6 +52,7 @@ class Cache:
 
     @property
     def rows(self) -> int:
+        """Conversations in the batch."""
         return len(self.lengths)
 
     @property
@@ -50,9 +61,13 @@ class Cache:
         return self.config.slots
 
     @property
+    def _full_layers(self) -> list[LayerCache]:
+        return [layer for layer in self.layers if layer.spec.window is None]
+
+    @property
     def exact_capacity(self) -> int | None:
-        """Tokens up to which no full-attention layer loses any; None for the exact cache."""
-        slots = [layer.config.slots for layer in self.layers if layer.spec.window is None]
+        """Tokens up to which no full-attention layer evicts any; None for the exact cache."""
+        slots = [layer.config.slots for layer in self._full_layers]
         return min((each for each in slots if each is not None), default=self.config.slots)
 
     @property
@@ -68,14 +83,14 @@ class Cache:
     @property
     def merged_tokens(self) -> int:
         """Tokens read that are held only as a part of a residual slot's mean; mean as for `dropped_tokens`."""
-        return self._mean(lambda layer: (layer.count * (layer.count > 1)).sum(-1).mean())
+        return self._mean(lambda layer: (layer.multiplicity * (layer.multiplicity > 1)).sum(-1).mean())
 
     def _mean(self, of: Callable[[LayerCache], Tensor]) -> int:
-        full = [of(layer).item() for layer in self.layers if layer.spec.window is None]
+        full = [of(layer).item() for layer in self._full_layers]
         return round(sum(full) / len(full)) if full else 0
 
     def full_nbytes(self, tokens: int | None = None) -> int:
-        """Bytes an exact cache of these layers would hold in keys and values after `tokens` (default: those read)."""
+        """Return the bytes of keys and values of an exact cache after `tokens` (default: those read)."""
         total = sum(self.lengths) if tokens is None else tokens
         return sum(
             (min(total, spec.window) if spec.window else total)
@@ -84,56 +99,67 @@ class Cache:
         )  # fmt: skip
 
     def fits(self, new: int) -> bool:
-        """Whether `new` tokens can be read without any full-attention layer compressing."""
-        return all(layer.fits(new) for layer in self.layers if layer.spec.window is None)
+        """Return whether `new` tokens can be read without any full-attention layer compressing."""
+        return all(layer.fits(new) for layer in self._full_layers)
+
+    # -- changing it -------------------------------------------------------------------------------------------------
 
     @property
     def needs_compression(self) -> bool:
-        """Whether a full-attention layer has tokens in its stage that `compress_stage` would make room for."""
-        return any(any(layer.needs_compression) for layer in self.layers if layer.spec.window is None)
+        """Whether a full-attention layer has tokens in its stage that `compress_stage` would compress."""
+        return any(any(layer.needs_compression) for layer in self._full_layers)
 
     def compress_stage(self) -> None:
         """Empty the stage of every layer, between two turns rather than while the next one is waited for."""
         seen = torch.tensor(self.lengths)
         with torch.inference_mode():
             for layer in self.layers:
-                layer.compress_stage(seen)
+                eviction.compress_stage(layer, seen)
 
-    def move(self, row: int, places: PositionMap, rotations: Sequence[Rotation]) -> None:
-        """Let the tokens of a row stand elsewhere: every layer's keys are turned to their new places."""
+    def remap(self, row: int, positions: PositionMap, rotations: Sequence[Rotation]) -> None:
+        """Give the tokens of a row other RoPE positions: every layer's keys are rotated to them."""
         old = self.position_maps[row]
         for layer, rotation in zip(self.layers, rotations, strict=True):
-            layer.move(row, lambda position: places.of(position) - old.of(position), rotation)
-        self.position_maps[row] = places
-
-    def clone(self) -> Cache:
-        """An independent copy."""
-        return Cache.stack([self])
-
-    def row(self, index: int) -> Cache:
-        """An independent copy of one row, as a cache of its own."""
-        return self.select_rows([index])
-
-    def select_rows(self, rows: Sequence[int]) -> Cache:
-        """An independent copy of some rows."""
-        some, chosen = Cache.from_state(*self.state()), list(rows)
-        some.lengths = [self.lengths[row] for row in chosen]
-        some.position_maps = [self.position_maps[row] for row in chosen]
-        some.logits = None if self.logits is None else self.logits[chosen]
-        for layer in some.layers:
-            layer.fills = [layer.fills[row] for row in chosen]
-            for name in TENSORS:
-                setattr(layer, name, getattr(layer, name)[chosen])
-        return some
+            layer.remap(
+                row, lambda position: positions.rope_positions(position) - old.rope_positions(position), rotation
+            )
+        self.position_maps[row] = positions
 
     def replace_with(self, other: Cache) -> None:
         """Take over everything `other` holds; it must not be used any more."""
         self.layers, self.lengths, self.logits = other.layers, other.lengths, other.logits
         self.position_maps = other.position_maps
 
+    # -- copies ------------------------------------------------------------------------------------------------------
+
+    def clone(self) -> Cache:
+        """Return an independent copy."""
+        return Cache.stack([self])
+
+    def row(self, index: int) -> Cache:
+        """Return an independent copy of one row, as a cache of its own."""
+        return self.select_rows([index])
+
+    def select_rows(self, rows: Sequence[int]) -> Cache:
+        """Return an independent copy of some rows."""
+        chosen = list(rows)
+        some = self._empty_like()
+        some.lengths = [self.lengths[row] for row in chosen]
+        some.position_maps = [self.position_maps[row] for row in chosen]
+        some.logits = None if self.logits is None else self.logits[chosen]
+        for layer, own in zip(some.layers, self.layers, strict=True):
+            layer.num_filled = [own.num_filled[row] for row in chosen]
+            for name in TENSORS:
+                setattr(layer, name, getattr(own, name)[chosen])
+        return some
+
+    def _empty_like(self) -> Cache:
+        """Return a cache of the same kind without rows."""
+        return Cache(self.config, self.specs, rows=0)
+
     @classmethod
     def stack(cls, caches: Sequence[Cache]) -> Cache:
-        """One batch of several caches of the same configuration; rows are copies and independent of each other.
+        """Stack caches of the same configuration into one batch; rows are copies and independent of each other.
 
         Raises:
             ConfigError: caches of different configurations.
@@ -141,17 +167,16 @@ class Cache:
         first = caches[0]
         if any(cache.config != first.config or cache.specs != first.specs for cache in caches):
             raise ConfigError("Only caches of one model and one CacheConfig can be stacked into a batch.")
-        batch = cls(first.config, first.specs, rows=0)
+        batch = first._empty_like()
         batch.lengths = [length for cache in caches for length in cache.lengths]
-        batch.position_maps = [places for cache in caches for places in cache.position_maps]
+        batch.position_maps = [positions for cache in caches for positions in cache.position_maps]
         known = [cache.logits for cache in caches if cache.logits is not None]
         batch.logits = torch.cat(known) if len(known) == len(caches) else None
         for index, layer in enumerate(batch.layers):
             parts = [cache.layers[index] for cache in caches]
-            layer.fills = [fill for part in parts for fill in part.fills]
+            layer.num_filled = [filled for part in parts for filled in part.num_filled]
             for part in parts:
-                if part.config.slots is None:
-                    part._grow(max(layer.fills))
+                part.grow_to(max(layer.num_filled))
             room = min(part.capacity for part in parts)
             for name in TENSORS:
                 tensors = [getattr(part, name) for part in parts]
@@ -160,8 +185,10 @@ class Cache:
                 setattr(layer, name, torch.cat(tensors))
         return batch
 
+    # -- saving ------------------------------------------------------------------------------------------------------
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything there is to save: tensors by name, and JSON-able facts. The tensors are the cache's own."""
+        """Return everything there is to save: tensors by name (the cache's own), and facts as JSON values."""
         tensors = {
             f"{index}.{name}": getattr(layer, name) for index, layer in enumerate(self.layers) for name in TENSORS
         }
@@ -172,34 +199,36 @@ class Cache:
             for spec in self.specs
         ]
         facts = {
-            "config": asdict(self.config),
+            "config": self.config.to_dict(),
             "specs": specs,
             "lengths": list(self.lengths),
-            "places": [places.knots for places in self.position_maps],
-            "fills": [layer.fills for layer in self.layers],
+            "position_maps": [positions.knots for positions in self.position_maps],
+            "num_filled": [layer.num_filled for layer in self.layers],
         }
         return tensors, facts
 
     @classmethod
-    def from_state(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Cache:
-        """The inverse of `state`. The tensors are taken over, moved to each layer's device where they are elsewhere.
+    def from_state(cls, tensors: dict[str, Tensor], facts: dict[str, Any], policy: Any = None) -> Cache:
+        """Invert `state`. The tensors are taken over, and moved to each layer's device where they are elsewhere.
 
-        Tensors without elements may be left out.
+        Args:
+            tensors: those without elements may be left out.
+            policy: the `EvictionPolicy` object whose name the facts hold, if they hold no built-in one.
 
         Raises:
-            ValueError, KeyError: tensors that do not fit the facts.
+            ValueError, KeyError: tensors that do not fit the facts. ConfigError: facts of an unknown configuration.
         """
         specs = [
             LayerSpec(**{**spec, "dtype": getattr(torch, spec["dtype"]), "device": torch.device(spec["device"])})
             for spec in facts["specs"]
         ]
-        cache = cls(CacheConfig.from_dict(facts["config"]), specs, rows=0)
+        cache = cls(CacheConfig.from_dict(facts["config"], policy), specs, rows=0)
         cache.lengths = list(facts["lengths"])
-        cache.position_maps = [PositionMap(tuple((at, to) for at, to in knots)) for knots in facts["places"]]
+        cache.position_maps = [PositionMap(tuple((at, to) for at, to in knots)) for knots in facts["position_maps"]]
         logits = tensors.get("logits")
         cache.logits = logits.to(specs[-1].device) if logits is not None and specs else logits
-        for index, (layer, fills) in enumerate(zip(cache.layers, facts["fills"], strict=True)):
-            layer.fills = list(fills)
+        for index, (layer, num_filled) in enumerate(zip(cache.layers, facts["num_filled"], strict=True)):
+            layer.num_filled = list(num_filled)
             for name in TENSORS:
                 empty = getattr(layer, name)
                 shape = (cache.rows, *empty.shape[1:])
@@ -212,7 +241,7 @@ class Cache:
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int], grows: bool) -> bool:
-    """Whether a tensor has the shape a fresh cache gives it; the exact cache's slots (dimension 2) may be more."""
+    """Return whether a tensor has the shape of a fresh cache; the exact cache's slots (dimension 2) may be more."""
     if grows and len(shape) > 2:
         shape, wanted = (*shape[:2], *shape[3:]), (*wanted[:2], *wanted[3:])
     return tuple(shape) == tuple(wanted)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zsmerge_llm.kvcache import policy
+from zsmerge_llm.kvcache import equations
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import END
@@ -78,14 +78,14 @@ def votes(cache: Cache, own: Looks, any_question: Looks, length: int) -> Tensor 
     full = [layer for layer in cache.layers if layer.spec.window is None]
     for layer, paid, anyway in zip(full, own, any_question, strict=True):
         position = layer.position[0, :, : paid.shape[1]]
-        counts = (layer.count[0, :, : paid.shape[1]] > 0) & (position >= layer.config.sink) & (position < length)
+        counts = (layer.multiplicity[0, :, : paid.shape[1]] > 0) & (position >= layer.config.sink) & (position < length)
         weight = counts * float(layer.config.slots or 1) ** 2
         more = (paid - anyway).clamp(min=0) * weight
         total.index_add_(0, position.clamp(0, length - 1).flatten().cpu(), more.flatten().cpu())
         raw += float((paid * weight).sum())
     if not raw or float(total.sum()) < OWN * raw:
         return None
-    return policy.passages(total, WIDTH)
+    return equations.smooth_votes(total, WIDTH)
 
 
 def places(voted: Tensor) -> Iterator[int]:

@@ -1,0 +1,111 @@
+"""What computes the attention of a forward pass: the protocol of a backend, and the one in plain PyTorch.
+
+Nothing above this room knows which backend runs. A backend for a device overrides what its kernels do better, and
+everything else stays PyTorch's (`cpu.backend`, `gpu.backend`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from zsmerge_llm.attention.call import AttentionCall, dense_attention
+from zsmerge_llm.attention.masks import PassLayout
+from zsmerge_llm.kvcache.layer_cache import KVView, LayerCache
+from zsmerge_llm.kvcache.scoring import TensorScoring
+from zsmerge_llm.kvcache.slots import AttentionInputs, ScoringOps
+
+
+class AttentionOps(ScoringOps, Protocol):
+    """The attention operations of one layer in one forward pass. `ScoringOps` adds attention masses and queries."""
+
+    def attend(
+        self, layer: LayerCache, call: AttentionCall, inputs: AttentionInputs, layout: PassLayout
+    ) -> tuple[KVView, Tensor]:
+        """Append the new tokens to the layer and attend: the view attended to, and the output [B, Hq, T, D]."""
+
+
+class AttentionBackend(Protocol):
+    """Computes attention for a model, and may make its forward passes faster."""
+
+    @property
+    def max_decode_tokens(self) -> int | None:
+        """The most tokens of one row that a decode step should have; None: no limit of its own."""
+
+    @property
+    def max_decode_rows(self) -> int | None:
+        """The most conversations that one decode step should take; None where more are always better."""
+
+    @property
+    def disabled_reason(self) -> str | None:
+        """Why the backend does less than it could, for logs; None where nothing is wrong."""
+
+    def ops(self, layer: LayerCache, call: AttentionCall, layout: PassLayout) -> AttentionOps:
+        """Choose the operations for one layer's call in one forward pass."""
+
+    @property
+    def pending_build(self) -> bool:
+        """Whether `warm_up` has something to build, which may take seconds."""
+
+    def start(self) -> None:
+        """Make ready, at once, everything that would otherwise be made once it pays (kernels, compiled layers)."""
+
+    def warm_up(self) -> None:
+        """Load kernels for prefill now that would otherwise be loaded while a prompt is read."""
+
+    def on_pass(self, num_tokens: int) -> None:
+        """Take note of a forward pass of so many tokens, before it runs."""
+
+
+class TorchOps(TensorScoring):
+    """Attention in plain PyTorch, for any pass and any device."""
+
+    def attend(
+        self, layer: LayerCache, call: AttentionCall, inputs: AttentionInputs, layout: PassLayout
+    ) -> tuple[KVView, Tensor]:
+        """Append the new tokens and attend to the slots and, behind them, the probe's own keys."""
+        view = layer.append(inputs)
+        keys, values = view.keys, view.values
+        if call.query.shape[2] > layout.num_new:
+            keys = torch.cat([keys, call.key[:, :, layout.num_new :]], dim=2)
+            values = torch.cat([values, call.value[:, :, layout.num_new :]], dim=2)
+        return view, self.attention(view, call, keys, values, layout)
+
+    def attention(self, view: KVView, call: AttentionCall, keys: Tensor, values: Tensor, layout: PassLayout) -> Tensor:
+        """Attend from call.query to keys and values [B, H, C + m, D]: [B, Hq, T, D]."""
+        return dense_attention(call, keys, values, layout.logit_bias(view, call))
+
+
+class TorchBackend:
+    """The reference backend: nothing is built, compiled or chosen."""
+
+    max_decode_tokens: int | None = None
+    max_decode_rows: int | None = None
+
+    def __init__(self) -> None:
+        self.torch_ops = TorchOps()
+
+    @property
+    def disabled_reason(self) -> str | None:
+        """Nothing is ever disabled."""
+        return None
+
+    def ops(self, layer: LayerCache, call: AttentionCall, layout: PassLayout) -> AttentionOps:
+        """Return PyTorch's operations."""
+        return self.torch_ops
+
+    @property
+    def pending_build(self) -> bool:
+        """Nothing has to be built."""
+        return False
+
+    def start(self) -> None:
+        """Do nothing: everything is ready."""
+
+    def warm_up(self) -> None:
+        """Do nothing: everything is loaded."""
+
+    def on_pass(self, num_tokens: int) -> None:
+        """Do nothing."""

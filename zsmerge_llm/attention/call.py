@@ -1,0 +1,62 @@
+"""One layer's attention call, what handles it, and dense attention in PyTorch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zsmerge_llm.kvcache import equations
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a model's layer asks for. query [B, Hq, T, D]; key, value [B, H, T, D]; sinks [Hq], learned logits.
+
+    layer: its index. window: the sliding window in tokens. softcap: as in `LayerSpec`.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class AttentionHandler(ABC):
+    """What the engine hands through the model to each attention layer."""
+
+    @abstractmethod
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Compute the layer's attention output, [B, Hq, T, D]."""
+
+    def get_seq_length(self) -> int:
+        """Return 0, for models that take this object for a cache of transformers (Falcon)."""
+        return 0
+
+
+def dense_attention(call: AttentionCall, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Attend from call.query to keys and values [B, H, C, D], fused where the model allows: [B, Hq, T, D].
+
+    bias: added to the logits, broadcastable to [B, Hq, T, C]; None for none.
+    """
+    group = call.query.shape[1] // keys.shape[1]
+    if call.softcap is None and call.sinks is None:
+        return F.scaled_dot_product_attention(
+            call.query, keys, values, attn_mask=bias, scale=call.scaling, enable_gqa=group > 1
+        )
+    batch, heads, total, dim = call.query.shape
+    grouped = call.query.view(batch, keys.shape[1], group, total, dim).float()
+    spread = torch.zeros((), device=keys.device) if bias is None else bias.float()
+    if spread.dim() == 4:  # [B, Hq, T, C] → [B, H, G, T, C]
+        split = (1, 1) if spread.shape[1] == 1 else (keys.shape[1], group)
+        spread = spread.view(spread.shape[0], *split, *spread.shape[2:])
+    weights = equations.attention_weights(grouped, keys.float(), spread, call.scaling, call.softcap, call.sinks)
+    output = weights.to(values.dtype).view(batch, keys.shape[1], group * total, -1) @ values
+    return output.view(batch, heads, total, -1)

@@ -1,0 +1,142 @@
+"""Run one forward pass of the model over a cache: positions, padding, logits, and passes that the window makes smaller.
+
+The caller holds the engine's lock: passes on one model take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from zsmerge_llm.attention.backend import AttentionBackend
+from zsmerge_llm.attention.interface import forward
+from zsmerge_llm.attention.masks import PassLayout
+from zsmerge_llm.attention.passes import ForwardPass, QueryPass, SpeculativePass, VotingPass
+from zsmerge_llm.engine.position_remapping import PositionRemapper
+from zsmerge_llm.kvcache.cache import Cache
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The tokens of a question, ids [m], that decide what is kept. voting: whether all layers vote for passages."""
+
+    tokens: Tensor
+    voting: bool
+
+
+class ModelRunner:
+    """Runs a model over caches.
+
+    Args:
+        backend: computes attention.
+        remapper: keeps positions within the model's window.
+    """
+
+    def __init__(self, model: PreTrainedModel, backend: AttentionBackend, remapper: PositionRemapper) -> None:
+        self.model = model
+        self.backend = backend
+        self.remapper = remapper
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        embedding: Any = self.model.get_input_embeddings()
+        return embedding.weight.device
+
+    @torch.inference_mode()
+    def run(
+        self,
+        cache: Cache,
+        ids: Tensor,
+        valid: Tensor | None = None,
+        *,
+        probe: Probe | None = None,
+        all_logits: bool = False,
+        pinned_recent: int = 0,
+        multi_turn: bool = False,
+    ) -> Tensor:
+        """Read ids [B, n] into the cache: logits [B, 1, vocab] after each row's last token. Sets `cache.logits`.
+
+        Args:
+            valid: bool [B, n], False for padding on the right; None: no padding.
+            probe: tokens behind the others, that only attend. all_logits: return those after every token, [B, n,
+            vocab].
+            pinned_recent, multi_turn: see `AttentionInputs`.
+        """
+        batch, new = ids.shape
+        num_probe = 0 if probe is None else len(probe.tokens)
+        limit = self.remapper.max_pass_tokens(cache, new, num_probe)
+        if new > limit:
+            how = {"probe": probe, "all_logits": all_logits, "pinned_recent": pinned_recent, "multi_turn": multi_turn}
+            return self._run_in_parts(cache, ids, valid, limit, **how)
+        lengths = torch.tensor(cache.lengths)
+        counts = torch.full((batch,), new) if valid is None else valid.sum(-1)
+        self.remapper.ensure_positions(cache, counts.tolist(), num_probe)
+        if probe is not None:
+            ids = torch.cat([ids, probe.tokens[None].to(ids.device)], dim=1)
+        positions = lengths[:, None] + torch.arange(ids.shape[1])
+        if valid is not None:  # padding repeats the last position: it must not reach beyond the window
+            positions = torch.minimum(positions, (lengths + counts - 1).clamp(min=0)[:, None])
+        ends = (counts - 1).clamp(min=0)
+        # transformers keeps the logits of the same tokens in all rows: those after any row's last token.
+        wanted = torch.arange(new) if all_logits else ends.unique()
+        kind = VotingPass if probe is not None and probe.voting else ForwardPass
+        layout = PassLayout(new, positions, valid, counts.tolist(), lengths + counts)
+        step = kind(cache, layout, self.backend, pinned_recent, multi_turn)
+        logits = self._forward(step, ids, wanted)
+        step.finish()
+        cache.lengths = layout.seen.tolist()
+        last = logits[torch.arange(batch), torch.searchsorted(wanted, ends)]
+        if cache.logits is not None:  # a row without new tokens keeps its logits
+            last = torch.where((counts > 0).to(last.device)[:, None], last, cache.logits)
+        cache.logits = last
+        return logits if all_logits else last[:, None]
+
+    @torch.inference_mode()
+    def query_attention(self, cache: Cache, ids: Tensor) -> list[Tensor]:
+        """Run ids [m] behind a one-row cache without reading them: each full layer's attention, float32 [H, C]."""
+        self.remapper.ensure_positions(cache, [0], len(ids))
+        seen = torch.tensor(cache.lengths)
+        layout = PassLayout(0, seen[:, None] + torch.arange(len(ids)), None, [0], seen)
+        step = QueryPass(cache, layout, self.backend)
+        self._forward(step, ids[None], torch.tensor([len(ids) - 1]))
+        return step.attention
+
+    @torch.inference_mode()
+    def speculate(self, cache: Cache, ids: Sequence[int]) -> tuple[SpeculativePass, Tensor]:
+        """Run ids behind a one-row cache without taking them in: the pass, and logits [n, vocab] after each of them."""
+        self.remapper.ensure_positions(cache, [len(ids)], 0)
+        seen = torch.tensor(cache.lengths)
+        layout = PassLayout(len(ids), seen[:, None] + torch.arange(len(ids)), None, [len(ids)], seen + len(ids))
+        step = SpeculativePass(cache, layout, self.backend)
+        return step, self._forward(step, torch.tensor([list(ids)]), torch.arange(len(ids)))[0]
+
+    @torch.inference_mode()
+    def keep(self, cache: Cache, step: SpeculativePass, logits: Tensor, count: int) -> None:
+        """Take in the first `count` tokens of a speculative pass, whose logits are [n, vocab]."""
+        step.keep(count)
+        cache.lengths = step.layout.seen.tolist()
+        cache.logits = logits[count - 1 : count].clone()
+
+    def _forward(self, step: ForwardPass, ids: Tensor, wanted: Tensor) -> Tensor:
+        """Run the model over ids [B, T]: logits [B, K, vocab] after the K tokens at `wanted`."""
+        self.backend.on_pass(ids.numel())
+        offset = torch.tensor([positions.offset for positions in step.cache.position_maps])
+        return forward(
+            self.model,
+            step,
+            input_ids=ids.to(self.device),
+            position_ids=(step.layout.positions - offset[:, None]).to(self.device),
+            logits_to_keep=wanted.to(self.device),
+        )
+
+    def _run_in_parts(self, cache: Cache, ids: Tensor, valid: Tensor | None, size: int, **how: Any) -> Tensor:
+        """`run` in passes of at most `size` tokens, where the model's window is small."""
+        masks = [None] * -(-ids.shape[1] // size) if valid is None else valid.split(size, dim=1)
+        logits = [self.run(cache, part, mask, **how) for part, mask in zip(ids.split(size, dim=1), masks, strict=True)]
+        return torch.cat(logits, dim=1) if how["all_logits"] else logits[-1]

@@ -1,0 +1,1 @@
+"""Everything for a GPU. Nothing here has been measured on one yet."""

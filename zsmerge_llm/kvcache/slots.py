@@ -1,0 +1,127 @@
+"""The nouns of the cache: what a layer needs, the tokens of a forward pass as it receives them, and slots.
+
+Shapes: B rows, Hq query heads, H KV heads, n new tokens, m probe tokens, C slots, D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one attention layer needs of its cache, as seen in a one-token forward pass.
+
+    window: the sliding window in tokens, None for full attention. scaling: factor of the logits, None for D^-0.5.
+    softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
+    """
+
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None
+    dtype: torch.dtype
+    device: torch.device
+    scaling: float | None = None
+    softcap: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """The factor by which queries times keys are multiplied."""
+        return self.key_dim**-0.5 if self.scaling is None else self.scaling
+
+
+class ScoringOps(Protocol):
+    """What scoring asks of a backend. `kvcache.scoring.TensorScoring` is the reference in PyTorch."""
+
+    def attention_mass(
+        self,
+        queries: Tensor,
+        query_positions: Tensor,
+        keys: Tensor,
+        bias: Tensor,
+        positions: Tensor,
+        spec: LayerSpec,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the attention that each slot gets: mean over queries and group, and maximum; float32 [B, H, C].
+
+        Args:
+            queries: [B, Hq, m, D]. query_positions: int [B, m]; a query sees no later slot, and -1 sees none.
+            keys: [B, H, C, D]. bias: float32 [B, H, C], added to the logits. positions: int [B, H, C], of the slots.
+            sinks: [Hq], learned logits that take part in the softmax.
+        """
+
+    def push_queries(self, queries: Tensor, query_positions: Tensor, inputs: AttentionInputs) -> None:
+        """Push a pass's queries into the newest ones [B, Hq, W, D] and their positions int32 [B, W], in place."""
+
+
+@dataclass(slots=True)  # not frozen: that would take longer to make, in every layer of every step
+class AttentionInputs:
+    """The tokens of one forward pass as one layer receives them.
+
+    queries [B, Hq, n, D], keys and values [B, H, n, D]: of the n tokens that enter the cache. positions int32 [B, n];
+    valid bool [B, n], False for padding; query_positions int32 [B, n]: the position, or -1 for padding.
+    num_new_tokens: how many of them are no padding, for each row. seen int [B]: tokens read by each row, these
+    included.
+    ops: computes attention masses and keeps the newest queries. probe_queries [B, Hq, m, D], probe_positions int [B,
+    m]: queries that decide what is kept and do not enter the cache. sinks [Hq]: learned logits of attention sinks.
+    pinned_recent: how many of the newest tokens belong to a turn that is still being read; they are not evicted.
+    multi_turn: whether the conversation has been answered before (`CacheConfig.history_share`).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    valid: Tensor
+    query_positions: Tensor
+    num_new_tokens: list[int]
+    seen: Tensor
+    ops: ScoringOps
+    probe_queries: Tensor | None = None
+    probe_positions: Tensor | None = None
+    sinks: Tensor | None = None
+    pinned_recent: int = 0
+    multi_turn: bool = False
+
+    @property
+    def padded(self) -> bool:
+        """Whether some of the tokens are padding."""
+        return min(self.num_new_tokens) < self.keys.shape[2]
+
+    def without_queries(self) -> AttentionInputs:
+        """Return the same tokens without queries and probe, once they have been scored."""
+        return replace(self, queries=self.queries.new_empty(0), probe_queries=None, probe_positions=None)
+
+    def first(self, count: int) -> AttentionInputs:
+        """Return the first `count` tokens of one row without padding or probe."""
+        tokens = {name: getattr(self, name)[:, :, :count] for name in ("queries", "keys", "values")}
+        marks = {name: getattr(self, name)[:, :count] for name in ("positions", "valid", "query_positions")}
+        seen = self.seen - (self.keys.shape[2] - count)
+        return replace(self, **tokens, **marks, seen=seen, num_new_tokens=[count])
+
+
+@dataclass(eq=False)
+class Slots:
+    """Tensors of slots: a layer's own, or copies. keys, values [B, H, C, D]; the others [B, H, C].
+
+    multiplicity float32: tokens that a slot stands for; 0: empty, 1: one token verbatim, more: a residual slot.
+    score float32: by the policy. cumulative_attention float32: what the chat's own queries attended to, summed up.
+    position int32: of the slot's token; of a residual slot, that of the first token it took.
+    """
+
+    keys: Tensor
+    values: Tensor
+    multiplicity: Tensor
+    score: Tensor
+    cumulative_attention: Tensor
+    position: Tensor
+
+
+PER_SLOT = tuple(each.name for each in fields(Slots))
