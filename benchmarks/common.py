@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def write(name: str, result: dict[str, Any]) -> Path:
 
 
 def plot(
-    name: str, title: str, x_label: str, y_label: str, lines: dict[str, tuple[Sequence[float], Sequence[float]]]
+    name: str, title: str, x_label: str, y_label: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 ) -> Path:
     """Save a line plot as benchmarks/results/NAME.png."""
     import matplotlib
