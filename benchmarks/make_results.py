@@ -146,6 +146,16 @@ def long_chats(result: Result) -> Iterator[Row]:
             yield name, chat["slots"], number(asked["tokens"]), f"{asked['right']} of {chat['questions']}"
 
 
+def host_work(result: Result) -> Iterator[Row]:
+    for row in result["turns"]:
+        yield (
+            "yes" if result["every_turn_played"] else "no",
+            number(row["turn"]),
+            number(row["tokens"]),
+            *(number(row[key], 1) for key in ("cpu_ms", "clock_ms", "largest_cpu_ms")),
+        )
+
+
 def quality(*settings: str) -> Callable[[Result], Iterator[Row]]:
     """Return the rows of the tables of these settings."""
 
@@ -209,6 +219,8 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
      ("model", "grammar", "share of a step, %", "ms a token", "first answer, ms", "later answers, ms"), grammars),
     ("A chat of 100 turns: seconds to the first token", "turns",
      ("model", "turn", "zsmerge", "transformers", "prompt tokens", "cache, MB", "RSS, MB"), turns),
+    ("Host work of a turn without the model, ms", "host_work",
+     ("every turn played", "turn", "tokens of history", "CPU time", "wall time", "largest CPU time"), host_work),
     ("Peak memory of prefill above the loaded model", "memory",
      ("model", "system", "tokens", "peak, MB", "cache, MB"), memory),
     ("Saved sessions: prefill against loading, seconds", "restart",
@@ -226,9 +238,18 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
 )  # fmt: skip
 
 
+def load(folder: Path = RESULTS) -> dict[str, Result]:
+    """Return the runs of all files by name; a file of several runs gives one for each of its labels."""
+    runs: dict[str, Result] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        runs |= {path.stem: result} if "commit" in result else {f"{path.stem}-{key}": result[key] for key in result}
+    return runs
+
+
 def page(folder: Path = RESULTS) -> str:
     """Return RESULTS.md as text."""
-    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    files = load(folder)
     known = {name for name in files for _, start, _, _ in TOPICS if name.startswith(start)}
     parts = [HEAD, *(table(title, columns, rows, files, start) for title, start, columns, rows in TOPICS)]
     parts += [table(name, ("figure", "value"), flat, files, name) for name in files if name not in known]
