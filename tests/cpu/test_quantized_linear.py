@@ -1,4 +1,4 @@
-"""Weights of 4 and 8 bits: the packed layers compute what their dequantised matrices do, and a model of them works."""
+"""Weights of 4 and 8 bits: the packed layers compute what their dequantized matrices do, and a model of them works."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.support.gguf_writer import random_model, write_gguf
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.cpu.quantized_linear import (
-    FEW_INT4,
-    FEW_INT8,
+    MAX_GEMV_ROWS_INT4,
+    MAX_GEMV_ROWS_INT8,
     Int4Linear,
     Int8Embedding,
     Int8Linear,
-    pack,
-    packed_linear,
-    round_to_int4,
-    unpack,
+    quantize_int4,
+    quantize_linear,
+    quantize_model,
+    unpack_int4,
 )
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError, SessionMismatchError
@@ -33,7 +33,7 @@ from zsmerge_llm.sessions.fingerprint import fingerprint
 
 MARIGOLD = Path(__file__).parents[2] / "zsmerge_llm" / "data" / "marigold.txt"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = (1, 7, FEW_INT8, FEW_INT8 + 1, FEW_INT4, FEW_INT4 + 1, 70)
+ROWS = (1, 7, MAX_GEMV_ROWS_INT8, MAX_GEMV_ROWS_INT8 + 1, MAX_GEMV_ROWS_INT4, MAX_GEMV_ROWS_INT4 + 1, 70)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
@@ -61,13 +61,13 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (96, 208), (128, 48), (1024, 80)])
-def test_a_packed_layer_multiplies_with_its_dequantised_matrix_for_few_rows_and_for_many(
+def test_a_packed_layer_multiplies_with_its_dequantized_matrix_for_few_rows_and_for_many(
     inputs: int, outputs: int, bits: int, dtype: torch.dtype
 ) -> None:
     exact = linear(inputs, outputs, dtype)
-    layer: Any = packed_linear(exact, bits, dtype)
+    layer: Any = quantize_linear(exact, bits, dtype)
     assert isinstance(layer, Int4Linear if bits == 4 else Int8Linear)
-    matrix = layer.dequantised()
+    matrix = layer.dequantized_weight()
     assert torch.equal(exact.weight, linear(inputs, outputs, dtype).weight)  # not rounded in place
     for count in ROWS:
         rows = torch.randn(count, inputs).to(dtype)
@@ -80,9 +80,9 @@ def test_a_packed_layer_multiplies_with_its_dequantised_matrix_for_few_rows_and_
 def test_the_rounded_matrix_stays_near_the_exact_one(bits: int, limit: float) -> None:
     exact = linear(256, 512, torch.bfloat16)
     exact.weight.copy_(torch.randn(512, 256))
-    layer: Any = packed_linear(exact, bits, torch.bfloat16)
+    layer: Any = quantize_linear(exact, bits, torch.bfloat16)
     weight = exact.weight
-    assert (layer.dequantised() - weight.float()).norm() / weight.float().norm() < limit
+    assert (layer.dequantized_weight() - weight.float()).norm() / weight.float().norm() < limit
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_the_rounded_matrix_stays_near_the_exact_one(bits: int, limit: float) ->
 )
 def test_a_size_the_kernel_does_not_take_gets_more_bits(inputs: int, outputs: int, kind: type[nn.Module]) -> None:
     exact = linear(inputs, outputs)
-    layer = packed_linear(exact, 4, torch.float32)
+    layer = quantize_linear(exact, 4, torch.float32)
     assert type(layer) is kind
     rows = torch.randn(3, inputs)
     torch.testing.assert_close(layer(rows), exact(rows), atol=0.2, rtol=0.2)
@@ -100,7 +100,7 @@ def test_a_size_the_kernel_does_not_take_gets_more_bits(inputs: int, outputs: in
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_leading_dimensions_and_strides_go_in(bits: int, bias: bool) -> None:
-    layer: Any = packed_linear(linear(64, 96, bias=bias), bits, torch.float32)
+    layer: Any = quantize_linear(linear(64, 96, bias=bias), bits, torch.float32)
     x = torch.randn(2, 9, 64)
     one_by_one = torch.stack([torch.stack([layer(x[b, t]) for t in range(9)]) for b in range(2)])
     torch.testing.assert_close(layer(x), one_by_one, atol=1e-4, rtol=1e-4)
@@ -112,8 +112,8 @@ def test_a_group_of_equal_weights_is_held_to_the_precision_of_its_dtype() -> Non
     exact = linear(64, 64)
     exact.weight.fill_(0.37)
     exact.weight[3:9] = 0
-    layer: Any = packed_linear(exact, 4, torch.bfloat16)
-    torch.testing.assert_close(layer.dequantised(), exact.weight, atol=1e-6, rtol=5e-3)
+    layer: Any = quantize_linear(exact, 4, torch.bfloat16)
+    torch.testing.assert_close(layer.dequantized_weight(), exact.weight, atol=1e-6, rtol=5e-3)
 
 
 @pytest.mark.parametrize("layout", [(64, True), (32, True), (64, False), (32, False), (16, False)])
@@ -126,14 +126,16 @@ def test_packed_codes_come_back_whatever_the_layout_of_the_machine(layout: tuple
         split = halves and rows.shape[1] == block
         low, high = rows.chunk(2, 1) if split else (rows[:, ::2], rows[:, 1::2])
         parts.append((low | high << 4).reshape(-1, 16))
-    assert torch.equal(unpack(torch.cat(parts), layout).T, codes)
+    assert torch.equal(unpack_int4(torch.cat(parts), layout).T, codes)
 
 
 def test_the_layout_of_this_machine_is_known() -> None:
     """Else every chunk of a document would go through the kernel for few rows, many times slower."""
-    packed, ranges = round_to_int4(torch.randn(128, 64), torch.float32)
-    layer = Int4Linear(packed, ranges)
-    torch.testing.assert_close(layer._many(torch.eye(64)), layer._few(torch.eye(64)), atol=1e-5, rtol=1e-4)
+    packed, scales = quantize_int4(torch.randn(128, 64), torch.float32)
+    layer = Int4Linear(packed, scales)
+    torch.testing.assert_close(
+        layer._dequantizing_matmul(torch.eye(64)), layer._packed_matmul(torch.eye(64)), atol=1e-5, rtol=1e-4
+    )
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def test_an_untied_model_keeps_two_matrices(tmp_path: Path, quantization: str) -
 
 def test_gemmas_scaled_embeddings_stay_scaled() -> None:
     exact, packed = tiny_model("gemma3"), tiny_model("gemma3")
-    pack(packed, 8, torch.float32)
+    quantize_model(packed, 8, torch.float32)
     assert isinstance(packed.get_input_embeddings(), Int8Embedding)
     ids = torch.arange(3, 20)
     wanted = exact.get_input_embeddings()(ids)
@@ -182,7 +184,7 @@ def test_gemmas_scaled_embeddings_stay_scaled() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3", "falcon-new"])
 def test_a_model_of_eight_bits_gives_almost_the_logits_of_the_exact_one(family: str) -> None:
     exact, packed = tiny_model(family), tiny_model(family)
-    pack(packed, 8, torch.float32)
+    quantize_model(packed, 8, torch.float32)
     assert "Int8Linear" in kinds(packed).values()
     ids = torch.arange(3, 43)[None]
     with torch.inference_mode():
@@ -192,7 +194,7 @@ def test_a_model_of_eight_bits_gives_almost_the_logits_of_the_exact_one(family: 
 def test_what_has_no_linear_layers_is_left_alone() -> None:
     """gpt-oss keeps its experts in tensors of their own."""
     exact, packed = tiny_model("gpt_oss-sinks"), tiny_model("gpt_oss-sinks")
-    pack(packed, 4, torch.float32)
+    quantize_model(packed, 4, torch.float32)
     experts = [name for name, _ in exact.named_parameters() if ".experts." in name]
     assert experts
     for name in experts:
@@ -202,7 +204,7 @@ def test_what_has_no_linear_layers_is_left_alone() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_reading_in_chunks_a_token_at_a_time_and_in_batches_agree(bits: int) -> None:
     model = tiny_model("llama")
-    pack(model, bits, torch.float32)
+    quantize_model(model, bits, torch.float32)
     ids = torch.arange(3, 90).tolist()
     wide = Engine(model, CacheConfig(slots=128), chunk=64)
     narrow = Engine(model, CacheConfig(slots=128), chunk=1)

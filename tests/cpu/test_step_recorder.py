@@ -10,7 +10,7 @@ import torch
 
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import CacheConfig, SamplingParams
-from zsmerge_llm.cpu import native as kernels
+from zsmerge_llm.cpu import native
 from zsmerge_llm.cpu import step_recorder as replay
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
@@ -95,13 +95,13 @@ def test_conversations_take_turns_in_the_same_memory() -> None:
 def test_several_conversations_are_decoded_in_recorded_steps(family: str, rows: int) -> None:
     """Of other lengths, past compressions, and with steps in which some of them wait."""
     recorder, plain = engine(family), Engine(tiny_model(family), CONFIG, compile=False)
-    if rows > kernels.MOST:
-        together(recorder, kernels.MOST)
-    assert rows <= kernels.MOST or recorder.backend.compiled.recorders[kernels.MOST, 1].ready
+    if rows > native.MAX_ROWS:
+        together(recorder, native.MAX_ROWS)
+    assert rows <= native.MAX_ROWS or recorder.backend.compiled.recorders[native.MAX_ROWS, 1].ready
     given = together(recorder, rows)
 
     expected = together(plain, rows)
-    assert recorder.backend.compiled.recorders[kernels.MOST, 1].ready
+    assert recorder.backend.compiled.recorders[native.MAX_ROWS, 1].ready
     assert torch.allclose(given[0], expected[0], atol=1e-4)
     for mine, other in zip(given[1].layers, expected[1].layers, strict=True):
         assert mine.num_filled == other.num_filled

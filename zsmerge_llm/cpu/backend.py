@@ -20,6 +20,7 @@ from zsmerge_llm.attention.call import AttentionCall
 from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.cpu import native
 from zsmerge_llm.cpu.compiled_layers import COMPILER, CompiledLayers
+from zsmerge_llm.cpu.graph_passes import fuse_gemvs
 from zsmerge_llm.cpu.patches import ForwardPatches, GemmLinear, GemvLinear, is_matrix
 from zsmerge_llm.cpu.quantized_linear import Int4Linear, Int8Linear
 from zsmerge_llm.cpu.step_recorder import StepRecorder
@@ -40,7 +41,7 @@ class DecodeOps(TorchOps):
         self, layer: LayerCache, call: AttentionCall, inputs: AttentionInputs, layout: PassLayout
     ) -> tuple[KVView, Tensor]:
         """Write the new tokens into the layer's slots and attend, in one kernel; see `AttentionOps`."""
-        output = native.look(
+        output = native.decode_attention(
             (inputs.queries, inputs.keys, inputs.values),
             [getattr(layer, name) for name in PER_SLOT],
             inputs.positions,
@@ -58,7 +59,7 @@ class DecodeOps(TorchOps):
         if inputs.queries.shape[2] > queries.shape[2]:
             super().push_queries(queries, query_positions, inputs)
         else:
-            native.remember(queries, query_positions, inputs.queries, inputs.query_positions)
+            native.push_queries(queries, query_positions, inputs.queries, inputs.query_positions)
 
 
 class PrefillOps(TorchOps):
@@ -71,7 +72,7 @@ class PrefillOps(TorchOps):
             bias = layout.slot_bias(view, call)
         if window is not None:
             query_positions, key_positions = layout.query_and_key_positions(view, call)
-        return native.read(
+        return native.prefill_attention(
             call.query,
             keys,
             values,
@@ -81,8 +82,8 @@ class PrefillOps(TorchOps):
             sinks=call.sinks,
             window=window,
             bias=bias,
-            asking=query_positions,
-            position=key_positions,
+            query_position=query_positions,
+            slot_position=key_positions,
         )
 
     def attention_mass(
@@ -96,7 +97,7 @@ class PrefillOps(TorchOps):
         sinks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return mean and maximum attention of each slot; see `ScoringOps`."""
-        return native.watch(queries, keys, bias, query_positions, positions, spec.scale, spec.softcap, sinks)
+        return native.attention_mass(queries, keys, bias, query_positions, positions, spec.scale, spec.softcap, sinks)
 
 
 class CPUBackend(TorchBackend):
@@ -108,8 +109,8 @@ class CPUBackend(TorchBackend):
         num_draft_tokens: tokens of a speculative pass behind the first.
     """
 
-    max_decode_tokens = native.MOST
-    max_decode_rows = native.MOST
+    max_decode_tokens = native.MAX_ROWS
+    max_decode_rows = native.MAX_ROWS
 
     def __init__(self, model: PreTrainedModel, num_layers: int, automatic: bool, num_draft_tokens: int) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ class CPUBackend(TorchBackend):
         self.patches = ForwardPatches()
         self._model = model
         self._num_layers = num_layers
-        self._shapes = ((1, 1), (1, 1 + num_draft_tokens), (native.MOST, 1))
+        self._shapes = ((1, 1), (1, 1 + num_draft_tokens), (native.MAX_ROWS, 1))
         self.compiled = CompiledLayers(model, num_layers, self._shapes, automatic)
         self._prefill_left = BUILD_PREFILL_AFTER if automatic else None
         self._prefill_tried = False
@@ -141,17 +142,17 @@ class CPUBackend(TorchBackend):
         """Choose kernels for the pass's dtype and number of tokens, PyTorch where none takes it."""
         tensors = (call.query, call.key, call.value)
         only_new = call.query.shape[2] == layout.num_new and layout.valid is None
-        if only_new and self.has_decode_kernels and layer.has_room(layout.num_new) and native.serves(*tensors):
+        if only_new and self.has_decode_kernels and layer.has_room(layout.num_new) and native.can_decode(*tensors):
             return self._decode_ops
-        if self.has_prefill_kernels and native.reads(*tensors):
+        if self.has_prefill_kernels and native.can_prefill(*tensors):
             return self._prefill_ops
         return self.torch_ops
 
     def on_pass(self, num_tokens: int) -> None:
         """Count a pass, and build or compile what has come to pay."""
-        if self._prefill_left is not None and num_tokens > native.MOST:
+        if self._prefill_left is not None and num_tokens > native.MAX_ROWS:
             self._prefill_left -= num_tokens
-            if self._prefill_left <= 0 or native.built(native.READING):
+            if self._prefill_left <= 0 or native.is_built(native.PREFILL_SOURCES):
                 self.warm_up()
         if self.compiled.is_due(num_tokens):
             self.start()
@@ -193,21 +194,21 @@ class CPUBackend(TorchBackend):
 
     def _load_decode(self) -> None:
         """Load the decode kernels and let the matrices use them; models that cannot be compiled gain too."""
-        if not self._build(native.DECODING, "Decoding"):
+        if not self._build(native.DECODE_SOURCES, "Decoding"):
             return
         for module in [module for module in self._model.modules() if is_matrix(module)]:
             self.patches.replace(module, GemvLinear(module))
         self.has_decode_kernels = True
         self.compiled.recorders = {shape: StepRecorder(self._num_layers, shape[1], shape[0]) for shape in self._shapes}
-        self.compiled.optimize = native.share
+        self.compiled.optimize = fuse_gemvs
 
     def _load_prefill(self) -> None:
         """Load the prefill kernels, where the model's dtype is one for them."""
-        if self._prefill_tried or not self._fits_prefill or not self._build(native.READING, "Prefill"):
+        if self._prefill_tried or not self._fits_prefill or not self._build(native.PREFILL_SOURCES, "Prefill"):
             return
         self._prefill_tried = True
-        self.has_prefill_kernels = native.multiplies_bfloat16()
-        if native.multiplies_packed():
+        self.has_prefill_kernels = native.has_bf16_products()
+        if native.has_int8_products():
             packed = [module for module in self._model.modules() if isinstance(module, Int4Linear | Int8Linear)]
             for module in packed:
                 self.patches.replace(module, GemmLinear(module))

@@ -1,94 +1,135 @@
-"""C++ kernels for a CPU (`cpp/`), of decode steps and of reading: built once for each machine, then loaded in no time.
+"""C++ operators for CPUs (`csrc/`): compiled once on a machine, then loaded from a cache folder.
 
-Which calls they serve is decided here; everything else goes the way of plain PyTorch.
+A `can_...` function tells which inputs an operator takes; callers use plain PyTorch for all others.
 """
 
 from __future__ import annotations
 
 import hashlib
-import operator
+import os
 import platform
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import cast
 
 import torch
+from platformdirs import user_cache_dir
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
 
-from zsmerge_llm.cpu.quantized_linear import layout
+from zsmerge_llm.cpu.quantized_linear import int4_layout
 from zsmerge_llm.errors import UnsupportedModelError
 
-DECODING = ("vectors", "rounding", "matrices", "attention", "program")
-READING = ("vectors", "rounding", "products", "reading")
-"""The files of `cpp` that are one source."""
-MOST = 8
-"""Rows that share one reading of a matrix, and tokens of a pass."""
+DECODE_SOURCES = ("simd", "quantization", "gemv", "decode_attention", "step_program")
+PREFILL_SOURCES = ("simd", "quantization", "quantized_gemm", "prefill_attention")
+"""Files of `csrc/` that are compiled together, in this order."""
+MAX_ROWS = 8
+"""Most rows of `gemv`, and most tokens a row of `decode_attention` (docs/research/kernels)."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PACKED = 64
-"""Outputs that stand together in a matrix of 4 bits, where the kernels can read it: as torch packs for AVX-512."""
-FLAGS = ("-ffp-contract=fast", "-ftree-loop-vectorize", "-fno-math-errno")
-VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+PACK_WIDTH = 64
+"""Outputs interleaved in one block of torch's int4 packing for AVX-512, the one that the kernels read."""
+FLAGS = ("-O3", "-DNDEBUG", "-ffp-contract=fast", "-fno-math-errno")
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
 
 
 @cache
-def build(parts: Sequence[str] = DECODING) -> None:
-    """Compile and load kernels. The first time on a machine takes about half a minute, for those of reading 10 s.
+def build(sources: Sequence[str] = DECODE_SOURCES) -> None:
+    """Load operators; compile them first if this machine has not. That takes 15 s for decoding, 10 s for prefill.
 
     Raises:
-        UnsupportedModelError: there is no compiler, or it does not take them; the message says what it said.
+        UnsupportedModelError: no C++ compiler, or it fails; the message quotes it.
     """
-    from torch._inductor.codecache import CppCodeCache
-
+    library = _library_path(sources)
     try:
-        CppCodeCache.load(_source(parts), needs_vec_isa=False, extra_flags=FLAGS)
-    except Exception as error:  # whatever a compiler throws, PyTorch's own operators do the same
-        raise UnsupportedModelError(f"The kernels could not be built ({type(error).__name__}: {error}).") from error
-    stamp = _stamp(parts)
-    with suppress(OSError):  # where nothing can be written, they are built again in each process
-        stamp.touch()
-    if parts == DECODING:
-        torch.library.register_fake("zsmerge::rows", _like_rows)
-        _takes_packed()  # while a graph is traced, it could not be found out
+        if library.exists():
+            torch.ops.load_library(library)
+        else:
+            _compile_and_load(_source(sources), library)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        raise UnsupportedModelError(f"The C++ kernels could not be built: {str(reason).strip()[-1000:]}") from error
+    if sources == DECODE_SOURCES:
+        torch.library.register_fake("zsmerge::gemv", _fake_gemv)
+        _has_int4_products()  # cached here: it cannot run while a graph is traced
 
 
-def built(parts: Sequence[str]) -> bool:
-    """Whether `build` has done this on this machine before, so that it only has to load."""
-    return _stamp(parts).exists()
+def is_built(sources: Sequence[str]) -> bool:
+    """Return whether this machine has compiled these sources, so that `build` only loads them."""
+    return _library_path(sources).exists()
 
 
-def _source(parts: Sequence[str]) -> str:
+def _compile_and_load(source: str, library: Path) -> None:
+    """Compile in a private folder and move the result to its place at once: other processes never see half a file."""
+    with suppress(OSError):
+        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    writable = os.access(library.parent, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=library.parent if writable else None) as folder:
+        compiled = _compile(source, Path(folder))
+        if writable:  # else each process compiles again
+            compiled = compiled.replace(library)
+        torch.ops.load_library(compiled)
+
+
+def _compile(source: str, folder: Path) -> Path:
+    from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths  # slow import
+
+    code, library = folder / "kernels.cpp", folder / "kernels.so"
+    code.write_text(source, encoding="utf-8")
+    paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    mac = ("-Xclang", "-fopenmp", "-lomp", "-undefined", "dynamic_lookup")
+    system = mac if sys.platform == "darwin" else ("-march=native", "-fopenmp")
+    output = ["-w", "-std=c++20", "-shared", "-fPIC", str(code), "-o", str(library)]
+    command = [get_cxx_compiler(), *output, *FLAGS, *system, abi, *paths, "-ltorch_cpu", "-ltorch", "-lc10"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return library
+
+
+@cache
+def _library_path(sources: Sequence[str]) -> Path:
+    """Return where the compiled sources are cached: a name for each version of torch, processor, flags and sources."""
+    key = "\n".join([torch.__version__, _processor(), *FLAGS, _source(sources)])
+    folder = os.environ.get("ZSMERGE_CACHE_DIR") or user_cache_dir("zsmerge-llm")
+    return Path(folder, "kernels", f"{sources[-1]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so").expanduser()
+
+
+def _processor() -> str:
+    """Describe the processor and its instruction sets: a home folder may be shared by different machines."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+        return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU ")))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _source(sources: Sequence[str]) -> str:
     folder = files("zsmerge_llm.cpu").joinpath("csrc")
-    return "\n".join(folder.joinpath(f"{part}.cpp").read_text(encoding="utf-8") for part in parts)
+    return "\n".join(folder.joinpath(f"{name}.cpp").read_text(encoding="utf-8") for name in sources)
 
 
-@cache  # asked for with each chunk that is read until then
-def _stamp(parts: Sequence[str]) -> Path:
-    """A file beside PyTorch's compiled code, which goes when that goes."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    made_of = "\n".join([torch.__version__, platform.processor(), *FLAGS, _source(parts)])
-    return Path(cache_dir(), f"zsmerge-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}")
+# -- decode steps ------------------------------------------------------------------------------------------------------
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether queries, keys and values [B, H, T, D] are what `look` and `remember` take."""
-    return tensors[0].shape[2] <= MOST and tensors[0].dtype in DTYPES and _alike(tensors)
+def can_decode(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether `decode_attention` and `push_queries` take these tensors, [B, H, T, D] each."""
+    return query.shape[2] <= MAX_ROWS and query.dtype in DTYPES and _are_alike((query, key, value))
 
 
-def _alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are on the CPU, of one dtype, and their rows in one piece."""
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all are on the CPU, of one dtype, and contiguous in the last dimension."""
     return all(each.dtype == tensors[0].dtype and each.is_cpu and each.stride(3) == 1 for each in tensors)
 
 
-def look(
-    arriving: Sequence[Tensor],
+def decode_attention(
+    tokens: Sequence[Tensor],
     slots: Sequence[Tensor],
-    position: Tensor,
-    fills: Sequence[int],
+    token_position: Tensor,
+    num_filled: Sequence[int],
     *,
     scaling: float,
     alpha: float,
@@ -96,173 +137,146 @@ def look(
     window: int | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Put arriving tokens behind each row's `fills` slots and attend from them: [B, Hq, T, D].
+    """Append new tokens to a layer's slots and attend causally from them to all slots: [B, Hq, T, D].
 
     Args:
-        arriving: queries [B, Hq, T, D], keys and values [B, H, T, D].
-        slots: keys, values [B, H, P, D], count, score, accumulated float32 [B, H, P], position int32 [B, H, P];
-            written to.
-        position: int32 [B, T]. Others: as in `policy.weights`, `policy.slot_bias` and `policy.window_bias`.
+        tokens: queries [B, Hq, T, D], keys and values [B, H, T, D], for which `can_decode` holds.
+        slots: keys, values [B, H, P, D]; multiplicity, score, cumulative attention float32 [B, H, P]; position int32
+            [B, H, P]. Written to.
+        token_position: int32 [B, T].
+        num_filled: slots in use, for each of the B rows; the tokens are written after them.
+        scaling: factor of the logits. softcap: logits become softcap * tanh(logits / softcap).
+        alpha: alpha * log(multiplicity) is added to the logits (ZSMerge, Eq. 8).
+        window: sliding window in tokens. sinks: attention-sink logits [Hq].
     """
-    output: Tensor = torch.ops.zsmerge.look(
-        *arriving, *slots, position, fills, scaling, alpha, softcap or 0.0, window or 0, sinks
+    output: Tensor = torch.ops.zsmerge.decode_attention(
+        *tokens, *slots, token_position, num_filled, scaling, alpha, softcap or 0.0, window or 0, sinks
     )
     return output
 
 
-def reads(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `read` takes a query [B, Hq, T, D], key and value [B, H, T, D] and what is held of their kind."""
-    fits = query.shape[2] > MOST and query.shape[3] % 2 == 0 and query.dtype == torch.bfloat16
-    return fits and _alike((query, key, value))
+def push_queries(queries: Tensor, query_position: Tensor, new_queries: Tensor, new_position: Tensor) -> None:
+    """Push new_queries [B, Hq, T, D] at int32 [B, T] into the ring queries [B, Hq, W, D] at int32 [B, W], in place."""
+    torch.ops.zsmerge.push_queries(queries, query_position, new_queries, new_position)
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this machine's kernels read."""
-    return bool(torch.ops.zsmerge.reads())
+def can_gemv(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `gemv` takes x [..., K] and this matrix, and is faster than PyTorch."""
+    if not x.is_cpu or x.dtype not in DTYPES or not weight.is_contiguous():
+        return False
+    if weight.dtype == torch.uint8:
+        known = _has_int4_products() and len(weight) % PACK_WIDTH == 0
+    else:
+        known = weight.dtype in (torch.int8, x.dtype)
+    return known and 0 < x.numel() <= x.shape[-1] * MAX_ROWS
 
 
-def read(
+def gemv(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    """Multiply x [M, K], M <= `MAX_ROWS`, by matrices that share it, + biases if any: [M, N] each.
+
+    A matrix is [N, K] in x's dtype without scales; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's int4
+    packing for AVX-512 with scales and zeros [K / group, N, 2]. All are of one kind.
+    """
+    result: list[Tensor] = torch.ops.zsmerge.gemv(x, weights, scales, biases)
+    return result
+
+
+def _fake_gemv(
+    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor]
+) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+
+
+@cache
+def _has_int4_products() -> bool:
+    """Return whether `gemv` takes int4 weights on this machine."""
+    return bool(torch.ops.zsmerge.has_int4_products()) and int4_layout() == (PACK_WIDTH, True)
+
+
+# -- prefill -----------------------------------------------------------------------------------------------------------
+
+
+def has_bf16_products() -> bool:
+    """Return whether `prefill_attention` and `attention_mass` run on this processor (AVX512_BF16)."""
+    return bool(torch.ops.zsmerge.has_bf16_products())
+
+
+def has_int8_products() -> bool:
+    """Return whether `quantized_gemm` runs on this processor, and faster than dequantizing (VNNI without AMX)."""
+    return bool(torch.ops.zsmerge.has_int8_products()) and int4_layout() == (PACK_WIDTH, True)
+
+
+def can_prefill(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether `prefill_attention` takes query [B, Hq, T, D], key and value [B, H, T, D], given its products."""
+    fits = query.shape[2] > MAX_ROWS and query.shape[3] % 2 == 0 and query.dtype == torch.bfloat16
+    return fits and _are_alike((query, key, value))
+
+
+def prefill_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    bases: Sequence[int],
+    num_past: Sequence[int],
     *,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
     window: int | None = None,
     bias: Tensor | None = None,
-    asking: Tensor | None = None,
-    position: Tensor | None = None,
+    query_position: Tensor | None = None,
+    slot_position: Tensor | None = None,
 ) -> Tensor:
-    """Attention of many tokens to all slots, without a mask: [B, Hq, T, D].
+    """Attend causally from a chunk to all slots, in bfloat16 and without materializing a mask: [B, Hq, T, D].
 
     Args:
-        query: [B, Hq, T, D]. keys, values: [B, H, C, D], the tokens' own among them: query t of row b sees the first
-            bases[b] + t + 1.
-        bias: float32 [B, H, C], added to the logits of each slot.
-        asking: int32 [B, T], position: int32 [B, C], where the queries and the slots stand, if there is a `window`.
+        query: [B, Hq, T, D].
+        keys, values: [B, H, C, D], the chunk's own included: query t of row b sees slots 0 to num_past[b] + t.
+        bias: float32 [B, H, C], added to the logits.
+        query_position, slot_position: int32 [B, T] and [B, C], needed with a sliding `window`.
+        scaling, softcap, sinks: as in `decode_attention`.
     """
-    output: Tensor = torch.ops.zsmerge.read(
-        query, keys, values, bases, scaling, softcap or 0.0, window or 0, bias, asking, position, sinks
+    output: Tensor = torch.ops.zsmerge.prefill_attention(
+        query, keys, values, num_past, scaling, softcap or 0.0, window or 0, bias, query_position, slot_position, sinks
     )
     return output
 
 
-def watch(
+def attention_mass(
     queries: Tensor,
     keys: Tensor,
     bias: Tensor,
-    asking: Tensor,
-    position: Tensor,
+    query_position: Tensor,
+    slot_position: Tensor,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What queries [B, Hq, m, D] pay each slot: in the mean, and the most that any pays. Two of float32 [B, H, C].
+    """Return the mean and the maximum attention weight of each slot over the queries: two of float32 [B, H, C].
 
     Args:
-        keys: [B, H, C, D]; bias: float32 [B, H, C]; position: int32 [B, H, C].
-        asking: int [B, m], where the queries stand: they look at nothing behind; -1: not at all.
+        queries: bfloat16 [B, Hq, m, D]; keys: bfloat16 [B, H, C, D].
+        bias: float32 [B, H, C], added to the logits.
+        query_position: int [B, m]; a query sees no slot after it; -1: the query is left out.
+        slot_position: int32 [B, H, C].
+        scaling, softcap, sinks: as in `decode_attention`.
     """
-    mean, most = torch.ops.zsmerge.watch(queries, keys, bias, asking, position, scaling, softcap or 0.0, sinks)
-    return mean, most
+    mean, maximum = torch.ops.zsmerge.attention_mass(
+        queries, keys, bias, query_position, slot_position, scaling, softcap or 0.0, sinks
+    )
+    return mean, maximum
 
 
-def multiplies_packed() -> bool:
-    """Whether this machine's kernels of reading multiply with weights of 4 and 8 bits, faster than by dequantising."""
-    return bool(torch.ops.zsmerge.reads_packed()) and layout() == (PACKED, True)
+def can_gemm(x: Tensor, weight: Tensor, scales: Tensor) -> bool:
+    """Return whether `quantized_gemm` takes x [..., K] and an int4 or int8 matrix, given `has_int8_products`."""
+    kinds = x.dtype == scales.dtype == torch.bfloat16 and weight.dtype in (torch.uint8, torch.int8)
+    return kinds and x.is_cpu and x.numel() > x.shape[-1] * MAX_ROWS and len(weight) % PACK_WIDTH == 0
 
 
-def takes_many(x: Tensor, weight: Tensor, ranges: Tensor) -> bool:
-    """Whether `many` takes x [..., K] and a matrix of 4 or 8 bits, where `multiplies_packed` holds."""
-    kinds = x.dtype == ranges.dtype == torch.bfloat16 and weight.dtype in (torch.uint8, torch.int8)
-    return kinds and x.is_cpu and x.numel() > x.shape[-1] * MOST and len(weight) % PACKED == 0
+def quantized_gemm(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply a chunk x [..., K] by an int4 or int8 matrix, + bias [N] if any: [..., N].
 
-
-def many(x: Tensor, weight: Tensor, ranges: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] of a chunk times a matrix, + bias [N]: [..., N].
-
-    A matrix is uint8 [N, K / 2] with ranges [K / group, N, 2], or int8 [N, K] with ranges [N].
+    A matrix is uint8 [N, K / 2] with scales and zeros [K / group, N, 2], or int8 [N, K] with scales [N].
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    output: Tensor = torch.ops.zsmerge.many(rows, weight, ranges, bias)
+    output: Tensor = torch.ops.zsmerge.quantized_gemm(rows, weight, scales, bias)
     return output.view(*x.shape[:-1], len(weight))
-
-
-def remember(queries: Tensor, asked: Tensor, newest: Tensor, position: Tensor) -> None:
-    """Push newest [B, Hq, T, D] at position int32 [B, T] into the ring queries [B, Hq, W, D], asked int32 [B, W]."""
-    torch.ops.zsmerge.remember(queries, asked, newest, position)
-
-
-def rows(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-    """x [M, K] times matrices that share it, + biases if there are any: [M, N] each. M is at most `MOST`.
-
-    A matrix is [N, K] in x's dtype; int8 [N, K] with scale [N]; or uint8 [N, K / 2] as torch packs 4 bits for AVX-512,
-    with scales and zeros [K / group, N, 2]. All of one kind.
-    """
-    result: list[Tensor] = torch.ops.zsmerge.rows(x, weights, scales, biases)
-    return result
-
-
-def _like_rows(
-    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor]
-) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
-
-
-def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether `rows` takes x [..., K] and this matrix, in one of the forms it knows."""
-    if not x.is_cpu or x.dtype not in DTYPES or not weight.is_contiguous():
-        return False
-    return 0 < x.numel() <= x.shape[-1] * _most(weight, x.dtype)
-
-
-def _most(weight: Tensor, dtype: torch.dtype) -> int:
-    """Rows that are faster through `rows` than through PyTorch."""
-    if weight.dtype == torch.uint8:
-        return MOST if _takes_packed() and len(weight) % PACKED == 0 else 0
-    return MOST if weight.dtype in (torch.int8, dtype) else 0
-
-
-@cache
-def _takes_packed() -> bool:
-    """Whether this machine's kernels take weights of 4 bits."""
-    return bool(torch.ops.zsmerge.packed()) and layout() == (PACKED, True)
-
-
-def share(module: GraphModule) -> None:
-    """Let products of a graph that share their input run as one `rows`. The graph knows its tensors.
-
-    That saves a launch for each, and all cores are busy for longer.
-    """
-    groups: dict[tuple[object, ...], list[Node]] = {}
-    for node in module.graph.nodes:
-        if node.target is torch.ops.zsmerge.rows.default:
-            x, (weight,), _, biases = cast("tuple[Node, list[Node], list[Node], list[Node]]", node.args)
-            kind = _shown(x), weight.meta["val"].dtype, len(biases)
-            groups.setdefault(kind, []).append(node)
-    for group in groups.values():
-        _join(module.graph, group)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-
-
-def _join(graph: Graph, group: Sequence[Node]) -> None:
-    x = group[0].args[0]
-    weights, scales, biases = (
-        [each for node in group for each in cast("list[Node]", node.args[at])] for at in (1, 2, 3)
-    )
-    with graph.inserting_before(group[0]):
-        together = graph.call_function(torch.ops.zsmerge.rows.default, (x, weights, scales, biases))
-        for index, node in enumerate(group):
-            for output in list(node.users):  # the only one of its list
-                output.replace_all_uses_with(graph.call_function(operator.getitem, (together, index)))
-
-
-def _shown(node: Node) -> Node:
-    """What a view shows, as long as its rows stay whole."""
-    given = node.args[0] if node.target in VIEWS else None
-    if isinstance(given, Node) and given.meta["val"].shape[-1] == node.meta["val"].shape[-1]:
-        return _shown(given)
-    return node

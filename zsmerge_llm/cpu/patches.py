@@ -73,10 +73,10 @@ class GemvLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """Map [..., K] to [..., N]."""
         weight = cast(Tensor, self.layer.weight)
-        scales, biases = _optional(getattr(self.layer, "ranges", None)), _optional(self.layer.bias)
-        if not native.multiplies(x, weight) or any(each.dtype != x.dtype for each in (*scales, *biases)):
+        scales, biases = _optional(getattr(self.layer, "scales", None)), _optional(self.layer.bias)
+        if not native.can_gemv(x, weight) or any(each.dtype != x.dtype for each in (*scales, *biases)):
             return self.eager(x)
-        (output,) = native.rows(x.reshape(-1, x.shape[-1]), [weight], scales, biases)
+        (output,) = native.gemv(x.reshape(-1, x.shape[-1]), [weight], scales, biases)
         return output.view(*x.shape[:-1], -1)
 
 
@@ -90,9 +90,9 @@ class GemmLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """Map [..., K] to [..., N]."""
         own = self.layer
-        if not native.takes_many(x, own.weight, own.ranges):
+        if not native.can_gemm(x, own.weight, own.scales):
             return self.eager(x)
-        return native.many(x, own.weight, own.ranges, own.bias)
+        return native.quantized_gemm(x, own.weight, own.scales, own.bias)
 
 
 def is_matrix(module: nn.Module) -> bool:

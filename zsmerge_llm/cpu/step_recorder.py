@@ -29,7 +29,7 @@ from zsmerge_llm.kvcache.slots import PER_SLOT
 KERNEL = "cpp_fused"
 """How the names of TorchInductor's kernels for a CPU begin."""
 MEMORY = {"empty_strided_cpu", "reinterpret_tensor", "assert_size_stride", "assert_alignment"}
-KNOWN = {"torch", "ops", "zsmerge", "rows", "attend", "default", "clear"} | MEMORY
+KNOWN = {"torch", "ops", "zsmerge", "gemv", "attend", "default", "clear"} | MEMORY
 """Everything else that a generated function may name."""
 STATE = (*PER_SLOT, *QUERY_STATE)
 """The tensors of a layer's cache that a program is given, in its order."""
@@ -229,7 +229,7 @@ class _Recording:
         names = dict(function.__globals__)
         names |= {name: partial(self._kernel, names[name], _address(names[name])) for name in kernels}
         operators = SimpleNamespace(
-            rows=SimpleNamespace(default=self._rows), attend=SimpleNamespace(default=self._attend)
+            gemv=SimpleNamespace(default=self._gemv), attend=SimpleNamespace(default=self._attend)
         )
         dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
         names["torch"] = SimpleNamespace(ops=SimpleNamespace(zsmerge=operators), **dtypes)
@@ -245,9 +245,9 @@ class _Recording:
         kernel(*tensors)
         self._program.add_code(address, tensors)
 
-    def _rows(self, *inputs: Any) -> Sequence[Tensor]:
-        outputs: Sequence[Tensor] = torch.ops.zsmerge.rows(*inputs)
-        self._program.add_rows(*inputs, outputs)
+    def _gemv(self, *inputs: Any) -> Sequence[Tensor]:
+        outputs: Sequence[Tensor] = torch.ops.zsmerge.gemv(*inputs)
+        self._program.add_gemv(*inputs, outputs)
         self._memory += outputs
         return outputs
 
@@ -259,7 +259,7 @@ class _Recording:
         output[: self._rows_of_step] = torch.ops.zsmerge.attend(*some, scaling, softcap, sinks)
         self._memory.append(output)
         cap, window = self._spec.softcap or 0.0, self._spec.window or 0
-        self._program.add_look(query, key, value, output, scaling, cap, window, sinks)
+        self._program.add_attention(query, key, value, output, scaling, cap, window, sinks)
         self.calls.append(AttentionCall(self._index, query, key, value, scaling, None, softcap, sinks))
         return output
 

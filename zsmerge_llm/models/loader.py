@@ -116,10 +116,10 @@ def load(
         network = _read_weights(source, options)
         words = _find_tokenizer(tokenizer, source.folder, say)
     if bits is not None:
-        from zsmerge_llm.cpu.quantized_linear import pack
+        from zsmerge_llm.cpu.quantized_linear import quantize_model
 
         say(f"Packing weights in {bits} bits")
-        pack(network, bits, width)
+        quantize_model(network, bits, width)
     network.eval().requires_grad_(False)
     return Loaded(network, _with_template(words, chat_template), source.name, source.path)
 

@@ -1,0 +1,49 @@
+"""What a fresh clone is installed by: the Makefile's commands and the three distributions."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import zsmerge_llm
+
+ROOT = Path(__file__).parents[1]
+INTEGRATIONS = ("integrations/langchain-zsmerge", "integrations/llama-index-llms-zsmerge")
+
+
+def dry_run(target: str, folder: Path, *settings: str) -> str:
+    """What `make` would run for a target in a fresh environment."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    command = ["make", "--dry-run", target, f"VENV={folder / 'venv'}", *settings]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(("target", "ends"), [("demo", "zsmerge-llm demo"), ("test", "python -m pytest")])
+def test_a_command_makes_the_environment_installs_everything_and_runs(target: str, ends: str, tmp_path: Path) -> None:
+    printed = dry_run(target, tmp_path)
+    assert "-m venv" in printed
+    assert all(f"-e {project}" in printed for project in INTEGRATIONS)
+    assert printed.strip().endswith(ends)
+
+
+def test_a_torch_build_is_installed_first(tmp_path: Path) -> None:
+    lines = [line for line in dry_run("demo", tmp_path, "TORCH=torch==2.13.0").splitlines() if "pip install" in line]
+    assert lines[0].endswith("torch==2.13.0")
+    assert "-e ." in lines[1]
+
+
+def test_the_distributions_have_one_version() -> None:
+    for folder in (".", *INTEGRATIONS):
+        text = (ROOT / folder / "pyproject.toml").read_text(encoding="utf-8")
+        assert re.search(r'^version = "(.+)"$', text, re.M)[1] == zsmerge_llm.__version__  # type: ignore[index]
+
+
+def test_the_roots_extras_name_no_sibling() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = text[text.index("[project.optional-dependencies]") : text.index("[project.scripts]")]
+    assert "zsmerge" not in extras  # they are not published: pip would look for them in the public index
