@@ -1,13 +1,15 @@
-"""What the benchmarks share: the machine's description, medians, a text to read, and where results go."""
+"""Shared helpers: provenance of a result, medians, peak memory, a text to read, result files and plots."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,46 @@ import transformers
 from transformers import DynamicCache
 
 RESULTS = Path(__file__).parent / "results"
-BOOK = Path(__file__).parents[1] / "zsmerge_llm" / "data"
+TEXTS = Path(__file__).parents[1] / "zsmerge_llm" / "data"
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+def processor() -> str:
+    """Return the processor's name and cores, and the GPU's name where there is one."""
+    names = [platform.processor() or platform.machine()]
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line][:1]
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}", *gpu])
+
+
+def commit() -> str:
+    """Return the short hash of the checked-out commit, with a plus where tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+        return run.stdout.strip()
+
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(git("status", "-s", "-uno"))
+
+
+def provenance() -> dict[str, Any]:
+    """Return what every result file begins with: commit, date, machine and software."""
     return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "load_average": os.getloadavg()[0],
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": processor(),
+        "environment": {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "load_average": os.getloadavg()[0],
+        },
     }
 
 
 def median_seconds(run: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
-    """Median wall time of `run` after `warmup` unmeasured calls."""
+    """Return the median wall time of `run`, after `warmup` calls that are not timed."""
     for _ in range(warmup):
         run()
     times = []
@@ -44,15 +69,15 @@ def median_seconds(run: Callable[[], Any], repeats: int, warmup: int = 1) -> flo
 
 
 def write(name: str, result: dict[str, Any]) -> Path:
-    """Save a result as benchmarks/results/NAME.json."""
+    """Save a result with its provenance as benchmarks/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    path.write_text(json.dumps({**provenance(), **result}, indent=1) + "\n")
     return path
 
 
 def plot(
-    name: str, title: str, x_label: str, y_label: str, lines: dict[str, tuple[Sequence[float], Sequence[float]]]
+    name: str, title: str, x_label: str, y_label: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 ) -> Path:
     """Save a line plot as benchmarks/results/NAME.png."""
     import matplotlib
@@ -74,29 +99,29 @@ def plot(
     return path
 
 
-def forget_peak() -> None:
-    """Let `peak_rss` count from now on (Linux)."""
+def reset_peak_rss() -> None:
+    """Restart the kernel's count of this process's peak memory (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_rss() -> int:
-    """Bytes: the most this process has held in memory since `forget_peak` (Linux)."""
+    """Return the peak resident bytes of this process since `reset_peak_rss` (Linux)."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
-def book(path: str | None = None) -> str:
-    """A long text: the file given, else the one that ships for the demo. The caller repeats it as needed."""
+def long_text(path: str | None = None) -> str:
+    """Return the text of a file, by default the texts that ship with the package."""
     if path is not None:
         return Path(path).read_text(encoding="utf-8")
-    return "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(BOOK.glob("*.txt")))
+    return "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(TEXTS.glob("*.txt")))
 
 
-def repeated(ids: list[int], count: int) -> list[int]:
-    """`count` of the ids, from the beginning again where they end."""
-    return (ids * (count // len(ids) + 1))[:count]
+def repeat_to(ids: list[int], length: int) -> list[int]:
+    """Return `length` token ids, starting again from the first where they end."""
+    return (ids * (length // len(ids) + 1))[:length]
 
 
-def full_bytes(cache: DynamicCache) -> int:
-    """Bytes of the keys and values that transformers' full cache holds."""
+def full_cache_bytes(cache: DynamicCache) -> int:
+    """Return the bytes of keys and values in transformers' full cache."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -1,18 +1,23 @@
-"""The policies that quality.py compares, by name. Each is a few lines on one seam (`policies.base`)."""
+"""The policies that the quality benchmarks compare, by name."""
 
 from __future__ import annotations
 
-from policies.attention_based import TOVA, CaM, SnapKV, pyramid
-from policies.base import STAGE, Policy, plain, probed, rope_of
-from policies.by_head import ByHead, ByHeadShare
-from policies.fitted import Fitted
-from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
-from policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
+from benchmarks.policies.attention_based import TOVA, CaM, SnapKV, pyramid
+from benchmarks.policies.base import STAGE, ModelFacts, Policy, plain
+from benchmarks.policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
+from benchmarks.policies.least_squares_merging import LeastSquaresMerging
+from benchmarks.policies.value_weighted import (
+    MaxAttention,
+    QuestionAndGeneric,
+    ValueWeighted,
+    ValueWeightedExpected,
+    ValueWeightedMean,
+)
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.engine.layer_budgets import KNOWN
+from zsmerge_llm.engine.layer_budgets import PROMPT_STRENGTH
 from zsmerge_llm.retrieval.passage_search import TOKENS
 
-__all__ = ["POLICIES", "Policy", "rope_of"]
+__all__ = ["POLICIES", "ModelFacts", "Policy"]
 
 
 def _streaming(slots: int) -> CacheConfig:
@@ -36,36 +41,36 @@ def _paper_two(slots: int) -> CacheConfig:
     return _paper(slots).replace(residual=2)
 
 
-def _fitted(slots: int) -> CacheConfig:
-    return probed(slots).replace(alpha=1.0)
+def _alpha_one(slots: int) -> CacheConfig:
+    return plain(slots).replace(alpha=1.0)
 
 
 def _tova(slots: int) -> CacheConfig:
     return plain(slots).replace(sink=0, recent=1)
 
 
-def _pooled(slots: int) -> CacheConfig:
-    return CacheConfig(slots=slots, stage=STAGE, observation_window=8, passage_share=0.0)
+def _chat(slots: int) -> CacheConfig:
+    return CacheConfig(slots=slots, stage=STAGE)
 
 
 def _passages(slots: int) -> CacheConfig:
-    return CacheConfig(slots=slots, stage=STAGE, observation_window=8)
+    return _chat(slots).replace(observation_window=8)
 
 
 def _half(slots: int) -> CacheConfig:
     return _passages(slots).replace(passage_share=0.5)
 
 
-def _chat(slots: int) -> CacheConfig:
-    return CacheConfig(slots=slots, stage=STAGE)
+def _pooled(slots: int) -> CacheConfig:
+    return _passages(slots).replace(passage_share=0.0)
 
 
-def _asked(slots: int) -> CacheConfig:
-    return _chat(slots).replace(history_share=0.0)
-
-
-def _ahead(slots: int) -> CacheConfig:
+def _query_agnostic(slots: int) -> CacheConfig:
     return _pooled(slots).query_agnostic()
+
+
+def _no_history(slots: int) -> CacheConfig:
+    return _chat(slots).replace(history_share=0.0)
 
 
 def _full(slots: int) -> CacheConfig:
@@ -73,59 +78,80 @@ def _full(slots: int) -> CacheConfig:
 
 
 _ALL = (
+    # Without eviction.
     Policy("full", _full, chunk=None),
+    Policy("full-retrieval", _full, chunk=None, retrieval_tokens=TOKENS),
     Policy("truncate", _full, newest_only=True),
-    Policy("full-recall", _full, chunk=None, retrieval_tokens=TOKENS),
-    Policy("truncate-recall", _full, newest_only=True, retrieval_tokens=TOKENS),
+    Policy("truncate-retrieval", _full, newest_only=True, retrieval_tokens=TOKENS),
+    # The field's.
     Policy("streaming", _streaming),
+    Policy("streaming-whole", _streaming, chunk=None),
     Policy("lm-infinite", _streaming, LMInfinite),
     Policy("h2o", _h2o),
-    Policy("snapkv", plain, SnapKV),
-    Policy("snapkv-whole", plain, SnapKV, chunk=None),
-    Policy("pyramidkv", plain, SnapKV, budgets=pyramid),
-    Policy("tova", _tova, TOVA),
-    Policy("keydiff", plain, KeyDiff),
-    Policy("knorm", plain, Knorm),
+    Policy("h2o-whole", _h2o, chunk=None),
+    Policy("snapkv", plain, lambda _: SnapKV()),
+    Policy("snapkv-whole", plain, lambda _: SnapKV(), chunk=None),
+    Policy("pyramidkv", plain, lambda _: SnapKV(), layer_weights=pyramid),
+    Policy("tova", _tova, lambda _: TOVA()),
+    Policy("keydiff", plain, lambda _: KeyDiff()),
+    Policy("knorm", plain, lambda _: Knorm()),
     Policy("expected", plain, ExpectedAttention),
-    Policy("cam", _cam, CaM),
+    Policy("expected-layer-budgets", plain, ExpectedAttention, layer_budget_strength=1),
+    Policy("cam", _cam, lambda _: CaM()),
+    # The paper's.
     Policy("paper", _paper),
     Policy("paper-whole", _paper, chunk=None),
     Policy("paper-two-whole", _paper_two, chunk=None),
-    Policy("streaming-whole", _streaming, chunk=None),
-    Policy("h2o-whole", _h2o, chunk=None),
-    Policy("ours-question", _passages, probe="question", profiled=KNOWN),
-    Policy("passages-half-profile", _passages, probe="question", profiled=0.5),
-    Policy("passages-profile", _passages, probe="question", profiled=1),
-    Policy("passages-uniform", _passages, probe="question"),
-    Policy("passages-half", _half, probe="question", profiled=1),
+    # The library's: a question known with its text.
+    Policy("zsmerge-question", _passages, probe="question", layer_budget_strength=PROMPT_STRENGTH),
+    Policy(
+        "zsmerge-question-retrieval",
+        _passages,
+        probe="question",
+        layer_budget_strength=PROMPT_STRENGTH,
+        retrieval_tokens=TOKENS,
+    ),
+    Policy("passages-uniform-budgets", _passages, probe="question"),
+    Policy("passages-half-layer-budgets", _passages, probe="question", layer_budget_strength=0.5),
+    Policy("passages-layer-budgets", _passages, probe="question", layer_budget_strength=1),
+    Policy("passages-half", _half, probe="question", layer_budget_strength=1),
     Policy("pooled-question", _pooled, probe="question"),
-    Policy("ours-question-recall", _passages, probe="question", profiled=KNOWN, retrieval_tokens=TOKENS),
-    Policy("ours-chat", _chat, probe="question"),
-    Policy("ours-chat-recall", _chat, probe="question", retrieval_tokens=TOKENS),
-    Policy("chat-asked", _asked, probe="question"),
-    Policy("chat-half", _chat, probe="question", profiled=0.5),
-    Policy("chat-profile", _chat, probe="question", profiled=1),
-    Policy("ours-generic", _ahead, probe="generic"),
+    Policy("layer-budgets-question", _pooled, probe="question", layer_budget_strength=1),
+    Policy("value-weighted-max-question", plain, lambda _: ValueWeighted(), "question", layer_budget_strength=1),
+    Policy("value-weighted-mean-question", plain, lambda _: ValueWeightedMean(), "question", layer_budget_strength=1),
+    Policy("question-and-generic-max", plain, QuestionAndGeneric, "both", layer_budget_strength=1),
+    Policy("question-and-generic-mean", _query_agnostic, probe="both", layer_budget_strength=1),
+    # Chats.
+    Policy("zsmerge-chat", _chat, probe="question"),
+    Policy("zsmerge-chat-retrieval", _chat, probe="question", retrieval_tokens=TOKENS),
+    Policy("chat-no-history", _no_history, probe="question"),
+    Policy("chat-half-layer-budgets", _chat, probe="question", layer_budget_strength=0.5),
+    Policy("chat-layer-budgets", _chat, probe="question", layer_budget_strength=1),
+    # Documents read before any question is known.
+    Policy("zsmerge-layer-budgets", _query_agnostic, probe="generic", layer_budget_strength=1),
+    Policy("zsmerge-uniform-budgets", _query_agnostic, probe="generic"),
+    Policy(
+        "zsmerge-retrieval",
+        _query_agnostic,
+        probe="generic",
+        layer_budget_strength=1,
+        retrieval_tokens=TOKENS,
+        attention_search=True,
+    ),
+    Policy(
+        "zsmerge-passage-search",
+        _query_agnostic,
+        probe="generic",
+        layer_budget_strength=1,
+        retrieval_tokens=TOKENS,
+    ),
     Policy("pooled-generic", _pooled, probe="generic"),
-    Policy("ours-profile", _ahead, probe="generic", profiled=1),
-    Policy("ours-recall", _ahead, probe="generic", profiled=1, retrieval_tokens=TOKENS, glance=True),
-    Policy("ours-words", _ahead, probe="generic", profiled=1, retrieval_tokens=TOKENS),
-    Policy("by-head", _ahead, ByHead, probe="generic", profiled=1),
-    Policy("by-head-share", _ahead, ByHeadShare, probe="generic", profiled=1),
-    Policy("profile-question", _pooled, probe="question", profiled=1),
-    Policy("profile-generic", _pooled, probe="generic", profiled=1),
-    Policy("profile-generic-whole", _pooled, probe="generic", profiled=1, chunk=None),
-    Policy("sharpest-generic", probed, Sharpest, probe="generic", profiled=1),
-    Policy("valued-generic", probed, Valued, probe="generic", profiled=1),
-    Policy("valued-question", probed, Valued, probe="question", profiled=1),
-    Policy("valued-mean", probed, ValuedMean, probe="generic", profiled=1),
-    Policy("fitted", _fitted, Fitted, probe="generic", profiled=1),
-    Policy("valued-mean-question", probed, ValuedMean, probe="question", profiled=1),
-    Policy("valued-more", probed, MostlyValued, probe="generic", profiled=1),
-    Policy("valued-expected", probed, ValuedExpected, probe="generic", profiled=1),
-    Policy("both-max", probed, BothMax, probe="both", profiled=1),
-    Policy("both-mean", _ahead, probe="both", profiled=1),
-    Policy("profile-h2o", _h2o, profiled=1),
-    Policy("profile-expected", plain, ExpectedAttention, profiled=1),
+    Policy("layer-budgets-generic", _pooled, probe="generic", layer_budget_strength=1),
+    Policy("layer-budgets-generic-whole", _pooled, probe="generic", layer_budget_strength=1, chunk=None),
+    Policy("max-attention-generic", plain, lambda _: MaxAttention(), "generic", layer_budget_strength=1),
+    Policy("value-weighted-max", plain, lambda _: ValueWeighted(), "generic", layer_budget_strength=1),
+    Policy("value-weighted-mean", plain, lambda _: ValueWeightedMean(), "generic", layer_budget_strength=1),
+    Policy("value-weighted-expected", plain, ValueWeightedExpected, "generic", layer_budget_strength=1),
+    Policy("least-squares-merging", _alpha_one, LeastSquaresMerging, "generic", layer_budget_strength=1),
 )
 POLICIES = {policy.name: policy for policy in _ALL}

@@ -3,60 +3,71 @@
 from __future__ import annotations
 
 from torch import Tensor
+from zsmerge_llm.kvcache.equations import max_pool, retention_rank
+from zsmerge_llm.kvcache.policies.cumulative_attention import CumulativeAttention
+from zsmerge_llm.kvcache.slots import AttentionInputs
 
-from policies.base import PolicyLayer, RankedLayer
-from zsmerge_llm.kvcache import policy
-from zsmerge_llm.kvcache.view import AttentionInputs, KVView
-
-
-class SnapKV(RankedLayer):
-    """arXiv 2404.14469: what the newest 32 queries of the chunk attend to, pooled over 7 neighbours."""
-
-    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
-        asking = arrival.position[:, -32:]
-        paid = self.paid_by(held, arrival.queries[:, :, -32:], asking, arrival.sinks)
-        return policy.pooled(policy.mean_paid(paid, asking >= 0), 7)
+from benchmarks.policies.base import ScoredWhenFull, attention_mass
+from zsmerge_llm.kvcache.layer_cache import KVView
 
 
-class TOVA(RankedLayer):
-    """arXiv 2401.06104: what the newest query attends to, the mean over all heads of the layer."""
+class SnapKV(ScoredWhenFull):
+    """arXiv 2404.14469: rank by the attention of the chunk's newest 32 queries, pooled over 7 neighbours."""
 
-    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
-        paid = self.paid_by(held, arrival.queries[:, :, -1:], arrival.position[:, -1:], arrival.sinks)
-        return paid.mean(dim=(1, 2, 3))[:, None].expand_as(held.score)
+    name = "snapkv"
+
+    def scores(self, view: KVView, inputs: AttentionInputs) -> Tensor:
+        mean, _ = attention_mass(view, inputs, inputs.queries[:, :, -32:], inputs.positions[:, -32:])
+        return max_pool(mean, 7)
 
 
-class CaM(PolicyLayer):
-    """As Cache Merging (ICML 2024): heavy hitters stay, and each evicted value is shared out over the next tokens
-    kept behind it, in proportion to its score against theirs. The expectation instead of a Bernoulli draw."""
+class TOVA(ScoredWhenFull):
+    """arXiv 2401.06104: rank by the attention of the newest query, averaged over all heads of the layer."""
 
+    name = "tova"
+
+    def scores(self, view: KVView, inputs: AttentionInputs) -> Tensor:
+        mean, _ = attention_mass(view, inputs, inputs.queries[:, :, -1:], inputs.positions[:, -1:])
+        return mean.mean(1, keepdim=True).expand_as(view.score)
+
+
+class CaM(CumulativeAttention):
+    """As Cache Merging (ICML 2024): keep heavy hitters, and add each evicted value to the kept tokens behind it.
+
+    A value is divided over the next 8 kept tokens, in proportion to its score against theirs: the expectation instead
+    of a Bernoulli draw.
+    """
+
+    name = "cam"
     NEXT = 8
 
-    def _compress(
-        self, held: KVView, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
-    ) -> None:
-        slots = self.config.slots
-        assert slots is not None
-        ranking = policy.priority(held.score, held.count, held.position, seen, self.config.sink, self.config.recent)
-        kept = ranking >= ranking.topk(slots, dim=-1).values[..., -1:]
-        share = self._shares(held, kept)
-        held.values.add_((share.mT @ held.values.float()).to(held.values.dtype))
-        super()._compress(held, full, seen, passages, fresh)
+    def observe(self, view: KVView, inputs: AttentionInputs) -> None:
+        """Add the attention to the scores; where a row is compressed next, merge the values that it will evict."""
+        super().observe(view, inputs)
+        if not any(view.layer.rows_due(inputs)):
+            return
+        config, score = view.config, view.score
+        ranking = retention_rank(score, view.multiplicity, view.position, inputs.seen, config.sink, config.recent)
+        kept = ranking >= ranking.topk(config.slots or 0, dim=-1).values[..., -1:]
+        shares = self._shares(score, kept)
+        view.values.add_((shares.mT @ view.values.float()).to(view.values.dtype))
 
-    def _shares(self, held: KVView, kept: Tensor) -> Tensor:
-        """float32 [B, H, C, C]: what each slot gives to each other one."""
+    def _shares(self, score: Tensor, kept: Tensor) -> Tensor:
+        """Return what part of each slot's value each other one gets: float32 [B, H, C, C]."""
         rank = kept.cumsum(-1)  # kept slots up to here
         gap = rank[..., None, :] - rank[..., :, None]
         near = kept[..., None, :] & ~kept[..., :, None] & (gap > 0) & (gap <= self.NEXT)
-        score = held.score.clamp(min=0)
+        score = score.clamp(min=0)
         around = (near * score[..., None, :]).sum(-1) / near.sum(-1).clamp(min=1)
         probability = (score / around.clamp(min=1e-9)).clamp(max=1)
         return near * (probability / near.sum(-1).clamp(min=1))[..., None]
 
 
 def pyramid(slots: int, layers: int) -> list[int]:
-    """PyramidKV (arXiv 2406.02069): linear from nearly twice the mean at the first layer to a twentieth (at least 96)
-    at the last, under the same total."""
+    """Return PyramidKV's slots by layer (arXiv 2406.02069), under the total of `slots` each.
+
+    Linear, from nearly twice the mean at the first layer to a twentieth (at least 96) at the last.
+    """
     least = min(slots, max(96, slots // 20))
     step = 2 * (slots - least) / max(layers - 1, 1)
     budgets = [round(2 * slots - least - step * layer) for layer in range(layers)]

@@ -1,82 +1,100 @@
-"""Policies that rank tokens by keys and values, or by the attention queries are expected to pay."""
+"""Policies that rank tokens by keys and values, by expected attention, or by position."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from zsmerge_llm.kvcache.policies.recency import Recency
+from zsmerge_llm.kvcache.slots import AttentionInputs
 
-from policies.base import PolicyLayer, RankedLayer
-from zsmerge_llm.kvcache.view import AttentionInputs, KVView
+from benchmarks.policies.base import ModelFacts, ScoredWhenFull
+from zsmerge_llm.kvcache.layer_cache import KVView
 
 
-class KeyDiff(RankedLayer):
-    """arXiv 2504.15364: keys unlike the mean direction stay."""
+class KeyDiff(ScoredWhenFull):
+    """arXiv 2504.15364: keep keys unlike the mean direction."""
 
-    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
-        directions = F.normalize(held.keys.float(), dim=-1)
-        present = (held.count > 0)[..., None]
+    name = "keydiff"
+
+    def scores(self, view: KVView, inputs: AttentionInputs) -> Tensor:
+        directions = F.normalize(view.keys.float(), dim=-1)
+        present = (view.multiplicity > 0)[..., None]
         anchor = (directions * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
         return -F.cosine_similarity(directions, anchor, dim=-1)
 
 
-class Knorm(RankedLayer):
-    """arXiv 2406.11430: keys of a small norm stay."""
+class Knorm(ScoredWhenFull):
+    """arXiv 2406.11430: keep keys of a small norm."""
 
-    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
-        return -held.keys.float().norm(dim=-1)
+    name = "knorm"
+
+    def scores(self, view: KVView, inputs: AttentionInputs) -> Tensor:
+        return -view.keys.float().norm(dim=-1)
 
 
-class ExpectedAttention(RankedLayer):
-    """Expected Attention (kvpress): queries to come are taken for Gaussian, with the chunk's mean and covariance and
-    the rotation averaged over the next 512 positions; exp(k μ + k Σ k / 2), normalised, times the norm of the value."""
+class ExpectedAttention(ScoredWhenFull):
+    """Expected Attention (kvpress): take queries to come for Gaussian, with the chunk's mean μ and covariance Σ.
 
+    The rotation is averaged over the next 512 positions. Score: (softmax of k μ + k Σ k / 2, plus ε) · ‖value‖.
+    """
+
+    name = "expected"
     FUTURE = 512
     EPSILON = 0.02
 
-    def rank(self, held: KVView, arrival: AttentionInputs) -> Tensor:
-        return (self.expected(held, arrival) + self.EPSILON) * held.values.float().norm(dim=-1)
+    def __init__(self, facts: ModelFacts) -> None:
+        self.rotation = facts.rotation
 
-    def expected(self, held: KVView, arrival: AttentionInputs) -> Tensor:
-        """float32 [B, H, C]: the attention that queries to come are expected to pay, mean over the group."""
-        assert self.rope is not None
-        batch, heads, new, dim = arrival.queries.shape
-        still = self.rope.rotate(arrival.queries, -arrival.position[:, None])  # without rotation
+    def scores(self, view: KVView, inputs: AttentionInputs) -> Tensor:
+        return (self.expected(view, inputs) + self.EPSILON) * view.values.float().norm(dim=-1)
+
+    def expected(self, view: KVView, inputs: AttentionInputs) -> Tensor:
+        """Return the expected attention of queries to come, mean over the group: float32 [B, H, C]."""
+        assert self.rotation is not None
+        batch, heads, new, dim = inputs.queries.shape
+        still = self.rotation.rotate(inputs.queries.float(), -inputs.positions[:, None])  # without rotation
         still = still[:, :, 4:] if new > 8 else still  # sinks are no typical queries
         mean = still.mean(2)  # [B, Hq, D]
         centred = still - mean[:, :, None]
         covariance = centred.mT @ centred / still.shape[2]
-        turn = self._mean_rotation(arrival.seen[0], dim)
+        turn = self._mean_rotation(inputs.seen[0], dim)
         mean, covariance = mean @ turn.T, turn @ covariance @ turn.T
-        group = heads // held.keys.shape[1]
-        keys = held.keys.float().repeat_interleave(group, dim=1)
-        scale = dim**-0.5 if self.spec.scaling is None else self.spec.scaling
+        group = heads // view.keys.shape[1]
+        keys = view.keys.float().repeat_interleave(group, dim=1)
+        scale = view.spec.scale
         logits = scale * (keys @ mean[..., None])[..., 0]
         logits = logits + scale**2 * torch.einsum("bhcd,bhde,bhce->bhc", keys, covariance, keys) / 2
-        logits = logits.masked_fill((held.count == 0).repeat_interleave(group, dim=1), float("-inf"))
+        logits = logits.masked_fill((view.multiplicity == 0).repeat_interleave(group, dim=1), float("-inf"))
         return logits.softmax(-1).view(batch, -1, group, logits.shape[-1]).mean(2)
 
     def _mean_rotation(self, seen: Tensor, dim: int) -> Tensor:
-        """[D, D]: the mean of the rotations to the next positions."""
-        assert self.rope is not None
-        ahead = seen + torch.arange(self.FUTURE, device=self.rope.frequencies.device)
-        unit = torch.eye(dim, device=ahead.device)[None].expand(self.FUTURE, -1, -1)
-        return self.rope.rotate(unit, ahead[:, None].expand(-1, dim)).mean(0).T
+        """Return the mean of the rotations to the next positions, [D, D]."""
+        assert self.rotation is not None
+        ahead = seen + torch.arange(self.FUTURE, device=seen.device)
+        unit = torch.eye(dim, device=seen.device)[None].expand(self.FUTURE, -1, -1)
+        return self.rotation.rotate(unit, ahead[:, None].expand(-1, dim)).mean(0).T
 
 
-class LMInfinite(PolicyLayer):
-    """arXiv 2308.16137: sinks and newest tokens, where no key ever looks further away than `slots` positions."""
+class LMInfinite(Recency):
+    """arXiv 2308.16137: keep sinks and newest tokens; no key is ever further away than `slots` positions.
 
-    moved = 0
+    The sinks' keys are rotated towards the newest tokens before each compression. Their scores, which recency leaves
+    free, hold how far they have been moved.
+    """
 
-    def _compress(
-        self, held: KVView, full: list[bool], seen: Tensor, passages: Tensor | None = None, fresh: int = 0
-    ) -> None:
-        super()._compress(held, full, seen, passages, fresh)
-        assert self.rope is not None
-        assert self.config.slots is not None
-        sinks = slice(0, self.config.sink)
-        by = max(0, int(seen[0]) - self.config.slots) - self.moved
-        keys = self.rope.rotate(self.keys[:, :, sinks], torch.tensor([by], device=self.keys.device))
-        self.keys[:, :, sinks] = keys.to(self.keys.dtype)
-        self.moved += by
+    name = "lm-infinite"
+
+    def __init__(self, facts: ModelFacts) -> None:
+        self.rotation = facts.rotation
+
+    def observe(self, view: KVView, inputs: AttentionInputs) -> None:
+        """Move the sinks' keys where a row is compressed next."""
+        if not any(view.layer.rows_due(inputs)):
+            return
+        assert self.rotation is not None
+        sinks = slice(0, view.config.sink)
+        moved = view.score[:, :, sinks]
+        wanted = (inputs.seen.float() - (view.config.slots or 0)).clamp(min=0)[:, None, None]
+        view.keys[:, :, sinks] = self.rotation.rotate(view.keys[:, :, sinks], wanted - moved)
+        view.score[:, :, sinks] = wanted
