@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor
-from zsmerge_llm.kvcache.equations import max_pool, retention_rank
-from zsmerge_llm.kvcache.policies.cumulative_attention import CumulativeAttention
-from zsmerge_llm.kvcache.slots import AttentionInputs
 
 from benchmarks.policies.base import ScoredWhenFull, attention_mass
+from zsmerge_llm.kvcache.equations import max_pool, retention_rank
 from zsmerge_llm.kvcache.layer_cache import KVView
+from zsmerge_llm.kvcache.policies.cumulative_attention import CumulativeAttention
+from zsmerge_llm.kvcache.slots import AttentionInputs
 
 
 class SnapKV(ScoredWhenFull):

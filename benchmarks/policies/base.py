@@ -13,16 +13,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from zsmerge_llm.kvcache.equations import slot_bias
-from zsmerge_llm.kvcache.policies.base import EvictionPolicy, RankingContext
-from zsmerge_llm.kvcache.scoring import TensorScoring
-from zsmerge_llm.kvcache.slots import AttentionInputs, LayerSpec
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.equations import slot_bias
 from zsmerge_llm.kvcache.layer_cache import KVView
+from zsmerge_llm.kvcache.policies.base import EvictionPolicy, RankingContext
 from zsmerge_llm.kvcache.rope import Rotation
+from zsmerge_llm.kvcache.scoring import TensorScoring
+from zsmerge_llm.kvcache.slots import AttentionInputs, LayerSpec
 
 STAGE = 128
 CHUNK = 512

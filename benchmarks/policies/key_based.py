@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from zsmerge_llm.kvcache.policies.recency import Recency
-from zsmerge_llm.kvcache.slots import AttentionInputs
 
 from benchmarks.policies.base import ModelFacts, ScoredWhenFull
 from zsmerge_llm.kvcache.layer_cache import KVView
+from zsmerge_llm.kvcache.policies.recency import Recency
+from zsmerge_llm.kvcache.slots import AttentionInputs
 
 
 class KeyDiff(ScoredWhenFull):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from zsmerge_llm.kvcache.equations import NEVER, gather_slots, grouped_weights, retention_rank, slot_bias
-from zsmerge_llm.kvcache.slots import AttentionInputs
 
 from benchmarks.policies.base import ModelFacts
 from benchmarks.policies.value_weighted import ValueWeightedMean
+from zsmerge_llm.kvcache.equations import NEVER, gather_slots, grouped_weights, retention_rank, slot_bias
 from zsmerge_llm.kvcache.layer_cache import KVView
+from zsmerge_llm.kvcache.slots import AttentionInputs
 
 
 class LeastSquaresMerging(ValueWeightedMean):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from zsmerge_llm.kvcache.slots import AttentionInputs
 
 from benchmarks.policies.base import ModelFacts, ScoredWhenFull, asking_queries, attention_mass
 from benchmarks.policies.key_based import ExpectedAttention
 from zsmerge_llm.kvcache.layer_cache import KVView
+from zsmerge_llm.kvcache.slots import AttentionInputs
 
 
 class MaxAttention(ScoredWhenFull):

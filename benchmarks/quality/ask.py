@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from zsmerge_llm.attention.call import AttentionCall, AttentionHandler, dense_attention
 
+from zsmerge_llm.attention.call import AttentionCall, AttentionHandler, dense_attention
 from zsmerge_llm.attention.interface import forward
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache import equations

@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 import torch
-from zsmerge_llm.retrieval.calibration import calibration
 
 from benchmarks.common import peak_rss, reset_peak_rss
 from benchmarks.policies.base import STAGE, ModelFacts, Policy, plain
@@ -24,6 +23,7 @@ from zsmerge_llm.engine.layer_budgets import LayerBudgets
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
+from zsmerge_llm.retrieval.calibration import calibration
 from zsmerge_llm.retrieval.passage_search import PassageSearch, tail
 from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, question
 
