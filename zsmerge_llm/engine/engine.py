@@ -137,14 +137,15 @@ class Engine:
             Cancelled: `cancel` was set.
         """
         tokens = self._ids(ids)
-        question = self._probe(cache, probe, multi_turn, len(tokens))
+        question = self._ids(probe) if probe is not None and len(probe) else None
+        prompt_probe = _probe(cache.config, question, multi_turn, len(tokens))
         _check_one_row(cache)
         # The first `unpinned` tokens may be evicted while the text is read.
         done, unpinned = 0, 0 if len(tokens) <= cache.config.num_recent else len(tokens) - pinned_tail
         for chunk in tokens.split(self.chunk):
             check_cancelled(cancel)
             done += len(chunk)
-            chunk_probe = None if cache.fits(len(chunk)) else question
+            chunk_probe = None if cache.fits(len(chunk)) else prompt_probe
             pinned = max(0, done - unpinned)
             with self._turn:
                 logits = self.runner.run(
@@ -273,18 +274,6 @@ class Engine:
         ]
         yield from decode_loop.decode(self.runner, self._scheduler, cache, sequences, cancel)
 
-    # -- input -------------------------------------------------------------------------------------------------------
-
-    def _probe(self, cache: Cache, ids: Ids | None, multi_turn: bool, new: int) -> Probe | None:
-        """Return the probe of a prompt of `new` tokens, as far as the cache's policy uses one."""
-        config = cache.config
-        if config.slots is None or ids is None or not len(ids) or not (policy := policy_of(config)).uses_probe:
-            return None
-        # In a chat, whole passages for a short turn's question would cost what earlier turns said
-        # (docs/research/eviction).
-        voting = policy.votes and config.passage_share > 0 and (not multi_turn or new > config.slots)
-        return Probe(self._ids(ids), voting)
-
     def _ids(self, ids: Ids) -> Tensor:
         """Return token ids as a checked CPU tensor int64 [T]."""
         tokens = torch.as_tensor(ids, dtype=torch.long).cpu()
@@ -295,6 +284,15 @@ class Engine:
                 f"Token ids must lie between 0 and {self.vocab_size - 1}: is this another model's tokenizer?"
             )
         return tokens
+
+
+def _probe(config: CacheConfig, question: Tensor | None, multi_turn: bool, num_new: int) -> Probe | None:
+    """Return the probe for a prompt of `num_new` tokens, as far as the cache's policy uses one."""
+    if config.slots is None or question is None or not (policy := policy_of(config)).uses_probe:
+        return None
+    # In a chat, whole passages for a short turn's question would cost what earlier turns said (docs/research/eviction).
+    whole_passages = config.passage_share > 0 and (not multi_turn or num_new > config.slots)
+    return Probe(question, voting=policy.votes and whole_passages)
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
