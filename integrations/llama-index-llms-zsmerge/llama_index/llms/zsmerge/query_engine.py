@@ -24,7 +24,7 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts.mixin import PromptMixinType
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from llama_index.llms.zsmerge._responses import usage_of
-from llama_index.llms.zsmerge._structured import parse, text_of
+from llama_index.llms.zsmerge._parsing import parse, text_of
 from llama_index.llms.zsmerge.documents import DocumentReader, as_sources
 
 from zsmerge_llm.errors import ConfigError
@@ -132,7 +132,7 @@ class ZSMergeDocumentQueryEngine(BaseQueryEngine):
         messages = self._llm._extend_messages([question])
         if self._output_cls is None:
             return messages, {"session": session}
-        _, _, options = self._llm.structured_question(self._output_cls, messages, {"session": session})
+        _, _, options = self._llm.structured_request(self._output_cls, messages, {"session": session})
         return messages, options
 
     def _answer(self, response: ChatResponse, sources: list[NodeWithScore]) -> RESPONSE_TYPE:
