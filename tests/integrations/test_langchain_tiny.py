@@ -24,8 +24,8 @@ from typing_extensions import TypedDict
 
 from tests.support.scripted_model import saying
 from tests.support.talk import ROOMY, counted, talker
-from tests.support.ticking import ticking
 from zsmerge_llm import Grammar
+from zsmerge_llm.testing import event_loop_gaps
 
 
 @tool
@@ -229,7 +229,7 @@ async def test_twenty_calls_at_once_leave_the_loop_free() -> None:
     model = chat(temperature=1.0, seed=4)
     tools, formed = model.bind_tools([weather], tool_choice="any"), model.with_structured_output(Place)
     model.warm_up()
-    async with ticking() as gaps:
+    async with event_loop_gaps() as gaps:
         calls = [(model, tools, formed)[at % 3].ainvoke(f"Hello {at}") for at in range(20)]
         assert all(await asyncio.gather(*calls))
     print(f"{len(gaps)} ticks, worst gaps {[round(gap * 1000) for gap in sorted(gaps)[-3:]]} ms")

@@ -16,7 +16,7 @@ from langchain_core.runnables import ConfigurableField, RunnableWithMessageHisto
 from langchain_zsmerge import ChatZSMerge, ZSMergeLLM
 
 WHOLE = ["start", "end"]
-STREAMED = ["start", "The", " sky", " is", " blue.", "end"]
+STREAMED = ["start", "The ", "sky ", "is ", "blue.", "end"]
 
 
 class Listener(BaseCallbackHandler):
@@ -147,9 +147,9 @@ async def test_a_chain_with_a_history_remembers_and_keeps_people_apart(llm: Any)
     )
     for name in ("ann", "bob", "ann"):
         await talk.ainvoke({"question": f"I am {name}."}, {"configurable": {"session_id": name}})
-    said = [message["content"] for message in llm.requests[-1]["messages"]]
+    said = [message["content"] for message in llm.requests[-1].prompt]
     assert said == ["Be brief.", "I am ann.", "The sky is blue.", "I am ann."]
-    assert [request["session"] for request in llm.requests] == ["ann", "bob", "ann"]
+    assert [request.session for request in llm.requests] == ["ann", "bob", "ann"]
     assert [len(history.messages) for history in kept.values()] == [4, 2]
 
 
@@ -159,10 +159,10 @@ def test_configurable_fields_and_alternatives_change_one_call(llm: Any) -> None:
     )
     model.invoke("hi", {"configurable": {"heat": 0.9, "length": 3}})
     model.invoke("hi")
-    heard = [(request["sampling"].temperature, request["sampling"].max_tokens) for request in llm.requests]
+    heard = [(request.sampling.temperature, request.sampling.max_tokens) for request in llm.requests]
     assert heard == [(0.9, 3), (0.0, 9)]
     either = ChatZSMerge(llm=llm).configurable_alternatives(
         ConfigurableField("model"), default_key="first", second=ChatZSMerge(llm=llm, temperature=0.5)
     )
     either.invoke([HumanMessage("hi")], {"configurable": {"model": "second"}})
-    assert llm.requests[-1]["sampling"].temperature == 0.5
+    assert llm.requests[-1].sampling.temperature == 0.5

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from zsmerge_llm import CacheConfig, Grammar
 from zsmerge_llm.errors import ConfigError
+from zsmerge_llm.testing import scripted_answer
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_an_answer_has_text_usage_and_metadata(chat: ChatZSMerge) -> None:
 def test_settings_of_the_object_and_of_the_call_reach_the_model(llm: Any) -> None:
     chat = ChatZSMerge(llm=llm, temperature=0.7, top_k=5, seed=3, stop=["END"])
     chat.bind(top_k=9).invoke("hi", stop=["\n", "END"], max_tokens=8)
-    sampling = llm.requests[0]["sampling"]
+    sampling = llm.requests[0].sampling
     assert (sampling.temperature, sampling.top_k, sampling.seed, sampling.max_tokens) == (0.7, 9, 3, 8)
     assert sampling.stop == ("END", "\n")
 
@@ -146,8 +147,8 @@ def test_a_call_may_name_another_model_unless_the_model_was_given(chat: ChatZSMe
 
 def test_a_chain_of_prompt_model_and_parser_streams(chat: ChatZSMerge, llm: Any) -> None:
     chain = ChatPromptTemplate.from_messages([("system", "be {how}"), ("human", "{q}")]) | chat | StrOutputParser()
-    assert [piece for piece in chain.stream({"how": "brief", "q": "why?"}) if piece] == llm.words
-    assert llm.requests[0]["messages"] == [
+    assert [piece for piece in chain.stream({"how": "brief", "q": "why?"}) if piece] == ["The ", "sky ", "is ", "blue."]
+    assert llm.requests[0].prompt == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "why?"},
     ]
@@ -168,8 +169,8 @@ def test_streamed_chunks_add_up_to_the_answer(chat: ChatZSMerge) -> None:
 def test_breaking_out_of_a_stream_stops_decoding(slow_llm: Any) -> None:
     for _ in ChatZSMerge(llm=slow_llm).stream("hi"):
         break
-    assert slow_llm.decoded == 1
-    assert slow_llm.closed == 1
+    assert slow_llm.decoded_words == 1
+    assert slow_llm.closed_streams == 1
 
 
 def test_a_time_limit_stops_the_answer(slow_llm: Any) -> None:
@@ -208,7 +209,7 @@ def test_content_version_v1_round_trips(llm: Any) -> None:
     answer = chat.invoke("hi")
     assert answer.content == [{"type": "text", "text": "The sky is blue."}]
     chat.invoke([HumanMessage("hi"), answer, HumanMessage("and?")])
-    assert llm.requests[1]["messages"][1]["content"] == [{"type": "text", "text": "The sky is blue."}]
+    assert llm.requests[1].prompt[1]["content"] == [{"type": "text", "text": "The sky is blue."}]
 
 
 # sessions
@@ -217,7 +218,7 @@ def test_content_version_v1_round_trips(llm: Any) -> None:
 def test_a_conversation_is_read_again_where_a_call_says_so(chat: ChatZSMerge, llm: Any) -> None:
     chat.invoke("hi")
     chat.bind(reread=True).invoke("hi")
-    assert [request.get("reread") for request in llm.requests] == [None, True]
+    assert [request.reread for request in llm.requests] == [False, True]
 
 
 @pytest.mark.parametrize("config", [{"session_id": "ann"}, {"thread_id": "ann"}])
@@ -228,7 +229,7 @@ def test_a_config_names_the_session_in_every_way_of_calling(chat: ChatZSMerge, l
     chat.batch(["hi", "ho"], config=run)
     (chat | StrOutputParser()).invoke("hi", config=run)
     list((chat | StrOutputParser()).stream("hi", config=run))
-    assert [request["session"] for request in llm.requests] == ["ann"] * 6
+    assert [request.session for request in llm.requests] == ["ann"] * 6
 
 
 async def test_a_config_names_the_session_in_every_async_way(chat: ChatZSMerge, llm: Any) -> None:
@@ -237,13 +238,13 @@ async def test_a_config_names_the_session_in_every_async_way(chat: ChatZSMerge, 
     _ = [chunk async for chunk in chat.astream("hi", config=run)]
     await chat.abatch(["hi", "ho"], config=run)
     _ = [event async for event in chat.astream_events("hi", config=run, version="v2")]
-    assert [request["session"] for request in llm.requests] == ["7"] * 5
+    assert [request.session for request in llm.requests] == ["7"] * 5
 
 
 def test_a_model_called_inside_a_runnable_finds_the_session_of_the_run(chat: ChatZSMerge, llm: Any) -> None:
     step = RunnableLambda(lambda question: chat.invoke(question).text)
     step.invoke("hi", config={"configurable": {"thread_id": "ann"}})
-    assert llm.requests[0]["session"] == "ann"
+    assert llm.requests[0].session == "ann"
 
 
 def test_a_session_of_the_call_or_binding_goes_before_the_config(chat: ChatZSMerge, llm: Any) -> None:
@@ -251,7 +252,7 @@ def test_a_session_of_the_call_or_binding_goes_before_the_config(chat: ChatZSMer
     chat.invoke("hi", config=run, session_id="call")
     chat.bind(session_id="bound").invoke("hi", config=run)
     chat.invoke("hi")
-    assert [request["session"] for request in llm.requests] == ["call", "bound", None]
+    assert [request.session for request in llm.requests] == ["call", "bound", None]
 
 
 def test_a_message_history_keeps_the_session(chat: ChatZSMerge, llm: Any) -> None:
@@ -259,14 +260,14 @@ def test_a_message_history_keeps_the_session(chat: ChatZSMerge, llm: Any) -> Non
     talk = RunnableWithMessageHistory(chat, lambda name: histories.setdefault(name, InMemoryChatMessageHistory()))
     for question in ("one", "two"):
         talk.invoke([HumanMessage(question)], config={"configurable": {"session_id": "ann"}})
-    assert llm.requests[1]["session"] == "ann"
-    assert [message["role"] for message in llm.requests[1]["messages"]] == ["user", "assistant", "user"]
+    assert llm.requests[1].session == "ann"
+    assert [message["role"] for message in llm.requests[1].prompt] == ["user", "assistant", "user"]
 
 
 def test_warming_up_loads_before_the_first_call(llm: Any) -> None:
     chat = ChatZSMerge(llm=llm)
     assert chat.warm_up() is chat
-    assert llm.warm
+    assert llm.is_warm
 
 
 # tools
@@ -279,11 +280,11 @@ def weather(city: str) -> str:
 
 
 def test_bound_tools_reach_the_model_and_its_calls_come_back(llm: Any) -> None:
-    llm.tool_calls = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "X"}'}}]
+    llm.answers = [scripted_answer("", {"name": "weather", "arguments": '{"city": "X"}'})]
     chat = ChatZSMerge(llm=llm).bind_tools([weather])
     answer = chat.invoke("weather in X?")
-    assert llm.requests[0]["tools"][0]["function"]["name"] == "weather"
-    assert answer.tool_calls == [{"name": "weather", "args": {"city": "X"}, "id": "c1", "type": "tool_call"}]
+    assert llm.requests[0].tools[0]["function"]["name"] == "weather"
+    assert answer.tool_calls == [{"name": "weather", "args": {"city": "X"}, "id": "id_0", "type": "tool_call"}]
     streamed = list(chat.stream("weather in X?"))
     assert [call["args"] for chunk in streamed for call in chunk.tool_calls] == [{"city": "X"}]
 
@@ -306,9 +307,9 @@ def test_bound_tools_reach_the_model_and_its_calls_come_back(llm: Any) -> None:
 )
 def test_every_way_to_choose_a_tool_is_understood(llm: Any, choice: Any, wanted: Any) -> None:
     ChatZSMerge(llm=llm).bind_tools([weather], tool_choice=choice).invoke("hi")
-    assert llm.requests[0].get("tool_choice") == wanted
+    assert llm.requests[0].tool_choice == wanted
     ChatZSMerge(llm=llm).invoke("hi", tools=[weather], tool_choice=choice)
-    assert llm.requests[1].get("tool_choice") == wanted
+    assert llm.requests[1].tool_choice == wanted
 
 
 def test_an_unknown_choice_is_refused(chat: ChatZSMerge) -> None:
@@ -319,17 +320,18 @@ def test_an_unknown_choice_is_refused(chat: ChatZSMerge) -> None:
 def test_options_of_calls_reach_the_model(llm: Any) -> None:
     tools = ChatZSMerge(llm=llm).bind_tools([weather], parallel_tool_calls=False, strict=True, temperature=0.5)
     tools.invoke("hi")
-    assert llm.requests[0]["parallel_tool_calls"] is False
-    assert llm.requests[0]["tools"][0]["function"]["strict"] is True
-    assert llm.requests[0]["sampling"].temperature == 0.5
+    assert llm.requests[0].parallel_tool_calls is False
+    assert llm.requests[0].tools[0]["function"]["strict"] is True
+    assert llm.requests[0].sampling.temperature == 0.5
     yes = Grammar.choice("yes", "no")
     ChatZSMerge(llm=llm).invoke("hi", grammar=yes)
-    assert llm.requests[1]["grammar"] is yes
+    assert llm.requests[1].grammar is yes
 
 
 def test_malformed_calls_are_kept_apart_in_answers_and_streams(llm: Any) -> None:
     function = {"name": None, "arguments": '{"name": "weather", "argu'}
-    llm.invalid_tool_calls = [{"id": "c1", "type": "function", "function": function, "error": "cut"}]
+    invalid = {"id": "c1", "type": "function", "function": function, "error": "cut"}
+    llm.answers = [scripted_answer("", invalid_tool_calls=[invalid])]
     chat = ChatZSMerge(llm=llm).bind_tools([weather])
     chunks = list(chat.stream("hi"))
     whole = chunks[0]
@@ -401,7 +403,7 @@ def test_settings_survive_serialization_and_pickling() -> None:
 def test_a_configurable_field_changes_the_call_and_keeps_the_model(llm: Any) -> None:
     chat = ChatZSMerge(llm=llm).configurable_fields(temperature=ConfigurableField(id="heat"))
     chat.with_config(configurable={"heat": 0.9}).invoke("hi")
-    assert llm.requests[0]["sampling"].temperature == 0.9
+    assert llm.requests[0].sampling.temperature == 0.9
 
 
 def test_copies_share_the_model(chat: ChatZSMerge, llm: Any) -> None:

@@ -20,6 +20,7 @@ from llama_index.llms.zsmerge import ZSMergeLLM
 from llama_index.llms.zsmerge._messages import to_messages
 
 from zsmerge_llm.errors import InputError
+from zsmerge_llm.testing import FakeLLM, scripted_answer
 
 NESTED = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 
@@ -115,8 +116,8 @@ def test_a_tool_result_names_its_call():
     assert one(message) == {"role": "tool", "content": "3", "tool_call_id": "call_1", "name": "add"}
 
 
-def test_an_answer_with_tool_calls_can_be_sent_back(fake, result):
-    llm = ZSMergeLLM(llm=fake(result("Let me add.", {"name": "add", "arguments": {"a": 1}})))
+def test_an_answer_with_tool_calls_can_be_sent_back():
+    llm = ZSMergeLLM(llm=FakeLLM(scripted_answer("Let me add.", {"name": "add", "arguments": {"a": 1}})))
     answer = llm.chat([ChatMessage(role="user", content="1 + 1?")]).message
     sent = one(answer)
     assert sent["content"] == "Let me add."

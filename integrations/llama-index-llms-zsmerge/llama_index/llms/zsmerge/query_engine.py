@@ -23,8 +23,8 @@ from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent
 from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts.mixin import PromptMixinType
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
-from llama_index.llms.zsmerge._responses import usage_of
 from llama_index.llms.zsmerge._parsing import parse, text_of
+from llama_index.llms.zsmerge._responses import usage_of
 from llama_index.llms.zsmerge.documents import DocumentReader, as_sources
 
 from zsmerge_llm.errors import ConfigError
