@@ -140,9 +140,9 @@ def test_a_call_may_name_another_model_unless_the_model_was_given(chat: ChatZSMe
         chat.invoke("hi", model="gpt")
     own = ChatZSMerge(model="smollm2", temperature=0)
     other = own._request(None, {"model": "other"})
-    assert (other.model, other.core.model) == ("other", "other")
-    assert other.core is ChatZSMerge(model="other").core
-    assert own._request(None, {}).core is own.core
+    assert (other.model, other.llm.model) == ("other", "other")
+    assert other.llm is ChatZSMerge(model="other").core
+    assert own._request(None, {}).llm is own.core
 
 
 def test_a_chain_of_prompt_model_and_parser_streams(chat: ChatZSMerge, llm: Any) -> None:
