@@ -286,7 +286,7 @@ def _set_window(config: Any, header: Header) -> None:
 
 
 def _set_query_scale(config: Any, header: Header) -> None:
-    """Set Gemma 3's query scale: the head size, or hidden size / heads in the 27B model (62 layers). No field has it."""
+    """Set Gemma 3's query scale, which no field has: the head size, or hidden size / heads in the 27B model."""
     if header.architecture == "gemma3":
         mean_head_dim = config.hidden_size // config.num_attention_heads
         config.query_pre_attn_scalar = mean_head_dim if config.num_hidden_layers == 62 else config.head_dim
