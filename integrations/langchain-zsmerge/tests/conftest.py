@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from langchain_zsmerge import ChatZSMerge
 
 from zsmerge_llm.testing import FakeLLM
 
@@ -13,6 +14,11 @@ from zsmerge_llm.testing import FakeLLM
 @pytest.fixture
 def llm() -> FakeLLM:
     return FakeLLM("The sky is blue.")
+
+
+@pytest.fixture
+def chat(llm: FakeLLM) -> ChatZSMerge:
+    return ChatZSMerge(llm=llm)
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("make", [ChatZSMerge, ZSMergeLLM])
-def test_callbacks_hear_the_start_each_token_and_the_end(make: Any, llm: Any) -> None:
+def test_callbacks_get_the_start_each_token_and_the_end(make: Any, llm: Any) -> None:
     listener = Listener()
     make(llm=llm).invoke("hi", {"callbacks": [listener]})
     assert listener.heard == WHOLE
@@ -85,7 +85,7 @@ def test_callbacks_hear_the_start_each_token_and_the_end(make: Any, llm: Any) ->
 
 
 @pytest.mark.parametrize("make", [ChatZSMerge, ZSMergeLLM])
-async def test_asynchronous_callbacks_hear_the_same(make: Any, llm: Any) -> None:
+async def test_async_callbacks_get_the_same_events(make: Any, llm: Any) -> None:
     listener = AsyncListener()
     await make(llm=llm).ainvoke("hi", {"callbacks": [listener]})
     assert listener.told.heard == WHOLE
@@ -95,7 +95,7 @@ async def test_asynchronous_callbacks_hear_the_same(make: Any, llm: Any) -> None
 
 
 @pytest.mark.parametrize("make", [ChatZSMerge, ZSMergeLLM])
-async def test_callbacks_hear_of_errors(make: Any) -> None:
+async def test_callbacks_get_errors(make: Any) -> None:
     model, listener = make(llm=Broken()), Listener()
     run: Any = {"callbacks": [listener]}
     for _ in range(2):
@@ -116,7 +116,7 @@ def global_cache() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("make", [ChatZSMerge, ZSMergeLLM])
-async def test_the_global_cache_serves_what_was_asked_before(make: Any, llm: Any, global_cache: None) -> None:
+async def test_the_global_answer_cache_serves_repeated_prompts(make: Any, llm: Any, global_cache: None) -> None:
     model = make(llm=llm)
     first = model.invoke("hi")
     again, later = model.invoke("hi"), await model.ainvoke("hi")
@@ -128,7 +128,7 @@ async def test_the_global_cache_serves_what_was_asked_before(make: Any, llm: Any
     assert len(llm.requests) == 3
 
 
-def test_the_cache_does_not_keep_answers_of_another_form(llm: Any, global_cache: None) -> None:
+def test_the_answer_cache_distinguishes_response_formats(llm: Any, global_cache: None) -> None:
     chat = ChatZSMerge(llm=llm)
     for options in ({}, {"response_format": {"type": "json_object"}}, {"tools": [{"name": "f", "description": "F."}]}):
         chat.invoke("hi", **options)
@@ -136,7 +136,7 @@ def test_the_cache_does_not_keep_answers_of_another_form(llm: Any, global_cache:
     assert len(llm.requests) == 3
 
 
-async def test_a_chain_with_a_history_remembers_and_keeps_people_apart(llm: Any) -> None:
+async def test_a_chain_with_a_message_history_keeps_sessions_apart(llm: Any) -> None:
     kept: dict[str, InMemoryChatMessageHistory] = {}
     prompt = ChatPromptTemplate([("system", "Be brief."), MessagesPlaceholder("history"), ("user", "{question}")])
     talk = RunnableWithMessageHistory(

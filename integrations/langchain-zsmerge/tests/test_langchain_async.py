@@ -31,7 +31,7 @@ async def test_answers_and_streams_are_those_of_the_sync_calls(llm: Any) -> None
     assert [piece async for piece in text.astream("hi") if piece] == ["The ", "sky ", "is ", "blue."]
 
 
-async def test_the_loop_runs_on_while_many_calls_decode(slow_llm: Any, call_threads: Threads) -> None:
+async def test_the_event_loop_is_free_while_many_calls_decode(slow_llm: Any, call_threads: Threads) -> None:
     chat = ChatZSMerge(llm=slow_llm, max_tokens=10)
     async with event_loop_gaps() as gaps:
         await asyncio.gather(*(chat.ainvoke("hi") for _ in range(20)))

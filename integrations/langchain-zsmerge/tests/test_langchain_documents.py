@@ -50,7 +50,7 @@ def test_many_threads_read_once(slow_llm: Any) -> None:
     assert slow_llm.documents_read == 1
 
 
-def test_it_is_a_step_of_a_chain(llm: Any) -> None:
+def test_documents_are_a_step_of_a_chain(llm: Any) -> None:
     chain = ChatPromptTemplate.from_template("In one word: {q}") | report(llm) | StrOutputParser()
     assert chain.invoke({"q": "which?"}) == "The sky is blue."
     assert [piece for piece in chain.stream({"q": "which?"}) if piece] == ["The ", "sky ", "is ", "blue."]
@@ -69,14 +69,14 @@ def test_documents_are_texts_paths_and_documents_under_their_titles(llm: Any, tm
     assert list(llm.documents.values())[-1] == "Grass is green."
 
 
-def test_what_cannot_be_read_is_refused(llm: Any, tmp_path: Path) -> None:
+def test_unreadable_files_and_empty_lists_are_refused(llm: Any, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="at least one"):
         ZSMergeDocuments(model=ChatZSMerge(llm=llm), documents=[])
     with pytest.raises(InputError, match="cannot be read as text"):
         report(llm, tmp_path / "none.txt").invoke("Which?")
 
 
-def test_facts_come_in_the_form_of_a_schema(llm: Any) -> None:
+def test_structured_output_follows_a_schema(llm: Any) -> None:
     llm.answers = ['{"name": "blue"}']
     asked = report(llm)
     assert asked.with_structured_output(Colour).invoke("Which?") == Colour(name="blue")
@@ -92,7 +92,7 @@ def test_messages_are_a_conversation_about_the_documents(llm: Any) -> None:
     assert [message["role"] for message in llm.requests[1].prompt] == ["user", "assistant", "user"]
 
 
-def test_it_survives_pickling() -> None:
+def test_documents_can_be_pickled() -> None:
     asked = ZSMergeDocuments(model=ChatZSMerge(model="smollm2"), documents=["The sky is blue."], session_id="sky")
     again = pickle.loads(pickle.dumps(asked))
     assert (again.documents, again.session_id, again.model.core) == (asked.documents, "sky", asked.model.core)

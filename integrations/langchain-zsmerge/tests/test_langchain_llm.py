@@ -50,7 +50,7 @@ def test_a_result_carries_usage_for_each_prompt_and_in_total(model: ZSMergeLLM) 
     }
 
 
-def test_a_stream_yields_each_piece_and_tells_the_callbacks(model: ZSMergeLLM, llm: Any) -> None:
+def test_a_stream_yields_each_chunk_and_calls_the_callbacks(model: ZSMergeLLM, llm: Any) -> None:
     tokens: list[str] = []
 
     class Listener(BaseCallbackHandler):
@@ -67,7 +67,7 @@ def test_breaking_out_of_a_stream_stops_decoding(slow_llm: Any) -> None:
     assert slow_llm.decoded_words == 1
 
 
-def test_sessions_belong_to_chats(model: ZSMergeLLM) -> None:
+def test_a_completion_takes_no_session(model: ZSMergeLLM) -> None:
     with pytest.raises(ConfigError, match="no option session_id"):
         model.invoke("a", session_id="x")
 

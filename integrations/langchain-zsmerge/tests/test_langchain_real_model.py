@@ -73,7 +73,7 @@ def test_an_image_is_refused(chat: ChatZSMerge) -> None:
         chat.invoke([HumanMessage([{"type": "text", "text": "What is this?"}, image])])
 
 
-async def test_the_loop_is_free_while_the_model_decodes(chat: ChatZSMerge) -> None:
+async def test_the_event_loop_is_free_while_the_model_decodes(chat: ChatZSMerge) -> None:
     await chat.ainvoke("Hello")  # loaded
     whole: AIMessageChunk | None = None
     async with event_loop_gaps() as gaps:

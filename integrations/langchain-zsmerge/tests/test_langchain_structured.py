@@ -71,7 +71,7 @@ def test_json_mode_asks_for_json_alone(llm: Any) -> None:
     assert llm.requests[0].response_format == {"type": "json_object"}
 
 
-def test_what_does_not_fit_raises_or_is_handed_out(llm: Any) -> None:
+def test_output_that_breaks_the_schema_raises_or_is_a_parsing_error(llm: Any) -> None:
     llm.answers = ['{"nam']
     chat = ChatZSMerge(llm=llm)
     with pytest.raises(OutputParserException):

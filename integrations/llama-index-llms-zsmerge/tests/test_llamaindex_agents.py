@@ -113,7 +113,7 @@ async def test_two_calls_at_once_get_their_own_results():
     assert engine.requests[0].parallel_tool_calls
 
 
-async def test_the_first_call_of_an_agent_may_be_demanded():
+async def test_the_first_call_of_an_agent_may_be_required():
     engine = FakeLLM(scripted_answer("", ADD), "The sum is 3.")
     agent = FunctionAgent(tools=TOOLS, llm=ZSMergeLLM(llm=engine), initial_tool_choice="add")
     await agent.run("1 + 2?")
@@ -128,7 +128,7 @@ async def test_an_agent_answers_with_an_object():
     assert engine.requests[2].response_format["json_schema"]["name"] == "Sum"
 
 
-async def test_agents_hand_over_to_each_other():
+async def test_agents_hand_off_to_each_other():
     handoff = {"name": "handoff", "arguments": {"to_agent": "adder", "reason": "It adds."}}
     engine = FakeLLM(scripted_answer("", handoff), scripted_answer("", ADD), "The sum is 3.")
     llm = ZSMergeLLM(llm=engine)

@@ -26,7 +26,7 @@ def slow():
     return FakeLLM(LONG, delay=0.005)
 
 
-async def test_twenty_calls_leave_the_loop_free(tiny):
+async def test_twenty_calls_leave_the_event_loop_free(tiny):
     llm = ZSMergeLLM(llm=tiny, max_tokens=8).warm_up()
     longest = [await longest_gap(llm) for _ in range(3)]
     assert min(longest) < 0.05  # others use the machine too: one quiet attempt shows that it is not us
@@ -42,7 +42,7 @@ async def longest_gap(llm: ZSMergeLLM) -> float:
 
 
 @pytest.mark.parametrize("method", ["astream_chat", "astream_complete"])
-async def test_leaving_a_stream_stops_the_decoding(method, wait):
+async def test_closing_an_async_stream_stops_decoding(method, wait):
     engine = slow()
     llm = ZSMergeLLM(llm=engine)
     stream = await getattr(llm, method)(QUESTION if method == "astream_chat" else "Count!")
@@ -55,7 +55,7 @@ async def test_leaving_a_stream_stops_the_decoding(method, wait):
 
 
 @pytest.mark.parametrize("method", ["stream_chat", "stream_complete"])
-def test_leaving_a_sync_stream_stops_the_decoding(method):
+def test_closing_a_sync_stream_stops_decoding(method):
     engine = FakeLLM(LONG)
     stream = getattr(ZSMergeLLM(llm=engine), method)(QUESTION if method == "stream_chat" else "Count!")
     next(stream)
@@ -109,7 +109,7 @@ async def test_a_timeout_stops_the_decoding(wait):
     assert engine.decoded_words < 100
 
 
-async def test_a_cancelled_call_leaves_the_next_one_alone():
+async def test_a_cancelled_call_does_not_affect_the_next_one():
     engine = FakeLLM(LONG, "Short answer.", delay=0.001)
     llm = ZSMergeLLM(llm=engine)
     async for _ in await llm.astream_chat(QUESTION):
@@ -117,7 +117,7 @@ async def test_a_cancelled_call_leaves_the_next_one_alone():
     assert (await llm.achat(QUESTION)).message.content == "Short answer."
 
 
-def test_a_loop_that_ends_stops_the_decoding(wait):
+def test_an_event_loop_that_ends_stops_decoding(wait):
     engine = slow()
 
     async def abandon() -> None:
@@ -129,7 +129,7 @@ def test_a_loop_that_ends_stops_the_decoding(wait):
     assert engine.decoded_words < 100
 
 
-async def test_a_stream_nobody_reads_does_not_start():
+async def test_a_stream_that_is_not_iterated_does_not_start():
     engine = FakeLLM()
     stream = await ZSMergeLLM(llm=engine).astream_chat(QUESTION)
     await asyncio.sleep(0.01)
@@ -137,7 +137,7 @@ async def test_a_stream_nobody_reads_does_not_start():
     await stream.aclose()
 
 
-async def test_streams_may_run_side_by_side():
+async def test_streams_may_run_concurrently():
     llm = ZSMergeLLM(llm=FakeLLM())
 
     async def read() -> str:

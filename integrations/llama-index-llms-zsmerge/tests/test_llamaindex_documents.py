@@ -63,7 +63,7 @@ def retriever(*texts: str) -> Any:
 # -- the query engine ------------------------------------------------------------------------------------------------
 
 
-async def test_a_document_is_read_once_and_asked_many_times(tiny: LLM) -> None:
+async def test_a_document_is_read_once_for_many_questions(tiny: LLM) -> None:
     llm = ZSMergeLLM(llm=tiny, max_tokens=6)
     engine = ZSMergeDocumentQueryEngine(DOCUMENTS, llm)
     size = len(llm.tokenize(TEXT))
@@ -75,7 +75,7 @@ async def test_a_document_is_read_once_and_asked_many_times(tiny: LLM) -> None:
     assert str(again) == str(answers[0])
 
 
-def test_no_question_sees_another(tiny: LLM) -> None:
+def test_questions_do_not_see_each_other(tiny: LLM) -> None:
     engine = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=tiny, max_tokens=6))
     alone = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=tiny, max_tokens=6))
     engine.query("Who is the keeper?")
@@ -84,7 +84,7 @@ def test_no_question_sees_another(tiny: LLM) -> None:
     assert str(second) == str(alone.query("Which ships?"))
 
 
-async def test_questions_at_once_share_one_reading() -> None:
+async def test_concurrent_questions_read_the_document_once() -> None:
     stand_in = FakeLLM(delay=0.005)
     engine = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=stand_in))
     answers = await asyncio.gather(*(engine.aquery(f"Question {number}?") for number in range(8)))
@@ -96,7 +96,7 @@ async def test_questions_at_once_share_one_reading() -> None:
     assert "title: Note" in stand_in.documents[name]
 
 
-def test_an_answer_has_its_sources_and_its_cost() -> None:
+def test_an_answer_has_its_sources_and_its_usage() -> None:
     answer = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM())).query("Who?")
     assert [source.node.node_id for source in answer.source_nodes] == [each.node_id for each in DOCUMENTS]
     assert answer.metadata[DOCUMENTS[1].node_id] == {"title": "Note"}
@@ -104,7 +104,7 @@ def test_an_answer_has_its_sources_and_its_cost() -> None:
     assert "Agnes" in answer.get_formatted_sources()
 
 
-async def test_a_streamed_answer_knows_its_cost_at_the_end() -> None:
+async def test_a_streamed_answer_has_its_usage_at_the_end() -> None:
     engine = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM()), streaming=True)
     answer = engine.query("Who?")
     assert "usage" not in answer.metadata or answer.metadata["usage"] is None
@@ -115,7 +115,7 @@ async def test_a_streamed_answer_knows_its_cost_at_the_end() -> None:
     assert streamed.metadata["usage"]["completion_tokens"] == 4
 
 
-async def test_leaving_a_streamed_answer_stops_the_decoding(wait) -> None:
+async def test_closing_a_streamed_answer_stops_decoding(wait) -> None:
     engine = FakeLLM(LONG, delay=0.002)
     queries = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=engine), streaming=True)
     pieces = queries.query("Who?").response_gen
@@ -172,7 +172,7 @@ def test_a_query_engine_is_a_tool_of_an_agent() -> None:
     assert str(tool(input="Who?")) == "The sky is blue."
 
 
-def test_a_query_tells_callbacks_and_instrumentation(events) -> None:
+def test_a_query_dispatches_callbacks_and_events(events) -> None:
     debug = LlamaDebugHandler(print_trace_on_end=False)
     llm = ZSMergeLLM(llm=FakeLLM(), callback_manager=CallbackManager([debug]))
     ZSMergeDocumentQueryEngine(DOCUMENTS, llm).query("Who?")
@@ -243,7 +243,7 @@ async def test_each_turn_about_a_document_reads_its_own_tokens_only(tiny: LLM) -
     assert [message.role for message in chat.chat_history] == ["user", "assistant"] * 4
 
 
-async def test_a_conversation_starts_anew_after_reset() -> None:
+async def test_reset_starts_a_new_conversation() -> None:
     engine = FakeLLM("One.", "Two.")
     chat = ZSMergeDocumentChatEngine.from_defaults(
         DOCUMENTS, ZSMergeLLM(llm=engine), chat_history=[ChatMessage("Hello."), ChatMessage("Hi.", role="assistant")]
@@ -259,7 +259,7 @@ async def test_a_conversation_starts_anew_after_reset() -> None:
     assert engine.documents_read == 1
 
 
-async def test_a_stream_that_is_left_stops_and_is_remembered_as_far_as_it_went(wait) -> None:
+async def test_a_closed_stream_stops_and_its_text_so_far_is_in_the_memory(wait) -> None:
     engine = FakeLLM(LONG, LONG, "Bye.", delay=0.002)
     chat = ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=engine))
     for _ in chat.stream_chat("Count!").response_gen:
@@ -275,7 +275,7 @@ async def test_a_stream_that_is_left_stops_and_is_remembered_as_far_as_it_went(w
     assert str(chat.chat("Bye!")) == "Bye."
 
 
-async def test_a_stream_that_fails_leaves_the_conversation_as_it_was(events) -> None:
+async def test_a_stream_that_fails_does_not_change_the_memory(events) -> None:
     engine = FakeLLM()
     chat = ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=engine))
     engine.error = InputError("No.")
@@ -287,14 +287,14 @@ async def test_a_stream_that_fails_leaves_the_conversation_as_it_was(events) -> 
     assert events.names.count("StreamChatErrorEvent") == 2
 
 
-def test_a_streamed_chat_tells_instrumentation(events) -> None:
+def test_a_streamed_chat_dispatches_events(events) -> None:
     chat = ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM()))
     chat.stream_chat("Who?").print_response_stream()
     names = [name for name in events.names if name.startswith("StreamChat")]
     assert names == ["StreamChatStartEvent", *["StreamChatDeltaReceivedEvent"] * 4, "StreamChatEndEvent"]
 
 
-async def test_a_stream_is_read_as_it_was_asked_for() -> None:
+async def test_a_sync_stream_cannot_be_read_as_async_or_the_reverse() -> None:
     chat = ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM()))
     with pytest.raises(ConfigError, match="response_gen"):
         _ = [piece async for piece in chat.stream_chat("Who?").async_response_gen()]
@@ -324,7 +324,7 @@ def test_appended_context_is_read_once_and_the_stock_engine_reads_everything_aga
         assert new_tokens(usage) > 0.9 * usage["prompt_tokens"]  # what is left is the beginning of the system message
 
 
-async def test_the_four_ways_of_chatting_append_the_context() -> None:
+async def test_the_four_chat_methods_append_the_context() -> None:
     engine = FakeLLM("One.", "Two.", "Three.", "Four.")
     llm = ZSMergeLLM(llm=engine)
     chat = AppendingContextChatEngine.from_defaults(retriever(*CONTEXTS), llm, system_prompt="Be brief.")
@@ -345,7 +345,7 @@ async def test_the_four_ways_of_chatting_append_the_context() -> None:
     assert engine.requests[0].prompt == prompt[:2]
 
 
-def test_a_node_that_stands_in_the_conversation_is_not_appended_again() -> None:
+def test_a_node_that_the_conversation_holds_is_not_appended_again() -> None:
     engine = FakeLLM()
     chat = AppendingContextChatEngine.from_defaults(
         retriever(CONTEXTS[0], CONTEXTS[0], "", CONTEXTS[0]), ZSMergeLLM(llm=engine)

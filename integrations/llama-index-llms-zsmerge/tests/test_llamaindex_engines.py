@@ -70,7 +70,7 @@ async def test_an_async_query_is_one_call_too():
 
 
 @pytest.mark.usefixtures("own_tokenizer")
-def test_the_models_own_tokenizer_may_count_for_llama_index():
+def test_llama_index_can_count_with_the_models_tokenizer():
     engine = FakeLLM("He kept the light.")
     index = SummaryIndex.from_documents([Document(text=DOCUMENT)])
     index.as_query_engine(llm=ZSMergeLLM(llm=engine)).query("What did he do?")

@@ -68,7 +68,7 @@ async def test_a_stream_has_deltas_and_the_text_so_far(method):
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_each_method_reports_what_it_cost(method):
+async def test_each_method_reports_its_usage(method):
     last = (await ask(ZSMergeLLM(llm=FakeLLM()), method))[-1]
     usage = last.raw["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
@@ -128,7 +128,7 @@ async def test_each_method_refuses_an_unknown_option(method):
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_each_method_raises_the_engines_own_errors(method):
+async def test_each_method_raises_the_errors_of_zsmerge_llm(method):
     engine = FakeLLM()
     engine.error = InputError("No messages. Give at least one.")
     with pytest.raises(InputError, match="at least one"):
@@ -158,7 +158,7 @@ async def test_a_formatted_prompt_is_continued_as_it_is(method):
 
 
 @pytest.mark.parametrize("method", COMPLETE)
-async def test_a_completion_to_prompt_of_the_users_formats_the_prompt(method):
+async def test_a_custom_completion_to_prompt_formats_the_prompt(method):
     engine = FakeLLM()
     llm = ZSMergeLLM(llm=engine, completion_to_prompt=lambda prompt: f"<user>{prompt}</user>")
     await ask(llm, method, prompt="Hello")
@@ -190,7 +190,7 @@ async def test_plain_text_refuses_what_needs_a_chat(option):
         ("mine", {"session": None}, None),
     ],
 )
-async def test_the_session_of_the_call_goes_before_that_of_the_object(method, own, options, expected):
+async def test_the_session_of_the_call_overrides_that_of_the_object(method, own, options, expected):
     engine = FakeLLM()
     await ask(ZSMergeLLM(llm=engine, session=own), method, **options)
     assert engine.requests[0].session == expected
@@ -256,7 +256,7 @@ def test_a_shared_llm_takes_no_settings_for_loading(settings):
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_a_form_reaches_the_engine(method):
+async def test_a_response_format_and_a_grammar_reach_the_model(method):
     engine, form, grammar = FakeLLM(), {"type": "json_object"}, Grammar.choice("a", "b")
     llm = ZSMergeLLM(llm=engine)
     await ask(llm, method, response_format=form)
@@ -265,7 +265,7 @@ async def test_a_form_reaches_the_engine(method):
 
 
 @pytest.mark.parametrize("method", CHAT)
-async def test_what_a_model_thinks_is_a_block_of_its_own(method):
+async def test_reasoning_is_a_thinking_block(method):
     engine = FakeLLM(Result("Paris.", "stop", Usage(1, 0, 1, 0, 0.0, 0.0, 0), reasoning="France, so Paris."))
     llm = ZSMergeLLM(llm=engine)
     seen = await ask(llm, method)
@@ -283,13 +283,13 @@ async def test_what_a_model_thinks_is_a_block_of_its_own(method):
     assert (said["content"], said["reasoning_content"]) == ("Paris.", "France, so Paris.")
 
 
-def test_a_probe_reaches_the_engine():
+def test_a_probe_reaches_the_model():
     engine = FakeLLM()
     ZSMergeLLM(llm=engine).chat([ChatMessage(content="Hello")], probe="names")
     assert engine.requests[0].probe == "names"
 
 
-def test_a_conversation_is_read_again_where_a_call_says_so():
+def test_reread_is_an_option_of_a_call():
     engine = FakeLLM()
     for options in ({}, {"reread": True}):
         ZSMergeLLM(llm=engine).chat([ChatMessage(content="Hello")], **options)

@@ -63,7 +63,7 @@ def offered(engine) -> list[str]:
     return [tool["function"]["name"] for tool in engine.requests[-1].tools or []]
 
 
-def test_tools_reach_the_engine_in_openais_form():
+def test_tools_reach_the_model_in_the_openai_format():
     engine = FakeLLM(scripted_answer("", ADD))
     history = [ChatMessage(role="system", content="Be brief.")]
     ZSMergeLLM(llm=engine).chat_with_tools(TOOLS, user_msg="1 + 2?", chat_history=history)
@@ -91,7 +91,7 @@ async def test_the_four_tool_methods_give_the_same_calls():
         assert response.raw["finish_reason"] == "tool_calls"
 
 
-def test_calls_without_ids_get_unique_ones_that_stay():
+def test_calls_without_ids_get_unique_stable_ids():
     llm = ZSMergeLLM(llm=FakeLLM(scripted_answer("", ADD, ADD, ids=False)))
     response = llm.chat_with_tools(TOOLS, user_msg="Go!", allow_parallel_tool_calls=True)
     first, again = (llm.get_tool_calls_from_response(response) for _ in range(2))
@@ -106,7 +106,7 @@ def test_calls_of_a_foreign_answer_get_ids_too():
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_parallel_calls_are_up_to_the_caller(allowed):
+def test_parallel_calls_are_an_option_of_the_caller(allowed):
     engine = FakeLLM()
     llm = ZSMergeLLM(llm=engine)
     llm.chat_with_tools(TOOLS, user_msg="Go!", allow_parallel_tool_calls=allowed)
@@ -152,13 +152,13 @@ def test_an_answer_without_calls_is_an_error_only_on_demand():
         ({"type": "tool", "name": "add"}, named("add")),
     ],
 )
-def test_the_tool_choice_reaches_the_engine(choice, expected):
+def test_the_tool_choice_reaches_the_model(choice, expected):
     engine = FakeLLM()
     ZSMergeLLM(llm=engine).chat_with_tools(TOOLS, user_msg="Go!", tool_choice=choice)
     assert (offered(engine), engine.requests[0].tool_choice) == (["add", "name"], expected)
 
 
-def test_a_required_tool_is_required():
+def test_tool_required_requires_a_call():
     engine = FakeLLM()
     llm = ZSMergeLLM(llm=engine)
     llm.chat_with_tools(TOOLS, user_msg="Go!", tool_required=True)
@@ -195,7 +195,7 @@ async def test_predict_and_call_lets_the_model_answer_where_that_is_no_error():
     assert {call.tool_choice for call in engine.requests} == {None}
 
 
-async def test_predict_and_call_works_by_text_where_tools_are_switched_off():
+async def test_predict_and_call_uses_a_react_prompt_without_function_calling():
     llm = ZSMergeLLM(llm=FakeLLM(REACT_CALL), is_function_calling_model=False)
     assert (await llm.apredict_and_call(TOOLS, user_msg="1 + 2?")).response == "3"
     assert (await asyncio.to_thread(llm.predict_and_call, TOOLS, user_msg="1 + 2?")).response == "3"
@@ -245,7 +245,7 @@ async def test_an_answer_that_is_no_object_is_an_error(method):
 
 
 @pytest.mark.parametrize("method", PREDICT)
-async def test_structured_prediction_tells_instrumentation(method):
+async def test_structured_prediction_dispatches_events(method):
     seen: list[str] = []
 
     class Handler(BaseEventHandler):
@@ -264,7 +264,7 @@ async def test_structured_prediction_tells_instrumentation(method):
 
 
 @pytest.mark.parametrize("method", PREDICT)
-async def test_a_base_model_is_told_the_schema_in_its_prompt(method):
+async def test_the_prompt_of_a_base_model_describes_the_schema(method):
     engine = FakeLLM(PARIS)
     llm = ZSMergeLLM(llm=engine, is_chat_model=False)
     seen = await every(getattr(llm, method)(City, PROMPT, what="Paris"))
