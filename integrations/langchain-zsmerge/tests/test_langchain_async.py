@@ -1,4 +1,4 @@
-"""Async: the event loop stays free, and leaving early stops decoding and its thread."""
+"""Async calls: the event loop stays free, and a closed stream stops decoding and its thread."""
 
 from __future__ import annotations
 

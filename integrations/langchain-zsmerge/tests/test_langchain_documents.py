@@ -1,4 +1,4 @@
-"""`ZSMergeDocuments`: read once, asked in every way."""
+"""`ZSMergeDocuments`: documents are read once, and questions can be asked with every method."""
 
 from __future__ import annotations
 

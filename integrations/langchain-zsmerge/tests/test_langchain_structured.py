@@ -1,4 +1,4 @@
-"""`with_structured_output` in all its methods, on a model that writes what it is told to."""
+"""`with_structured_output` in all its methods, on a fake model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agents: on a stand-in that says what a model should, on a tiny random model whose calls are forced, on a real one."""
+"""Agents on a fake model, on a tiny random model whose calls are forced, and on a real one."""
 
 from __future__ import annotations
 

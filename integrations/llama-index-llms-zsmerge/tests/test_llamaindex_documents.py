@@ -1,4 +1,4 @@
-"""Whole documents: read once, asked many times; conversations that only grow."""
+"""Whole documents, read once for many questions, and conversations that are only appended to."""
 
 from __future__ import annotations
 

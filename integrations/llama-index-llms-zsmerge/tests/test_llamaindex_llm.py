@@ -1,4 +1,4 @@
-"""The eight methods, whole and streamed, sync and async, on a stand-in engine."""
+"""The eight chat and completion methods, whole and streamed, sync and async, on a fake model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LangChain puts around a model: callbacks, caches, histories, configurable fields."""
+"""LangChain features around a model: callbacks, caches, histories, configurable fields."""
 
 from __future__ import annotations
 
