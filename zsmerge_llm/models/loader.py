@@ -110,11 +110,10 @@ def load(
     bits = packed_bits(quantization, target, device_map)
     # in its own dtype a file is mapped into memory, not copied, until each matrix is packed
     options: dict[str, Any] = {"dtype": weight_dtype if bits is None else "auto", "attn_implementation": "eager"}
-    uses_bitsandbytes = quantization is not None and bits is None
     if quantization is not None and bits is None:
         options["quantization_config"] = quantization_config(quantization, weight_dtype, target)
         log_int8_cast_once()
-    if (placed := placement(target, device_map, uses_bitsandbytes)) is not None:
+    if (placed := placement(target, device_map, "quantization_config" in options)) is not None:
         options["device_map"] = placed
     source = _resolve(model, hub.cache_folder(cache_dir), report_status)
     with quiet_transformers():
