@@ -256,7 +256,7 @@ def test_quantization_without_bitsandbytes_names_the_package(folder: Path, monke
 
 
 def test_importing_the_loader_loads_nothing_heavy() -> None:
-    heavy = {"torch", "transformers", "gguf", "huggingface_hub"}
+    heavy = "{'torch', 'transformers', 'gguf', 'huggingface_hub'}"
     code = f"import sys, zsmerge_llm.models.loader; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
