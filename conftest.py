@@ -1,4 +1,4 @@
-"""Shared fixtures. Real models come through the product's own loader and are converted once per machine."""
+"""Shared fixtures. Real models are loaded by zsmerge_llm itself and converted once per machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from platformdirs import user_cache_dir
 
 from zsmerge_llm import LLM
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is loaded: threads of two workers would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: threads of two workers would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -42,8 +42,8 @@ class GGUFFiles(dict[str, Path]):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is found out about the tests' models is not kept on this machine."""
+def _temporary_layer_budgets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Store measured layer budgets in a temporary folder, not in the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zsmerge_llm.engine.layer_budgets.cache_folder", lambda: folder)
@@ -66,6 +66,6 @@ def gguf() -> GGUFFiles:
 def qwen_coder(gguf: GGUFFiles) -> LLM:
     """Qwen2.5-Coder-0.5B-Instruct, with the default cache: the file ZSMERGE_TEST_QWEN, or one of the GGUF files.
 
-    Never compiled: what it says would hang on rounding, and so on how many tokens other tests have decoded before.
+    Never compiled: its text would depend on rounding, and so on how many tokens other tests have decoded before.
     """
     return LLM(os.environ.get("ZSMERGE_TEST_QWEN") or gguf["qwen2.5-coder-0.5b-instruct"], compile=False)

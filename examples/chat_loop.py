@@ -1,10 +1,10 @@
-"""A chat loop on the plain `LLM`: a conversation of any length in a cache of constant size.
+"""A chat loop with `LLM`: a conversation of any length on a KV cache of constant size.
 
     python chat_loop.py
     python chat_loop.py --model Qwen/Qwen2.5-0.5B-Instruct --file report.txt
 
-With --file the conversation is about that text. The whole conversation is passed in at every turn; what was read before
-is recognised and not read again. Without a terminal a few turns are played.
+With --file the conversation is about that text. Every turn passes the whole conversation; `LLM` recognises it and reads
+only the new message. Without a terminal a script of a few turns runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCRIPT = ["I have a dog. His name is Rex.", "Tell me one thing that dogs like.",
 
 
 def turns() -> Iterator[str]:
-    """What the user says: typed, or the script where nobody can type."""
+    """Yield the user's messages: typed, or from the script without a terminal."""
     if not sys.stdin.isatty():
         for line in SCRIPT:
             print(f"> {line}")
@@ -34,7 +34,7 @@ def turns() -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Chat with a local model.")
     parser.add_argument("--model", default="smollm2", help="built-in name, Hub id, model folder or .gguf file")
-    parser.add_argument("--file", type=Path, help="a text file to talk about")
+    parser.add_argument("--file", type=Path, help="a text file to ask about")
     arguments = parser.parse_args()
 
     llm = LLM(arguments.model)

@@ -1,11 +1,11 @@
-"""LangChain: an agent with three tools, over several turns, that reads every token once.
+"""LangChain: an agent with three tools that reads every token of a conversation once.
 
     pip install langchain
     python langchain_agent.py
     python langchain_agent.py --model path/to/qwen2.5-coder-0.5b-instruct.gguf
 
-The agent's thread names the session. The model decides which tool to call; a grammar sees to it that every call is one
-that the tool takes. Behind each answer stands what the turn cost: the tokens of the conversation, and those read anew.
+The agent's thread names the session. The model decides which tool to call; a grammar makes every call fit the tool's
+schema. Each answer is followed by its usage: the tokens of the conversation, and the new ones that were read.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def main() -> None:
     model = ChatZSMerge(model=arguments.model, max_tokens=100)
     agent = create_agent(model, [get_weather, get_population, multiply], checkpointer=InMemorySaver())
     thread = {"configurable": {"thread_id": "ann"}}
-    said = 0
+    num_messages = 0
     for turn in arguments.turns:
         print(f"> {turn}")
         messages = agent.invoke({"messages": [("user", turn)]}, thread)["messages"]
-        for message in messages[said + 1 :]:
+        for message in messages[num_messages + 1 :]:
             if isinstance(message, ToolMessage):
                 print(f"  {message.name}: {message.text}")
             elif isinstance(message, AIMessage):
                 show(message)
-        said = len(messages)
+        num_messages = len(messages)
 
 
 def show(message: AIMessage) -> None:
-    """What the model said or called, and what that cost."""
+    """Print the text or the calls of an answer, and its usage."""
     for call in message.tool_calls:
         print(f"  {call['name']}({', '.join(f'{name}={value!r}' for name, value in call['args'].items())})")
     if message.text:

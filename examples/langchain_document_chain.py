@@ -3,8 +3,8 @@
     python langchain_document_chain.py
     python langchain_document_chain.py --model Qwen/Qwen2.5-0.5B-Instruct --file report.txt "What was decided?"
 
-The document is longer than the cache. It is read in memory that does not grow, with the question in mind: the prompt
-ends with the question, and what it ends with decides what the cache keeps.
+The document is longer than the cache. The prompt ends with the question: while the document is read, the cache keeps
+the tokens that the question attends to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUESTIONS = ["Who is the captain of the Marigold?", "Who is the keeper of the li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Ask a document with LangChain.")
+    parser = argparse.ArgumentParser(description="Ask questions about a document with LangChain.")
     parser.add_argument("questions", nargs="*", default=QUESTIONS)
     parser.add_argument("--model", default="smollm2", help="built-in name, Hub id, model folder or .gguf file")
     parser.add_argument("--file", type=Path, default=files("zsmerge_llm") / "data" / "marigold.txt", help="a text file")

@@ -1,9 +1,9 @@
-"""LangChain: read a document once and ask it many questions.
+"""LangChain: read a document once and ask many questions about it.
 
     python langchain_documents.py
     python langchain_documents.py --model Qwen/Qwen2.5-0.5B-Instruct --file report.txt "Who signed it?" "When?"
 
-Each question is asked on a copy of what was read: only the question itself is read anew.
+Each question is answered on a copy of the document's cache, and reads only its own tokens.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ QUESTIONS = ["Who is the captain of the Marigold?", "Who is the keeper of the li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Ask a document that is read once.")
+    parser = argparse.ArgumentParser(description="Ask questions about a document that is read once.")
     parser.add_argument("questions", nargs="*", default=QUESTIONS)
     parser.add_argument("--model", default="smollm2", help="built-in name, Hub id, model folder or .gguf file")
     parser.add_argument("--file", type=Path, help="a text file")
     arguments = parser.parse_args()
 
-    with as_file(files("zsmerge_llm") / "data" / "marigold.txt") as own:
-        log = ZSMergeDocuments(
-            model=ChatZSMerge(model=arguments.model, max_tokens=100), documents=[arguments.file or own]
+    with as_file(files("zsmerge_llm") / "data" / "marigold.txt") as default:
+        documents = ZSMergeDocuments(
+            model=ChatZSMerge(model=arguments.model, max_tokens=100), documents=[arguments.file or default]
         )
         for question in arguments.questions:
-            answer = log.invoke(question)
+            answer = documents.invoke(question)
             usage = answer.usage_metadata
             new = usage["input_tokens"] - usage["input_token_details"]["cache_read"]
             print(f"> {question}\n{answer.text}\n[{usage['input_tokens']} tokens, {new} of them new]\n")

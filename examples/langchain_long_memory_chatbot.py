@@ -1,11 +1,11 @@
-"""LangChain: a chatbot that remembers, also after a restart, in a cache of constant size.
+"""LangChain: a chatbot whose conversation survives a restart, on a KV cache of constant size.
 
     python langchain_long_memory_chatbot.py --folder chats --name ann
-    python langchain_long_memory_chatbot.py --folder chats --name ann     # goes on where it was
+    python langchain_long_memory_chatbot.py --folder chats --name ann     # continues
 
-The words of the conversation are kept in a JSON file, as LangChain's messages; what the model has read of it is kept
-beside it (`sessions_dir`), so that a conversation of any length goes on at once. Without a terminal two parts of a
-conversation are played, the second one by a model that was started anew.
+The messages are stored in a JSON file, and the model's session beside it (`sessions_dir`), so a conversation of any
+length continues without reading it again. Without a terminal a script runs: two parts of a conversation, each with a
+new model.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ PARTS = [
 
 
 def typed() -> Iterable[str]:
-    """What the user types."""
+    """Yield what the user types."""
     print("An empty line ends the conversation.")
     while line := input("> ").strip():
         yield line
 
 
 def talk(model: str, folder: Path, name: str, lines: Iterable[str]) -> None:
-    """A part of the conversation of that name, with a model of its own."""
+    """Run one part of a conversation with a new model."""
     chat = ChatZSMerge(model=model, max_tokens=100, sessions_dir=str(folder))
     path = folder / f"{name}.json"
     messages = messages_from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A chatbot with a long memory.")
     parser.add_argument("--model", default="smollm2", help="built-in name, Hub id, model folder or .gguf file")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "zsmerge-chats")
-    parser.add_argument("--name", default="ann", help="of the conversation")
+    parser.add_argument("--name", default="ann", help="name of the conversation")
     arguments = parser.parse_args()
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +72,11 @@ def main() -> None:
     for part in PARTS:
         print("-- the model starts" + (" again" if part is not PARTS[0] else ""))
         talk(arguments.model, arguments.folder, arguments.name, played(part))
-        gc.collect()  # nothing of the first model stays
+        gc.collect()  # frees the first model
 
 
 def played(lines: list[str]) -> Iterable[str]:
-    """A script, where nobody can type."""
+    """Yield the lines of a script."""
     for line in lines:
         print(f"> {line}")
         yield line

@@ -3,8 +3,8 @@
     python llamaindex_document_query.py
     python llamaindex_document_query.py --model Qwen/Qwen2.5-0.5B-Instruct --file report.txt "What was decided?"
 
-A summary index hands over all of the document. The model announces a window large enough for it, so `compact` makes one
-prompt of everything, read once in memory that does not grow, where it would otherwise refine from call to call.
+A summary index passes the whole document. The model's `context_window` is larger than that, so `compact` makes one
+prompt of it instead of a chain of refine calls.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from llama_index.core import Document, PromptTemplate, Settings, SummaryIndex
 from llama_index.llms.zsmerge import ZSMergeLLM
 
-PROMPT = PromptTemplate("{context_str}\n\n{query_str}")  # plain words do better than long instructions on small models
+PROMPT = PromptTemplate("{context_str}\n\n{query_str}")  # small models answer short prompts better
 QUESTIONS = ["Who is the captain of the Marigold?", "Who is the keeper of the lighthouse?"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Ask a document with LlamaIndex.")
+    parser = argparse.ArgumentParser(description="Ask questions about a document with LlamaIndex.")
     parser.add_argument("questions", nargs="*", default=QUESTIONS)
     parser.add_argument("--model", default="smollm2", help="built-in name, Hub id, model folder or .gguf file")
     parser.add_argument("--file", type=Path, default=files("zsmerge_llm") / "data" / "marigold.txt", help="a text file")
@@ -29,7 +29,7 @@ def main() -> None:
 
     llm = ZSMergeLLM(model=arguments.model, max_tokens=100)
     Settings.llm = llm
-    Settings.tokenizer = llm.tokenize  # counts with the model's own tokenizer; LlamaIndex's default may be downloaded
+    Settings.tokenizer = llm.tokenize  # counts with the model's own tokenizer
 
     index = SummaryIndex.from_documents([Document(text=arguments.file.read_text(encoding="utf-8"))])
     engine = index.as_query_engine(response_mode="compact", text_qa_template=PROMPT, streaming=True)

@@ -1,10 +1,10 @@
-"""LlamaIndex: a FunctionAgent that looks things up with tools, on a model of half a billion parameters.
+"""LlamaIndex: a FunctionAgent with three tools on a model of half a billion parameters.
 
     python llamaindex_function_agent.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct
     python llamaindex_function_agent.py --model qwen2.5-coder-0.5b-instruct.gguf "How many people live in Rome?"
 
-Any model calls tools here: once it begins a call, a grammar lets it write nothing but a whole one that fits the tool.
-The conversation goes on from question to question, and the figures show that no token is read twice.
+Any chat model can call tools: a grammar makes every call fit the tool's schema. The questions are one conversation, and
+the figures show that no token is read twice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add(a: int, b: int) -> int:
 
 
 async def ask(agent: FunctionAgent, question: str, memory: ChatMemoryBuffer) -> None:
-    """Ask one question, and print what the agent does about it."""
+    """Ask one question, and print the agent's calls, its answer and their usage."""
     print(f"> {question}")
     handler = agent.run(question, memory=memory)
     async for event in handler.stream_events():

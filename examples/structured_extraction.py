@@ -1,10 +1,10 @@
-"""LlamaIndex: facts of a long document as checked objects.
+"""LlamaIndex: facts of a long document as validated objects.
 
     python structured_extraction.py
     python structured_extraction.py --model Qwen/Qwen2.5-0.5B-Instruct
 
-The document is several times as long as the cache. For each object it is read with that question in mind, and the
-answer is bound to the schema of a pydantic class: what comes back is valid, whatever the model.
+The document is several times as long as the cache. It is read once per object, together with the question. A grammar
+enforces the schema of the pydantic class, so the answer is valid with any model.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ QUESTIONS: dict[type[BaseModel], str] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Read objects out of a document.")
+    parser = argparse.ArgumentParser(description="Extract objects from a document.")
     parser.add_argument("--model", default="smollm2", help="built-in name, Hub id, model folder or .gguf file")
     arguments = parser.parse_args()
 
     llm = ZSMergeLLM(model=arguments.model, max_tokens=100)
     document = (files("zsmerge_llm") / "data" / "marigold.txt").read_text(encoding="utf-8").strip()
-    for kind, question in QUESTIONS.items():
+    for output_cls, question in QUESTIONS.items():
         print(f"> {question}")
-        print(llm.structured_predict(kind, PROMPT, document=document, question=question).model_dump_json(), "\n")
+        print(llm.structured_predict(output_cls, PROMPT, document=document, question=question).model_dump_json(), "\n")
 
 
 if __name__ == "__main__":

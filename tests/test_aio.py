@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.support.talk import ROOMY, counted, talker
-from tests.support.ticking import ticking
 from zsmerge_llm import SamplingParams, aio
+from zsmerge_llm.testing import event_loop_gaps
 
 LIMIT = 0.05
 """Seconds for which a call may block the loop at most."""
@@ -72,7 +72,7 @@ async def test_twenty_calls_of_a_model_never_block_the_loop() -> None:
 
     worst = []
     for _ in range(ATTEMPTS):
-        async with ticking() as gaps:
+        async with event_loop_gaps() as gaps:
             assert len(await asyncio.gather(*(aio.call(ask) for _ in range(20)))) == 20
         assert len(gaps) > 20
         worst.append(max(gaps))
@@ -91,7 +91,7 @@ async def test_a_thread_that_is_slow_to_start_does_not_block_the_loop(monkeypatc
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", slowly)
-    async with ticking() as gaps:
+    async with event_loop_gaps() as gaps:
         assert await asyncio.gather(*(aio.call(lambda cancel: 1) for _ in range(3))) == [1, 1, 1]
     assert max(gaps) < 4 * LIMIT
     assert len(gaps) > 20

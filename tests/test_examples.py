@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(name: str, *arguments: str) -> str:
-    """What an example prints on SmolLM2."""
+    """Return what an example prints with SmolLM2."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
@@ -25,7 +25,7 @@ def run(name: str, *arguments: str) -> str:
 
 
 def counts_in(printed: str) -> list[tuple[int, int]]:
-    """The tokens of each prompt, and how many of them were new."""
+    """Return the tokens of each prompt, and how many of them were new."""
     return [(int(total), int(new)) for total, new in re.findall(r"\[(\d+) tokens, (\d+) of them new", printed)]
 
 
@@ -39,7 +39,7 @@ def test_the_llamaindex_engine_answers_over_the_whole_document() -> None:
     assert "Agnes Hill" in printed
 
 
-def test_the_chat_loop_reads_only_what_is_new() -> None:
+def test_the_chat_loop_reads_only_new_messages() -> None:
     counts = counts_in(run("chat_loop.py"))
     assert len(counts) == 3
     assert counts[0][0] == counts[0][1]
@@ -69,14 +69,14 @@ def test_the_langchain_agent_calls_its_tools_and_reads_only_what_is_new(gguf: Ma
     assert all(new < 60 for _, new in others)
 
 
-def test_documents_are_asked_for_the_price_of_the_question() -> None:
+def test_a_question_about_documents_reads_its_own_tokens_only() -> None:
     printed = run("langchain_documents.py")
     assert "Agnes Hill" in printed
     assert len(counts_in(printed)) == 2
-    assert all(new < 30 + 256 for _, new in counts_in(printed))  # the question, and what is looked up for it
+    assert all(new < 30 + 256 for _, new in counts_in(printed))  # the question, and the text retrieved for it
 
 
-def test_a_chatbot_goes_on_where_another_process_stopped(tmp_path: Path) -> None:
+def test_a_chatbot_continues_where_another_process_stopped(tmp_path: Path) -> None:
     once = counts_in(run("langchain_long_memory_chatbot.py", "--folder", str(tmp_path)))
     again = counts_in(run("langchain_long_memory_chatbot.py", "--folder", str(tmp_path)))
     assert len(once) == len(again) == 3

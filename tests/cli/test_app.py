@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it refuses, and how it ends. A fake model answers; one run uses a real one."""
+"""The command line's output, errors and exit codes. A fake model answers; one test uses a real one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FakeCache:
         return tokens * 23_040
 
 
-class FakeNetwork:
+class FakeModel:
     device, dtype = "cpu", "torch.float32"
 
 
@@ -39,7 +39,7 @@ class FakeFusion:
 
 
 class FakeEngine:
-    model = FakeNetwork()
+    model = FakeModel()
 
     def __init__(self) -> None:
         self.backend = FakeFusion()
@@ -49,7 +49,7 @@ class FakeEngine:
 
 
 class FakeLLM:
-    """Answers at once, and remembers what it was asked."""
+    """Answers at once, and records requests."""
 
     made: list[FakeLLM]
     answer: list[str]
@@ -110,17 +110,17 @@ def document(tmp_path: Path) -> Path:
     return path
 
 
-def run(*arguments: object, said: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(cli.app, [str(each) for each in arguments], input=said)
+def run(*arguments: object, typed: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(cli.app, [str(each) for each in arguments], input=typed)
 
 
-def test_ask_streams_the_answer_and_then_says_what_it_cost(document: Path, fake: type[FakeLLM]) -> None:
+def test_ask_streams_the_answer_and_then_prints_its_usage(document: Path, fake: type[FakeLLM]) -> None:
     result = run("ask", document, "What is it?")
     assert result.exit_code == 0
     assert "It is honey [red]." in result.stdout
     assert "3,000 tokens read (2,000 of them now) | cache 26.7 MB, a full cache 69.6 MB | first token" in result.stdout
     assert "20.0 tokens/s" in result.stdout
-    assert "1,976 tokens are no longer held verbatim" in result.stdout
+    assert "Tokens evicted (mean over heads and layers): 1,976 dropped." in result.stdout
     assert fake.made[0].requests == [[{"role": "user", "content": "What is it?"}]]
 
 
@@ -131,19 +131,19 @@ def test_several_questions_are_answered_one_by_one(document: Path, fake: type[Fa
     assert fake.made[0].documents == [("Nine hundred barrels of honey.\n", None, "What is it? How much?")]
 
 
-def test_a_document_can_be_kept_for_any_question(document: Path, fake: type[FakeLLM]) -> None:
+def test_a_document_can_be_stored_for_any_question(document: Path, fake: type[FakeLLM]) -> None:
     assert run("ask", document, "What is it?", "--keep").exit_code == 0
     assert fake.made[0].documents == [("Nine hundred barrels of honey.\n", document.name, None)]
     assert fake.made[0].settings["sessions_dir"].name == "sessions"
 
 
-def test_kept_sessions_are_listed_shown_and_deleted(tmp_path: Path) -> None:
+def test_stored_sessions_are_listed_shown_and_deleted(tmp_path: Path) -> None:
     folder = tmp_path / "sessions"
     engine = Engine(tiny_model("llama"), CacheConfig(slots=80))
     cache = engine.new_cache()
     engine.read(cache, tokens(12))
-    mark = Fingerprint(weights="w", tokenizer="t", template="c", cache='{"slots": 80}')
-    session = Session("report", mark, document="Some text.")
+    fingerprint = Fingerprint(weights="w", tokenizer="t", template="c", cache='{"slots": 80}')
+    session = Session("report", fingerprint, document="Some text.")
     session.add([Snapshot("digest", 0, tokens(12), cache, "document")])
     saved = session.save(folder / "report.zsmerge")
     (folder / "damaged.zsmerge").write_bytes(b"nothing")
@@ -163,12 +163,12 @@ def test_quiet_prints_the_answer_alone(document: Path) -> None:
     assert result.stderr == ""
 
 
-def test_the_kernels_that_read_are_loaded_before_the_answer(document: Path, fake: type[FakeLLM]) -> None:
+def test_the_prefill_kernels_are_built_before_the_answer(document: Path, fake: type[FakeLLM]) -> None:
     run("ask", document, "What is it?")
     assert not fake.made[0].engine.backend.pending_build
 
 
-def test_nothing_but_plain_text_goes_to_a_pipe(document: Path, fake: type[FakeLLM]) -> None:
+def test_a_pipe_gets_plain_text_only(document: Path, fake: type[FakeLLM]) -> None:
     fake.answer = ["\x1b[31mred", " is plain"]
     result = run("ask", document, "warn me")
     assert "\x1b" not in result.output
@@ -213,7 +213,7 @@ def test_presets_are_those_of_the_config(
         (["--model", "nowhere"], "check the spelling"),
     ],
 )
-def test_what_cannot_work_is_one_line_and_exit_code_2(options: list[str], remedy: str, document: Path) -> None:
+def test_an_error_is_one_line_and_exit_code_2(options: list[str], remedy: str, document: Path) -> None:
     result = run("ask", document, "What?", *options)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -256,11 +256,11 @@ def test_an_empty_question_is_refused(document: Path) -> None:
 
 
 def test_a_document_may_come_through_standard_input(fake: type[FakeLLM]) -> None:
-    assert run("ask", "-", "What?", said="Some text.").exit_code == 0
+    assert run("ask", "-", "What?", typed="Some text.").exit_code == 0
     assert fake.made[0].documents[0][0] == "Some text."
 
 
-def test_an_answer_cut_at_its_limit_says_so(document: Path, fake: type[FakeLLM]) -> None:
+def test_an_answer_cut_at_max_tokens_is_reported(document: Path, fake: type[FakeLLM]) -> None:
     fake.finish = "length"
     assert "cut at 512 tokens: --max-tokens" in run("ask", document, "What?").stdout
 
@@ -271,7 +271,7 @@ def test_a_warning_of_the_package_is_one_line(document: Path) -> None:
 
 
 def test_chat_carries_the_conversation_from_turn_to_turn(fake: type[FakeLLM]) -> None:
-    result = run("chat", "--system", "Be brief.", said="Hello\nAnd now?\n")
+    result = run("chat", "--system", "Be brief.", typed="Hello\nAnd now?\n")
     assert result.exit_code == 0
     assert result.stdout.count("It is honey [red].") == 2
     assert fake.made[0].requests[1] == [
@@ -282,37 +282,37 @@ def test_chat_carries_the_conversation_from_turn_to_turn(fake: type[FakeLLM]) ->
     ]
 
 
-def test_reset_forgets_and_exit_leaves(fake: type[FakeLLM]) -> None:
-    result = run("chat", said="Hello\n/reset\nAgain\n/exit\nNever\n")
+def test_reset_starts_a_new_conversation_and_exit_ends_the_chat(fake: type[FakeLLM]) -> None:
+    result = run("chat", typed="Hello\n/reset\nAgain\n/exit\nNever\n")
     assert result.exit_code == 0
     assert [len(request) for request in fake.made[0].requests] == [1, 1]
     assert "A new conversation." in result.stdout
 
 
 def test_help_and_unknown_commands_list_the_commands(fake: type[FakeLLM]) -> None:
-    result = run("chat", said="/help\n/dance\n\n")
+    result = run("chat", typed="/help\n/dance\n\n")
     assert result.stdout.count("/reset  forget") == 2
     assert "There is no command /dance." in result.stdout
     assert fake.made[0].requests == []
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(fake: type[FakeLLM]) -> None:
-    fake.answer = ["It is ", "^C", "never said"]
-    result = run("chat", said="Hello\nAnd now?\n")
+    fake.answer = ["It is ", "^C", "never printed"]
+    result = run("chat", typed="Hello\nAnd now?\n")
     assert result.exit_code == 0
-    assert "never said" not in result.stdout
+    assert "never printed" not in result.stdout
     assert result.stdout.count("Stopped.") == 2
     assert fake.made[0].requests[1][1] == {"role": "assistant", "content": "It is "}
 
 
 def test_a_message_that_is_refused_leaves_the_conversation_as_it_was(fake: type[FakeLLM]) -> None:
-    result = run("chat", said="refuse this\nHello\n")
+    result = run("chat", typed="refuse this\nHello\n")
     assert result.exit_code == 0
     assert "Error: This message cannot be used." in result.stderr
     assert fake.made[0].requests[1] == [{"role": "user", "content": "Hello"}]
 
 
-def test_demo_reads_the_shipped_text_and_ends_with_the_memory_line(fake: type[FakeLLM]) -> None:
+def test_demo_reads_the_shipped_text_and_prints_the_usage_of_each_answer(fake: type[FakeLLM]) -> None:
     result = run("demo")
     assert result.exit_code == 0
     assert "times the 1,024 slots of the cache" in result.stdout
@@ -320,7 +320,7 @@ def test_demo_reads_the_shipped_text_and_ends_with_the_memory_line(fake: type[Fa
     assert result.stdout.count("cache 26.7 MB, a full cache 69.6 MB") == len(cli.DEMO_QUESTIONS)
 
 
-def test_models_lists_the_built_in_names_and_what_else_may_be_given() -> None:
+def test_models_lists_the_built_in_names_and_the_other_forms_of_model() -> None:
     result = run("models")
     assert result.exit_code == 0
     for word in ("smollm2", "Hub id", "folder", "GGUF"):
@@ -343,4 +343,4 @@ def test_a_real_model_answers_about_the_shipped_text(monkeypatch: pytest.MonkeyP
     result = run("demo")
     assert result.exit_code == 0, result.stderr
     assert "Stone" in result.stdout
-    assert "are no longer held verbatim" in result.stdout
+    assert "Tokens evicted" in result.stdout

@@ -1,4 +1,4 @@
-"""The memory map says what the cache holds, and its page shows that and nothing that the session's text slips in."""
+"""The memory map reports what the cache holds; its page shows that, and runs nothing from the session's text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ from zsmerge_llm.cli import app as cli
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.inspection.html import render, write_html
 from zsmerge_llm.inspection.memory_map import LayerMap, MemoryMap, map_cache, memory_map
-from zsmerge_llm.inspection.spans import LEVELS, best, blocks, levels, passages, styles, words, worst
+from zsmerge_llm.inspection.spans import (
+    LEVELS,
+    decode_tokens,
+    least_held,
+    most_held,
+    shade_levels,
+    split_blocks,
+    split_passages,
+    token_styles,
+)
 from zsmerge_llm.sessions.session import Session
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'too' &amp; {{ 7 * 7 }} </div>"
@@ -65,8 +74,8 @@ class Page(HTMLParser):
         return json.loads(self.contents[at])
 
 
-def told(cache: CacheConfig = TIGHT, name: str = "smollm2", *said: str) -> tuple[LLM, Session]:
-    """A chat of some turns with a model that babbles."""
+def chat_session(cache: CacheConfig = TIGHT, name: str = "smollm2", *said: str) -> tuple[LLM, Session]:
+    """Return a chat of some turns with a random model."""
     llm = talker(name, cache=cache)
     talk = Talk(llm, "it")
     for text in said or ("Who is it?", "And the other one, who came later?", "Say their names again, please."):
@@ -74,8 +83,8 @@ def told(cache: CacheConfig = TIGHT, name: str = "smollm2", *said: str) -> tuple
     return llm, llm.session("it")
 
 
-def numbers(text: str) -> list[int]:
-    """The inverse of the page's coding."""
+def decode_varints(text: str) -> list[int]:
+    """Invert the page's base64 coding of integers."""
     found, value, shift = [], 0, 0
     for byte in base64.b64decode(text):
         value |= (byte & 127) << shift
@@ -86,13 +95,13 @@ def numbers(text: str) -> list[int]:
     return found
 
 
-def unrolled(text: str) -> list[int]:
-    runs = numbers(text)
+def expand_runs(text: str) -> list[int]:
+    runs = decode_varints(text)
     return [value for count, value in zip(runs[::2], runs[1::2], strict=True) for _ in range(count)]
 
 
-def made(held: list[list[int]], heads: int = 2) -> MemoryMap:
-    """A map of layers that hold tokens as often as said."""
+def map_of(held: list[list[int]], heads: int = 2) -> MemoryMap:
+    """Return the map of layers whose heads hold each token as often as `held` says."""
     seen = len(held[0])
     layers = tuple(
         LayerMap(at, heads, None, 8, torch.tensor(row), (), seen - sum(row) / heads) for at, row in enumerate(held)
@@ -110,18 +119,18 @@ def made(held: list[list[int]], heads: int = 2) -> MemoryMap:
     ids=["window", "paper", "streaming", "h2o", "residual"],
 )
 def test_every_token_is_held_merged_or_dropped(cache: CacheConfig) -> None:
-    _, session = told(cache)
+    _, session = chat_session(cache)
     found = memory_map(session)
     assert found.seen == session.cache.seen > cache.slots
     for layer in found.layers:
-        assert layer.verbatim + layer.merged_tokens + layer.dropped == pytest.approx(found.seen)
-    assert found.verbatim + found.merged + found.dropped == pytest.approx(found.seen)
-    assert round(found.seen - found.verbatim) == session.cache.dropped_tokens + session.cache.merged_tokens
-    assert (found.merged > 0) == (cache.residual > 0)
+        assert layer.verbatim_tokens + layer.merged_tokens + layer.dropped_tokens == pytest.approx(found.seen)
+    assert found.verbatim_tokens + found.merged_tokens + found.dropped_tokens == pytest.approx(found.seen)
+    assert round(found.seen - found.verbatim_tokens) == session.cache.dropped_tokens + session.cache.merged_tokens
+    assert (found.merged_tokens > 0) == (cache.residual > 0)
 
 
 def test_a_token_counts_once_for_each_head_that_holds_it() -> None:
-    _, session = told()
+    _, session = chat_session()
     found, cache = memory_map(session), session.cache
     for at in range(0, found.seen, 7):
         holders = sum(
@@ -129,56 +138,56 @@ def test_a_token_counts_once_for_each_head_that_holds_it() -> None:
             for layer in cache.layers
             for head in range(layer.spec.kv_heads)
         )
-        assert found.held[at] == holders
-        assert found.share[at] == pytest.approx(holders / found.pairs)
+        assert found.verbatim_heads[at] == holders
+        assert found.verbatim_share[at] == pytest.approx(holders / found.num_heads)
 
 
-def test_the_first_and_the_newest_tokens_are_held_by_all() -> None:
-    _, session = told()
+def test_sinks_and_newest_tokens_are_held_by_every_head() -> None:
+    _, session = chat_session()
     found = memory_map(session)
-    assert (found.share[: TIGHT.sink] == 1).all()
-    assert (found.share[-TIGHT.recent :] == 1).all()
-    assert not found.whole
-    assert found.nowhere > 0
+    assert (found.verbatim_share[: TIGHT.sink] == 1).all()
+    assert (found.verbatim_share[-TIGHT.recent :] == 1).all()
+    assert not found.is_complete
+    assert found.num_unheld > 0
 
 
 @pytest.mark.parametrize("cache", [ROOMY, CacheConfig.full()], ids=["below the budget", "full"])
-def test_nothing_is_lost_below_the_budget_or_without_one(cache: CacheConfig) -> None:
-    llm, session = told(cache)
+def test_nothing_is_dropped_below_the_budget_or_without_one(cache: CacheConfig) -> None:
+    llm, session = chat_session(cache)
     found = memory_map(session)
-    assert found.whole
-    assert (found.nowhere, found.merged, found.dropped) == (0, 0, 0)
+    assert found.is_complete
+    assert (found.num_unheld, found.merged_tokens, found.dropped_tokens) == (0, 0, 0)
     html = render(found, llm.tokenizer)
-    assert "Nothing was lost" in html
-    assert "Most completely lost" not in html
+    assert "Nothing was dropped or merged" in html
+    assert "Held by the fewest heads" not in html
 
 
-def test_layers_with_a_window_are_shown_and_not_judged() -> None:
+def test_sliding_window_layers_are_shown_and_do_not_count_in_the_figures() -> None:
     engine = Engine(tiny_model("gemma3"), CacheConfig(slots=32, recent=8, stage=8))
     cache = engine.new_cache()
     engine.read(cache, tokens(200))
     found = map_cache(cache, tokens(200))
-    assert [layer.window for layer in found.layers] == [WINDOW, None, WINDOW]
-    assert [layer.index for layer in found.judged] == [1]
+    assert [layer.sliding_window for layer in found.layers] == [WINDOW, None, WINDOW]
+    assert [layer.index for layer in found.measured_layers] == [1]
     for layer in (found.layers[0], found.layers[2]):
-        assert (layer.held[-WINDOW:] == layer.heads).all()
-        assert not layer.held[: -WINDOW - cache.layers[0].config.stage - 1].any()
+        assert (layer.verbatim_heads[-WINDOW:] == layer.num_heads).all()
+        assert not layer.verbatim_heads[: -WINDOW - cache.layers[0].config.stage - 1].any()
     html = render(found, talker("smollm2").tokenizer)
     assert "layer 0 (window)" in html
     assert "do not count in the figures above" in html
 
 
-def test_a_model_of_nothing_but_windows_is_judged_by_them() -> None:
+def test_the_figures_of_a_model_with_sliding_windows_alone_count_all_layers() -> None:
     engine = Engine(tiny_model("mistral-sliding"), CacheConfig(slots=100))
     cache = engine.new_cache()
     engine.read(cache, tokens(60))
     found = map_cache(cache, tokens(60))
-    assert found.judged == found.layers
-    assert "All layers of this model look at their newest tokens only" in render(found, talker("smollm2").tokenizer)
+    assert found.measured_layers == found.layers
+    assert "All layers of this model have sliding-window attention" in render(found, talker("smollm2").tokenizer)
 
 
-def test_looking_changes_nothing() -> None:
-    _, session = told(CacheConfig.paper(64))
+def test_a_memory_map_does_not_change_the_cache() -> None:
+    _, session = chat_session(CacheConfig.paper(64))
     before = {name: tensor.clone() for name, tensor in session.cache.state()[0].items()}
     memory_map(session)
     assert all(torch.equal(before[name], tensor) for name, tensor in session.cache.state()[0].items())
@@ -197,27 +206,27 @@ def test_an_empty_cache_and_missing_ids_are_refused() -> None:
 # -- the text --------------------------------------------------------------------------------------------------------
 
 
-def test_the_pieces_are_the_whole_text_also_where_characters_take_several_tokens() -> None:
+def test_token_texts_add_up_to_the_text_even_where_a_character_takes_several_tokens() -> None:
     text = "Zürich 🙂🚀 中文字符\n\n  indented\tand tabbed <|im_end|>\nend 🗼"
     tokenizer = template("smollm2").tokenizer
-    pieces = words(tokenizer, template("smollm2").encode(text)).pieces
+    pieces = decode_tokens(tokenizer, template("smollm2").encode(text)).texts
     assert "".join(pieces) == text
     assert "" in pieces  # a character's first bytes alone
 
 
-def test_characters_that_a_page_cannot_hold_or_that_turn_its_order_are_shown_by_signs() -> None:
+def test_control_characters_and_direction_marks_are_shown_as_signs() -> None:
     ids = template("smollm2").encode("a\r\nb\0c\u202ed\x1b")
-    assert "".join(words(template("smollm2").tokenizer, ids).pieces) == "a␍\nb␀c\ufffdd␛"
+    assert "".join(decode_tokens(template("smollm2").tokenizer, ids).texts) == "a␍\nb␀c\ufffdd␛"
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen2.5", "llama3", "gemma3", "mistral-v0.3", "mistral-nemo"])
-def test_turns_begin_where_the_template_opens_them(name: str) -> None:
-    llm, session = told(ROOMY, name, "Who is it?", "And now? user said\nassistant said")
+def test_blocks_begin_at_the_turns_of_the_chat_template(name: str) -> None:
+    llm, session = chat_session(ROOMY, name, "Who is it?", "And now? user said\nassistant said")
     found = memory_map(session)
-    text = words(llm.tokenizer, found.tokens)
+    text = decode_tokens(llm.tokenizer, found.tokens)
     said = [role for role in text.roles.values() if role != "system"]
     assert said == ["user", "assistant", "user", "assistant"]
-    cut = blocks(text, styles(found, text))
+    cut = split_blocks(text, token_styles(found, text))
     assert [block.role for block in cut if block.role and block.role != "system"] == said
     user = next(block for block in cut if block.role == "user")
     assert "Who is it?" in "".join(run.text for run in user.runs)
@@ -226,35 +235,35 @@ def test_turns_begin_where_the_template_opens_them(name: str) -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=1))
 def test_the_lowest_shade_means_none_and_the_highest_all(shares: list[float]) -> None:
-    found = levels(torch.tensor(shares, dtype=torch.float64).numpy()).tolist()
+    found = shade_levels(torch.tensor(shares, dtype=torch.float64).numpy()).tolist()
     for share, level in zip(shares, found, strict=True):
         assert (level == 0) == (share == 0)
         assert (level == LEVELS) == (share == 1)
     assert [level for _, level in sorted(zip(shares, found, strict=True))] == sorted(found)
 
 
-def test_passages_are_ranked_by_what_is_left_of_them() -> None:
+def test_passages_are_ranked_by_the_share_of_heads_that_hold_them() -> None:
     text = "All of this is kept. None of that is kept. The newest words stay anyway."
     ids = template("smollm2").encode(text)
-    pieces = words(template("smollm2").tokenizer, ids).pieces
+    pieces = decode_tokens(template("smollm2").tokenizer, ids).texts
     where = torch.tensor([len("".join(pieces[: at + 1])) for at in range(len(ids))])
     held = ((where <= 20) | (where > 42)).long() * 2
     found = MemoryMap(tuple(ids), len(ids), (LayerMap(0, 2, None, 8, held, (), 0.0),), 0, 1, 2)
-    assert found.newest == int((where > 42).sum())
-    every = passages(found, words(template("smollm2").tokenizer, ids))
+    assert found.num_newest == int((where > 42).sum())
+    every = split_passages(found, decode_tokens(template("smollm2").tokenizer, ids))
     assert [passage.text for passage in every] == text.replace(". ", ".|").split("|")
     assert [round(passage.share) for passage in every] == [1, 0, 1]
-    assert worst(every, 1)[0].text == "None of that is kept."
-    assert [passage.text for passage in best(every, 8, found)] == ["All of this is kept.", "None of that is kept."]
+    assert least_held(every, 1)[0].text == "None of that is kept."
+    assert [passage.text for passage in most_held(every, 8, found)] == ["All of this is kept.", "None of that is kept."]
 
 
-def test_tokens_that_are_not_read_yet_are_marked_so() -> None:
+def test_tokens_not_in_the_cache_yet_are_marked() -> None:
     engine = Engine(tiny_model("llama"), CacheConfig(slots=80))
     cache = engine.new_cache()
     engine.read(cache, tokens(12))
     found = map_cache(cache, [*tokens(12), 5])
-    text = words(template("smollm2").tokenizer, found.tokens)
-    assert styles(found, text)[-1] == "p"
+    text = decode_tokens(template("smollm2").tokenizer, found.tokens)
+    assert token_styles(found, text)[-1] == "p"
     assert "1 more not read yet" in render(found, template("smollm2").tokenizer)
 
 
@@ -262,7 +271,7 @@ def test_tokens_that_are_not_read_yet_are_marked_so() -> None:
 
 
 def test_the_page_shows_the_text_as_it_is_whatever_it_holds() -> None:
-    llm, session = told(ROOMY, "smollm2", HOSTILE, "And\n\n  then? 🙂")
+    llm, session = chat_session(ROOMY, "smollm2", HOSTILE, "And\n\n  then? 🙂")
     page = Page(render(memory_map(session), llm.tokenizer, title=HOSTILE))
     text = llm.tokenizer.decode(session.tokens)
     assert "".join(page.blocks) == text
@@ -273,7 +282,7 @@ def test_the_page_shows_the_text_as_it_is_whatever_it_holds() -> None:
 
 
 def test_only_the_page_s_own_script_and_style_may_run_and_nothing_may_be_fetched() -> None:
-    llm, session = told()
+    llm, session = chat_session()
     html = render(memory_map(session), llm.tokenizer)
     page = Page(html)
     (policy,) = [attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv")]
@@ -286,31 +295,31 @@ def test_only_the_page_s_own_script_and_style_may_run_and_nothing_may_be_fetched
 
 
 def test_the_numbers_in_the_page_are_those_of_the_map() -> None:
-    llm, session = told(CacheConfig.paper(64))
+    llm, session = chat_session(CacheConfig.paper(64))
     found = memory_map(session)
     page = Page(render(found, llm.tokenizer))
     data = page.data()
     assert (data["tokens"], data["seen"]) == (len(found.tokens), found.seen)
     for given_, layer in zip(data["layers"], found.layers, strict=True):
-        assert unrolled(given_["held"]) == layer.held.tolist()
-        assert given_["merged"] == [[slot.position, slot.tokens] for slot in layer.merged]
-    lengths = numbers(data["lengths"])
-    assert len(lengths) == len(unrolled(data["kinds"])) == len(found.tokens)
+        assert expand_runs(given_["held"]) == layer.verbatim_heads.tolist()
+        assert given_["merged"] == [[slot.position, slot.tokens] for slot in layer.merged_slots]
+    lengths = decode_varints(data["lengths"])
+    assert len(lengths) == len(expand_runs(data["kinds"])) == len(found.tokens)
     starts = [int(attrs["data-at"] or 0) for _, attrs in page.elements if "data-at" in attrs]
     for text, start, end in zip(page.blocks, starts, [*starts[1:], len(lengths)], strict=True):
         assert len(text.encode("utf-16-le")) // 2 == sum(lengths[start:end])
 
 
-def test_equally_shaded_neighbours_are_one_element() -> None:
+def test_neighbours_of_one_shade_are_one_element() -> None:
     held = [[2] * 4000 + [0] * 8000 + [1] * 4000]
-    html = render(made(held), template("smollm2").tokenizer)
+    html = render(map_of(held), template("smollm2").tokenizer)
     text = html[html.index('<div id="text"') : html.index('<div id="token"')]
     assert text.count("<span") == 2
     assert len(Page(html).data()["layers"][0]["held"]) < 40
 
 
 def test_a_page_is_written_as_utf_8(tmp_path: Path) -> None:
-    llm, session = told(ROOMY, "smollm2", "größer 🙂")
+    llm, session = chat_session(ROOMY, "smollm2", "größer 🙂")
     path = write_html(memory_map(session), llm.tokenizer, tmp_path / "it.html", "größer")
     assert "größer 🙂" in path.read_text(encoding="utf-8")
 
@@ -335,7 +344,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    _, session = told()
+    _, session = chat_session()
     return session.save(tmp_path_factory.mktemp("sessions") / "it.zsmerge")
 
 
@@ -369,7 +378,7 @@ def test_inspect_refuses_another_model_s_tokenizer(saved: Path, tmp_path: Path) 
     assert "--model" in result.stderr
 
 
-def test_inspect_says_what_it_cannot_find_or_write(model: Path, saved: Path, tmp_path: Path) -> None:
+def test_inspect_reports_what_it_cannot_find_or_write(model: Path, saved: Path, tmp_path: Path) -> None:
     assert "no session 'nobody'" in run("nobody", "--dir", saved.parent).stderr
     assert "no saved session at" in run(tmp_path / "none.zsmerge").stderr
     assert "give another --output" in run(saved, "--model", model, "--output", tmp_path / "no" / "page.html").stderr
@@ -380,7 +389,7 @@ def test_inspect_says_what_it_cannot_find_or_write(model: Path, saved: Path, tmp
 def test_inspect_asks_which_of_two_sessions_of_one_name_is_meant(tmp_path: Path) -> None:
     paths = []
     for slots in (96, 128):
-        _, session = told(TIGHT.replace(slots=slots), "smollm2", "Hello")
+        _, session = chat_session(TIGHT.replace(slots=slots), "smollm2", "Hello")
         llm = talker("smollm2", cache=TIGHT.replace(slots=slots), sessions_dir=tmp_path)
         llm.add_session(session)
         paths += [path.name for path in tmp_path.glob("*.zsmerge")]

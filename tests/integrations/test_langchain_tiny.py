@@ -24,8 +24,8 @@ from typing_extensions import TypedDict
 
 from tests.support.scripted_model import scripted_answers
 from tests.support.talk import ROOMY, counted, talker
-from tests.support.ticking import ticking
 from zsmerge_llm import Grammar
+from zsmerge_llm.testing import event_loop_gaps
 
 
 @tool
@@ -145,7 +145,7 @@ def test_json_mode_gives_json_and_include_raw_the_message_too() -> None:
     assert strict["parsing_error"] is not None
 
 
-def test_an_answer_of_the_llm_keeps_to_a_grammar_alone_and_in_a_batch() -> None:
+def test_a_grammar_constrains_one_completion_and_a_batch() -> None:
     llm = ZSMergeLLM(llm=talker(cache=ROOMY), max_tokens=20, temperature=1.0, seed=1)
     yes = llm.bind(grammar=Grammar.choice("yes", "no"))
     assert {yes.invoke("Well? "), *yes.batch(["a", "bcd"])} <= {"yes", "no"}
@@ -229,7 +229,7 @@ async def test_twenty_calls_at_once_leave_the_loop_free() -> None:
     model = chat(temperature=1.0, seed=4)
     tools, formed = model.bind_tools([weather], tool_choice="any"), model.with_structured_output(Place)
     model.warm_up()
-    async with ticking() as gaps:
+    async with event_loop_gaps() as gaps:
         calls = [(model, tools, formed)[at % 3].ainvoke(f"Hello {at}") for at in range(20)]
         assert all(await asyncio.gather(*calls))
     print(f"{len(gaps)} ticks, worst gaps {[round(gap * 1000) for gap in sorted(gaps)[-3:]]} ms")
@@ -237,7 +237,7 @@ async def test_twenty_calls_at_once_leave_the_loop_free() -> None:
     assert sorted(gaps)[len(gaps) * 98 // 100] < 0.05  # what is beyond is the machine's
 
 
-def test_documents_are_read_once_and_asked_on_copies() -> None:
+def test_documents_are_read_once_and_answered_on_copies() -> None:
     model = chat(temperature=1.0, seed=4)
     report = ZSMergeDocuments(model=model, documents=["The sky is blue. " * 40, "Grass is green. " * 40])
     with counted() as passes:
@@ -258,7 +258,7 @@ def test_documents_are_read_once_and_asked_on_copies() -> None:
     assert isinstance(place, Place)
 
 
-def test_a_conversation_about_documents_goes_on() -> None:
+def test_a_conversation_about_documents_has_several_turns() -> None:
     model = chat(temperature=1.0, seed=4)
     report = ZSMergeDocuments(model=model, documents=["The sky is blue. " * 40])
     history: list[BaseMessage] = [HumanMessage("Which colour?")]

@@ -257,7 +257,7 @@ def test_a_gguf_architecture_that_cannot_be_read_is_named(tmp_path: Path) -> Non
         ({"fields": {"expert_count": 8}}, "mixture of experts"),
         ({"fields": {"attention.sliding_window": 16}}, "sliding window of 16"),
         ({"fields": {"rope.scaling.type": "longrope"}}, "scales positions by longrope"),
-        ({"extra": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, "way of its own"),
+        ({"extra": {"rope_freqs.weight": np.full(8, 3, np.float32)}}, "unknown factors"),
         ({"extra": {"blk.0.attn_output.bias": np.zeros(64, np.float32)}}, "weights, but a llama model"),
     ],
     ids=["experts", "window", "longrope", "rope-factors", "tensor-without-a-place"],

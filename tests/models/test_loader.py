@@ -108,7 +108,7 @@ def test_a_folder_without_a_tokenizer_takes_one_by_argument(folder: Path, tmp_pa
         ('{"model_type": "bert"}', r"not a causal.*\(Bert\)"),
         ('{"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}', "SequenceClassification"),
         ('{"model_type": "vit", "architectures": ["ViTModel"]}', "not a causal.*ViTModel"),
-        ('{"model_type": "something-new"}', "not a model this transformers knows"),
+        ('{"model_type": "something-new"}', "not a model that this version of transformers knows"),
     ],
 )
 def test_models_that_do_not_continue_text_are_refused_by_name(tmp_path: Path, config: str, reason: str) -> None:

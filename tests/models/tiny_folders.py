@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from zsmerge_llm.models.loader import Loaded, load
+from zsmerge_llm.models.loader import LoadedModel, load
 
 IDS = torch.arange(3, 43)[None]
 
@@ -17,7 +17,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(IDS).logits
 
 
-def load_tiny(source: Any, **settings: Any) -> Loaded:
+def load_tiny(source: Any, **settings: Any) -> LoadedModel:
     """In float32 on the CPU, unless said otherwise."""
     return load(source, **{"dtype": "float32", "device": "cpu", **settings})
 

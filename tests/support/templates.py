@@ -7,10 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.testing import byte_level_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "data" / "templates"
 # the token that ends an answer, and every other special token the template writes
@@ -46,17 +47,7 @@ CORPUS = [
 @cache
 def byte_level(end: str = "</s>", special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """Byte-level BPE as in GPT-2, Llama 3 and Qwen: every byte has a token, some pairs have merged."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=list(dict.fromkeys(["<bos>", end, *special])),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=end)
+    return byte_level_tokenizer(CORPUS, ["<bos>", end, *special], 420, bos_token="<bos>", eos_token=end)
 
 
 @cache

@@ -1,6 +1,6 @@
 """The command line: `zsmerge-llm demo | ask | chat | sessions | inspect | models`.
 
-Answers and what they cost go to stdout; progress, warnings and errors go to stderr (see `screen`).
+Answers and usage go to stdout; progress, warnings and errors go to stderr (see `console`).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ DEMO_QUESTIONS = (
 )
 DEMO_END = """These answers are the model's own. smollm2 is very small and gets harder questions wrong.
 --model takes another. Next: zsmerge-llm ask FILE QUESTION, or zsmerge-llm chat"""
-CHAT_HELP = """/reset  forget the conversation and begin anew
-/help   this list
-/exit   leave (so does Ctrl-D)
+CHAT_HELP = """/reset  forget the conversation and start a new one
+/help   print this list
+/exit   end the chat (so does Ctrl-D)
 Ctrl-C stops an answer."""
 
 
 class Preset(str, Enum):
-    """The named cache rules of `CacheConfig`."""
+    """The presets of `CacheConfig`."""
 
     default = "default"
     paper = "paper"
@@ -56,7 +56,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Local LLMs on a cache of constant size: whole documents and endless conversations in fixed memory.",
+    help="Local LLMs on a KV cache of constant size: documents and conversations of any length in fixed memory.",
 )
 
 Model = Annotated[
@@ -64,23 +64,23 @@ Model = Annotated[
 ]
 Slots = Annotated[
     int | None,
-    typer.Option(help="Tokens that the cache of every head holds.", show_default="1024; full: no limit"),
+    typer.Option(help="Budget of the KV cache: slots per head.", show_default="1024; full: no limit"),
 ]
-Rule = Annotated[Preset, typer.Option(help="What the cache keeps; `full` keeps everything and grows.")]
-MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+PresetOption = Annotated[Preset, typer.Option(help="Eviction policy; `full` evicts nothing and grows.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(help="0: greedy.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")]
 QUANTIZATION_HELP = "int4 or int8: torch's kernels on a CPU; nf4, and int8 on a GPU: bitsandbytes."
 Quantization = Annotated[str | None, typer.Option(help=QUANTIZATION_HELP, show_default="none")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="The answers alone.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the answers only.")]
 
 
 def main() -> None:
-    """The program `zsmerge-llm`."""
+    """Run the program `zsmerge-llm`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a model's text may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="replace")  # the terminal's encoding may lack a character
     app()
 
 
@@ -102,16 +102,16 @@ def _program(
 @app.command()
 def demo(model: Model = "smollm2", slots: Slots = None) -> None:
     """Read a document longer than the cache and answer questions about it, in a minute."""
-    screen = Terminal()
+    terminal = Terminal()
     text = files("zsmerge_llm").joinpath("data").joinpath(DEMO_TEXT).read_text(encoding="utf-8")
-    with screen.warnings():
-        llm = _open(screen, model, _cache(Preset.default, slots), "auto", "auto", None)
-        screen.about(text.partition("\n")[0], llm.count_tokens(text), llm.cache)
+    with terminal.show_warnings():
+        llm = _load(terminal, model, _cache_config(Preset.default, slots), "auto", "auto", None)
+        terminal.document(text.partition("\n")[0], llm.count_tokens(text), llm.cache)
         for question in DEMO_QUESTIONS:
-            screen.question(question)
-            _answer(screen, llm, _about(text, question), SamplingParams(max_tokens=60))
-        screen.plain("")
-        screen.note(DEMO_END)
+            terminal.question(question)
+            _answer(terminal, llm, _document_messages(text, question), SamplingParams(max_tokens=60))
+        terminal.print("")
+        terminal.status(DEMO_END)
 
 
 @app.command()
@@ -125,26 +125,26 @@ def ask(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantization: Quantization = None,
-    preset: Rule = Preset.default,
-    keep: Annotated[bool, typer.Option(help="Read for any question and keep what was read for the next time.")] = False,
+    preset: PresetOption = Preset.default,
+    keep: Annotated[bool, typer.Option(help="Read for any question, and store the session.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Answer questions about a document of any length. It is read once, with all the questions in mind."""
-    screen = Terminal(quiet)
+    """Answer questions about a document of any length. It is read once, and the questions decide what is kept."""
+    terminal = Terminal(quiet)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-    cache = _cache(preset, slots)
+    cache = _cache_config(preset, slots)
     text = _read(file)
     if not all(question.strip() for question in questions):
         raise InputError("The question is empty: put it in quotes behind the file.")
-    with screen.warnings():
-        llm = _open(screen, model, cache, dtype, device, quantization, sessions_folder() if keep else None)
-        with screen.reading() as progress:
+    with terminal.show_warnings():
+        llm = _load(terminal, model, cache, dtype, device, quantization, sessions_folder() if keep else None)
+        with terminal.show_reading() as progress:
             probe = None if keep else " ".join(questions)
             document = llm.read_document(text=text, name=file.name if keep else None, probe=probe, progress=progress)
         for question in questions:
             if len(questions) > 1:
-                screen.question(question)
-            _answer(screen, llm, [{"role": "user", "content": question}], sampling, session=document)
+                terminal.question(question)
+            _answer(terminal, llm, [{"role": "user", "content": question}], sampling, session=document)
 
 
 app.add_typer(sessions, name="sessions")
@@ -153,7 +153,7 @@ app.command("inspect")(inspect_session)
 
 @app.command()
 def chat(
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     model: Model = "smollm2",
     slots: Slots = None,
     max_tokens: MaxTokens = 512,
@@ -161,58 +161,58 @@ def chat(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantization: Quantization = None,
-    preset: Rule = Preset.default,
+    preset: PresetOption = Preset.default,
     quiet: Quiet = False,
 ) -> None:
-    """Talk with the model for as long as you like; reads one message a line where input is piped."""
-    screen = Terminal(quiet)
+    """Chat with the model. Reads one message per line from a pipe."""
+    terminal = Terminal(quiet)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
     start: list[Message] = [{"role": "system", "content": system}] if system else []
-    cache, messages = _cache(preset, slots), list(start)
-    with screen.warnings():
-        llm = _open(screen, model, cache, dtype, device, quantization)
+    cache, messages = _cache_config(preset, slots), list(start)
+    with terminal.show_warnings():
+        llm = _load(terminal, model, cache, dtype, device, quantization)
         if sys.stdin.isatty():
-            screen.note("/help lists the commands, /exit leaves.")
-        while (line := screen.ask()) is not None and line != "/exit":
+            terminal.status("/help lists the commands, /exit ends the chat.")
+        while (line := terminal.read_message()) is not None and line != "/exit":
             if line == "/reset":
                 messages = list(start)
-                screen.note("A new conversation.")
+                terminal.status("A new conversation.")
             elif line.startswith("/"):
-                screen.note(CHAT_HELP if line == "/help" else f"There is no command {line}.\n{CHAT_HELP}")
+                terminal.status(CHAT_HELP if line == "/help" else f"There is no command {line}.\n{CHAT_HELP}")
             elif line:
-                messages = _turn(screen, llm, messages, line, sampling)
+                messages = _turn(terminal, llm, messages, line, sampling)
 
 
 @app.command()
 def models() -> None:
-    """List the models known by name, and say what else may be given."""
+    """List the built-in models and the other forms of --model."""
     from zsmerge_llm.models.loader import builtin_models
 
-    screen = Terminal()
+    terminal = Terminal()
     for known in builtin_models():
-        screen.plain(f"{known.name}  {known.description}")
-        screen.plain(f"{' ' * len(known.name)}  {'in the cache' if known.cached else 'fetched on first use'}")
-    screen.plain("")
-    screen.plain("--model also takes")
-    screen.plain("  a Hub id          Qwen/Qwen2.5-0.5B-Instruct")
-    screen.plain("  a model folder    ./my-model (config.json, weights in safetensors, tokenizer)")
-    screen.plain("  a GGUF file       ./model.gguf (dequantised once, then cached)")
+        terminal.print(f"{known.name}  {known.description}")
+        terminal.print(f"{' ' * len(known.name)}  {'cached' if known.cached else 'downloaded at the first use'}")
+    terminal.print("")
+    terminal.print("--model also takes")
+    terminal.print("  a Hub id          Qwen/Qwen2.5-0.5B-Instruct")
+    terminal.print("  a model folder    ./my-model (config.json, weights in safetensors, tokenizer)")
+    terminal.print("  a GGUF file       ./model.gguf (dequantized once, then cached)")
 
 
-def _cache(preset: Preset, slots: int | None) -> CacheConfig:
-    """The cache that was asked for. Raises ConfigError on slots for the cache without a limit."""
+def _cache_config(preset: Preset, slots: int | None) -> CacheConfig:
+    """Return the cache's configuration. Raises ConfigError: slots for the cache without a limit."""
     if preset is Preset.full:
         if slots is not None:
-            raise ConfigError("--preset full keeps everything: leave out --slots, or choose another preset.")
+            raise ConfigError("--preset full has no budget: leave out --slots, or choose another preset.")
         return CacheConfig.full()
     size = CacheConfig().slots if slots is None else slots
-    assert size is not None
+    assert size is not None  # the default budget
     presets = {"paper": CacheConfig.paper, "h2o": CacheConfig.h2o, "streaming": CacheConfig.streaming}
     return CacheConfig(slots=size) if preset is Preset.default else presets[preset.value](size)
 
 
-def _open(
-    screen: Terminal,
+def _load(
+    terminal: Terminal,
     model: str,
     cache: CacheConfig,
     dtype: str,
@@ -220,8 +220,8 @@ def _open(
     quantization: str | None,
     sessions_dir: Path | None = None,
 ) -> LLM:
-    """A model, loaded, with its steps on the screen."""
-    with screen.steps(f"Loading {model}") as step:
+    """Load a model, and show the steps on the terminal."""
+    with terminal.show_steps(f"Loading {model}") as step:
         from zsmerge_llm import LLM
 
         llm = LLM(
@@ -235,14 +235,14 @@ def _open(
         )
         network, backend = llm.engine.model, llm.engine.backend
         if backend.pending_build:
-            step("Loading the kernels that read, built once on a machine in about 10 s")
+            step("Loading the prefill kernels, built once on a machine in about 10 s")
             backend.warm_up()
-    screen.loaded(llm.name, str(network.device), str(network.dtype).removeprefix("torch."))
+    terminal.model(llm.name, str(network.device), str(network.dtype).removeprefix("torch."))
     return llm
 
 
 def _read(file: Path) -> str:
-    """The text of a file, or of standard input for "-". Raises InputError where there is none."""
+    """Return the text of a file, or of standard input for "-". Raises InputError: no text."""
     name = "standard input" if str(file) == "-" else str(file)
     try:
         data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
@@ -261,58 +261,57 @@ def _read(file: Path) -> str:
     return text
 
 
-def _about(text: str, question: str) -> list[Message]:
-    """The question comes last: what a prompt ends with tells the cache what to keep while it reads."""
+def _document_messages(text: str, question: str) -> list[Message]:
+    """Return a prompt that ends with the question: the cache keeps the tokens that its end attends to."""
     return [{"role": "user", "content": f"{text.rstrip()}\n\n{question}"}]
 
 
-def _turn(screen: Terminal, llm: LLM, messages: list[Message], line: str, sampling: SamplingParams) -> list[Message]:
-    """One turn of a chat: the conversation with the answer, or as it was where there is none."""
-    asked = [*messages, {"role": "user", "content": line}]
+def _turn(terminal: Terminal, llm: LLM, messages: list[Message], line: str, sampling: SamplingParams) -> list[Message]:
+    """Answer one message of a chat. Returns the conversation, unchanged if there is no answer."""
+    prompt = [*messages, {"role": "user", "content": line}]
     cancel = Event()
     try:
         with _ctrl_c(cancel):
-            text = _answer(screen, llm, asked, sampling, cancel)
-    except InputError as error:  # this message cannot be used; the next one may be
-        screen.error(error)
+            text = _answer(terminal, llm, prompt, sampling, cancel)
+    except InputError as error:  # the chat continues
+        terminal.error(error)
         return messages
-    return [*asked, {"role": "assistant", "content": text}] if text else messages
+    return [*prompt, {"role": "assistant", "content": text}] if text else messages
 
 
 def _answer(
-    screen: Terminal,
+    terminal: Terminal,
     llm: LLM,
     messages: list[Message],
     sampling: SamplingParams,
     cancel: Event | None = None,
     session: Session | None = None,
 ) -> str:
-    """Stream one answer to the screen, with what it cost."""
+    """Stream one answer to the terminal, print its usage, and return its text."""
     text, last = "", None
-    with screen.answer() as (progress, show):
+    with terminal.stream_answer() as (progress, show):
         for last in llm.stream(messages, sampling=sampling, session=session, cancel=cancel, progress=progress):
             text += last.text
             show(last.text)
     assert last is not None
-    _report(screen, llm, last, sampling)
+    _print_usage(terminal, llm, last, sampling)
     return text
 
 
-def _report(screen: Terminal, llm: LLM, last: Chunk, sampling: SamplingParams) -> None:
-    """The memory line."""
+def _print_usage(terminal: Terminal, llm: LLM, last: Chunk, sampling: SamplingParams) -> None:
+    """Print the usage of an answer, and why it ended early."""
     usage = last.usage
     assert usage is not None
-    full = llm.engine.new_cache(rows=0).full_nbytes(usage.total_tokens)
-    screen.memory(usage, full)
+    terminal.usage(usage, full_nbytes=llm.engine.new_cache(rows=0).full_nbytes(usage.total_tokens))
     if last.finish_reason == "length":
-        screen.note(f"The answer was cut at {sampling.max_tokens} tokens: --max-tokens allows more.")
+        terminal.status(f"The answer was cut at {sampling.max_tokens} tokens: --max-tokens allows more.")
     elif last.finish_reason == "cancelled":
-        screen.note("Stopped.")
+        terminal.status("Stopped.")
 
 
 @contextmanager
 def _ctrl_c(cancel: Event) -> Iterator[None]:
-    """Ctrl-C sets `cancel`, which leaves the cache whole; a second Ctrl-C interrupts as usual."""
+    """Make Ctrl-C set `cancel`, which keeps the cache consistent. A second Ctrl-C interrupts as usual."""
 
     def stop(number: int, frame: Any) -> None:
         cancel.set()

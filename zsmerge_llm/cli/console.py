@@ -1,6 +1,6 @@
-"""What the command line shows: answers and their cost on stdout; progress, warnings and errors on stderr.
+"""Output of the command line: answers and usage on stdout; progress, warnings and errors on stderr.
 
-Without a terminal everything is plain text: no colours, no bars.
+Output to a file or pipe is plain text, without colours and progress bars.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from zsmerge_llm.config import CacheConfig
-    from zsmerge_llm.types import Progress as Read
+    from zsmerge_llm.types import Progress as ReadCallback
     from zsmerge_llm.types import Usage
 
-Show = Callable[[str], None]
+TextCallback = Callable[[str], None]
 
 
 class CommandGroup(TyperGroup):
-    """Our own errors end a command with one line and exit code 2; all others are bugs and keep their traceback."""
+    """Turns a ZSMergeError into one line and exit code 2. Other errors are bugs and keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -39,39 +39,39 @@ class CommandGroup(TyperGroup):
 
 
 class Terminal:
-    """The two outputs of the program.
+    """Prints to stdout and stderr, and reads messages.
 
     Args:
-        quiet: answers, warnings and errors only.
+        quiet: print answers, warnings and errors only.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self._out = _console(sys.stdout)
         self._err = _console(sys.stderr)
-        self._waited = 0.0
+        self._seconds_to_first_token = 0.0
 
     # -- single lines ------------------------------------------------------------------------------------------------
 
-    def plain(self, text: str) -> None:
-        """A line on stdout."""
+    def print(self, text: str) -> None:
+        """Print a line on stdout."""
         self._out.print(text, markup=False)
 
-    def note(self, text: str) -> None:
-        """A dim line about what happens."""
+    def status(self, text: str) -> None:
+        """Print a dim line on stdout, unless quiet."""
         if not self.quiet:
             self._out.print(text, style="dim", markup=False)
 
     def error(self, error: Exception) -> None:
-        """One red line."""
+        """Print an error as one red line on stderr."""
         self._err.print(f"Error: {_one_line(error)}", style="bold red", markup=False)
 
     def question(self, text: str) -> None:
-        """A question that an answer follows."""
+        """Print a question before its answer."""
         self._out.print(f"\n> {text}", style="bold cyan", markup=False)
 
-    def ask(self) -> str | None:
-        """The next message; None at the end of the input. Ctrl-C empties the line."""
+    def read_message(self) -> str | None:
+        """Read the next message: None at the end of the input, "" after Ctrl-C."""
         try:
             if sys.stdin.isatty():
                 import readline  # noqa: F401 - gives input() its editing keys and history
@@ -79,10 +79,10 @@ class Terminal:
                 return input("\n> ").strip()
             line = sys.stdin.readline()
         except KeyboardInterrupt:
-            self.note("\n/exit leaves.")
+            self.status("\n/exit ends the chat.")
             return ""
         except EOFError:
-            self.plain("")
+            self.print("")
             return None
         if line.strip() and not self.quiet:
             self.question(line.strip())
@@ -91,8 +91,8 @@ class Terminal:
     # -- loading, reading, answering ---------------------------------------------------------------------------------
 
     @contextmanager
-    def warnings(self) -> Iterator[None]:
-        """Warnings as one dim line each."""
+    def show_warnings(self) -> Iterator[None]:
+        """Print each warning inside the block as one dim line on stderr."""
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             self._err.print(f"Note: {_one_line(message)}", style="dim", markup=False)
@@ -102,8 +102,8 @@ class Terminal:
             yield
 
     @contextmanager
-    def steps(self, first: str) -> Iterator[Show]:
-        """Takes lines about what is being done; shows the latest while it is done."""
+    def show_steps(self, first: str) -> Iterator[TextCallback]:
+        """Show the current step with a spinner. Yields a function that takes the next step."""
         if self.quiet or not self._err.is_terminal:
             yield lambda step: None
             return
@@ -111,21 +111,21 @@ class Terminal:
             yield lambda step: status.update(f"{step} ...")
 
     @contextmanager
-    def reading(self) -> Iterator[Read]:
-        """A function that is told how much is read."""
+    def show_reading(self) -> Iterator[ReadCallback]:
+        """Show a progress bar of prompt tokens. Yields the callback for `LLM`."""
         with self._bar() as (progress, _):
             yield progress
 
     @contextmanager
-    def answer(self) -> Iterator[tuple[Read, Show]]:
-        """One answer: a function that is told how much is read, and one that shows the text as it comes."""
-        started, self._waited = time.perf_counter(), 0.0
+    def stream_answer(self) -> Iterator[tuple[ReadCallback, TextCallback]]:
+        """Show one answer. Yields the callback for prompt tokens, and a function that prints a chunk of text."""
+        started, self._seconds_to_first_token = time.perf_counter(), 0.0
         with self._bar() as (progress, stop):
 
             def show(text: str) -> None:
                 stop()
-                self._waited = self._waited or time.perf_counter() - started
-                self._out.print(text.replace("\x1b", ""), end="", markup=False)  # it cannot steer the terminal
+                self._seconds_to_first_token = self._seconds_to_first_token or time.perf_counter() - started
+                self._out.print(text.replace("\x1b", ""), end="", markup=False)  # no escape sequences
 
             try:
                 yield progress, show
@@ -134,46 +134,48 @@ class Terminal:
                 self._out.print()
 
     @contextmanager
-    def _bar(self) -> Iterator[tuple[Read, Callable[[], None]]]:
-        """A progress bar for reading, and how to stop it."""
+    def _bar(self) -> Iterator[tuple[ReadCallback, Callable[[], None]]]:
+        """Show a progress bar of prompt tokens. Yields its callback and a function that removes it."""
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("Reading"), BarColumn(), TextColumn("{task.fields[words]}, ETA"), TimeRemainingColumn())
+        columns = (TextColumn("Reading"), BarColumn(), TextColumn("{task.fields[tokens]}, ETA"), TimeRemainingColumn())
         hidden = self.quiet or not self._err.is_terminal
         bar = Progress(*columns, console=self._err, transient=True, disable=hidden)
-        task = bar.add_task("", total=None, words="")
+        task = bar.add_task("", total=None, tokens="")
         started = time.perf_counter()
 
         def progress(done: int, total: int) -> None:
             rate = done / max(time.perf_counter() - started, 1e-9)
-            bar.update(task, completed=done, total=total, words=f"{done:,} of {total:,} tokens, {rate:,.0f}/s")
+            bar.update(task, completed=done, total=total, tokens=f"{done:,} of {total:,} tokens, {rate:,.0f}/s")
 
         with bar:
             yield progress, bar.stop
 
-    # -- reports -----------------------------------------------------------------------------------------------------
+    # -- model, document, usage --------------------------------------------------------------------------------------
 
-    def loaded(self, name: str, device: str, dtype: str) -> None:
-        """What runs where."""
-        self.note(f"{name} on {device} in {dtype}")
+    def model(self, name: str, device: str, dtype: str) -> None:
+        """Print which model runs on which device."""
+        self.status(f"{name} on {device} in {dtype}")
 
-    def about(self, title: str, tokens: int, cache: CacheConfig) -> None:
-        """A document, next to the cache it has to go through."""
+    def document(self, title: str, tokens: int, cache: CacheConfig) -> None:
+        """Print the length of a document, compared with the budget of the cache."""
         times = f", {tokens / cache.slots:.1f} times the {cache.slots:,} slots of the cache" if cache.slots else ""
-        self.plain(f"{title}: {tokens:,} tokens{times}")
+        self.print(f"{title}: {tokens:,} tokens{times}")
 
-    def memory(self, usage: Usage, full: int) -> None:
-        """What the answer cost. `full`: bytes an exact cache would hold."""
-        read, new = usage.prompt_tokens, usage.prompt_tokens - usage.cached_tokens
-        again = "" if new == read else f" ({new:,} of them now)"
-        again += f", {usage.retrieved_tokens:,} once more" if usage.retrieved_tokens else ""
+    def usage(self, usage: Usage, full_nbytes: int) -> None:
+        """Print the usage of an answer. `full_nbytes`: size of an exact cache of the same tokens."""
+        prompt, new = usage.prompt_tokens, usage.prompt_tokens - usage.cached_tokens
+        details = "" if new == prompt else f" ({new:,} of them now)"
+        details += f", {usage.retrieved_tokens:,} retrieved" if usage.retrieved_tokens else ""
         rate = usage.completion_tokens / usage.decode_seconds if usage.decode_seconds else 0.0
-        self.note(
-            f"{read:,} tokens read{again} | cache {_megabytes(usage.cache_bytes)}, a full cache {_megabytes(full)} | "
-            f"first token after {self._waited:.1f} s, then {rate:.1f} tokens/s"
+        self.status(
+            f"{prompt:,} tokens read{details} | "
+            f"cache {_megabytes(usage.cache_bytes)}, a full cache {_megabytes(full_nbytes)} | "
+            f"first token after {self._seconds_to_first_token:.1f} s, then {rate:.1f} tokens/s"
         )
-        if lost := usage.dropped_tokens + usage.merged_tokens:
-            self.note(f"{lost:,} tokens are no longer held verbatim (mean over heads and layers).")
+        counts = {"dropped": usage.dropped_tokens, "merged": usage.merged_tokens}
+        if evicted := [f"{count:,} {how}" for how, count in counts.items() if count]:
+            self.status(f"Tokens evicted (mean over heads and layers): {', '.join(evicted)}.")
 
 
 def _console(stream: Any) -> Console:

@@ -1,7 +1,7 @@
-"""A memory map as one HTML page that needs nothing else: no network, no fonts, no scripts from elsewhere.
+"""Renders a memory map as one self-contained HTML page: no network, no fonts, no scripts from elsewhere.
 
-The text stands in the page, escaped; what hovering and the heat map need goes along as a few numbers per layer, whose
-size follows the cache's budget rather than the length of the text.
+The text is part of the page, escaped. The heat map's data is a few run-length coded numbers per layer, whose size
+depends on the cache's budget, not on the length of the text.
 """
 
 from __future__ import annotations
@@ -21,104 +21,104 @@ from zsmerge_llm.inspection.spans import (
     LEVELS,
     MARKER,
     PENDING,
-    Words,
-    best,
-    blocks,
-    levels,
-    passages,
-    styles,
-    words,
-    worst,
+    TokenTexts,
+    decode_tokens,
+    least_held,
+    most_held,
+    shade_levels,
+    split_blocks,
+    split_passages,
+    token_styles,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LISTED = 8
+LISTED_PASSAGES = 8
 """Passages in each list."""
 
 
-def write_html(found: MemoryMap, tokenizer: PreTrainedTokenizerBase, path: str | Path, title: str = "Session") -> Path:
-    """Write the page to `path`, in UTF-8. Raises OSError."""
+def write_html(memory: MemoryMap, tokenizer: PreTrainedTokenizerBase, path: str | Path, title: str = "Session") -> Path:
+    """Write the page to `path` in UTF-8, and return the path. Raises OSError."""
     target = Path(path)
-    target.write_text(render(found, tokenizer, title), encoding="utf-8", newline="\n")
+    target.write_text(render(memory, tokenizer, title), encoding="utf-8", newline="\n")
     return target
 
 
-def render(found: MemoryMap, tokenizer: PreTrainedTokenizerBase, title: str = "Session") -> str:
-    """The page as text.
+def render(memory: MemoryMap, tokenizer: PreTrainedTokenizerBase, title: str = "Session") -> str:
+    """Return the page as HTML.
 
     Args:
-        tokenizer: the model's, which the session was read with.
-        title: what the page is headed with.
+        tokenizer: that of the model which read the session.
+        title: heading of the page.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    text = words(tokenizer, found.tokens)
-    looks, every = styles(found, text), passages(found, text)
-    style, script = _asset("memory.css"), _asset("memory.js")
+    tokens = decode_tokens(tokenizer, memory.tokens)
+    styles, passages = token_styles(memory, tokens), split_passages(memory, tokens)
+    css, script = _asset("memory.css"), _asset("memory.js")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters["whole"] = lambda number: f"{round(number):,}"
+    page.filters["integer"] = lambda number: f"{round(number):,}"
     page.filters["percent"] = _percent
-    page.filters["bytes"] = _bytes
+    page.filters["megabytes"] = _megabytes
     return page.from_string(_asset("memory.html")).render(
         title=title,
-        found=found,
-        blocks=blocks(text, looks),
-        legend=_legend(found),
-        lost=[] if found.whole else worst(every, LISTED),
-        kept=[] if found.whole else best(every, LISTED, found),
-        style=Markup(style),
+        memory=memory,
+        blocks=split_blocks(tokens, styles),
+        legend=_legend(memory),
+        least_held=[] if memory.is_complete else least_held(passages, LISTED_PASSAGES),
+        most_held=[] if memory.is_complete else most_held(passages, LISTED_PASSAGES, memory),
+        style=Markup(css),
         script=Markup(script),
-        style_hash=_sha256(style),
-        script_hash=_sha256(script),
-        data=_data(found, text, looks),
+        style_hash=_csp_hash(css),
+        script_hash=_csp_hash(script),
+        data=_script_data(memory, tokens, styles),
     )
 
 
-def _data(found: MemoryMap, text: Words, looks: Sequence[str]) -> dict[str, Any]:
-    """What the page's script knows. Texts are only in the page itself."""
-    kinds = [{MARKER: 1, PENDING: 2}.get(look, 0) for look in looks]
+def _script_data(memory: MemoryMap, tokens: TokenTexts, styles: Sequence[str]) -> dict[str, Any]:
+    """Return the data of the page's script. The texts are in the page only."""
+    kinds = [{MARKER: 1, PENDING: 2}.get(style, 0) for style in styles]
     return {
-        "tokens": len(found.tokens),
-        "seen": found.seen,
+        "tokens": len(memory.tokens),
+        "seen": memory.seen,
         "levels": LEVELS,
-        "lengths": _numbers(len(piece.encode("utf-16-le")) // 2 for piece in text.pieces),
-        "kinds": _pairs(np.array(kinds)),
-        "layers": [_layer(layer, layer in found.judged) for layer in found.layers],
+        "lengths": _varints(len(text.encode("utf-16-le")) // 2 for text in tokens.texts),
+        "kinds": _run_lengths(np.array(kinds)),
+        "layers": [_layer_data(layer, layer in memory.measured_layers) for layer in memory.layers],
     }
 
 
-def _layer(layer: LayerMap, judged: bool) -> dict[str, Any]:
+def _layer_data(layer: LayerMap, is_measured: bool) -> dict[str, Any]:
     return {
         "index": layer.index,
-        "heads": layer.heads,
-        "window": layer.window,
-        "judged": judged,
-        "held": _pairs(layer.held.numpy()),
-        "merged": [[slot.position, slot.tokens] for slot in layer.merged],
+        "heads": layer.num_heads,
+        "window": layer.sliding_window,
+        "measured": is_measured,
+        "held": _run_lengths(layer.verbatim_heads.numpy()),
+        "merged": [[slot.position, slot.tokens] for slot in layer.merged_slots],
     }
 
 
-def _legend(found: MemoryMap) -> list[tuple[int, str, int]]:
-    """(level, what it means, tokens of it)."""
-    counts = np.bincount(levels(found.share.numpy()), minlength=LEVELS + 1)
+def _legend(memory: MemoryMap) -> list[tuple[int, str, int]]:
+    """Return (shade, meaning, number of tokens) for each shade."""
+    counts = np.bincount(shade_levels(memory.verbatim_share.numpy()), minlength=LEVELS + 1)
     edges = [round(100 * level / (LEVELS - 1)) for level in range(1, LEVELS - 1)]
     between = [f"{low} to {high}%" for low, high in pairwise(edges)]
     names = ["no head", f"under {edges[0]}%", *between, f"over {edges[-1]}%", "every head"]
     return [(level, name, int(counts[level])) for level, name in enumerate(names)]
 
 
-def _pairs(values: np.ndarray) -> str:
-    """Run-length coding: (how many, of which value) in turn, for `_numbers`."""
+def _run_lengths(values: np.ndarray) -> str:
+    """Encode runs of equal values as alternating lengths and values, in `_varints`."""
     starts = np.concatenate([[0], np.flatnonzero(np.diff(values)) + 1])
     lengths = np.diff(np.append(starts, len(values)))
-    return _numbers(np.stack([lengths, values[starts]], axis=1).flatten().tolist())
+    return _varints(np.stack([lengths, values[starts]], axis=1).flatten().tolist())
 
 
-def _numbers(values: Iterable[int]) -> str:
-    """Whole numbers as base64 text: seven bits a byte, the lowest first, the eighth bit for "there is more"."""
+def _varints(values: Iterable[int]) -> str:
+    """Encode non-negative integers in base64: seven bits per byte, lowest first; the eighth bit: more follow."""
     coded = bytearray()
     for value in values:
         while value > 127:
@@ -132,17 +132,17 @@ def _asset(name: str) -> str:
     return files("zsmerge_llm.inspection").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
 
 
-def _sha256(text: str) -> str:
-    """As a content security policy names what may run."""
+def _csp_hash(text: str) -> str:
+    """Return the hash by which a content security policy allows a script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _percent(share: float) -> str:
-    """0.374 → "37%". Nothing and all are told apart from nearly so."""
+    """0.374 → "37%". Only 0 is "0%" and only 1 is "100%"."""
     if 0 < share < 0.01:
         return "< 1%"
     return "> 99%" if 0.99 < share < 1 else f"{100 * share:.0f}%"
 
 
-def _bytes(size: int) -> str:
+def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"

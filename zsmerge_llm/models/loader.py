@@ -1,13 +1,12 @@
-"""From a name, a path or a model object to a model and its tokenizer, ready to run.
+"""Loads a model and its tokenizer from a name, a path or a model object.
 
-A name is resolved to a local folder first (`hub`, `gguf`); from there on everything loads in one way, offline.
+A name is resolved to a local folder first (`hub`, `gguf`), which is then loaded offline.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,20 +20,27 @@ from zsmerge_llm.errors import (
     UnsupportedModelError,
 )
 from zsmerge_llm.models import gguf, hub
-from zsmerge_llm.models.device import packed_bits, pick_device, pick_dtype, quantization_config, validate_settings
-from zsmerge_llm.models.log_filters import quiet, say_int8_cast_once
+from zsmerge_llm.models.device import (
+    packed_bits,
+    pick_device,
+    pick_dtype,
+    placement,
+    quantization_config,
+    validate_settings,
+)
+from zsmerge_llm.models.hub import StatusCallback
+from zsmerge_llm.models.log_filters import log_int8_cast_once, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-StatusCallback = Callable[[str], None]
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model in evaluation mode and its tokenizer. `source` is its file or folder, None for a model object."""
+class LoadedModel:
+    """A model in evaluation mode, its tokenizer, its name, and its file or folder (None for a model object)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -44,7 +50,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """A built-in name. `cached`: it starts without the network."""
+    """A model with a built-in name. `cached`: it loads without the network."""
 
     name: str
     description: str
@@ -59,7 +65,7 @@ class _Source:
 
 
 def builtin_models(cache_dir: Path | str | None = None) -> list[BuiltinModel]:
-    """The names `load` knows by itself."""
+    """Return the models that `load` knows by name."""
     cache = hub.cache_folder(cache_dir)
     return [BuiltinModel(m.name, m.description, hub.builtin_cached(m, cache)) for m in hub.BUILTINS.values()]
 
@@ -75,71 +81,71 @@ def load(
     chat_template: str | None = None,
     cache_dir: Path | str | None = None,
     progress: StatusCallback | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """Load a model: a built-in name, a Hub id, a folder, a .gguf file, or a transformers model object.
 
     Args:
         tokenizer: a tokenizer, or the folder or Hub id of one, in place of the model's own.
-        dtype: "auto" is bfloat16 where the hardware computes in it, else float16 on a GPU and float32 on a CPU.
+        dtype: "auto" is bfloat16 if the device computes in it, else float16 on a GPU and float32 on a CPU.
         device: "auto" is cuda, else mps, else cpu. Not together with `device_map`.
         device_map: as in transformers: spreads the layers over several devices.
-        quantization: "int4" or "int8" on a CPU: torch's packed kernels. "nf4", and "int8" on a GPU or with a
-            `device_map`: bitsandbytes.
+        quantization: "int4" or "int8" on a CPU uses torch's packed kernels; "nf4", and "int8" on a GPU or with a
+            `device_map`, uses bitsandbytes.
         chat_template: Jinja text, or a file that holds it, in place of the model's own.
-        cache_dir: where fetched and converted models are kept; ZSMERGE_CACHE_DIR or the user's cache folder by default.
-        progress: is told each step in words.
+        cache_dir: folder of downloaded and converted models. Default: ZSMERGE_CACHE_DIR, else the user's cache folder.
+        progress: called with a line of text at each step.
 
     Raises:
         ConfigError: a setting that cannot work.
         ModelNotFoundError, CorruptModelError, UnsupportedModelError: see `errors`.
         MissingDependencyError: quantization without bitsandbytes.
     """
-    say = progress or (lambda step: None)
+    report_status = progress or (lambda step: None)
     validate_settings(dtype, device, device_map, quantization)
     if not isinstance(model, (str, Path)):
         changes = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
-        return _adopt(model, tokenizer, chat_template, changes, say)
+        return _from_object(model, tokenizer, chat_template, changes, report_status)
     target = pick_device(device)
-    width = pick_dtype(dtype, target)
+    weight_dtype = pick_dtype(dtype, target)
     bits = packed_bits(quantization, target, device_map)
     # in its own dtype a file is mapped into memory, not copied, until each matrix is packed
-    options: dict[str, Any] = {"dtype": width if bits is None else "auto", "attn_implementation": "eager"}
+    options: dict[str, Any] = {"dtype": weight_dtype if bits is None else "auto", "attn_implementation": "eager"}
     if quantization is not None and bits is None:
-        options["quantization_config"] = quantization_config(quantization, width, target)
-        say_int8_cast_once()
-    if device_map is not None or "quantization_config" in options or target.type != "cpu":
-        options["device_map"] = device_map if device_map is not None else {"": target}
-    source = _resolve(model, hub.cache_folder(cache_dir), say)
-    with quiet():
+        options["quantization_config"] = quantization_config(quantization, weight_dtype, target)
+        log_int8_cast_once()
+    if (placed := placement(target, device_map, "quantization_config" in options)) is not None:
+        options["device_map"] = placed
+    source = _resolve(model, hub.cache_folder(cache_dir), report_status)
+    with quiet_transformers():
         _check_causal(_read_config(source), source.name)
-        say("Loading weights")
-        network = _read_weights(source, options)
-        words = _find_tokenizer(tokenizer, source.folder, say)
+        report_status("Loading weights")
+        loaded = _read_weights(source, options)
+        found_tokenizer = _find_tokenizer(tokenizer, source.folder, report_status)
     if bits is not None:
         from zsmerge_llm.cpu.quantized_linear import quantize_model
 
-        say(f"Packing weights in {bits} bits")
-        quantize_model(network, bits, width)
-    network.eval().requires_grad_(False)
-    return Loaded(network, _with_template(words, chat_template), source.name, source.path)
+        report_status(f"Packing weights in {bits} bits")
+        quantize_model(loaded, bits, weight_dtype)
+    loaded.eval().requires_grad_(False)
+    return LoadedModel(loaded, _with_template(found_tokenizer, chat_template), source.name, source.path)
 
 
 def load_tokenizer(
     model: str | Path, *, cache_dir: Path | str | None = None, progress: StatusCallback | None = None
 ) -> PreTrainedTokenizerBase:
-    """A model's tokenizer alone, without its weights (a GGUF file that was never loaded is converted first).
+    """Load a model's tokenizer without its weights. A GGUF file is converted first, unless it was.
 
     Raises:
         ModelNotFoundError, CorruptModelError: see `errors`.
     """
-    say = progress or (lambda step: None)
-    with quiet():
-        return _find_tokenizer(None, _resolve(model, hub.cache_folder(cache_dir), say).folder, say)
+    report_status = progress or (lambda step: None)
+    with quiet_transformers():
+        return _find_tokenizer(None, _resolve(model, hub.cache_folder(cache_dir), report_status).folder, report_status)
 
 
-def _resolve(model: str | Path, cache: Path, say: StatusCallback) -> _Source:
+def _resolve(model: str | Path, cache: Path, report_status: StatusCallback) -> _Source:
     if isinstance(model, str) and model in hub.BUILTINS:
-        folder = hub.builtin_folder(hub.BUILTINS[model], cache, say)
+        folder = hub.builtin_folder(hub.BUILTINS[model], cache, report_status)
         return _Source(model, folder, folder)
     path = Path(model).expanduser()
     if path.is_dir():
@@ -148,11 +154,11 @@ def _resolve(model: str | Path, cache: Path, say: StatusCallback) -> _Source:
     if path.is_file() or path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelNotFoundError(f"There is no file {path}: check the path.")
-        return _Source(path.stem, gguf.convert_once(path, gguf.folder_for(path, cache), say), path)
+        return _Source(path.stem, gguf.convert_once(path, gguf.folder_for(path, cache), report_status), path)
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        known = f"a built-in name ({', '.join(hub.BUILTINS)}), a Hub id (owner/name), a folder or a .gguf file"
-        raise ModelNotFoundError(f"There is no file or folder {str(model)!r}: check the path, or give {known}.")
-    folder = hub.hub_folder(model, say)
+        choices = f"a built-in name ({', '.join(hub.BUILTINS)}), a Hub id (owner/name), a folder or a .gguf file"
+        raise ModelNotFoundError(f"There is no file or folder {str(model)!r}: check the path, or give {choices}.")
+    folder = hub.hub_folder(model, report_status)
     return _Source(model, folder, folder)
 
 
@@ -172,24 +178,26 @@ def _read_config(source: _Source) -> Any:
         return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except OSError as error:
         raise CorruptModelError(f"The config.json of {source.name} cannot be read ({error}).") from error
-    except (ValueError, KeyError) as error:  # an unknown model_type, or code of its own
+    except (ValueError, KeyError) as error:  # an unknown model_type, or one that needs its own code
         raise UnsupportedModelError(
-            f"{source.name} is not a model this transformers knows ({_first(error)})."
+            f"{source.name} is not a model that this version of transformers knows ({_first_line(error)})."
         ) from error
 
 
 def _check_causal(config: Any, name: str) -> None:
-    """Only models that continue a text, and do so from left to right."""
+    """Refuse models other than decoder-only language models."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    built = config.architectures or []
-    label = built[0] if built else type(config).__name__.removesuffix("Config")
+    architectures = config.architectures or []
+    label = architectures[0] if architectures else type(config).__name__.removesuffix("Config")
     advice = "use a decoder-only model such as Llama, Qwen or Gemma"
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model ({label}): {advice}.")
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
-    writes = not built or any(b.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for b in built)
-    if encoder or not writes or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    has_lm_head = not architectures or any(
+        name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for name in architectures
+    )
+    if is_encoder or not has_lm_head or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"{name} is not a causal language model ({label}): {advice}.")
 
 
@@ -204,25 +212,29 @@ def _read_weights(source: _Source, options: dict[str, Any]) -> PreTrainedModel:
         )
     except (SafetensorError, OSError) as error:
         remedy = "download it again"
-        raise CorruptModelError(f"The weights of {source.name} cannot be read ({_first(error)}): {remedy}.") from error
+        raise CorruptModelError(
+            f"The weights of {source.name} cannot be read ({_first_line(error)}): {remedy}."
+        ) from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         remedy = "use quantization='nf4', device_map='auto' or a smaller model"
         raise LoadError(f"There is not enough memory for {source.name}: {remedy}.") from error
     except ImportError as error:
-        raise MissingDependencyError(f"{source.name} needs a package that is not installed: {_first(error)}") from error
+        raise MissingDependencyError(
+            f"{source.name} needs a package that is not installed: {_first_line(error)}"
+        ) from error
     except (RuntimeError, ValueError, KeyError) as error:
-        raise LoadError(f"{source.name} cannot be loaded with these settings: {_first(error)}") from error
-    network, info = loaded
+        raise LoadError(f"{source.name} cannot be loaded with these settings: {_first_line(error)}") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CorruptModelError(
             f"The weights of {source.name} lack {len(missing)} tensors ({missing[0]}, ...): download it again."
         )
-    return network
+    return model
 
 
-def _adopt(
-    model: Any, tokenizer: Any, chat_template: str | None, changes: dict[str, Any], say: StatusCallback
-) -> Loaded:
+def _from_object(
+    model: Any, tokenizer: Any, chat_template: str | None, changes: dict[str, Any], report_status: StatusCallback
+) -> LoadedModel:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -231,33 +243,33 @@ def _adopt(
         raise ConfigError(
             f"{', '.join(given)} cannot be applied to a model that is loaded already: give its name or folder instead."
         )
-    home = model.config.name_or_path or ""
-    name = home or type(model).__name__
+    origin = model.config.name_or_path or ""
+    name = origin or type(model).__name__
     _check_causal(model.config, name)
-    if tokenizer is None and not home:
-        raise ConfigError("A model object that does not know its name needs its tokenizer: pass tokenizer=.")
-    with quiet():
-        words = _find_tokenizer(tokenizer, home, say)
-    return Loaded(model.eval(), _with_template(words, chat_template), name, None)
+    if tokenizer is None and not origin:
+        raise ConfigError("A model object without config.name_or_path needs its tokenizer: pass tokenizer=.")
+    with quiet_transformers():
+        found_tokenizer = _find_tokenizer(tokenizer, origin, report_status)
+    return LoadedModel(model.eval(), _with_template(found_tokenizer, chat_template), name, None)
 
 
-def _find_tokenizer(given: Any, home: str | Path, say: StatusCallback) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the one in a folder or of a Hub id."""
+def _find_tokenizer(given: Any, origin: str | Path, report_status: StatusCallback) -> PreTrainedTokenizerBase:
+    """Return the given tokenizer, or load that of a folder or Hub id: the given one, else `origin`."""
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     if isinstance(given, PreTrainedTokenizerBase):
         return given
     if given is not None and not isinstance(given, (str, Path)):
         raise ConfigError(f"tokenizer must be a tokenizer, a folder or a Hub id, not {type(given).__name__}.")
-    where = str(home if given is None else given)
+    where = str(origin if given is None else given)
     folder = Path(where).expanduser()
     if not folder.is_dir():
-        folder = hub.hub_folder(where, say)
+        folder = hub.hub_folder(where, report_status)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         remedy = "pass tokenizer= (a tokenizer, a folder or a Hub id)"
-        raise ModelNotFoundError(f"{where} holds no usable tokenizer ({_first(error)}): {remedy}.") from error
+        raise ModelNotFoundError(f"{where} holds no usable tokenizer ({_first_line(error)}): {remedy}.") from error
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
@@ -269,11 +281,11 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None
         if not path.is_file():
             raise ConfigError(f"chat_template is neither Jinja text nor a file: {text!r}.")
         text = path.read_text(encoding="utf-8")
-    changed = copy.copy(tokenizer)  # the caller's own tokenizer keeps its template
+    changed = copy.copy(tokenizer)  # the caller's tokenizer keeps its template
     changed.chat_template = text
     return changed
 
 
-def _first(error: BaseException) -> str:
-    """The first line of a message: transformers' own run over many."""
+def _first_line(error: BaseException) -> str:
+    """Return the first line of a message; those of transformers have many."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""LangChain messages to the OpenAI-style messages of zsmerge-llm, and its results back. No model is needed here."""
+"""Conversion of LangChain messages to the OpenAI format of zsmerge-llm, and of its results to LangChain messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zsmerge_llm import Chunk, Message, Result, Usage
 from zsmerge_llm.errors import InputError
 
 PROVIDER = "zsmerge"
-MARK = "<tool_call>"
+_CALL_TAG = "<tool_call>"
 
 _ROLES = {
     "human": "user",
@@ -34,8 +34,8 @@ _ROLES = {
     "developer": "system",
     "tool": "tool",
 }
-# blocks of an assistant's message that repeat its tool calls or hold reasoning, which no model reads again
-_NOT_TEXT = frozenset(
+# content blocks of an assistant's message that repeat its tool calls or its reasoning: both are converted separately
+_SKIPPED_BLOCKS = frozenset(
     {
         "tool_call",
         "tool_call_chunk",
@@ -51,12 +51,12 @@ _NOT_TEXT = frozenset(
 
 
 def to_messages(messages: Sequence[BaseMessage]) -> list[Message]:
-    """LangChain messages as role/content dicts.
+    """Return messages in the OpenAI format.
 
-    Images, audio and the like are handed on as they are: zsmerge-llm refuses them by name (UnsupportedContentError).
+    Image and audio blocks stay as they are: zsmerge-llm raises UnsupportedContentError, which names them.
 
     Raises:
-        InputError: a kind of message or a role that has no place in a conversation.
+        InputError: a message type or a role that a prompt cannot hold.
     """
     return [_to_message(message) for message in messages]
 
@@ -64,9 +64,9 @@ def to_messages(messages: Sequence[BaseMessage]) -> list[Message]:
 def _to_message(message: BaseMessage) -> Message:
     converted: Message = {"role": _role(message), "content": _content(message)}
     if isinstance(message, AIMessage):
-        if calls := _calls_of(message):
+        if calls := _tool_calls(message):
             converted["tool_calls"] = calls
-        if reasoning := _reasoning_of(message):
+        if reasoning := _reasoning(message):
             converted["reasoning_content"] = reasoning
     if isinstance(message, ToolMessage):
         converted["tool_call_id"] = message.tool_call_id
@@ -86,13 +86,13 @@ def _role(message: BaseMessage) -> str:
     ):
         if isinstance(message, kind):
             return role
-    raise InputError(f"A {type(message).__name__} has no place in a prompt: use human, AI, system or tool messages.")
+    raise InputError(f"A prompt cannot hold a {type(message).__name__}: use human, AI, system or tool messages.")
 
 
 def _content(message: BaseMessage) -> str | list[dict[str, Any]]:
     if isinstance(message.content, str):
         return message.content
-    skip = _NOT_TEXT if isinstance(message, AIMessage) else frozenset[str]()
+    skip = _SKIPPED_BLOCKS if isinstance(message, AIMessage) else frozenset[str]()
     blocks = [_block(block) for block in message.content]
     kept = [block for block in blocks if block.get("type") not in skip]
     return kept or ""
@@ -106,21 +106,21 @@ def _block(block: str | dict[str, Any]) -> dict[str, Any]:
     return block
 
 
-def _reasoning_of(message: AIMessage) -> str:
-    """What a reasoning model thought before it answered; some templates show it again within a turn."""
+def _reasoning(message: AIMessage) -> str:
+    """Return the reasoning that preceded the answer; some templates show it again within a turn."""
     blocks = [block for block in message.content if isinstance(block, dict)]
-    written = "".join(str(block.get("reasoning", "")) for block in blocks if block.get("type") == "reasoning")
-    return written or str(message.additional_kwargs.get("reasoning_content") or "")
+    text = "".join(str(block.get("reasoning", "")) for block in blocks if block.get("type") == "reasoning")
+    return text or str(message.additional_kwargs.get("reasoning_content") or "")
 
 
-def _calls_of(message: AIMessage) -> list[dict[str, Any]]:
-    """The calls of an assistant's message, in the OpenAI form: arguments as JSON text, malformed ones as written."""
+def _tool_calls(message: AIMessage) -> list[dict[str, Any]]:
+    """Return the tool calls of an assistant's message in the OpenAI format; malformed arguments stay as they are."""
     calls = [_call(call["id"], call["name"], _json(call["args"])) for call in message.tool_calls]
-    written = [(call["id"], call["name"], call["args"] or "") for call in message.invalid_tool_calls]
-    calls += [_call(call_id, name, text) for call_id, name, text in written if name]
+    invalid = [(call["id"], call["name"], call["args"] or "") for call in message.invalid_tool_calls]
+    calls += [_call(call_id, name, text) for call_id, name, text in invalid if name]
     known = {call["id"] for call in calls}
     for block in message.content if isinstance(message.content, list) else []:
-        # calls of other providers' messages that stand in the content alone
+        # messages of other providers may hold their calls in the content alone
         if isinstance(block, dict) and block.get("type") == "tool_use" and block.get("id") not in known:
             calls.append(_call(block.get("id"), block["name"], _json(block["input"])))
     return calls
@@ -131,30 +131,30 @@ def _call(call_id: str | None, name: str, arguments: str) -> dict[str, Any]:
 
 
 def to_ai_message(result: Result, model: str) -> AIMessage:
-    """A whole answer as a message, with usage and response metadata; malformed calls in `invalid_tool_calls`."""
+    """Return a whole answer as a message, with usage and metadata; malformed calls are in `invalid_tool_calls`."""
     return AIMessage(
         content=result.text,
-        additional_kwargs=_extra(result),
-        tool_calls=[_parsed(call) for call in result.tool_calls],
-        invalid_tool_calls=[_invalid(call) for call in result.invalid_tool_calls],
+        additional_kwargs=_additional_kwargs(result),
+        tool_calls=[_valid_call(call) for call in result.tool_calls],
+        invalid_tool_calls=[_invalid_call(call) for call in result.invalid_tool_calls],
         usage_metadata=usage_metadata(result.usage),
         response_metadata=response_metadata(result, model),
     )
 
 
 def to_ai_message_chunk(chunk: Chunk, model: str, first_call: int) -> AIMessageChunk:
-    """A piece of an answer; `first_call` is the number of tool calls already streamed."""
-    read = [(call["function"]["name"], call["function"]["arguments"], call["id"]) for call in chunk.tool_calls]
-    broken = [(call["name"], call["args"], call["id"]) for call in map(_invalid, chunk.invalid_tool_calls)]
+    """Return a chunk of an answer. `first_call`: the number of tool calls streamed before it."""
+    valid = [(call["function"]["name"], call["function"]["arguments"], call["id"]) for call in chunk.tool_calls]
+    invalid = [(call["name"], call["args"], call["id"]) for call in map(_invalid_call, chunk.invalid_tool_calls)]
     calls = [
         tool_call_chunk(name=name, args=arguments, id=call_id, index=first_call + index)
-        for index, (name, arguments, call_id) in enumerate([*read, *broken])
+        for index, (name, arguments, call_id) in enumerate([*valid, *invalid])
     ]
     if chunk.finish_reason is None:
-        return AIMessageChunk(content=chunk.text, additional_kwargs=_extra(chunk), tool_call_chunks=calls)
+        return AIMessageChunk(content=chunk.text, additional_kwargs=_additional_kwargs(chunk), tool_call_chunks=calls)
     return AIMessageChunk(
         content=chunk.text,
-        additional_kwargs=_extra(chunk),
+        additional_kwargs=_additional_kwargs(chunk),
         tool_call_chunks=calls,
         usage_metadata=None if chunk.usage is None else usage_metadata(chunk.usage),
         response_metadata=response_metadata(chunk, model),
@@ -162,19 +162,19 @@ def to_ai_message_chunk(chunk: Chunk, model: str, first_call: int) -> AIMessageC
     )
 
 
-def _extra(answer: Result | Chunk) -> dict[str, Any]:
-    """The thought of a reasoning model, where LangChain looks for it (`content_blocks` of type reasoning)."""
+def _additional_kwargs(answer: Result | Chunk) -> dict[str, Any]:
+    """Return the reasoning under the key from which LangChain makes `content_blocks` of type reasoning."""
     return {"reasoning_content": answer.reasoning} if answer.reasoning else {}
 
 
 def response_metadata(answer: Result | Chunk, model: str) -> dict[str, Any]:
-    """What LangChain and LangSmith show of an answer; `token_usage` holds everything `Usage` reports."""
+    """Return the metadata that LangChain and LangSmith show; `token_usage` has every field of `Usage`."""
     metadata = {"model_name": model, "model_provider": PROVIDER, "finish_reason": answer.finish_reason}
     return metadata if answer.usage is None else {**metadata, "token_usage": asdict(answer.usage)}
 
 
 def usage_metadata(usage: Usage) -> UsageMetadata:
-    """Tokens in LangChain's terms: `input_tokens` is the logical prompt, `cache_read` what earlier turns had read."""
+    """Return token counts: `input_tokens` is the logical prompt, `cache_read` the part read by earlier requests."""
     tokens = UsageMetadata(
         input_tokens=usage.prompt_tokens,
         output_tokens=usage.completion_tokens,
@@ -186,16 +186,19 @@ def usage_metadata(usage: Usage) -> UsageMetadata:
     return tokens
 
 
-def _parsed(call: dict[str, Any]) -> ToolCall:
+def _valid_call(call: dict[str, Any]) -> ToolCall:
     function = call["function"]
     return tool_call(name=function["name"], args=json.loads(function["arguments"]), id=call["id"])
 
 
-def _invalid(call: dict[str, Any]) -> InvalidToolCall:
-    """A malformed call as it was written. LangChain mends half an object that is streamed; the mark prevents that."""
+def _invalid_call(call: dict[str, Any]) -> InvalidToolCall:
+    """Return a malformed call as the model wrote it.
+
+    LangChain completes half a JSON object in a streamed call; the tag before it prevents that.
+    """
     name, text = call["function"]["name"], call["function"]["arguments"]
-    written = MARK + text if text.lstrip().startswith("{") else text
-    return invalid_tool_call(name=name, args=written, id=call["id"], error=call["error"])
+    raw = _CALL_TAG + text if text.lstrip().startswith("{") else text
+    return invalid_tool_call(name=name, args=raw, id=call["id"], error=call["error"])
 
 
 def _json(value: Any) -> str:

@@ -1,14 +1,15 @@
-"""What `ChatZSMerge` and `ZSMergeLLM` have in common: their settings and the model behind them."""
+"""Settings of `ChatZSMerge` and `ZSMergeLLM`, and the shared `zsmerge_llm.LLM` that they describe."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.utils import from_env
 from pydantic import (
@@ -23,42 +24,15 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from zsmerge_llm import CacheConfig, SamplingParams
+from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError
 
-if TYPE_CHECKING:
-    from zsmerge_llm import LLM
 
-_LOADING = (
-    "cache_config",
-    "dtype",
-    "device",
-    "device_map",
-    "quantization",
-    "compile",
-    "chat_template",
-    "template_args",
-    "retrieval_tokens",
-    "max_input_tokens",
-    "sessions_dir",
-    "session_memory",
-)
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+class _ModelRegistry:
+    """The models in use in this process: objects of equal loading settings share weights and sessions.
 
-
-class Request(NamedTuple):
-    """One call: what answers it, under which name, and the keywords for it."""
-
-    core: LLM
-    model: str
-    settings: dict[str, Any]
-
-
-class _Shared:
-    """The models in use in this process: objects of equal settings share one set of weights and sessions.
-
-    LangChain makes a new object for every call of a `configurable_fields` model; each would load the weights anew.
-    Held weakly: a model goes when the last object using it goes.
+    LangChain makes a new object for every call of a `configurable_fields` model; each would load the weights again.
+    References are weak: a model is freed with the last object that uses it.
     """
 
     def __init__(self) -> None:
@@ -66,8 +40,7 @@ class _Shared:
         self._models: weakref.WeakValueDictionary[str, LLM] = weakref.WeakValueDictionary()
 
     def get(self, settings: dict[str, Any]) -> LLM:
-        from zsmerge_llm import LLM
-
+        """Return the LLM of these settings; it loads at its first use."""
         key = repr(sorted(settings.items()))
         with self._lock:
             llm = self._models.get(key)
@@ -76,11 +49,11 @@ class _Shared:
             return llm
 
 
-_SHARED = _Shared()
+_MODELS = _ModelRegistry()
 
 
 class ZSMergeSettings(BaseModel):
-    """Settings of both classes. Unknown names are refused. Nothing is loaded before the first use."""
+    """Settings of both classes. Unknown names raise ConfigError. The model loads at its first use."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
@@ -91,31 +64,31 @@ class ZSMergeSettings(BaseModel):
     )
     """Built-in name, Hub id, folder or `.gguf` file. Default: `ZSMERGE_MODEL`, else `smollm2`."""
     llm: Any = Field(default=None, exclude=True, repr=False, frozen=True)
-    """An existing `zsmerge_llm.LLM` to share; the settings of loading are its own then."""
+    """An existing `zsmerge_llm.LLM` to share. It has its own loading settings."""
 
     cache_config: CacheConfig = Field(default_factory=CacheConfig, frozen=True)
-    """The KV cache's budget and rule (a `CacheConfig` or a dict of its settings). `cache=CacheConfig(...)` sets it too;
-    any other `cache` is LangChain's cache of answers."""
+    """Budget and eviction policy of the KV cache: a `CacheConfig` or a dict of its settings. `cache=CacheConfig(...)`
+    sets it too; any other `cache` is LangChain's cache of answers."""
     dtype: str = Field(default="auto", frozen=True)
     device: str = Field(default_factory=from_env("ZSMERGE_DEVICE", default="auto"), frozen=True)
     device_map: str | dict[str, Any] | None = Field(default=None, frozen=True)
     quantization: Literal["nf4", "int8", "int4"] | None = Field(default=None, frozen=True)
     compile: bool | Literal["auto"] = Field(default="auto", frozen=True)
-    """Whether decode steps run through compiled layers; `"auto"` begins once enough was decoded for it to pay."""
+    """Whether decode steps run through compiled layers. `"auto"` compiles once enough was decoded to pay for it."""
     chat_template: str | None = Field(default=None, frozen=True)
     """A Jinja template in place of the model's own."""
     template_args: dict[str, Any] | None = Field(default=None, frozen=True)
     """Variables for the chat template, such as `{"enable_thinking": False}`."""
     retrieval_tokens: int = Field(default=256, frozen=True)
-    """Tokens of earlier text that are read again before a question, where the cache has lost some; 0: none."""
+    """Most tokens of dropped text that are retrieved and read again before a question; 0 for none."""
     max_input_tokens: int | None = Field(default=None, frozen=True)
     """A longer prompt raises ContextLimitError; None sets no limit. Nothing is ever truncated."""
     sessions_dir: str | None = Field(
         default_factory=from_env("ZSMERGE_SESSIONS_DIR", default=None, error_message=None), frozen=True
     )
-    """Where conversations are kept between processes. Default: `ZSMERGE_SESSIONS_DIR`, else nowhere."""
+    """Folder that stores conversations between processes. Default: `ZSMERGE_SESSIONS_DIR`, else none."""
     session_memory: int | str | None = Field(default=None, frozen=True)
-    """What all conversations may hold in memory, such as `"4GiB"`; None leaves it to zsmerge-llm."""
+    """Memory limit of all conversations, such as `"4GiB"`; None for the default of zsmerge-llm."""
 
     max_tokens: int | None = 512
     temperature: float = 0.0
@@ -128,23 +101,25 @@ class ZSMergeSettings(BaseModel):
     """Strings that end the answer, in addition to those of a call."""
 
     timeout: float | None = Field(default=None, gt=0, validation_alias=AliasChoices("timeout", "request_timeout"))
-    """Seconds one answer may take; then decoding stops and TimeoutError is raised."""
+    """Seconds that one answer may take; then decoding stops and TimeoutError is raised."""
     streaming: bool = False
-    """Make `invoke` go through the stream, for callbacks that want each token."""
+    """Make `invoke` use the stream, for callbacks that want each token."""
     max_retries: int | None = Field(default=None, exclude=True)
-    """One of LangChain's standard parameters; a local model has nothing to try again."""
+    """A standard parameter of LangChain; without effect on a local model."""
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
-    """One of LangChain's standard parameters; a local model needs no key."""
+    """A standard parameter of LangChain; without effect on a local model."""
 
     _llm: Any = PrivateAttr(default=None)
-    _others: dict[str, LLM] = PrivateAttr(default_factory=dict)
+    _other_llms: dict[str, LLM] = PrivateAttr(default_factory=dict)
 
     if TYPE_CHECKING:
         custom_get_token_ids: Callable[[str], list[int]] | None
 
+    # Validators are inherited by name; the prefix keeps LangChain's own.
+
     @model_validator(mode="before")
     @classmethod
-    def _zsmerge_sort(cls, values: Any) -> Any:
+    def _zsmerge_normalize(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         values = dict(values)
@@ -168,54 +143,57 @@ class ZSMergeSettings(BaseModel):
 
     @field_validator("model", "sessions_dir", mode="before")
     @classmethod
-    def _zsmerge_path(cls, value: Any) -> Any:
+    def _zsmerge_path_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
     @field_validator("cache_config", mode="before")
     @classmethod
-    def _zsmerge_cache(cls, value: Any) -> Any:
+    def _zsmerge_cache_from_dict(cls, value: Any) -> Any:
         return CacheConfig.from_dict(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
-    def _zsmerge_connect(self) -> Self:
-        self._sampling(None, {})
+    def _zsmerge_find_llm(self) -> Self:
+        self._sampling_params(None, {})  # refuses bad values now
         if self.llm is None:
-            self._llm = _SHARED.get(self._loading())
+            self._llm = _MODELS.get(self._loading_settings())
             return self
-        defaults = {name: type(self).model_fields[name].get_default(call_default_factory=True) for name in _LOADING}
-        if clash := [name for name in _LOADING if getattr(self, name) != defaults[name]]:
-            raise ConfigError(f"{', '.join(clash)} cannot change a model given as llm: set it in LLM(...) instead.")
+        defaults = {
+            name: type(self).model_fields[name].get_default(call_default_factory=True) for name in LOADING_SETTINGS
+        }
+        if changed := [name for name in LOADING_SETTINGS if getattr(self, name) != defaults[name]]:
+            raise ConfigError(f"{', '.join(changed)} cannot change a model given as llm: set it in LLM(...) instead.")
         self._llm = self.llm
         return self
 
-    def _loading(self) -> dict[str, Any]:
-        settings = {name: getattr(self, name) for name in _LOADING if name != "cache_config"}
+    def _loading_settings(self) -> dict[str, Any]:
+        """Return the keywords for `LLM`."""
+        settings = {name: getattr(self, name) for name in LOADING_SETTINGS if name != "cache_config"}
         given = {name: value for name, value in settings.items() if value is not None}
         return {"model": self.model, "cache": self.cache_config, **given}
 
-    def _stops(self, stop: Sequence[str] | str | None) -> list[str]:
-        asked = [stop] if isinstance(stop, str) else stop or []
-        return list(dict.fromkeys([*(self.stop or []), *asked]))
+    def _stop_strings(self, stop: Sequence[str] | str | None) -> list[str]:
+        of_call = [stop] if isinstance(stop, str) else stop or []
+        return list(dict.fromkeys([*(self.stop or []), *of_call]))
 
-    def _sampling(self, stop: Sequence[str] | str | None, changes: dict[str, Any]) -> SamplingParams:
-        settings = {name: getattr(self, name) for name in _SAMPLING}
-        return SamplingParams(**{**settings, **changes}, stop=tuple(self._stops(stop)))
+    def _sampling_params(self, stop: Sequence[str] | str | None, changes: dict[str, Any]) -> SamplingParams:
+        settings = {name: getattr(self, name) for name in SAMPLING_SETTINGS}
+        return SamplingParams(**{**settings, **changes}, stop=tuple(self._stop_strings(stop)))
 
-    def _options(self, options: dict[str, Any], extra: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The sampling settings among the keywords of one call; `extra` names those the caller looks after.
+    def _sampling_options(self, options: dict[str, Any], others: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Return the sampling settings among the keywords of one call. `others`: names that the caller handles.
 
         Raises:
             ConfigError: a keyword of another name.
         """
-        known = (*_SAMPLING, *extra, "model", "stream")
+        known = (*SAMPLING_SETTINGS, *others, "model", "stream")
         if unknown := sorted(options.keys() - set(known)):
             raise ConfigError(
                 f"A call of {type(self).__name__} has no option {', '.join(unknown)}; it has {', '.join(known)}."
             )
-        return {name: options[name] for name in _SAMPLING if name in options}
+        return {name: options[name] for name in SAMPLING_SETTINGS if name in options}
 
-    def _core(self, model: str) -> LLM:
-        """What runs `model`, this object's or another one that a call names; that stays loaded as long as this object.
+    def _llm_for(self, model: str) -> LLM:
+        """Return the LLM of a model that a call names. Another one than this object's stays loaded as long as this.
 
         Raises:
             ConfigError: another model, where this object was given its own as `llm`.
@@ -226,31 +204,35 @@ class ZSMergeSettings(BaseModel):
             raise ConfigError(
                 f"This object was given {self.model!r} as llm: create {type(self).__name__}(model={model!r}) instead."
             )
-        self._others[model] = _SHARED.get({**self._loading(), "model": model})
-        return self._others[model]
+        self._other_llms[model] = _MODELS.get({**self._loading_settings(), "model": model})
+        return self._other_llms[model]
 
     @property
     def core(self) -> LLM:
-        """The `zsmerge_llm.LLM` behind it: its sessions, its documents, its tokenizer. Not loaded before it is used."""
+        """The underlying `zsmerge_llm.LLM`, with its sessions, documents and tokenizer. It loads at its first use."""
         llm: LLM = self._llm
         return llm
 
     def warm_up(self) -> Self:
-        """Load the model now rather than at the first use, before an event loop has others to serve."""
+        """Load the model now, not at its first use: loading may block an event loop."""
         self.core.warm_up()
         return self
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Token ids of a text by the model's own tokenizer, without special tokens around it. Loads the model."""
+        """Return the token ids of a text by the model's tokenizer, without special tokens. Loads the model."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
         ids: list[int] = self._llm.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+        parent: Any = super()
+        return parent._get_ls_params(stop=self._stop_strings(stop) or None, **kwargs)
+
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        loading = {**{name: getattr(self, name) for name in _LOADING}, "cache_config": asdict(self.cache_config)}
-        return {"model": self.model, **loading, **{name: getattr(self, name) for name in _SAMPLING}, "stop": self.stop}
+        names = ("model", *LOADING_SETTINGS, *SAMPLING_SETTINGS, "stop")
+        return {**{name: getattr(self, name) for name in names}, "cache_config": self.cache_config.to_dict()}
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -259,21 +241,30 @@ class ZSMergeSettings(BaseModel):
 
     @property
     def lc_attributes(self) -> dict[str, Any]:
-        """The cache's settings as plain data, without those that are the default ones."""
-        usual = asdict(CacheConfig())
-        changed = {name: value for name, value in asdict(self.cache_config).items() if value != usual[name]}
+        """The settings of the cache that differ from the defaults, as plain data."""
+        defaults = CacheConfig().to_dict()
+        changed = {name: value for name, value in self.cache_config.to_dict().items() if value != defaults[name]}
         return {"cache_config": changed}
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        return {**state, "__pydantic_private__": {"_llm": None, "_others": {}}}
+        return {**state, "__pydantic_private__": {"_llm": None, "_other_llms": {}}}
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         super().__setstate__(state)
-        self._llm = self.llm if self.llm is not None else _SHARED.get(self._loading())
+        self._llm = self.llm if self.llm is not None else _MODELS.get(self._loading_settings())
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         memo = {} if memo is None else memo
-        for llm in (self._llm, *self._others.values()):
+        for llm in (self._llm, *self._other_llms.values()):
             memo[id(llm)] = llm  # settings are copied, weights never
         return super().__deepcopy__(memo)
+
+
+_PARAMETERS = inspect.signature(LLM).parameters.keys() - {"model", "cache"} | {"cache_config"}
+LOADING_SETTINGS = tuple(name for name in ZSMergeSettings.model_fields if name in _PARAMETERS)
+"""Fields that describe the model and its cache: the keywords of `LLM`, with `cache_config` for `cache`."""
+SAMPLING_SETTINGS = tuple(
+    name for name in ZSMergeSettings.model_fields if name in {field.name for field in fields(SamplingParams)} - {"stop"}
+)
+"""Fields of `SamplingParams`; `stop` is apart, because a call adds to it."""

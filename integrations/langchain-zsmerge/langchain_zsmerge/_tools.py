@@ -1,4 +1,4 @@
-"""Tools and structured output: LangChain's many ways of naming them, as the core's `tools` and `response_format`."""
+"""Tools, tool choices and structured output of LangChain, as `tools` and `response_format` of zsmerge-llm."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 METHODS = ("json_schema", "function_calling", "json_mode")
 
 
-def as_tools(tools: Tools, strict: bool | None = None) -> list[dict[str, Any]]:
-    """Tool definitions in the OpenAI format."""
+def to_tools(tools: Tools, strict: bool | None = None) -> list[dict[str, Any]]:
+    """Return tool definitions in the OpenAI format."""
     return [convert_to_openai_tool(tool, strict=strict) for tool in tools]
 
 
-def as_choice(choice: Any, tools: Sequence[dict[str, Any]]) -> str | dict[str, Any] | None:
-    """A tool choice in the OpenAI format; None where nothing was chosen.
+def to_tool_choice(choice: Any, tools: Sequence[dict[str, Any]]) -> str | dict[str, Any] | None:
+    """Return a tool choice in the OpenAI format, or None for no choice.
 
     Args:
         choice: None, "auto", "none", "any", "required", a bool (True: some tool), a tool's name, or a dict that names
-            one, as OpenAI's and Anthropic's interfaces write it.
+            one in OpenAI's or Anthropic's format.
 
     Raises:
         ConfigError: any other choice.
@@ -58,32 +58,32 @@ def as_choice(choice: Any, tools: Sequence[dict[str, Any]]) -> str | dict[str, A
     )
 
 
-def structured(
+def structured_output(
     model: Runnable[Any, Any], schema: dict[str, Any] | type, method: str, include_raw: bool, strict: bool | None
 ) -> Runnable[Any, Any]:
-    """`model` with its answers held to a schema, and parsed. See `ChatZSMerge.with_structured_output`."""
+    """Return `model` with answers that follow a schema, parsed. See `ChatZSMerge.with_structured_output`."""
     if method not in METHODS:
         raise ConfigError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}.")
-    described = {"ls_structured_output_format": {"kwargs": {"method": method, "strict": strict}, "schema": schema}}
+    metadata = {"ls_structured_output_format": {"kwargs": {"method": method, "strict": strict}, "schema": schema}}
     if method == "function_calling":
         tool = convert_to_openai_tool(schema, strict=strict)
         name = tool["function"]["name"]
-        settings = {"tools": [tool], "tool_choice": name, "parallel_tool_calls": False, **described}
+        settings = {"tools": [tool], "tool_choice": name, "parallel_tool_calls": False, **metadata}
         parser = _tool_parser(schema, name)
     elif method == "json_schema":
-        settings = {"response_format": _format(schema, strict), **described}
+        settings = {"response_format": _response_format(schema, strict), **metadata}
         parser = _json_parser(schema)
     elif strict is not None:
-        raise ConfigError("method='json_mode' knows no schema to be strict about: use method='json_schema'.")
+        raise ConfigError("strict needs a schema, which method='json_mode' does not enforce: use method='json_schema'.")
     else:
-        settings = {"response_format": {"type": "json_object"}, **described}
+        settings = {"response_format": {"type": "json_object"}, **metadata}
         parser = _json_parser(schema)
     bound = model.bind(**settings)
     return _with_raw(bound, parser) if include_raw else bound | parser
 
 
-def _format(schema: dict[str, Any] | type, strict: bool | None) -> dict[str, Any]:
-    """A response format. A pydantic class keeps its own schema, references included."""
+def _response_format(schema: dict[str, Any] | type, strict: bool | None) -> dict[str, Any]:
+    """Return a response format. A pydantic class keeps its own schema, with its references."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         named = {"name": schema.__name__, "schema": schema.model_json_schema()}
     elif isinstance(schema, dict) and "title" not in schema and ("properties" in schema or "$ref" in schema):
@@ -107,7 +107,7 @@ def _tool_parser(schema: dict[str, Any] | type, name: str) -> BaseOutputParser[A
 
 
 def _with_raw(model: Runnable[Any, Any], parser: BaseOutputParser[Any]) -> Runnable[Any, Any]:
-    """A dict of `raw`, `parsed` and `parsing_error`."""
+    """Return a runnable that gives a dict of `raw`, `parsed` and `parsing_error`."""
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
     return RunnableMap(raw=model) | parsed.with_fallbacks([failed], exception_key="parsing_error")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from contextlib import aclosing, closing
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
@@ -12,26 +12,25 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import BaseModel, ConfigDict
 
-from langchain_zsmerge._calls import Call
+from langchain_zsmerge._generation import Deadline, Request, ZSMergeGeneration
 from langchain_zsmerge._messages import to_ai_message, to_ai_message_chunk, to_messages
-from langchain_zsmerge._settings import Request, ZSMergeSettings
-from langchain_zsmerge._tools import as_choice, as_tools, structured
-from zsmerge_llm import aio
+from langchain_zsmerge._tools import structured_output, to_tool_choice, to_tools
 
 if TYPE_CHECKING:
-    from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-    from langchain_core.language_models.base import LangSmithParams
     from langchain_core.tools import BaseTool
 
     from zsmerge_llm import Chunk
 
 
-_FORM = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "grammar")
-"""Options of a call that say what its answer may look like."""
+_FORMAT_OPTIONS = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "grammar")
+"""Options of a call that constrain its answer."""
+_SUPPORTED = ("text_inputs", "text_outputs", "tool_calling", "tool_choice", "tool_call_streaming", "structured_output")
+_UNSUPPORTED = ("image_inputs", "image_url_inputs", "pdf_inputs", "audio_inputs", "video_inputs")
+"""Entries of LangChain's model profile."""
 
 
-class ChatZSMerge(ZSMergeSettings, BaseChatModel):
-    """A local chat model whose KV cache never grows.
+class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it names the prompt `messages`
+    """A local chat model on a KV cache of constant size.
 
     ```python
     from langchain_zsmerge import ChatZSMerge
@@ -39,13 +38,13 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
 
     chat = ChatZSMerge(model="smollm2", cache=CacheConfig(slots=1024), temperature=0)
     chat.invoke("Why is the sky blue?")
-    chat.bind(session_id="ann").invoke(messages)                                   # a conversation, by name
-    chat.invoke(messages, config={"configurable": {"thread_id": "ann"}})           # the same
-    chat.invoke(messages, reread=True)                     # read everything again, for this question
+    chat.bind(session_id="ann").invoke(messages)                          # name the session
+    chat.invoke(messages, config={"configurable": {"thread_id": "ann"}})  # the same
+    chat.invoke(messages, reread=True)                                    # read everything again for this question
     ```
 
-    A conversation is recognised by its messages; a session id only helps to find it. Constructing costs nothing: the
-    model loads at the first answer (or token count). Objects with the same loading settings share one model.
+    A conversation is recognised by its messages; a session id only helps to find it. The constructor loads nothing: the
+    model loads at the first answer or token count. Objects with the same loading settings share one model.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
@@ -54,78 +53,39 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
     def _llm_type(self) -> str:
         return "zsmerge-chat"
 
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        return super()._get_ls_params(stop=self._stops(stop) or None, **kwargs)
-
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        kwargs.pop(
-            "session_id", None
-        )  # where an answer was computed does not change it: LangChain's cache may serve it
+        kwargs.pop("session_id", None)  # LangChain's cache of answers may serve every session
         return super()._get_llm_string(stop=stop, **kwargs)
 
     def _resolve_model_profile(self) -> Any:
-        return {
-            "text_inputs": True,
-            "image_inputs": False,
-            "image_url_inputs": False,
-            "pdf_inputs": False,
-            "audio_inputs": False,
-            "video_inputs": False,
-            "text_outputs": True,
-            "tool_calling": True,
-            "tool_choice": True,
-            "tool_call_streaming": True,
-            "structured_output": True,
-            **({} if self.max_input_tokens is None else {"max_input_tokens": self.max_input_tokens}),
-        }
+        limit = {} if self.max_input_tokens is None else {"max_input_tokens": self.max_input_tokens}
+        return {**dict.fromkeys(_SUPPORTED, True), **dict.fromkeys(_UNSUPPORTED, False), **limit}
 
-    def _note_window(self) -> None:
-        """Once the model is loaded its profile can say how much it takes."""
+    def _add_window_to_profile(self) -> None:
+        """Add the context window to the profile: it is known once the model is loaded."""
         profile = getattr(self, "profile", None)  # langchain-core has profiles since 1.1
         if profile is not None and "max_input_tokens" not in profile and self._llm.context_window is not None:
             profile["max_input_tokens"] = self._llm.context_window
 
-    # A session may come with the config, which LangChain does not hand down to `_generate` and `_stream`.
+    # LangChain does not pass the config, which may name the session, to `_generate` and `_stream`.
 
-    def invoke(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AIMessage:
-        return super().invoke(input, config, stop=stop, **_with_session(config, kwargs))
+    def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
+        return super().invoke(input, config, **_with_session(config, kwargs))
 
     async def ainvoke(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AIMessage:
-        return await super().ainvoke(input, config, stop=stop, **_with_session(config, kwargs))
+        return await super().ainvoke(input, config, **_with_session(config, kwargs))
 
     def stream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[AIMessageChunk]:
-        return super().stream(input, config, stop=stop, **_with_session(config, kwargs))
+        return super().stream(input, config, **_with_session(config, kwargs))
 
     def astream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[AIMessageChunk]:
-        return super().astream(input, config, stop=stop, **_with_session(config, kwargs))
+        return super().astream(input, config, **_with_session(config, kwargs))
 
     def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         return super().stream_events(input, config, **_with_session(config, kwargs))
@@ -133,89 +93,38 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
     def astream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         return super().astream_events(input, config, **_with_session(config, kwargs))
 
-    # What BaseChatModel builds everything else on.
-
-    def _generate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> ChatResult:
-        return self._answer(Call(self.timeout), messages, self._request(stop, kwargs))
-
-    async def _agenerate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> ChatResult:
-        request = self._request(stop, kwargs)
-        return await aio.call(lambda cancel: self._answer(Call(self.timeout, cancel), messages, request))
-
-    def _stream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> Iterator[ChatGenerationChunk]:
-        for chunk in self._pieces(Call(self.timeout), messages, self._request(stop, kwargs)):
-            if run_manager is not None:
-                run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-            yield chunk
-
-    async def _astream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> AsyncIterator[ChatGenerationChunk]:
-        request = self._request(stop, kwargs)
-        pieces = aio.stream(lambda cancel: self._pieces(Call(self.timeout, cancel), messages, request))
-        async with aclosing(pieces) as chunks:
-            async for chunk in chunks:
-                if run_manager is not None:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
-
     def _request(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Request:
-        """One call with the keywords of `LLM.chat`. Raises ConfigError."""
-        changes = self._options(kwargs, ("session_id", "reread", *_FORM))
-        tools = as_tools(kwargs.get("tools") or ())
-        choice = as_choice(kwargs.get("tool_choice"), tools) if tools else None
-        hints = {"tools": tools, "tool_choice": choice, "session": kwargs.get("session_id")}
-        hints["reread"] = kwargs.get("reread")
-        given = {name: hint for name, hint in hints.items() if hint}
+        changes = self._sampling_options(kwargs, ("session_id", "reread", *_FORMAT_OPTIONS))
+        tools = to_tools(kwargs.get("tools") or ())
+        choice = to_tool_choice(kwargs.get("tool_choice"), tools) if tools else None
+        options = {"tools": tools, "tool_choice": choice, "session": kwargs.get("session_id")}
+        options["reread"] = kwargs.get("reread")
+        given = {name: option for name, option in options.items() if option}
         for name in ("parallel_tool_calls", "response_format", "grammar"):
             if kwargs.get(name) is not None:
                 given[name] = kwargs[name]
         model = kwargs.get("model") or self.model
-        return Request(self._core(model), model, {"sampling": self._sampling(stop, changes), **given})
+        return Request(self._llm_for(model), model, {"sampling": self._sampling_params(stop, changes), **given})
 
-    def _answer(self, call: Call, messages: list[BaseMessage], request: Request) -> ChatResult:
-        with call:
-            result = request.core.chat(to_messages(messages), cancel=call.cancel, **request.settings)
-            call.check(result.finish_reason)
-        self._note_window()
+    def _result(self, deadline: Deadline, prompt: list[BaseMessage], request: Request) -> ChatResult:
+        with deadline:
+            result = request.llm.chat(to_messages(prompt), cancel=deadline.cancel, **request.options)
+            deadline.check(result.finish_reason)
+        self._add_window_to_profile()
         return ChatResult(generations=[ChatGeneration(message=to_ai_message(result, request.model))])
 
-    def _pieces(
-        self, call: Call, messages: list[BaseMessage], request: Request
+    def _chunks(
+        self, deadline: Deadline, prompt: list[BaseMessage], request: Request
     ) -> Generator[ChatGenerationChunk, None, None]:
-        calls = 0
-        stream = request.core.stream(to_messages(messages), cancel=call.cancel, **request.settings)
-        with call, closing(cast("Generator[Chunk]", stream)) as chunks:
+        num_calls = 0
+        stream = request.llm.stream(to_messages(prompt), cancel=deadline.cancel, **request.options)
+        with deadline, closing(cast("Generator[Chunk]", stream)) as chunks:
             for chunk in chunks:
-                call.check(chunk.finish_reason)
+                deadline.check(chunk.finish_reason)
                 if chunk.finish_reason is not None:
-                    self._note_window()
-                yield ChatGenerationChunk(message=to_ai_message_chunk(chunk, request.model, calls))
-                calls += len(chunk.tool_calls) + len(chunk.invalid_tool_calls)
-
-    # Tools and forms of answers
+                    self._add_window_to_profile()
+                yield ChatGenerationChunk(message=to_ai_message_chunk(chunk, request.model, num_calls))
+                num_calls += len(chunk.tool_calls) + len(chunk.invalid_tool_calls)
 
     def bind_tools(
         self,
@@ -226,23 +135,22 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """The model with tools: pydantic classes, functions, LangChain tools or dicts of the usual formats.
+        """Return the model with tools: pydantic classes, functions, LangChain tools or dicts of the usual formats.
 
-        The calls come back as `tool_calls`. Their arguments always fit the tool's schema: a grammar lets nothing else
-        through.
+        The calls come back as `tool_calls`. A grammar makes their arguments fit the tool's schema.
 
         Args:
-            tool_choice: "auto" (the default: the model decides), "any" or "required" or True (some tool must be
-                called), "none", or the name of the one that must be.
-            parallel_tool_calls: whether one answer may hold several calls; they may by default.
-            strict: True refuses schemas with keywords that cannot be enforced, which else are ignored.
+            tool_choice: "auto" (default: the model decides), "any", "required" or True (it must call some tool),
+                "none", or the name of the tool it must call.
+            parallel_tool_calls: whether one answer may hold several calls. Default: it may.
+            strict: True refuses schemas with keywords that a grammar cannot enforce; by default they are ignored.
             kwargs: options of the calls, such as `temperature` or `response_format`.
 
         Raises:
             ConfigError: a `tool_choice` that is none of these.
         """
-        definitions = as_tools(tools, strict)
-        choice = as_choice(tool_choice, definitions)
+        definitions = to_tools(tools, strict)
+        choice = to_tool_choice(tool_choice, definitions)
         given = {"tool_choice": choice, "parallel_tool_calls": parallel_tool_calls}
         return self.bind(
             tools=definitions, **{name: value for name, value in given.items() if value is not None}, **kwargs
@@ -257,15 +165,15 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
-        """The model with answers of a schema: a pydantic class gives its instances, all others dicts.
+        """Return a runnable whose answers follow a schema: instances of a pydantic class, dicts for other schemas.
 
-        A grammar enforces the form; a constraint that no grammar can express is still checked by a pydantic class.
+        A grammar enforces the schema. A pydantic class also checks constraints that no grammar can express.
 
         Args:
             schema: a pydantic class, a TypedDict, a JSON schema, or a tool in the OpenAI format.
-            method: "json_schema" writes the answer as JSON of the schema, "function_calling" as the call of a tool;
-                "json_mode" enforces JSON alone, and the prompt must tell the schema.
-            include_raw: answer with a dict of `raw` (the message), `parsed`, and `parsing_error` instead of raising.
+            method: "json_schema" enforces JSON of the schema, "function_calling" the call of a tool with that schema,
+                "json_mode" JSON of any form: the prompt must describe the schema.
+            include_raw: return a dict of `raw` (the message), `parsed` and `parsing_error` instead of raising.
             strict: as for `bind_tools`; by default a schema for JSON is strict, one of a tool is not.
             kwargs: options of the calls, such as `temperature`.
 
@@ -273,22 +181,22 @@ class ChatZSMerge(ZSMergeSettings, BaseChatModel):
             ConfigError: an unknown method, or `strict` without a schema to enforce.
         """
         model = self.bind(**kwargs) if kwargs else self
-        return structured(model, schema, method, include_raw, strict)
+        return structured_output(model, schema, method, include_raw, strict)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Tokens of a prompt made of these messages and tools, as the model's template writes it. Loads the model.
+        """Count the tokens of the prompt that the model's template makes of messages and tools. Loads the model.
 
-        For messages that can be answered it is `usage_metadata["input_tokens"]` of a new conversation. Parts that the
-        template refuses by themselves, as `trim_messages` tries them, are counted as plain text.
+        For messages that can be answered this is `usage_metadata["input_tokens"]` of a new conversation. Messages that
+        the template refuses by themselves, as `trim_messages` tries them, are counted as plain text.
         """
         if not messages:
             return 0
-        count: int = self._llm.count_prompt_tokens(to_messages(messages), as_tools(tools or ()) or None)
+        count: int = self._llm.count_prompt_tokens(to_messages(messages), to_tools(tools or ()) or None)
         return count
 
 
 def _with_session(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a call, with the session named in the config's `configurable` where they name none."""
+    """Return the keywords of a call; where they name no session, with the one in the config's `configurable`."""
     if kwargs.get("session_id") is not None:
         return kwargs
     configurable = ensure_config(config).get("configurable") or {}

@@ -51,12 +51,12 @@ def test_a_chat_message_names_its_role(role: str, expected: str) -> None:
 @pytest.mark.parametrize(
     "message", [ChatMessage("x", role="narrator"), RemoveMessage(id="1"), FunctionMessage("x", name="f")]
 )
-def test_a_message_without_a_place_in_a_prompt_is_refused(message: BaseMessage) -> None:
+def test_a_message_type_that_a_prompt_cannot_hold_is_refused(message: BaseMessage) -> None:
     with pytest.raises(InputError, match="use"):
         to_messages([message])
 
 
-def test_text_blocks_are_kept_as_text_and_images_are_handed_on() -> None:
+def test_text_blocks_become_text_and_image_blocks_stay() -> None:
     image = {"type": "image", "url": "https://example.org/a.png"}
     message = HumanMessage(["see", {"type": "text", "text": "this", "index": 0}, image])
     assert one(message)["content"] == [{"type": "text", "text": "see"}, {"type": "text", "text": "this"}, image]
@@ -78,7 +78,7 @@ def test_tool_calls_become_openai_calls_with_raw_unicode_arguments() -> None:
     }
 
 
-def test_a_malformed_call_goes_back_into_the_history_as_it_was_written() -> None:
+def test_a_malformed_call_stays_as_written_in_the_history() -> None:
     message = AIMessage("", invalid_tool_calls=[{"name": "f", "args": "{oops", "id": "c1", "error": "bad"}])
     assert one(message)["tool_calls"][0]["function"] == {"name": "f", "arguments": "{oops"}
 
@@ -93,7 +93,7 @@ def test_blocks_that_repeat_tool_calls_or_hold_reasoning_are_left_out() -> None:
     assert len(converted["tool_calls"]) == 1
 
 
-def test_a_call_that_stands_in_the_content_alone_is_found() -> None:
+def test_a_call_in_the_content_alone_is_converted() -> None:
     message = AIMessage([{"type": "tool_use", "id": "c1", "name": "f", "input": {"x": 1}}])
     assert one(message)["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"x": 1}'}
 
@@ -122,7 +122,7 @@ BROKEN = [
 ]
 
 
-def test_calls_of_an_answer_are_parsed_and_malformed_ones_kept_apart() -> None:
+def test_calls_of_an_answer_are_parsed_and_malformed_ones_are_invalid_tool_calls() -> None:
     message = to_ai_message(Result("", "tool_calls", USAGE, CALLS, BROKEN), "m")
     assert [(call["name"], call["args"]) for call in message.tool_calls] == [("f", {"x": 1}), ("g", {"y": "ü"})]
     assert [(call["id"], call["error"]) for call in message.invalid_tool_calls] == [("c", "no JSON"), ("d", "cut")]
@@ -138,7 +138,7 @@ def test_streamed_calls_add_up_to_the_same_message() -> None:
     assert json.loads(whole.model_dump_json())["response_metadata"]["finish_reason"] == "tool_calls"
 
 
-def test_a_thought_is_a_reasoning_block_and_goes_back_as_one() -> None:
+def test_reasoning_is_a_reasoning_block_in_both_directions() -> None:
     usage = dataclasses.replace(USAGE, reasoning_tokens=2)
     whole = to_ai_message(Result("4", "stop", usage, reasoning="2 and 2"), "m")
     streamed = to_ai_message_chunk(Chunk("", reasoning="2 and"), "m", 0)

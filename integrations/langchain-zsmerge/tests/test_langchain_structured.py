@@ -1,4 +1,4 @@
-"""`with_structured_output` in all its methods, on a model that writes what it is told to."""
+"""`with_structured_output` in all its methods, on a fake model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from typing_extensions import TypedDict
 
 from zsmerge_llm.errors import ConfigError
+from zsmerge_llm.testing import scripted_answer
 
 
 class Node(BaseModel):
@@ -35,20 +36,20 @@ TOOL = {"name": "Thing", "description": "It.", "parameters": BARE}
     ("schema", "name"), [(Named, "Named"), (BARE, "answer"), (TITLED, "Thing"), (TOOL, "Thing"), (Node, "Node")]
 )
 def test_every_kind_of_schema_becomes_a_response_format(llm: Any, schema: Any, name: str) -> None:
-    llm.words = ['{"name":', ' "it"}']
+    llm.answers = ['{"name": "it"}']
     result = ChatZSMerge(llm=llm).with_structured_output(schema).invoke("?")
     assert result == (Node(name="it") if schema is Node else {"name": "it"})
-    wanted = llm.requests[0]["response_format"]["json_schema"]
+    wanted = llm.requests[0].response_format["json_schema"]
     assert wanted["name"] == name
     assert "name" in str(wanted["schema"])
     assert "strict" not in wanted
 
 
 def test_a_recursive_class_keeps_its_references(llm: Any) -> None:
-    llm.words = ['{"name": "a", "children": [{"name": "b", "children": []}]}']
+    llm.answers = ['{"name": "a", "children": [{"name": "b", "children": []}]}']
     result = ChatZSMerge(llm=llm).with_structured_output(Node, strict=True).invoke("?")
     assert result == Node(name="a", children=[Node(name="b")])
-    wanted = llm.requests[0]["response_format"]["json_schema"]
+    wanted = llm.requests[0].response_format["json_schema"]
     assert wanted["strict"] is True
     assert "$defs" in wanted["schema"]
 
@@ -56,23 +57,22 @@ def test_a_recursive_class_keeps_its_references(llm: Any) -> None:
 @pytest.mark.parametrize("schema", [Named, TITLED, TOOL, Node])
 def test_function_calling_asks_for_one_call_of_the_schema(llm: Any, schema: Any) -> None:
     name = schema["name"] if schema is TOOL else getattr(schema, "__name__", "Thing")
-    llm.words = []
-    llm.tool_calls = [{"id": "c", "type": "function", "function": {"name": name, "arguments": '{"name": "it"}'}}]
+    llm.answers = [scripted_answer("", {"name": name, "arguments": '{"name": "it"}'})]
     model = ChatZSMerge(llm=llm).with_structured_output(schema, method="function_calling")
     assert model.invoke("?") == (Node(name="it") if schema is Node else {"name": "it"})
     assert list(model.stream("?"))[-1] == model.invoke("?")
-    assert llm.requests[0]["tool_choice"] == {"type": "function", "function": {"name": name}}
-    assert llm.requests[0]["parallel_tool_calls"] is False
+    assert llm.requests[0].tool_choice == {"type": "function", "function": {"name": name}}
+    assert llm.requests[0].parallel_tool_calls is False
 
 
 def test_json_mode_asks_for_json_alone(llm: Any) -> None:
-    llm.words = ['{"name": "it"}']
+    llm.answers = ['{"name": "it"}']
     assert ChatZSMerge(llm=llm).with_structured_output(Node, method="json_mode").invoke("?") == Node(name="it")
-    assert llm.requests[0]["response_format"] == {"type": "json_object"}
+    assert llm.requests[0].response_format == {"type": "json_object"}
 
 
-def test_what_does_not_fit_raises_or_is_handed_out(llm: Any) -> None:
-    llm.words = ['{"nam']
+def test_output_that_breaks_the_schema_raises_or_is_a_parsing_error(llm: Any) -> None:
+    llm.answers = ['{"nam']
     chat = ChatZSMerge(llm=llm)
     with pytest.raises(OutputParserException):
         chat.with_structured_output(Node).invoke("?")
@@ -81,7 +81,7 @@ def test_what_does_not_fit_raises_or_is_handed_out(llm: Any) -> None:
     assert result["raw"].text == '{"nam'
     assert result["parsed"] is None
     assert isinstance(result["parsing_error"], OutputParserException)
-    assert llm.requests[-1]["sampling"].max_tokens == 3
+    assert llm.requests[-1].sampling.max_tokens == 3
 
 
 def test_unknown_methods_and_contradictions_are_refused(llm: Any) -> None:

@@ -1,4 +1,4 @@
-"""Agents: on a stand-in that says what a model should, on a tiny random model whose calls are forced, on a real one."""
+"""Agents on a fake model, on a tiny random model whose calls are forced, and on a real one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from llama_index.llms.zsmerge import ZSMergeLLM
 from pydantic import BaseModel
 
 from zsmerge_llm import LLM
+from zsmerge_llm.testing import FakeLLM, scripted_answer
 
 
 def add(a: int, b: int) -> int:
@@ -67,69 +68,69 @@ def check_nothing_is_read_twice(usages: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_a_function_agent_calls_a_tool_and_answers(streaming, fake, result):
-    engine = fake(result("", ADD), "The sum is 3.")
+async def test_a_function_agent_calls_a_tool_and_answers(streaming):
+    engine = FakeLLM(scripted_answer("", ADD), "The sum is 3.")
     llm = ZSMergeLLM(llm=engine)
     answer = await FunctionAgent(tools=TOOLS, llm=llm, streaming=streaming).run("1 + 2?")
     assert str(answer) == "The sum is 3."
     assert [call.tool_name for call in answer.tool_calls] == ["add"]
-    asked, called, returned = engine.calls[1].prompt
+    asked, called, returned = engine.requests[1].prompt
     assert (asked["role"], called["role"], returned["role"]) == ("user", "assistant", "tool")
     assert called["tool_calls"][0]["id"] == returned["tool_call_id"] == "id_0"
     assert returned["content"] == "3"
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_a_react_agent_calls_a_tool_and_answers(streaming, fake):
-    engine = fake(REACT_CALL, REACT_ANSWER)
+async def test_a_react_agent_calls_a_tool_and_answers(streaming):
+    engine = FakeLLM(REACT_CALL, REACT_ANSWER)
     answer = await ReActAgent(tools=TOOLS, llm=ZSMergeLLM(llm=engine), streaming=streaming).run("1 + 2?")
     assert str(answer) == "The sum is 3."
-    assert "Observation: 3" in engine.calls[1].prompt[-1]["content"]
+    assert "Observation: 3" in engine.requests[1].prompt[-1]["content"]
 
 
-async def test_an_agent_workflow_picks_the_agent_the_model_can_be(fake, result):
-    react = fake(REACT_CALL, REACT_ANSWER)
-    function = fake(result("", ADD), "The sum is 3.")
+async def test_an_agent_workflow_picks_the_agent_the_model_can_be():
+    react = FakeLLM(REACT_CALL, REACT_ANSWER)
+    function = FakeLLM(scripted_answer("", ADD), "The sum is 3.")
     for engine, capable in ((react, False), (function, True)):
         llm = ZSMergeLLM(llm=engine, is_function_calling_model=capable)
         workflow = AgentWorkflow.from_tools_or_functions(TOOLS, llm=llm)
         assert str(await workflow.run("1 + 2?")) == "The sum is 3."
 
 
-async def test_an_agent_streams_its_answer(fake, result):
-    engine = fake(result("", ADD), "The sum is 3.")
+async def test_an_agent_streams_its_answer():
+    engine = FakeLLM(scripted_answer("", ADD), "The sum is 3.")
     handler = FunctionAgent(tools=TOOLS, llm=ZSMergeLLM(llm=engine)).run("1 + 2?")
     pieces = [event.delta async for event in handler.stream_events() if isinstance(event, AgentStream)]
     assert "".join(pieces) == "The sum is 3."
     assert str(await handler) == "The sum is 3."
 
 
-async def test_two_calls_at_once_get_their_own_results(fake, result):
-    engine = fake(result("", ADD, {"name": "name", "arguments": {"of": "x"}}), "Done.")
+async def test_two_calls_at_once_get_their_own_results():
+    engine = FakeLLM(scripted_answer("", ADD, {"name": "name", "arguments": {"of": "x"}}), "Done.")
     await FunctionAgent(tools=TOOLS, llm=ZSMergeLLM(llm=engine)).run("Go!")
-    returned = {message["tool_call_id"]: message["content"] for message in engine.calls[1].prompt[2:]}
+    returned = {message["tool_call_id"]: message["content"] for message in engine.requests[1].prompt[2:]}
     assert returned == {"id_0": "3", "id_1": "x!"}
-    assert engine.calls[0].parallel_tool_calls
+    assert engine.requests[0].parallel_tool_calls
 
 
-async def test_the_first_call_of_an_agent_may_be_demanded(fake, result):
-    engine = fake(result("", ADD), "The sum is 3.")
+async def test_the_first_call_of_an_agent_may_be_required():
+    engine = FakeLLM(scripted_answer("", ADD), "The sum is 3.")
     agent = FunctionAgent(tools=TOOLS, llm=ZSMergeLLM(llm=engine), initial_tool_choice="add")
     await agent.run("1 + 2?")
-    assert engine.calls[0].tool_choice["function"]["name"] == "add"
-    assert engine.calls[1].tool_choice is None
+    assert engine.requests[0].tool_choice["function"]["name"] == "add"
+    assert engine.requests[1].tool_choice is None
 
 
-async def test_an_agent_answers_with_an_object(fake, result):
-    engine = fake(result("", ADD), "The sum is 3.", '{"value": 3}')
+async def test_an_agent_answers_with_an_object():
+    engine = FakeLLM(scripted_answer("", ADD), "The sum is 3.", '{"value": 3}')
     answer = await FunctionAgent(tools=TOOLS, llm=ZSMergeLLM(llm=engine), output_cls=Sum).run("1 + 2?")
     assert answer.get_pydantic_model(Sum) == Sum(value=3)
-    assert engine.calls[2].response_format["json_schema"]["name"] == "Sum"
+    assert engine.requests[2].response_format["json_schema"]["name"] == "Sum"
 
 
-async def test_agents_hand_over_to_each_other(fake, result):
+async def test_agents_hand_off_to_each_other():
     handoff = {"name": "handoff", "arguments": {"to_agent": "adder", "reason": "It adds."}}
-    engine = fake(result("", handoff), result("", ADD), "The sum is 3.")
+    engine = FakeLLM(scripted_answer("", handoff), scripted_answer("", ADD), "The sum is 3.")
     llm = ZSMergeLLM(llm=engine)
     first = FunctionAgent(name="first", description="Talks.", tools=[], llm=llm, can_handoff_to=["adder"])
     second = FunctionAgent(name="adder", description="Adds.", tools=TOOLS, llm=llm)

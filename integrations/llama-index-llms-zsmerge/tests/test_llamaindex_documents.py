@@ -1,4 +1,4 @@
-"""Whole documents: read once, asked many times; conversations that only grow."""
+"""Whole documents, read once for many questions, and conversations that are only appended to."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from pydantic import BaseModel
 
 from zsmerge_llm import LLM
 from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.testing import FakeLLM
 
 TEXT = "\n".join(f"On day {day} the keeper of the light saw {day + 3} ships on the sea." for day in range(30))
 DOCUMENTS = [
@@ -62,7 +63,7 @@ def retriever(*texts: str) -> Any:
 # -- the query engine ------------------------------------------------------------------------------------------------
 
 
-async def test_a_document_is_read_once_and_asked_many_times(tiny: LLM) -> None:
+async def test_a_document_is_read_once_for_many_questions(tiny: LLM) -> None:
     llm = ZSMergeLLM(llm=tiny, max_tokens=6)
     engine = ZSMergeDocumentQueryEngine(DOCUMENTS, llm)
     size = len(llm.tokenize(TEXT))
@@ -74,7 +75,7 @@ async def test_a_document_is_read_once_and_asked_many_times(tiny: LLM) -> None:
     assert str(again) == str(answers[0])
 
 
-def test_no_question_sees_another(tiny: LLM) -> None:
+def test_questions_do_not_see_each_other(tiny: LLM) -> None:
     engine = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=tiny, max_tokens=6))
     alone = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=tiny, max_tokens=6))
     engine.query("Who is the keeper?")
@@ -83,79 +84,79 @@ def test_no_question_sees_another(tiny: LLM) -> None:
     assert str(second) == str(alone.query("Which ships?"))
 
 
-async def test_questions_at_once_share_one_reading(fake) -> None:
-    stand_in = fake(delay=0.005)
+async def test_concurrent_questions_read_the_document_once() -> None:
+    stand_in = FakeLLM(delay=0.005)
     engine = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=stand_in))
     answers = await asyncio.gather(*(engine.aquery(f"Question {number}?") for number in range(8)))
-    assert stand_in.read == 1
-    assert {str(answer) for answer in answers} == {"Paris is the capital."}
+    assert stand_in.documents_read == 1
+    assert {str(answer) for answer in answers} == {"The sky is blue."}
     (name,) = stand_in.documents
-    assert {call.session for call in stand_in.calls} == {name}
+    assert {call.session for call in stand_in.requests} == {name}
     assert "keeper is Agnes {Hill}." in stand_in.documents[name]
     assert "title: Note" in stand_in.documents[name]
 
 
-def test_an_answer_has_its_sources_and_its_cost(fake) -> None:
-    answer = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=fake())).query("Who?")
+def test_an_answer_has_its_sources_and_its_usage() -> None:
+    answer = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM())).query("Who?")
     assert [source.node.node_id for source in answer.source_nodes] == [each.node_id for each in DOCUMENTS]
     assert answer.metadata[DOCUMENTS[1].node_id] == {"title": "Note"}
     assert answer.metadata["usage"]["completion_tokens"] == 4
     assert "Agnes" in answer.get_formatted_sources()
 
 
-async def test_a_streamed_answer_knows_its_cost_at_the_end(fake) -> None:
-    engine = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=fake()), streaming=True)
+async def test_a_streamed_answer_has_its_usage_at_the_end() -> None:
+    engine = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM()), streaming=True)
     answer = engine.query("Who?")
     assert "usage" not in answer.metadata or answer.metadata["usage"] is None
-    assert list(answer.response_gen) == ["Paris ", "is ", "the ", "capital.", ""]
+    assert list(answer.response_gen) == ["The ", "sky ", "is ", "blue.", ""]
     assert answer.metadata["usage"]["completion_tokens"] == 4
     streamed = await engine.aquery("Who?")
-    assert "".join([piece async for piece in streamed.async_response_gen()]) == "Paris is the capital."
+    assert "".join([piece async for piece in streamed.async_response_gen()]) == "The sky is blue."
     assert streamed.metadata["usage"]["completion_tokens"] == 4
 
 
-async def test_leaving_a_streamed_answer_stops_the_decoding(fake, wait) -> None:
-    engine = fake(LONG, delay=0.002)
+async def test_closing_a_streamed_answer_stops_decoding(wait) -> None:
+    engine = FakeLLM(LONG, delay=0.002)
     queries = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=engine), streaming=True)
     pieces = queries.query("Who?").response_gen
     next(pieces)
     pieces.close()
-    assert (engine.produced, engine.closed) == (1, 1)
+    assert (engine.decoded_words, engine.closed_streams) == (1, 1)
     apieces = (await queries.aquery("Who?")).response_gen
     await anext(apieces)
     await apieces.aclose()
-    made = engine.produced
-    await asyncio.to_thread(wait, lambda: engine.closed == 2)
-    assert engine.produced <= made + 2
+    made = engine.decoded_words
+    await asyncio.to_thread(wait, lambda: engine.closed_streams == 2)
+    assert engine.decoded_words <= made + 2
 
 
-async def test_a_query_may_ask_for_an_object(fake) -> None:
-    engine = fake('{"name": "Agnes"}')
+async def test_a_query_may_ask_for_an_object() -> None:
+    engine = FakeLLM('{"name": "Agnes"}')
     queries = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=engine), output_cls=Keeper)
     for answer in (queries.query("Who?"), await queries.aquery("Who?")):
         assert isinstance(answer, PydanticResponse)
         assert answer.response == Keeper(name="Agnes")
         assert answer.metadata["usage"]["completion_tokens"] == 2
-    assert engine.calls[0].response_format["json_schema"]["name"] == "Keeper"
-    assert engine.calls[0].prompt[-1]["content"] == "Who?"
+    assert engine.requests[0].response_format["json_schema"]["name"] == "Keeper"
+    assert engine.requests[0].prompt[-1]["content"] == "Who?"
 
 
-def test_other_nodes_are_another_document(fake) -> None:
-    engine = fake()
+def test_other_nodes_are_another_document() -> None:
+    engine = FakeLLM()
     queries = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=engine))
     queries.query("Who?")
     other = NodeWithScore(node=TextNode(text="Something else."))
     answer = queries.synthesize(QueryBundle("Who?"), [other], additional_source_nodes=queries.retrieve("Who?"))
-    assert engine.read == 2
+    assert engine.documents_read == 2
     assert len(answer.source_nodes) == 3
 
 
-def test_the_name_and_the_probe_reach_the_model(fake) -> None:
-    engine = fake()
+def test_the_name_and_the_probe_reach_the_model() -> None:
+    engine = FakeLLM()
     llm = ZSMergeLLM(llm=engine, system_prompt="Be brief.")
     ZSMergeDocumentQueryEngine(["A text."], llm, name="log", probe="names").query("Who?")
-    assert (engine.documents, engine.probe) == ({"log": "A text."}, "names")
-    assert [message["role"] for message in engine.calls[0].prompt] == ["system", "user"]
+    assert (engine.documents, engine.document_probe) == ({"log": "A text."}, "names")
+    assert [message["role"] for message in engine.requests[0].prompt] == ["system", "user"]
 
 
 def test_a_text_that_names_a_file_is_not_taken_for_the_file(tiny: LLM, tmp_path: Any, monkeypatch: Any) -> None:
@@ -165,43 +166,43 @@ def test_a_text_that_names_a_file_is_not_taken_for_the_file(tiny: LLM, tmp_path:
     assert answer.metadata["usage"]["prompt_tokens"] < 100
 
 
-def test_a_query_engine_is_a_tool_of_an_agent(fake) -> None:
-    queries = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=fake()))
+def test_a_query_engine_is_a_tool_of_an_agent() -> None:
+    queries = ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM()))
     tool = QueryEngineTool.from_defaults(queries, name="log", description="The log.")
-    assert str(tool(input="Who?")) == "Paris is the capital."
+    assert str(tool(input="Who?")) == "The sky is blue."
 
 
-def test_a_query_tells_callbacks_and_instrumentation(fake, seen) -> None:
+def test_a_query_dispatches_callbacks_and_events(events) -> None:
     debug = LlamaDebugHandler(print_trace_on_end=False)
-    llm = ZSMergeLLM(llm=fake(), callback_manager=CallbackManager([debug]))
+    llm = ZSMergeLLM(llm=FakeLLM(), callback_manager=CallbackManager([debug]))
     ZSMergeDocumentQueryEngine(DOCUMENTS, llm).query("Who?")
     for kind in (CBEventType.QUERY, CBEventType.SYNTHESIZE, CBEventType.LLM):
         assert len(debug.get_event_pairs(kind)) == 1
     expected = ["QueryStartEvent", "SynthesizeStartEvent", "LLMChatStartEvent", "LLMChatEndEvent"]
-    assert seen.names == [*expected, "SynthesizeEndEvent", "QueryEndEvent"]
+    assert events.names == [*expected, "SynthesizeEndEvent", "QueryEndEvent"]
 
 
 @pytest.mark.parametrize("documents", [[], "a text", [3]])
-def test_documents_must_be_a_list_of_documents(documents: Any, fake) -> None:
+def test_documents_must_be_a_list_of_documents(documents: Any) -> None:
     with pytest.raises(InputError, match="document"):
-        ZSMergeDocumentQueryEngine(documents, ZSMergeLLM(llm=fake()))
+        ZSMergeDocumentQueryEngine(documents, ZSMergeLLM(llm=FakeLLM()))
 
 
-def test_a_document_without_text_is_refused(fake) -> None:
+def test_a_document_without_text_is_refused() -> None:
     with pytest.raises(InputError, match="no text"):
-        ZSMergeDocumentQueryEngine([" "], ZSMergeLLM(llm=fake())).query("Who?")
+        ZSMergeDocumentQueryEngine([" "], ZSMergeLLM(llm=FakeLLM())).query("Who?")
 
 
-def test_another_model_or_setting_is_refused(fake) -> None:
+def test_another_model_or_setting_is_refused() -> None:
     with pytest.raises(ConfigError, match="MockLLM"):
         ZSMergeDocumentQueryEngine(DOCUMENTS, MockLLM())
     with pytest.raises(ConfigError, match="chat template"):
-        ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=fake(), is_chat_model=False))
+        ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM(), is_chat_model=False))
     with pytest.raises(ConfigError, match="streaming"):
-        ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=fake()), output_cls=Keeper, streaming=True)
+        ZSMergeDocumentQueryEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM()), output_cls=Keeper, streaming=True)
     with pytest.raises(ConfigError, match="not both"):
         ZSMergeDocumentChatEngine.from_defaults(
-            DOCUMENTS, ZSMergeLLM(llm=fake()), system_prompt="a", prefix_messages=[]
+            DOCUMENTS, ZSMergeLLM(llm=FakeLLM()), system_prompt="a", prefix_messages=[]
         )
 
 
@@ -242,40 +243,40 @@ async def test_each_turn_about_a_document_reads_its_own_tokens_only(tiny: LLM) -
     assert [message.role for message in chat.chat_history] == ["user", "assistant"] * 4
 
 
-async def test_a_conversation_starts_anew_after_reset(fake) -> None:
-    engine = fake("One.", "Two.")
+async def test_reset_starts_a_new_conversation() -> None:
+    engine = FakeLLM("One.", "Two.")
     chat = ZSMergeDocumentChatEngine.from_defaults(
         DOCUMENTS, ZSMergeLLM(llm=engine), chat_history=[ChatMessage("Hello."), ChatMessage("Hi.", role="assistant")]
     )
     answer = chat.chat("Who?")
     assert (str(answer), len(answer.source_nodes)) == ("One.", 2)
-    assert [message["content"] for message in engine.calls[0].prompt] == ["Hello.", "Hi.", "Who?"]
+    assert [message["content"] for message in engine.requests[0].prompt] == ["Hello.", "Hi.", "Who?"]
     chat.reset()
     await chat.achat("Who?")
-    assert [message["content"] for message in engine.calls[1].prompt] == ["Who?"]
+    assert [message["content"] for message in engine.requests[1].prompt] == ["Who?"]
     chat.chat("Where?", chat_history=[])
-    assert [message["content"] for message in engine.calls[2].prompt] == ["Where?"]
-    assert engine.read == 1
+    assert [message["content"] for message in engine.requests[2].prompt] == ["Where?"]
+    assert engine.documents_read == 1
 
 
-async def test_a_stream_that_is_left_stops_and_is_remembered_as_far_as_it_went(fake, wait) -> None:
-    engine = fake(LONG, LONG, "Bye.", delay=0.002)
+async def test_a_closed_stream_stops_and_its_text_so_far_is_in_the_memory(wait) -> None:
+    engine = FakeLLM(LONG, LONG, "Bye.", delay=0.002)
     chat = ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=engine))
     for _ in chat.stream_chat("Count!").response_gen:
         break
-    assert (engine.produced, engine.closed) == (1, 1)
+    assert (engine.decoded_words, engine.closed_streams) == (1, 1)
     stream = (await chat.astream_chat("Again!")).async_response_gen()
     await anext(stream)
     await stream.aclose()
-    made = engine.produced
-    await asyncio.to_thread(wait, lambda: engine.closed == 2)
-    assert engine.produced <= made + 2
+    made = engine.decoded_words
+    await asyncio.to_thread(wait, lambda: engine.closed_streams == 2)
+    assert engine.decoded_words <= made + 2
     assert [message.content.strip() for message in chat.chat_history] == ["Count!", "0", "Again!", "0"]
     assert str(chat.chat("Bye!")) == "Bye."
 
 
-async def test_a_stream_that_fails_leaves_the_conversation_as_it_was(fake, seen) -> None:
-    engine = fake()
+async def test_a_stream_that_fails_does_not_change_the_memory(events) -> None:
+    engine = FakeLLM()
     chat = ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=engine))
     engine.error = InputError("No.")
     with pytest.raises(InputError):
@@ -283,18 +284,18 @@ async def test_a_stream_that_fails_leaves_the_conversation_as_it_was(fake, seen)
     with pytest.raises(InputError):
         _ = [piece async for piece in (await chat.astream_chat("Who?")).async_response_gen()]
     assert chat.chat_history == []
-    assert seen.names.count("StreamChatErrorEvent") == 2
+    assert events.names.count("StreamChatErrorEvent") == 2
 
 
-def test_a_streamed_chat_tells_instrumentation(fake, seen) -> None:
-    chat = ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=fake()))
+def test_a_streamed_chat_dispatches_events(events) -> None:
+    chat = ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM()))
     chat.stream_chat("Who?").print_response_stream()
-    names = [name for name in seen.names if name.startswith("StreamChat")]
+    names = [name for name in events.names if name.startswith("StreamChat")]
     assert names == ["StreamChatStartEvent", *["StreamChatDeltaReceivedEvent"] * 4, "StreamChatEndEvent"]
 
 
-async def test_a_stream_is_read_as_it_was_asked_for(fake) -> None:
-    chat = ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=fake()))
+async def test_a_sync_stream_cannot_be_read_as_async_or_the_reverse() -> None:
+    chat = ZSMergeDocumentChatEngine(DOCUMENTS, ZSMergeLLM(llm=FakeLLM()))
     with pytest.raises(ConfigError, match="response_gen"):
         _ = [piece async for piece in chat.stream_chat("Who?").async_response_gen()]
     with pytest.raises(ConfigError, match="async_response_gen"):
@@ -306,7 +307,7 @@ async def test_a_stream_is_read_as_it_was_asked_for(fake) -> None:
 CONTEXTS = [f"Part {part}. " + f"The ship number {part} is on the sea. " * 12 for part in range(4)]
 
 
-def test_appended_context_is_read_once_and_the_stock_engine_reads_everything_again(tiny: LLM, seen) -> None:
+def test_appended_context_is_read_once_and_the_stock_engine_reads_everything_again(tiny: LLM, events) -> None:
     llm = ZSMergeLLM(llm=tiny, max_tokens=6)
     ours = AppendingContextChatEngine.from_defaults(retriever(*CONTEXTS), llm, system_prompt="Be brief.")
     stock = ContextChatEngine.from_defaults(retriever(*CONTEXTS), llm=llm, system_prompt="Be brief.")
@@ -314,7 +315,7 @@ def test_appended_context_is_read_once_and_the_stock_engine_reads_everything_aga
     for engine in (ours, stock):
         for _ in CONTEXTS:
             engine.chat(question)
-    appended, rewritten = seen.usages[:4], seen.usages[4:]
+    appended, rewritten = events.usages[:4], events.usages[4:]
     for before, after in pairwise(appended):
         assert after["reuse"] == "continued"
         assert after["cached_tokens"] >= before["prompt_tokens"]
@@ -323,8 +324,8 @@ def test_appended_context_is_read_once_and_the_stock_engine_reads_everything_aga
         assert new_tokens(usage) > 0.9 * usage["prompt_tokens"]  # what is left is the beginning of the system message
 
 
-async def test_the_four_ways_of_chatting_append_the_context(fake) -> None:
-    engine = fake("One.", "Two.", "Three.", "Four.")
+async def test_the_four_chat_methods_append_the_context() -> None:
+    engine = FakeLLM("One.", "Two.", "Three.", "Four.")
     llm = ZSMergeLLM(llm=engine)
     chat = AppendingContextChatEngine.from_defaults(retriever(*CONTEXTS), llm, system_prompt="Be brief.")
     answers = [chat.chat("a?"), await chat.achat("b?")]
@@ -334,50 +335,50 @@ async def test_the_four_ways_of_chatting_append_the_context(fake) -> None:
     assert [str(answer) for answer in answers] == ["One.", "Two."]
     assert answers[0].sources[0].tool_name == "retriever"
     assert streamed.source_nodes[0].node.text == CONTEXTS[3]
-    prompt = engine.calls[3].prompt
+    prompt = engine.requests[3].prompt
     assert [message["role"] for message in prompt] == ["system"] + ["user", "assistant"] * 3 + ["user"]
     assert prompt[0]["content"] == "Be brief."
     for number, (context, question) in enumerate(zip(CONTEXTS, "abcd", strict=True)):
         content = prompt[1 + 2 * number]["content"]
         assert context.strip() in content
         assert content.splitlines()[-1] == f"{question}?"
-    assert engine.calls[0].prompt == prompt[:2]
+    assert engine.requests[0].prompt == prompt[:2]
 
 
-def test_a_node_that_stands_in_the_conversation_is_not_appended_again(fake) -> None:
-    engine = fake()
+def test_a_node_that_the_conversation_holds_is_not_appended_again() -> None:
+    engine = FakeLLM()
     chat = AppendingContextChatEngine.from_defaults(
         retriever(CONTEXTS[0], CONTEXTS[0], "", CONTEXTS[0]), ZSMergeLLM(llm=engine)
     )
     for question in ("a?", "b?", "c?"):
         answer = chat.chat(question)
-    assert [message["content"] for message in engine.calls[2].prompt[2::2]] == ["b?", "c?"]
+    assert [message["content"] for message in engine.requests[2].prompt[2::2]] == ["b?", "c?"]
     assert answer.source_nodes == []
     chat.reset()
     chat.chat("d?")
-    assert CONTEXTS[0].strip() in engine.calls[3].prompt[0]["content"]
+    assert CONTEXTS[0].strip() in engine.requests[3].prompt[0]["content"]
 
 
-async def test_postprocessors_and_a_template_of_ones_own_are_used(fake) -> None:
+async def test_postprocessors_and_a_template_of_ones_own_are_used() -> None:
     from llama_index.core.postprocessor import SimilarityPostprocessor
 
-    engine = fake()
+    engine = FakeLLM()
     nothing = SimilarityPostprocessor(similarity_cutoff=2.0)
     chat = AppendingContextChatEngine.from_defaults(
         retriever(*CONTEXTS), ZSMergeLLM(llm=engine), node_postprocessors=[nothing]
     )
     chat.chat("a?")
     await chat.achat("b?")
-    assert [message["content"] for message in engine.calls[1].prompt] == ["a?", "Paris is the capital.", "b?"]
+    assert [message["content"] for message in engine.requests[1].prompt] == ["a?", "The sky is blue.", "b?"]
     chat = AppendingContextChatEngine.from_defaults(
         retriever("{query_str}"), ZSMergeLLM(llm=engine), context_template="<{context_str}> {query_str}"
     )
     chat.chat("c?")
-    assert engine.calls[2].prompt[-1]["content"] == "<{query_str}> c?"
+    assert engine.requests[2].prompt[-1]["content"] == "<{query_str}> c?"
 
 
-def test_an_index_feeds_the_appending_engine(fake) -> None:
-    engine = fake()
+def test_an_index_feeds_the_appending_engine() -> None:
+    engine = FakeLLM()
     index = SummaryIndex.from_documents(DOCUMENTS)
     AppendingContextChatEngine.from_defaults(index.as_retriever(), ZSMergeLLM(llm=engine)).chat("Who?")
-    assert TEXT in engine.calls[0].prompt[0]["content"]
+    assert TEXT in engine.requests[0].prompt[0]["content"]

@@ -1,4 +1,4 @@
-"""The eight methods, whole and streamed, sync and async, on a stand-in engine."""
+"""The eight chat and completion methods, whole and streamed, sync and async, on a fake model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from llama_index.llms.zsmerge import ZSMergeLLM
 from zsmerge_llm import CacheConfig
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.language.grammar import Grammar
+from zsmerge_llm.testing import FakeLLM
 from zsmerge_llm.types import Result, Usage
 
 CHAT = ("chat", "stream_chat", "achat", "astream_chat")
 COMPLETE = ("complete", "stream_complete", "acomplete", "astream_complete")
-ANSWER = "Paris is the capital."
+ANSWER = "The sky is blue."
 
 
 async def ask(llm: ZSMergeLLM, method: str, prompt: str = "What is the capital?", **options: Any) -> list[Any]:
@@ -47,31 +48,31 @@ def test_it_is_a_llama_index_llm():
     assert ZSMergeLLM.class_name() == "ZSMergeLLM"
 
 
-def test_warming_up_loads_before_the_first_call(fake):
-    llm = ZSMergeLLM(llm=fake())
+def test_warming_up_loads_before_the_first_call():
+    llm = ZSMergeLLM(llm=FakeLLM())
     assert llm.warm_up() is llm
-    assert llm.llm.warm
+    assert llm.llm.is_warm
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_each_method_answers(method, fake):
-    llm = ZSMergeLLM(llm=fake())
+async def test_each_method_answers(method):
+    llm = ZSMergeLLM(llm=FakeLLM())
     assert text_of((await ask(llm, method))[-1]) == ANSWER
 
 
 @pytest.mark.parametrize("method", [name for name in CHAT + COMPLETE if "stream" in name])
-async def test_a_stream_has_deltas_and_the_text_so_far(method, fake):
-    seen = await ask(ZSMergeLLM(llm=fake()), method)
-    assert [response.delta for response in seen] == ["Paris ", "is ", "the ", "capital.", ""]
-    assert [text_of(response) for response in seen] == ["Paris ", "Paris is ", "Paris is the ", ANSWER, ANSWER]
+async def test_a_stream_has_deltas_and_the_text_so_far(method):
+    seen = await ask(ZSMergeLLM(llm=FakeLLM()), method)
+    assert [response.delta for response in seen] == ["The ", "sky ", "is ", "blue.", ""]
+    assert [text_of(response) for response in seen] == ["The ", "The sky ", "The sky is ", ANSWER, ANSWER]
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_each_method_reports_what_it_cost(method, fake):
-    last = (await ask(ZSMergeLLM(llm=fake()), method))[-1]
+async def test_each_method_reports_its_usage(method):
+    last = (await ask(ZSMergeLLM(llm=FakeLLM()), method))[-1]
     usage = last.raw["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    assert (usage["completion_tokens"], usage["cached_tokens"], usage["cache_bytes"]) == (4, 2, 1024)
+    assert (usage["completion_tokens"], usage["cached_tokens"], usage["cache_bytes"]) == (4, 5, 1024)
     assert usage["reuse"] == "new"
     assert last.raw["finish_reason"] == "stop"
     assert last.additional_kwargs == {
@@ -80,16 +81,16 @@ async def test_each_method_reports_what_it_cost(method, fake):
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_the_token_counting_handler_sees_our_counts_once(method, fake):
+async def test_the_token_counting_handler_sees_our_counts_once(method):
     handler = TokenCountingHandler(tokenizer=lambda text: [0] * 1000)
-    llm = ZSMergeLLM(llm=fake(), callback_manager=CallbackManager([handler]))
+    llm = ZSMergeLLM(llm=FakeLLM(), callback_manager=CallbackManager([handler]))
     usage = (await ask(llm, method))[-1].raw["usage"]
     assert handler.prompt_llm_token_count == usage["prompt_tokens"]
     assert handler.completion_llm_token_count == usage["completion_tokens"] == 4
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_each_method_emits_its_events(method, fake):
+async def test_each_method_emits_its_events(method):
     seen: list[str] = []
 
     class Handler(BaseEventHandler):
@@ -99,7 +100,7 @@ async def test_each_method_emits_its_events(method, fake):
     handler = Handler()
     get_dispatcher().add_event_handler(handler)
     try:
-        await ask(ZSMergeLLM(llm=fake()), method)
+        await ask(ZSMergeLLM(llm=FakeLLM()), method)
     finally:
         get_dispatcher().event_handlers.remove(handler)
     kind = "LLMChat" if method in CHAT else "LLMCompletion"
@@ -110,72 +111,72 @@ async def test_each_method_emits_its_events(method, fake):
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_each_method_takes_sampling_settings_from_the_object_and_the_call(method, fake):
-    engine = fake()
+async def test_each_method_takes_sampling_settings_from_the_object_and_the_call(method):
+    engine = FakeLLM()
     llm = ZSMergeLLM(llm=engine, temperature=0.5, top_k=7, stop=["END"])
     await ask(llm, method, max_tokens=5, temperature=0.25, stop=None)
-    sampling = engine.calls[0].sampling
+    sampling = engine.requests[0].sampling
     assert (sampling.temperature, sampling.top_k, sampling.max_tokens, sampling.stop) == (0.25, 7, 5, ())
     await ask(llm, method)
-    assert engine.calls[1].sampling.stop == ("END",)
+    assert engine.requests[1].sampling.stop == ("END",)
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_each_method_refuses_an_unknown_option(method, fake):
+async def test_each_method_refuses_an_unknown_option(method):
     with pytest.raises(ConfigError, match="no setting colour"):
-        await ask(ZSMergeLLM(llm=fake()), method, colour="blue")
+        await ask(ZSMergeLLM(llm=FakeLLM()), method, colour="blue")
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_each_method_raises_the_engines_own_errors(method, fake):
-    engine = fake()
+async def test_each_method_raises_the_errors_of_zsmerge_llm(method):
+    engine = FakeLLM()
     engine.error = InputError("No messages. Give at least one.")
     with pytest.raises(InputError, match="at least one"):
         await ask(ZSMergeLLM(llm=engine), method)
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_only_the_async_methods_leave_the_callers_thread(method, fake):
-    engine = fake()
+async def test_only_the_async_methods_leave_the_callers_thread(method):
+    engine = FakeLLM()
     await ask(ZSMergeLLM(llm=engine), method)
     assert (threading.get_ident() in engine.threads) == (not method.startswith("a"))
 
 
 @pytest.mark.parametrize("method", COMPLETE)
-async def test_a_completion_is_one_user_message_for_a_chat_model(method, fake):
-    engine = fake()
+async def test_a_completion_is_one_user_message_for_a_chat_model(method):
+    engine = FakeLLM()
     await ask(ZSMergeLLM(llm=engine, session="a conversation"), method, prompt="Hello")
-    assert engine.calls[0].prompt == [{"role": "user", "content": "Hello"}]
-    assert engine.calls[0].session is None
+    assert engine.requests[0].prompt == [{"role": "user", "content": "Hello"}]
+    assert engine.requests[0].session is None
 
 
 @pytest.mark.parametrize("method", COMPLETE)
-async def test_a_formatted_prompt_is_continued_as_it_is(method, fake):
-    engine = fake()
+async def test_a_formatted_prompt_is_continued_as_it_is(method):
+    engine = FakeLLM()
     await ask(ZSMergeLLM(llm=engine), method, prompt="Once upon", formatted=True)
-    assert (engine.calls[0].kind, engine.calls[0].prompt) == ("complete", "Once upon")
+    assert (engine.requests[0].method, engine.requests[0].prompt) == ("complete", "Once upon")
 
 
 @pytest.mark.parametrize("method", COMPLETE)
-async def test_a_completion_to_prompt_of_the_users_formats_the_prompt(method, fake):
-    engine = fake()
+async def test_a_custom_completion_to_prompt_formats_the_prompt(method):
+    engine = FakeLLM()
     llm = ZSMergeLLM(llm=engine, completion_to_prompt=lambda prompt: f"<user>{prompt}</user>")
     await ask(llm, method, prompt="Hello")
-    assert (engine.calls[0].kind, engine.calls[0].prompt) == ("complete", "<user>Hello</user>")
+    assert (engine.requests[0].method, engine.requests[0].prompt) == ("complete", "<user>Hello</user>")
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_a_base_model_continues_plain_text(method, fake):
-    engine = fake()
+async def test_a_base_model_continues_plain_text(method):
+    engine = FakeLLM()
     await ask(ZSMergeLLM(llm=engine, is_chat_model=False), method, prompt="Once upon")
-    assert engine.calls[0].kind == "complete"
-    assert "Once upon" in engine.calls[0].prompt
+    assert engine.requests[0].method == "complete"
+    assert "Once upon" in engine.requests[0].prompt
 
 
 @pytest.mark.parametrize("option", ["tools", "session", "session_id", "probe", "reread"])
-async def test_plain_text_refuses_what_needs_a_chat(option, fake):
+async def test_plain_text_refuses_what_needs_a_chat(option):
     with pytest.raises(ConfigError, match=f"{option} needs a chat"):
-        await ask(ZSMergeLLM(llm=fake()), "complete", formatted=True, **{option: "x"})
+        await ask(ZSMergeLLM(llm=FakeLLM()), "complete", formatted=True, **{option: "x"})
 
 
 @pytest.mark.parametrize("method", CHAT)
@@ -189,10 +190,10 @@ async def test_plain_text_refuses_what_needs_a_chat(option, fake):
         ("mine", {"session": None}, None),
     ],
 )
-async def test_the_session_of_the_call_goes_before_that_of_the_object(method, own, options, expected, fake):
-    engine = fake()
+async def test_the_session_of_the_call_overrides_that_of_the_object(method, own, options, expected):
+    engine = FakeLLM()
     await ask(ZSMergeLLM(llm=engine, session=own), method, **options)
-    assert engine.calls[0].session == expected
+    assert engine.requests[0].session == expected
 
 
 def test_metadata_announces_the_logical_window_without_a_model():
@@ -241,31 +242,31 @@ def test_settings_survive_json_and_pickle(tmp_path):
         assert copy.model == str(tmp_path / "model.gguf")
 
 
-def test_a_shared_llm_gives_its_model_and_cache(fake):
-    engine = fake()
+def test_a_shared_llm_gives_its_model_and_cache():
+    engine = FakeLLM()
     engine.cache = CacheConfig(slots=300)
     llm = ZSMergeLLM(llm=engine, temperature=0.5)
     assert (llm.llm, llm.model, llm.cache.slots) == (engine, "fake", 300)
 
 
 @pytest.mark.parametrize("settings", [{"model": "smollm2"}, {"cache": CacheConfig()}, {"dtype": "float32"}])
-def test_a_shared_llm_takes_no_settings_for_loading(settings, fake):
+def test_a_shared_llm_takes_no_settings_for_loading(settings):
     with pytest.raises(ConfigError, match=f"its own {next(iter(settings))}"):
-        ZSMergeLLM(llm=fake(), **settings)
+        ZSMergeLLM(llm=FakeLLM(), **settings)
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_a_form_reaches_the_engine(method, fake):
-    engine, form, grammar = fake(), {"type": "json_object"}, Grammar.choice("a", "b")
+async def test_a_response_format_and_a_grammar_reach_the_model(method):
+    engine, form, grammar = FakeLLM(), {"type": "json_object"}, Grammar.choice("a", "b")
     llm = ZSMergeLLM(llm=engine)
     await ask(llm, method, response_format=form)
     await ask(llm, method, grammar=grammar)
-    assert [(call.response_format, call.grammar) for call in engine.calls] == [(form, None), (None, grammar)]
+    assert [(call.response_format, call.grammar) for call in engine.requests] == [(form, None), (None, grammar)]
 
 
 @pytest.mark.parametrize("method", CHAT)
-async def test_what_a_model_thinks_is_a_block_of_its_own(method, fake):
-    engine = fake(Result("Paris.", "stop", Usage(1, 0, 1, 0, 0.0, 0.0, 0), reasoning="France, so Paris."))
+async def test_reasoning_is_a_thinking_block(method):
+    engine = FakeLLM(Result("Paris.", "stop", Usage(1, 0, 1, 0, 0.0, 0.0, 0), reasoning="France, so Paris."))
     llm = ZSMergeLLM(llm=engine)
     seen = await ask(llm, method)
     last = seen[-1].message
@@ -278,25 +279,25 @@ async def test_what_a_model_thinks_is_a_block_of_its_own(method, fake):
             None,
         ]
     llm.chat([ChatMessage(content="Hello"), last, ChatMessage(content="And Italy?")])
-    said = engine.calls[-1].prompt[1]
+    said = engine.requests[-1].prompt[1]
     assert (said["content"], said["reasoning_content"]) == ("Paris.", "France, so Paris.")
 
 
-def test_a_probe_reaches_the_engine(fake):
-    engine = fake()
+def test_a_probe_reaches_the_model():
+    engine = FakeLLM()
     ZSMergeLLM(llm=engine).chat([ChatMessage(content="Hello")], probe="names")
-    assert engine.calls[0].probe == "names"
+    assert engine.requests[0].probe == "names"
 
 
-def test_a_conversation_is_read_again_where_a_call_says_so(fake):
-    engine = fake()
+def test_reread_is_an_option_of_a_call():
+    engine = FakeLLM()
     for options in ({}, {"reread": True}):
         ZSMergeLLM(llm=engine).chat([ChatMessage(content="Hello")], **options)
-    assert [call.reread for call in engine.calls] == [False, True]
+    assert [call.reread for call in engine.requests] == [False, True]
 
 
-def test_tokenize_is_the_models_own_tokenizer(fake):
-    assert ZSMergeLLM(llm=fake()).tokenize("three words here") == [0, 1, 2]
+def test_tokenize_is_the_models_own_tokenizer():
+    assert ZSMergeLLM(llm=FakeLLM()).tokenize("three words here") == [5, 5, 4]
 
 
 def test_importing_and_constructing_loads_no_torch():

@@ -20,6 +20,7 @@ from llama_index.llms.zsmerge import ZSMergeLLM
 from llama_index.llms.zsmerge._messages import to_messages
 
 from zsmerge_llm.errors import InputError
+from zsmerge_llm.testing import FakeLLM, scripted_answer
 
 NESTED = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 
@@ -41,7 +42,7 @@ def one(message: ChatMessage) -> dict:
         ("function", "tool"),
     ],
 )
-def test_every_role_has_a_place(role, expected):
+def test_every_role_is_converted(role, expected):
     assert one(ChatMessage(role=role, content="x")) == {"role": expected, "content": "x"}
     assert {member.value for member in MessageRole} <= {
         "system", "developer", "user", "assistant", "chatbot", "model", "tool", "function"
@@ -57,7 +58,7 @@ def test_a_message_without_content_is_empty_text():
     assert one(ChatMessage(role="assistant"))["content"] == ""
 
 
-def test_citable_text_is_text_and_hints_are_left_out():
+def test_citable_text_is_text_and_cache_hints_are_left_out():
     blocks = [
         ThinkingBlock(content="hm"),
         CitableBlock(title="t", source="s", content=[TextBlock(text="cited")]),
@@ -66,7 +67,7 @@ def test_citable_text_is_text_and_hints_are_left_out():
     assert one(ChatMessage(blocks=blocks))["content"] == "cited"
 
 
-def test_an_image_reaches_the_engine_as_what_it_is():
+def test_an_image_keeps_its_block_type():
     message = ChatMessage(blocks=[TextBlock(text="Look:"), ImageBlock(url="http://example.com/a.png")])
     assert one(message)["content"] == [{"type": "text", "text": "Look:"}, {"type": "image"}]
 
@@ -92,7 +93,7 @@ def test_tool_calls_in_blocks_and_in_keywords_are_the_same_calls(arguments):
     assert one(message) == {"role": "assistant", "content": "", "tool_calls": [NESTED]}
 
 
-def test_arguments_keep_their_letters():
+def test_arguments_keep_their_unicode_letters():
     call = {"id": "1", "name": "greet", "args": {"who": "Zoë"}}
     message = ChatMessage(role="assistant", additional_kwargs={"tool_calls": [call]})
     assert one(message)["tool_calls"][0]["function"]["arguments"] == '{"who": "Zoë"}'
@@ -115,8 +116,8 @@ def test_a_tool_result_names_its_call():
     assert one(message) == {"role": "tool", "content": "3", "tool_call_id": "call_1", "name": "add"}
 
 
-def test_an_answer_with_tool_calls_can_be_sent_back(fake, result):
-    llm = ZSMergeLLM(llm=fake(result("Let me add.", {"name": "add", "arguments": {"a": 1}})))
+def test_an_answer_with_tool_calls_can_be_sent_back():
+    llm = ZSMergeLLM(llm=FakeLLM(scripted_answer("Let me add.", {"name": "add", "arguments": {"a": 1}})))
     answer = llm.chat([ChatMessage(role="user", content="1 + 1?")]).message
     sent = one(answer)
     assert sent["content"] == "Let me add."

@@ -73,7 +73,7 @@ def test_the_right_tool_is_chosen_with_the_right_arguments(llm: ZSMergeLLM) -> N
     assert "Zürich" in llm.predict_and_call(tools, user_msg="How is the weather in Zürich?", **options).response
 
 
-async def test_objects_say_what_the_text_says(llm: ZSMergeLLM) -> None:
+async def test_predicted_objects_hold_what_the_text_says(llm: ZSMergeLLM) -> None:
     prompt = PromptTemplate("{log}\n\nDescribe the ship.")
     expected = Ship(captain="Agnes Hill", cat="Bishop", sea="calm")
     assert llm.structured_predict(Ship, prompt, log=LOG) == expected
@@ -94,7 +94,7 @@ async def test_the_document_query_engine_reads_once_and_answers(llm: ZSMergeLLM)
     assert (found.captain, found.cat) == ("Agnes Hill", "Bishop")
 
 
-async def test_the_document_chat_engine_knows_what_was_said(llm: ZSMergeLLM) -> None:
+async def test_the_document_chat_engine_uses_the_conversation(llm: ZSMergeLLM) -> None:
     chat = ZSMergeDocumentChatEngine([LOG], llm)
     first = chat.chat(CAT)
     second = await chat.achat("And who is the captain?")
@@ -145,7 +145,7 @@ async def test_an_agent_workflow_answers_by_its_tool(llm: ZSMergeLLM) -> None:
     assert "21" in str(answer)
 
 
-async def test_all_ways_of_asking_give_the_same_words(llm: ZSMergeLLM) -> None:
+async def test_all_chat_and_completion_methods_give_the_same_text(llm: ZSMergeLLM) -> None:
     question = [ChatMessage(content="What is the capital of France? Answer with one word.")]
     *_, streamed = llm.stream_chat(question)
     *_, astreamed = [item async for item in await llm.astream_chat(question)]

@@ -21,7 +21,7 @@ def llm() -> ZSMergeLLM:
     return ZSMergeLLM(model="smollm2", max_tokens=24)
 
 
-async def test_all_ways_of_asking_give_the_same_greedy_answer(llm):
+async def test_all_chat_and_completion_methods_give_the_same_greedy_text(llm):
     *_, streamed = llm.stream_chat(QUESTION)
     *_, astreamed = [item async for item in await llm.astream_chat(QUESTION)]
     answers = [llm.chat(QUESTION), await llm.achat(QUESTION), streamed, astreamed]
@@ -51,7 +51,7 @@ def test_a_stop_string_ends_the_answer(llm):
     assert llm.complete("Count from 1 to 9.", max_tokens=24, stop=[word]).text == whole[: whole.index(word)]
 
 
-async def test_leaving_a_stream_stops_the_model(llm):
+async def test_closing_a_stream_stops_decoding(llm):
     stream = await llm.astream_chat([ChatMessage(role="user", content="Tell me a very long story.")], max_tokens=2000)
     async for _ in stream:
         break

@@ -105,7 +105,7 @@ class Standard:
     # -- chat and completion --
 
     @pytest.mark.parametrize("method", CHAT + COMPLETE)
-    async def test_each_method_answers_and_says_what_it_cost(self, llm: ZSMergeLLM, method: str) -> None:
+    async def test_each_method_answers_and_reports_its_usage(self, llm: ZSMergeLLM, method: str) -> None:
         last = (await ask(llm, method))[-1]
         usage = last.raw["usage"]
         assert text_of(last)
@@ -115,7 +115,7 @@ class Standard:
         assert last.additional_kwargs["prompt_tokens"] == usage["prompt_tokens"] > 0
 
     @pytest.mark.parametrize("methods", [CHAT, COMPLETE])
-    async def test_the_four_ways_of_asking_give_the_same_answer(
+    async def test_the_four_chat_or_completion_methods_give_the_same_text(
         self, llm: ZSMergeLLM, methods: tuple[str, ...]
     ) -> None:
         assert len({text_of((await ask(llm, method))[-1]) for method in methods}) == 1
@@ -129,11 +129,11 @@ class Standard:
         assert all(response.raw["usage"] is None for response in seen[:-1])
         assert seen[-1].raw["finish_reason"]
 
-    def test_all_roles_make_a_conversation(self, llm: ZSMergeLLM) -> None:
+    def test_all_roles_can_be_in_one_conversation(self, llm: ZSMergeLLM) -> None:
         said = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hello."), ("user", "A ship?")]
         assert text_of(llm.chat([ChatMessage(role=role, content=text) for role, text in said]))
 
-    def test_several_messages_of_the_user_in_a_row_are_taken(self, llm: ZSMergeLLM) -> None:
+    def test_several_user_messages_in_a_row_are_accepted(self, llm: ZSMergeLLM) -> None:
         assert text_of(llm.chat([user("Hello."), user("Name a ship.")]))
 
     def test_blocks_of_text_are_one_message(self, llm: ZSMergeLLM) -> None:
@@ -166,7 +166,7 @@ class Standard:
         assert len({drawn(seed) for seed in range(1, 5)}) > 1
 
     @pytest.mark.parametrize("method", CHAT + COMPLETE)
-    async def test_a_grammar_binds_the_answer(self, llm: ZSMergeLLM, method: str) -> None:
+    async def test_a_grammar_constrains_the_answer(self, llm: ZSMergeLLM, method: str) -> None:
         last = (await ask(llm, method, grammar=Grammar.choice("barque", "schooner")))[-1]
         assert text_of(last) in ("barque", "schooner")
 
@@ -179,7 +179,7 @@ class Standard:
         with pytest.raises(InputError, match="response_format"):
             await ask(llm, method, response_format={"type": "xml"})
 
-    def test_what_a_text_model_cannot_read_is_refused_by_name(self, llm: ZSMergeLLM) -> None:
+    def test_an_unsupported_content_block_is_refused_by_name(self, llm: ZSMergeLLM) -> None:
         with pytest.raises(UnsupportedContentError, match="image"):
             llm.chat([ChatMessage(role="user", blocks=[ImageBlock(url="http://example.org/a.png")])])
         with pytest.raises(InputError, match="no messages"):
@@ -205,17 +205,17 @@ class Standard:
         assert call.tool_name == name
         ARGUMENTS[name].validate_python(call.tool_kwargs)
 
-    def test_no_tool_is_called_where_none_may_be(self, llm: ZSMergeLLM) -> None:
+    def test_tool_choice_none_prevents_calls(self, llm: ZSMergeLLM) -> None:
         response = llm.chat_with_tools(TOOLS, user_msg="What is 1 + 2?", tool_choice="none")
         assert llm.get_tool_calls_from_response(response, error_on_no_tool_call=False) == []
         with pytest.raises(ValueError, match="called no tool"):
             llm.get_tool_calls_from_response(response)
 
-    def test_a_tool_that_is_not_there_cannot_be_chosen(self, llm: ZSMergeLLM) -> None:
+    def test_choosing_an_unknown_tool_is_refused(self, llm: ZSMergeLLM) -> None:
         with pytest.raises(InputError, match="multiply"):
             llm.chat_with_tools(TOOLS, user_msg="Hi!", tool_choice="multiply")
 
-    def test_every_call_has_an_id_of_its_own(self, llm: ZSMergeLLM) -> None:
+    def test_every_call_has_a_unique_id(self, llm: ZSMergeLLM) -> None:
         ids = set()
         for _ in range(3):
             response = llm.chat_with_tools(TOOLS, user_msg="Hi!", tool_choice="now", max_tokens=96)
@@ -271,7 +271,7 @@ class Standard:
             found = llm.structured_predict(Harbour, PROMPT, llm_kwargs={"max_tokens": tokens}, what="a harbour")
             assert type(found) is Harbour
 
-    def test_an_object_that_does_not_fit_is_an_error_that_names_the_remedy(self, llm: ZSMergeLLM) -> None:
+    def test_an_object_that_breaks_a_validator_is_an_error_with_a_remedy(self, llm: ZSMergeLLM) -> None:
         with pytest.raises(ValueError, match="max_tokens"):
             llm.structured_predict(Harbour, PROMPT, llm_kwargs={"max_tokens": 2}, what="a harbour")
 
@@ -290,7 +290,7 @@ class Standard:
         assert ZSMergeLLM.from_dict(data).to_dict() == llm.to_dict()
         assert pickle.loads(pickle.dumps(llm)).to_dict() == llm.to_dict()
 
-    async def test_the_token_counter_counts_what_the_usage_says(self, engine: LLM) -> None:
+    async def test_the_token_counter_agrees_with_the_usage(self, engine: LLM) -> None:
         handler = TokenCountingHandler()
         llm = ZSMergeLLM(llm=engine, max_tokens=8, callback_manager=CallbackManager([handler]))
         usages = [(await ask(llm, method))[-1].raw["usage"] for method in CHAT + COMPLETE]
@@ -331,7 +331,7 @@ class Standard:
         assert usual < 0.05  # other programs may take the processor for longer now and then
 
     @pytest.mark.parametrize("method", ["stream_chat", "stream_complete"])
-    def test_a_stream_that_is_left_stops_within_one_token(self, llm: ZSMergeLLM, method: str) -> None:
+    def test_a_closed_stream_stops_within_one_token(self, llm: ZSMergeLLM, method: str) -> None:
         passes = Passes(llm)
         stream = getattr(llm, method)([user("Count.")] if "chat" in method else "Count.", max_tokens=400)
         next(stream)
@@ -341,7 +341,7 @@ class Standard:
         assert passes.count == before
 
     @pytest.mark.parametrize("method", ["astream_chat", "astream_complete"])
-    async def test_an_async_stream_that_is_left_stops_within_one_token(self, llm: ZSMergeLLM, method: str) -> None:
+    async def test_a_closed_async_stream_stops_within_one_token(self, llm: ZSMergeLLM, method: str) -> None:
         passes = Passes(llm)
         stream = await getattr(llm, method)([user("Count.")] if "chat" in method else "Count.", max_tokens=400)
         await anext(stream)

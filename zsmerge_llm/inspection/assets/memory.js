@@ -1,23 +1,23 @@
 "use strict";
-// Draws the heat map, shades the text by one layer, and tells of single tokens. All numbers come from #data, all words
-// from the page's own text, which is only ever copied as text.
+// Draws the heat map, shades the text by one layer, and describes single tokens. All decodeVarints come from #data, all text
+// from the page itself, which is only copied as text, never parsed.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const box = document.getElementById("text");
   const blocks = [...box.querySelectorAll(".block")];
   const starts = blocks.map((block) => Number(block.dataset.at));
-  const lengths = numbers(data.lengths);
-  const kinds = unrolled(data.kinds, data.tokens);
-  const layers = data.layers.map((layer) => ({ ...layer, counts: unrolled(layer.held, data.seen) }));
-  const judged = layers.filter((layer) => layer.judged);
-  const pairs = judged.reduce((sum, layer) => sum + layer.heads, 0);
+  const lengths = decodeVarints(data.lengths);
+  const kinds = expandRuns(data.kinds, data.tokens);
+  const layers = data.layers.map((layer) => ({ ...layer, counts: expandRuns(layer.held, data.seen) }));
+  const measured = layers.filter((layer) => layer.measured);
+  const numHeads = measured.reduce((sum, layer) => sum + layer.heads, 0);
   const total = new Uint32Array(data.seen);
-  for (const layer of judged) layer.counts.forEach((count, at) => { total[at] += count; });
-  const number = new Intl.NumberFormat("en");
+  for (const layer of measured) layer.counts.forEach((count, at) => { total[at] += count; });
+  const integers = new Intl.NumberFormat("en");
 
-  // -- coded numbers ------------------------------------------------------------------------------------------------
+  // -- decoding ----------------------------------------------------------------------------------------------
 
-  function numbers(text) {
+  function decodeVarints(text) {
     const coded = atob(text), found = [];
     let value = 0, scale = 1;
     for (let at = 0; at < coded.length; at++) {
@@ -29,8 +29,8 @@
     return found;
   }
 
-  function unrolled(text, size) {
-    const runs = numbers(text), values = new Uint16Array(size);
+  function expandRuns(text, size) {
+    const runs = decodeVarints(text), values = new Uint16Array(size);
     for (let run = 0, at = 0; run < runs.length; at += runs[run], run += 2) values.fill(runs[run + 1], at, at + runs[run]);
     return values;
   }
@@ -52,41 +52,41 @@
   // Shade all the text by `counts` of `heads`.
   function shade(counts, heads) {
     blocks.forEach((block, index) => {
-      const words = block.textContent, end = index + 1 < starts.length ? starts[index + 1] : data.tokens;
-      const fresh = document.createDocumentFragment();
-      let from = 0, to = 0, look = null;
+      const text = block.textContent, end = index + 1 < starts.length ? starts[index + 1] : data.tokens;
+      const fragment = document.createDocumentFragment();
+      let from = 0, to = 0, currentStyle = null;
       const close = () => {
         if (to === from) return;
-        const part = document.createTextNode(words.slice(from, to));
-        if (look === "s0") { fresh.append(part); } else {
+        const part = document.createTextNode(text.slice(from, to));
+        if (currentStyle === "s0") { fragment.append(part); } else {
           const span = document.createElement("span");
-          span.className = look;
+          span.className = currentStyle;
           span.append(part);
-          fresh.append(span);
+          fragment.append(span);
         }
         from = to;
       };
       for (let at = starts[index]; at < end; at++) {
         const next = style(at, counts, heads);
-        if (next !== look) { close(); look = next; }
+        if (next !== currentStyle) { close(); currentStyle = next; }
         to += lengths[at];
       }
       close();
-      block.replaceChildren(fresh);
+      block.replaceChildren(fragment);
     });
   }
 
   document.getElementById("layer").addEventListener("change", (event) => {
     const layer = layers[event.target.value];
-    const [counts, heads] = layer ? [layer.counts, layer.heads] : [total, pairs];
+    const [counts, heads] = layer ? [layer.counts, layer.heads] : [total, numHeads];
     shade(counts, heads);
     const tokens = new Array(data.levels + 1).fill(0);
     counts.forEach((count) => { tokens[level(count / heads)]++; });
-    document.querySelectorAll(".legend small").forEach((small, step) => { small.textContent = number.format(tokens[step]); });
+    document.querySelectorAll(".legend small").forEach((small, step) => { small.textContent = integers.format(tokens[step]); });
     if (chosen) mark(chosen[0], chosen[1]);
   });
 
-  // -- tokens and where they stand ------------------------------------------------------------------------------------
+  // -- positions of tokens --------------------------------------------------------------------------------------------
 
   function blockOf(at) {
     let low = 0, high = starts.length - 1;
@@ -103,7 +103,7 @@
     return sum;
   }
 
-  // The text nodes' place of a character of a block.
+  // Return the text node and offset of a character of a block.
   function place(block, offset, ending) {
     const walker = document.createTreeWalker(block, NodeFilter.SHOW_TEXT);
     let node = walker.nextNode(), last = node;
@@ -191,8 +191,8 @@
     return share > 0.99 && share < 1 ? "> 99%" : Math.round(share * 100) + "%";
   }
 
-  // Choose the tokens from `from` to before `to`, and say what holds them.
-  function tell(from, to) {
+  // Choose the tokens from `from` to before `to`, and show which heads hold them.
+  function chooseTokens(from, to) {
     chosen = [from, to];
     mark(from, to);
     const end = Math.min(to, data.seen);
@@ -202,29 +202,29 @@
       cells[index].title = `layer ${layer.index}: ${percent(shares[index])} of ${layer.heads} heads`;
     });
     if (to - from > 1) {
-      const share = percent(from < end ? mean(total, from, end, pairs) : 0);
-      note.textContent = `Tokens ${number.format(from)} to ${number.format(to - 1)}: held by ${share} of ${pairs} heads, mean.`;
+      const share = percent(from < end ? mean(total, from, end, numHeads) : 0);
+      note.textContent = `Tokens ${integers.format(from)} to ${integers.format(to - 1)}: held by ${share} of ${numHeads} heads, mean.`;
     } else {
-      note.replaceChildren(...toldOf(from));
+      note.replaceChildren(...describeToken(from));
     }
   }
 
-  function toldOf(at) {
+  function describeToken(at) {
     const range = rangeOf(at, at + 1), quote = document.createElement("q");
     quote.textContent = (lengths[at] && range ? range.toString() : "").replaceAll("\n", "⏎") || "part of a character";
-    const start = [`Token ${number.format(at)} `, quote];
-    if (at >= data.seen) return [...start, " was generated last and is not read yet."];
+    const start = [`Token ${integers.format(at)} `, quote];
+    if (at >= data.seen) return [...start, " was generated last and is not in the cache yet."];
     if (!total[at]) return [...start, ": held by no head."];
-    const where = judged.filter((layer) => layer.counts[at]).map((layer) => layer.index);
-    const said = where.length === judged.length ? "in every layer" : "in layers " + where.join(", ");
-    return [...start, `: held by ${total[at]} of ${pairs} heads (${percent(total[at] / pairs)}), ${said}.`];
+    const where = measured.filter((layer) => layer.counts[at]).map((layer) => layer.index);
+    const layerList = where.length === measured.length ? "in every layer" : "in layers " + where.join(", ");
+    return [...start, `: held by ${total[at]} of ${numHeads} heads (${percent(total[at] / numHeads)}), ${layerList}.`];
   }
 
   function show(from, to) {
     blocks[blockOf(from)].scrollIntoView({ block: "nearest" });
     const rect = rangeOf(from, to)?.getBoundingClientRect();
     if (rect) box.scrollTop += rect.top - box.getBoundingClientRect().top - box.clientHeight / 3;
-    tell(from, to);
+    chooseTokens(from, to);
   }
 
   let waiting = false;
@@ -234,12 +234,12 @@
     requestAnimationFrame(() => {
       waiting = false;
       const at = tokenAt(event.clientX, event.clientY);
-      if (at !== null && !(chosen && chosen[0] === at && chosen[1] === at + 1)) tell(at, at + 1);
+      if (at !== null && !(chosen && chosen[0] === at && chosen[1] === at + 1)) chooseTokens(at, at + 1);
     });
   });
   box.addEventListener("click", (event) => {
     const at = tokenAt(event.clientX, event.clientY);
-    if (at !== null) tell(at, at + 1);
+    if (at !== null) chooseTokens(at, at + 1);
   });
   box.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -248,7 +248,7 @@
     let at = chosen ? chosen[0] + step : 0;
     while (at > 0 && at < data.tokens - 1 && !lengths[at]) at += step;
     at = Math.max(0, Math.min(data.tokens - 1, at));
-    tell(at, at + 1);
+    chooseTokens(at, at + 1);
     const rect = rangeOf(at, at + 1)?.getBoundingClientRect(), frame = box.getBoundingClientRect();
     if (rect && (rect.top < frame.top || rect.bottom > frame.bottom)) show(at, at + 1);
   });
@@ -263,11 +263,11 @@
 
   const canvas = document.getElementById("map"), mapNote = document.getElementById("map-note");
   const CURVE = 56, AXIS = 18, GAP = 8, LEFT = 30;
-  const rows = [...judged, ...layers.filter((layer) => !layer.judged)];
-  const merged = judged.flatMap((layer) => layer.merged);
-  const MASS = merged.length ? 40 : 0;
+  const rows = [...measured, ...layers.filter((layer) => !layer.measured)];
+  const merged = measured.flatMap((layer) => layer.merged);
+  const MERGED_HEIGHT = merged.length ? 40 : 0;
   const height = Math.max(5, Math.min(14, Math.floor(420 / rows.length)));
-  let spot = null; // [column, row] that the arrow keys have reached
+  let cursor = null; // [column, row] that the arrow keys have chosen
 
   function columns() { return Math.max(1, Math.min(data.seen, Math.floor(canvas.clientWidth) - LEFT)); }
 
@@ -282,7 +282,7 @@
     return sum / (to - from) / heads;
   }
 
-  function top(row) { return CURVE + GAP + MASS + row * height + (row >= judged.length ? GAP : 0); }
+  function top(row) { return CURVE + GAP + MERGED_HEIGHT + row * height + (row >= measured.length ? GAP : 0); }
 
   function draw() {
     const width = Math.floor(canvas.clientWidth), bottom = top(rows.length), ratio = window.devicePixelRatio || 1;
@@ -290,55 +290,55 @@
     canvas.style.height = bottom + AXIS + "px";
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round((bottom + AXIS) * ratio);
-    const colours = getComputedStyle(document.documentElement), pen = canvas.getContext("2d");
+    const colours = getComputedStyle(document.documentElement), context = canvas.getContext("2d");
     const colour = (name) => colours.getPropertyValue(name).trim();
     const scale = Array.from({ length: data.levels + 1 }, (_, step) => rgb(colour("--c" + step)));
-    pen.scale(ratio, ratio);
-    pen.font = "11px system-ui, sans-serif";
+    context.scale(ratio, ratio);
+    context.font = "11px system-ui, sans-serif";
     const count = columns(), step = (width - LEFT) / count;
     const snapped = (column) => Math.round((LEFT + column * step) * ratio) / ratio; // no seams between columns
     for (let column = 0; column < count; column++) {
       const [from, to] = span(column, count), x = snapped(column), wide = snapped(column + 1) - x;
-      const share = mean(total, from, to, pairs);
-      pen.fillStyle = colour("--c6");
-      pen.fillRect(x, CURVE - share * (CURVE - 2), wide, share * (CURVE - 2));
+      const share = mean(total, from, to, numHeads);
+      context.fillStyle = colour("--c6");
+      context.fillRect(x, CURVE - share * (CURVE - 2), wide, share * (CURVE - 2));
       rows.forEach((layer, row) => {
-        pen.fillStyle = blend(scale, mean(layer.counts, from, to, layer.heads));
-        pen.fillRect(x, top(row), wide, height - (height > 6 ? 1 : 0));
+        context.fillStyle = blend(scale, mean(layer.counts, from, to, layer.heads));
+        context.fillRect(x, top(row), wide, height - (height > 6 ? 1 : 0));
       });
     }
-    pen.fillStyle = colour("--soft");
-    pen.strokeStyle = colour("--line");
+    context.fillStyle = colour("--soft");
+    context.strokeStyle = colour("--line");
     for (const [name, y] of [["100%", 0], ["0", CURVE]]) {
-      pen.fillText(name, 0, y === 0 ? 9 : y);
-      pen.beginPath(); pen.moveTo(LEFT, y + 0.5); pen.lineTo(width, y + 0.5); pen.stroke();
+      context.fillText(name, 0, y === 0 ? 9 : y);
+      context.beginPath(); context.moveTo(LEFT, y + 0.5); context.lineTo(width, y + 0.5); context.stroke();
     }
-    drawMerged(pen, colour, width);
+    drawMergedSlots(context, colour, width);
     const every = Math.ceil(12 / height);
-    rows.forEach((layer, row) => { if (row % every === 0) pen.fillText(layer.index + (layer.judged ? "" : "w"), 0, top(row) + Math.min(height, 10)); });
+    rows.forEach((layer, row) => { if (row % every === 0) context.fillText(layer.index + (layer.measured ? "" : "w"), 0, top(row) + Math.min(height, 10)); });
     for (let tick = 0; tick <= 4; tick++) {
       const x = LEFT + tick * (width - LEFT) / 4;
-      pen.textAlign = ["left", "center", "center", "center", "right"][tick];
-      pen.fillText(number.format(Math.round(tick * data.seen / 4)), x, bottom + 14);
+      context.textAlign = ["left", "center", "center", "center", "right"][tick];
+      context.fillText(integers.format(Math.round(tick * data.seen / 4)), x, bottom + 14);
     }
-    if (spot) {
-      pen.strokeStyle = colour("--focus");
-      pen.lineWidth = 2;
-      pen.strokeRect(LEFT + spot[0] * step - 3, top(spot[1]) - 1, Math.max(step, 1) + 6, height + 1);
+    if (cursor) {
+      context.strokeStyle = colour("--focus");
+      context.lineWidth = 2;
+      context.strokeRect(LEFT + cursor[0] * step - 3, top(cursor[1]) - 1, Math.max(step, 1) + 6, height + 1);
     }
   }
 
-  // Where the averages begin, each as high as the tokens in it (logarithmic).
-  function drawMerged(pen, colour, width) {
-    if (!MASS) return;
-    const most = Math.log(Math.max(...merged.map((slot) => slot[1]))), base = CURVE + MASS;
-    pen.fillText("avg", 0, base);
-    pen.fillStyle = colour("--focus");
+  // The first position of each merged slot, as high as the logarithm of its number of tokens.
+  function drawMergedSlots(context, colour, width) {
+    if (!MERGED_HEIGHT) return;
+    const largest = Math.log(Math.max(...merged.map((slot) => slot[1]))), base = CURVE + MERGED_HEIGHT;
+    context.fillText("mrg", 0, base);
+    context.fillStyle = colour("--focus");
     for (const [position, tokens] of merged) {
-      const high = 3 + (MASS - 12) * Math.log(tokens) / most;
-      pen.fillRect(LEFT + position * (width - LEFT) / data.seen, base - high, 2, high);
+      const high = 3 + (MERGED_HEIGHT - 12) * Math.log(tokens) / largest;
+      context.fillRect(LEFT + position * (width - LEFT) / data.seen, base - high, 2, high);
     }
-    pen.fillStyle = colour("--soft");
+    context.fillStyle = colour("--soft");
   }
 
   function rgb(hex) {
@@ -351,17 +351,17 @@
     return `rgb(${scale[low].map((value, part) => Math.round(value + (scale[low + 1][part] - value) * (at - low))).join()})`;
   }
 
-  function describe(column, row) {
+  function describeCell(column, row) {
     const [from, to] = span(column, columns()), layer = rows[row];
     const share = percent(mean(layer.counts, from, to, layer.heads));
-    const which = to - from > 1 ? `tokens ${number.format(from)} to ${number.format(to - 1)}` : `token ${number.format(from)}`;
-    const words = rangeOf(from, Math.min(to, from + 12));
-    const kind = layer.window ? ` (window of ${number.format(layer.window)})` : "";
-    mapNote.textContent = `Layer ${layer.index}${kind}, ${which}: held by ${share} of its heads. “${words ? words.toString().replace(/\s+/g, " ").trim().slice(0, 90) : ""} …”`;
+    const which = to - from > 1 ? `tokens ${integers.format(from)} to ${integers.format(to - 1)}` : `token ${integers.format(from)}`;
+    const range = rangeOf(from, Math.min(to, from + 12));
+    const kind = layer.window ? ` (window of ${integers.format(layer.window)})` : "";
+    mapNote.textContent = `Layer ${layer.index}${kind}, ${which}: held by ${share} of its heads. “${range ? range.toString().replace(/\s+/g, " ").trim().slice(0, 90) : ""} …”`;
     return from;
   }
 
-  function pointed(event) {
+  function cellAt(event) {
     const frame = canvas.getBoundingClientRect(), count = columns();
     const column = Math.floor((event.clientX - frame.left - LEFT) / (frame.width - LEFT) * count);
     let row = rows.length - 1;
@@ -369,23 +369,23 @@
     return [Math.max(0, Math.min(count - 1, column)), row];
   }
 
-  canvas.addEventListener("mousemove", (event) => describe(...pointed(event)));
+  canvas.addEventListener("mousemove", (event) => describeCell(...cellAt(event)));
   canvas.addEventListener("click", (event) => {
-    spot = pointed(event);
+    cursor = cellAt(event);
     draw();
-    const from = describe(...spot);
+    const from = describeCell(...cursor);
     show(from, from + 1);
   });
   canvas.addEventListener("keydown", (event) => {
     const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Enter: [0, 0] }[event.key];
     if (!move) return;
     event.preventDefault();
-    const far = event.shiftKey ? 20 : 1, [column, row] = spot || [0, 0];
-    spot = [
+    const far = event.shiftKey ? 20 : 1, [column, row] = cursor || [0, 0];
+    cursor = [
       Math.max(0, Math.min(columns() - 1, column + far * move[0])), Math.max(0, Math.min(rows.length - 1, row + move[1])),
     ];
     draw();
-    const from = describe(...spot);
+    const from = describeCell(...cursor);
     if (event.key === "Enter") show(from, from + 1);
   });
 

@@ -1,4 +1,4 @@
-"""LlamaIndex's messages and blocks as the OpenAI-style dictionaries of zsmerge-llm."""
+"""Conversion of LlamaIndex's messages and blocks to the OpenAI format of zsmerge-llm."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _ROLES = {
     MessageRole.TOOL: "tool",
     MessageRole.FUNCTION: "tool",
 }
-# What is no content: past reasoning and calls, which go beside it, and hints for the caches of hosted models.
-_SILENT = ("thinking", "tool_call", "cache")
+# Blocks that are no content: reasoning and calls, which are converted separately, and cache hints for hosted models.
+_SKIPPED_BLOCKS = ("thinking", "tool_call", "cache")
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """`messages` in the form that `zsmerge_llm.LLM.chat` takes.
+    """Return messages in the OpenAI format.
 
-    Blocks a text model cannot take (images, say) are handed on by their type; the engine refuses them by name.
+    Of a block that a text model cannot take, such as an image, the type stays: zsmerge-llm raises
+    UnsupportedContentError, which names it.
 
     Raises:
         InputError: a tool call in `additional_kwargs` that has no name.
@@ -40,8 +41,8 @@ def _to_message(message: ChatMessage) -> dict[str, Any]:
     converted: dict[str, Any] = {"role": _ROLES[message.role], "content": _content(message.blocks)}
     if calls := tool_calls(message):
         converted["tool_calls"] = calls
-    if converted["role"] == "assistant" and (thought := _thought(message)):
-        converted["reasoning_content"] = thought
+    if converted["role"] == "assistant" and (reasoning := _reasoning(message)):
+        converted["reasoning_content"] = reasoning
     if converted["role"] == "tool":
         converted |= {
             key: message.additional_kwargs[key] for key in ("tool_call_id", "name") if key in message.additional_kwargs
@@ -49,13 +50,13 @@ def _to_message(message: ChatMessage) -> dict[str, Any]:
     return converted
 
 
-def _thought(message: ChatMessage) -> str:
-    """What the model thought, for templates that show it within a turn."""
+def _reasoning(message: ChatMessage) -> str:
+    """Return the reasoning that preceded the answer; some templates show it again within a turn."""
     return "\n".join(block.content or "" for block in message.blocks if block.block_type == "thinking")
 
 
 def _content(blocks: Iterable[Any]) -> str | list[dict[str, Any]]:
-    """Text joined as `ChatMessage.content` joins it; a list of blocks as soon as one of them is not text."""
+    """Return the text, joined as `ChatMessage.content` joins it, or a list of blocks if one of them is not text."""
     parts = list(_parts(blocks))
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)
@@ -69,15 +70,15 @@ def _parts(blocks: Iterable[Any]) -> Iterable[dict[str, Any]]:
             yield {"type": "text", "text": block.text}
         elif kind == "citable":
             yield from _parts(block.content)
-        elif kind not in _SILENT:
+        elif kind not in _SKIPPED_BLOCKS:
             yield {"type": kind}
 
 
 def tool_calls(message: ChatMessage) -> list[dict[str, Any]]:
-    """The tool calls of a message in OpenAI's form.
+    """Return the tool calls of a message in the OpenAI format.
 
-    They stand in its blocks, in `additional_kwargs["tool_calls"]`, or in both (then the blocks count). A call without
-    id stays without: the engine numbers it, the same at every turn, which a random id here would not be.
+    They are in its blocks, in `additional_kwargs["tool_calls"]`, or in both; then the blocks count. A call without an
+    id gets none: zsmerge-llm numbers it, the same at every turn, which a random id would not be.
 
     Raises:
         InputError: a call without a name.
@@ -91,7 +92,7 @@ def tool_calls(message: ChatMessage) -> list[dict[str, Any]]:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """One call in OpenAI's form from a dictionary (nested or flat) or an object (OpenAI's, or `ToolSelection`)."""
+    """Convert one call: a dictionary, nested or flat, or an object (OpenAI's, or a `ToolSelection`)."""
     given = call if isinstance(call, dict) else call.model_dump() if hasattr(call, "model_dump") else vars(call)
     flat = {**given, **(given.get("function") or {})}
     name = flat.get("name") or flat.get("tool_name")
@@ -99,26 +100,26 @@ def _call(call: Any) -> dict[str, Any]:
         raise InputError(
             f"A tool call needs a name, as in {{'function': {{'name': ...}}}}; this one has none: {given!r}."
         )
-    written: Any = next((flat[key] for key in ("arguments", "args", "tool_kwargs") if flat.get(key) is not None), {})
+    value: Any = next((flat[key] for key in ("arguments", "args", "tool_kwargs") if flat.get(key) is not None), {})
     call_id = flat.get("id") or flat.get("tool_id")
     return ({"id": call_id} if call_id else {}) | {
         "type": "function",
         "function": {
             "name": name,
-            "arguments": written if isinstance(written, str) else json.dumps(written, ensure_ascii=False),
+            "arguments": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
         },
     }
 
 
 def with_id(call: dict[str, Any]) -> dict[str, Any]:
-    """`call` with an id of its own where it has none: agents match results to calls by it."""
+    """Return `call` with a unique id if it has none: agents match results to calls by it."""
     return call if call.get("id") else {**call, "id": f"call_{uuid.uuid4().hex}"}
 
 
 def arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an OpenAI-style call; {} when the model did not write a JSON object.
+    """Return the arguments of a call in the OpenAI format; {} if they are no JSON object.
 
-    The tool then complains of missing arguments, and an agent hands that to the model, which can try again.
+    The tool then reports missing arguments, and an agent passes that to the model, which can try again.
     """
     given = call["function"].get("arguments") or {}
     if isinstance(given, str):

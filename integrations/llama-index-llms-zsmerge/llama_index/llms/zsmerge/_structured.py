@@ -1,15 +1,15 @@
-"""Structured prediction on the grammar: the model can write nothing but JSON of the wanted schema."""
+"""Structured prediction: a grammar restricts the answer to JSON of the wanted schema."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 from llama_index.core import instrumentation
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
-from llama_index.core.bridge.pydantic import BaseModel, ValidationError
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.instrumentation.events.llm import (
     LLMStructuredPredictEndEvent,
     LLMStructuredPredictInProgressEvent,
@@ -18,109 +18,51 @@ from llama_index.core.instrumentation.events.llm import (
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.types import PydanticProgramMode
-from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import from_json
+from llama_index.llms.zsmerge._parsing import M, PartialParser, json_schema, parse, text_of
+from llama_index.llms.zsmerge.structured import StructuredRequest, ZSMergeStructuredLLM
 
 if TYPE_CHECKING:
     from llama_index.core.llms.structured_llm import StructuredLLM
     from llama_index.core.program.utils import FlexibleModel
 
-M = TypeVar("M", bound=BaseModel)
-Response = ChatResponse | CompletionResponse
-
-_NOTE = "Answer with JSON that follows this schema, and nothing else:\n{schema}\n\nJSON:\n"
-"""Tells base models, which have no chat template, what is wanted."""
-_TOOL_HINTS = ("tool_choice", "tool_required", "allow_parallel_tool_calls")
-"""Options that make other models call the tool that stands for the schema there."""
-
-
-class _Brief(GenerateJsonSchema):
-    """Schemas without a title for each field, which says its name again: they are read by the model."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-
-def schema_of(output_cls: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema that the model is shown and held to."""
-    return output_cls.model_json_schema(schema_generator=_Brief)
-
-
-def parse(output_cls: type[M], text: str) -> M:
-    """The object that an answer spells.
-
-    Raises:
-        ValueError: the answer was cut, or breaks a rule of the class that a grammar cannot know.
-    """
-    try:
-        return output_cls.model_validate_json(text)
-    except ValidationError as error:
-        raise ValueError(
-            f"The answer is no valid {output_cls.__name__}: {error} Raise max_tokens if it was cut; say in the prompt "
-            "what the schema does not."
-        ) from error
-
-
-class Partial(Generic[M]):
-    """Objects from the beginnings of an answer: of the class as soon as they are valid, before that with any fields."""
-
-    def __init__(self, output_cls: type[M]) -> None:
-        from llama_index.core.program.utils import create_flexible_model
-
-        self._output_cls = output_cls
-        self._flexible = create_flexible_model(output_cls)
-
-    def __call__(self, text: str) -> M | FlexibleModel | None:
-        """What `text` spells so far; None if that is nothing yet."""
-        try:
-            values = from_json(text, allow_partial="trailing-strings")
-        except ValueError:
-            return None
-        kinds: tuple[type[M | FlexibleModel], ...] = (self._output_cls, self._flexible)
-        for kind in kinds:
-            try:
-                return kind.model_validate(values)
-            except ValidationError:
-                continue
-        return None
-
-
-def text_of(response: Response) -> str:
-    """The text of a chat's or a completion's answer."""
-    return response.text if isinstance(response, CompletionResponse) else response.message.content or ""
+_INSTRUCTION = "Answer with JSON that follows this schema, and nothing else:\n{schema}\n\nJSON:\n"
+"""Describes the schema to base models, which have no chat template to do it."""
+_TOOL_OPTIONS = ("tool_choice", "tool_required", "allow_parallel_tool_calls")
+"""Options with which LlamaIndex makes other models call a tool that stands for the schema."""
 
 
 class StructuredPrediction(FunctionCallingLLM):
     """The four `structured_predict` methods and `as_structured_llm`, for a model that takes `response_format`.
 
-    With another `pydantic_program_mode` than the default the chosen program does it, as in any LLM.
+    With another `pydantic_program_mode` than the default LlamaIndex's own program runs instead, as in any LLM.
     """
 
-    def structured_question(
+    def structured_request(
         self, output_cls: type[BaseModel], messages: Sequence[ChatMessage], options: dict[str, Any]
-    ) -> tuple[str, Any, dict[str, Any]]:
-        """How to ask for a JSON object: the method ("chat" or "complete"), its argument and its options."""
-        schema = schema_of(output_cls)
-        described = {"name": output_cls.__name__, "schema": schema, "strict": False}
-        options = {name: value for name, value in options.items() if name not in _TOOL_HINTS}
-        options["response_format"] = {"type": "json_schema", "json_schema": described}
+    ) -> StructuredRequest:
+        """Return the call that asks for a JSON object: its method ("chat" or "complete"), argument and options."""
+        schema = json_schema(output_cls)
+        options = {name: value for name, value in options.items() if name not in _TOOL_OPTIONS}
+        options["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": output_cls.__name__, "schema": schema, "strict": False},
+        }
         if self.metadata.is_chat_model:
             return "chat", messages, options
         assert self.messages_to_prompt is not None  # set by the base class
-        note = ChatMessage(content=_NOTE.format(schema=json.dumps(schema, ensure_ascii=False)))
-        return "complete", self.messages_to_prompt([*messages, note]), {"formatted": True, **options}
+        instruction = ChatMessage(content=_INSTRUCTION.format(schema=json.dumps(schema, ensure_ascii=False)))
+        return "complete", self.messages_to_prompt([*messages, instruction]), {"formatted": True, **options}
 
-    def _ask(
+    def _predict_request(
         self, output_cls: type[BaseModel], prompt: BasePromptTemplate, options: dict[str, Any] | None, args: Any
-    ) -> tuple[str, Any, dict[str, Any]]:
-        instrumentation.get_dispatcher(__name__).event(
-            LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=args)
-        )
+    ) -> StructuredRequest:
+        """Return the call for a filled prompt, and dispatch the start event."""
+        _dispatch(LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=args))
         messages = self._extend_messages(prompt.format_messages(llm=self, **args))
-        return self.structured_question(output_cls, messages, options or {})
+        return self.structured_request(output_cls, messages, options or {})
 
     @property
-    def _by_grammar(self) -> bool:
+    def _uses_grammar(self) -> bool:
         return self.pydantic_program_mode == PydanticProgramMode.DEFAULT
 
     def structured_predict(
@@ -130,15 +72,15 @@ class StructuredPrediction(FunctionCallingLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> M:
-        """An object of `output_cls`. `llm_kwargs` are options of the call, `prompt_args` fill the prompt.
+        """Return an object of `output_cls`. `llm_kwargs` are options of the call, `prompt_args` fill the prompt.
 
         Raises:
-            ValueError: the answer was cut, or breaks a rule of the class that a grammar cannot know.
+            ValueError: the answer was cut, or breaks a rule of the class that no grammar can express.
         """
-        if not self._by_grammar:
+        if not self._uses_grammar:
             return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
-        method, question, options = self._ask(output_cls, prompt, llm_kwargs, prompt_args)
-        return _ended(parse(output_cls, text_of(getattr(self, method)(question, **options))))
+        method, argument, options = self._predict_request(output_cls, prompt, llm_kwargs, prompt_args)
+        return _finished(parse(output_cls, text_of(getattr(self, method)(argument, **options))))
 
     async def astructured_predict(
         self,
@@ -147,11 +89,11 @@ class StructuredPrediction(FunctionCallingLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> M:
-        """As `structured_predict`."""
-        if not self._by_grammar:
+        """Async `structured_predict`."""
+        if not self._uses_grammar:
             return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
-        method, question, options = self._ask(output_cls, prompt, llm_kwargs, prompt_args)
-        return _ended(parse(output_cls, text_of(await getattr(self, f"a{method}")(question, **options))))
+        method, argument, options = self._predict_request(output_cls, prompt, llm_kwargs, prompt_args)
+        return _finished(parse(output_cls, text_of(await getattr(self, f"a{method}")(argument, **options))))
 
     def stream_structured_predict(
         self,
@@ -160,17 +102,21 @@ class StructuredPrediction(FunctionCallingLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Generator[M | FlexibleModel, None, None]:
-        """The object as it grows: with any fields until it is valid, at the end as `structured_predict` gives it."""
-        if not self._by_grammar:
+        """Yield the object each time it grows: with optional fields until it validates, last of class `output_cls`.
+
+        Raises:
+            ValueError: as `structured_predict`, at the end.
+        """
+        if not self._uses_grammar:
             yield from super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
             return
-        method, question, options = self._ask(output_cls, prompt, llm_kwargs, prompt_args)
-        growing = _Growing(output_cls)
-        with closing(getattr(self, f"stream_{method}")(question, **options)) as answers:
-            for answer in answers:
-                if (found := growing.grown(text_of(answer))) is not None:
-                    yield found
-        yield from growing.ended()
+        method, argument, options = self._predict_request(output_cls, prompt, llm_kwargs, prompt_args)
+        growing = _GrowingObject(output_cls)
+        with closing(getattr(self, f"stream_{method}")(argument, **options)) as responses:
+            for response in responses:
+                if (output := growing.update(text_of(response))) is not None:
+                    yield output
+        yield from growing.finish()
 
     async def astream_structured_predict(
         self,
@@ -179,55 +125,58 @@ class StructuredPrediction(FunctionCallingLLM):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> AsyncGenerator[M | FlexibleModel, None]:
-        """As `stream_structured_predict`."""
-        if not self._by_grammar:
+        """Async `stream_structured_predict`."""
+        if not self._uses_grammar:
             return await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
         async def objects() -> AsyncGenerator[M | FlexibleModel, None]:
-            method, question, options = self._ask(output_cls, prompt, llm_kwargs, prompt_args)
-            growing = _Growing(output_cls)
-            async with aclosing(await getattr(self, f"astream_{method}")(question, **options)) as answers:
-                async for answer in answers:
-                    if (found := growing.grown(text_of(answer))) is not None:
-                        yield found
-            for found in growing.ended():
-                yield found
+            method, argument, options = self._predict_request(output_cls, prompt, llm_kwargs, prompt_args)
+            growing = _GrowingObject(output_cls)
+            async with aclosing(await getattr(self, f"astream_{method}")(argument, **options)) as responses:
+                async for response in responses:
+                    if (output := growing.update(text_of(response))) is not None:
+                        yield output
+            for output in growing.finish():
+                yield output
 
         return objects()
 
     def as_structured_llm(self, output_cls: type[BaseModel], **kwargs: Any) -> StructuredLLM:
-        """An LLM all of whose answers are objects of `output_cls`; `response.raw` has them."""
-        from llama_index.llms.zsmerge.structured import ZSMergeStructuredLLM
-
-        if not self._by_grammar:
+        """Return an LLM whose answers are objects of `output_cls`, in `response.raw`."""
+        if not self._uses_grammar:
             return super().as_structured_llm(output_cls, **kwargs)
         return ZSMergeStructuredLLM(llm=self, output_cls=output_cls, **kwargs)
 
 
-class _Growing(Generic[M]):
-    """One object that is streamed."""
+class _GrowingObject(Generic[M]):
+    """One streamed object; dispatches LlamaIndex's events as it grows."""
 
     def __init__(self, output_cls: type[M]) -> None:
         self._output_cls = output_cls
-        self._partial = Partial(output_cls)
+        self._parse_partial = PartialParser(output_cls)
         self._latest: BaseModel | None = None
         self._text = ""
 
-    def grown(self, text: str) -> M | FlexibleModel | None:
-        """The object so far, if `text` adds to it."""
-        self._text, found = text, self._partial(text)
-        if found is None or found == self._latest:
+    def update(self, text: str) -> M | FlexibleModel | None:
+        """Return the object that `text` holds so far, or None if it is the latest one."""
+        self._text, output = text, self._parse_partial(text)
+        if output is None or output == self._latest:
             return None
-        self._latest = found
-        instrumentation.get_dispatcher(__name__).event(LLMStructuredPredictInProgressEvent(output=found))
-        return found
+        self._latest = output
+        _dispatch(LLMStructuredPredictInProgressEvent(output=output))
+        return output
 
-    def ended(self) -> list[M]:
-        """The object that the whole text spells, unless it was the latest already. Raises as `parse`."""
-        whole = _ended(parse(self._output_cls, self._text))
-        return [] if whole == self._latest else [whole]
+    def finish(self) -> list[M]:
+        """Return the final object, or nothing if it was yielded already. Raises as `parse`."""
+        final = _finished(parse(self._output_cls, self._text))
+        return [] if final == self._latest else [final]
 
 
-def _ended(output: M) -> M:
-    instrumentation.get_dispatcher(__name__).event(LLMStructuredPredictEndEvent(output=output))
+def _finished(output: M) -> M:
+    """Dispatch the end event and return `output`."""
+    _dispatch(LLMStructuredPredictEndEvent(output=output))
     return output
+
+
+def _dispatch(event: Any) -> None:
+    instrumentation.get_dispatcher(__name__).event(event)

@@ -1,4 +1,4 @@
-"""LlamaIndex's tools and choices in the OpenAI format, and the calls that come back as its `ToolSelection`s."""
+"""Conversion of LlamaIndex's tools and choices to the OpenAI format, and of tool calls to its `ToolSelection`s."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def to_tool(tool: BaseTool) -> dict[str, Any]:
-    """A tool's definition under its own name: LlamaIndex's `to_openai_tool` alters names, and then finds no tool."""
+    """Return a tool's definition. LlamaIndex's `to_openai_tool` alters names, and then cannot find the tool."""
     metadata = tool.metadata
     function = {
         "name": metadata.get_name(),
@@ -27,8 +27,8 @@ def to_tool(tool: BaseTool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def to_choice(choice: str | Mapping[str, Any] | None) -> ToolChoice | None:
-    """None, "auto", "none", "required" (or "any"), or one tool: its name, or a dictionary that holds it.
+def to_tool_choice(choice: str | Mapping[str, Any] | None) -> ToolChoice | None:
+    """Convert None, "auto", "none", "required" (or "any"), a tool's name or a dictionary that holds one.
 
     Raises:
         InputError: a dictionary without a name.
@@ -44,15 +44,16 @@ def to_choice(choice: str | Mapping[str, Any] | None) -> ToolChoice | None:
     return {"type": "function", "function": {"name": name}}
 
 
-def selections(response: ChatResponse, error_on_no_tool_call: bool = True) -> list[ToolSelection]:
-    """The tools the model chose. Raises ValueError if there is none and `error_on_no_tool_call`."""
+def to_tool_selections(response: ChatResponse, error_on_no_tool_call: bool = True) -> list[ToolSelection]:
+    """Return the calls of a response. Raises ValueError if there is none and `error_on_no_tool_call`."""
     calls = [with_id(call) for call in tool_calls(response.message)]
     if not calls and error_on_no_tool_call:
-        broken = response.raw.get("invalid_tool_calls") if isinstance(response.raw, dict) else None
-        said = f"began a call that cannot be read: {broken!r}" if broken else f"answered {response.message.content!r}"
+        invalid = response.raw.get("invalid_tool_calls") if isinstance(response.raw, dict) else None
+        answered = f"answered {response.message.content!r}"
+        output = f"began a call that cannot be read: {invalid!r}" if invalid else answered
         raise ValueError(
-            f"The model called no tool; it {said}. Pass tool_required=True to have one called, "
-            "and more max_tokens if the answer was cut."
+            f"The model called no tool; it {output}. Pass tool_required=True to require a call, "
+            "and raise max_tokens if the answer was cut."
         )
     return [
         ToolSelection(tool_id=call["id"], tool_name=call["function"]["name"], tool_kwargs=arguments(call))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llama_index.core.base.llms.types import (
@@ -25,7 +27,7 @@ from llama_index.llms.zsmerge import _responses as responses
 from llama_index.llms.zsmerge._messages import to_messages
 from llama_index.llms.zsmerge._requests import OPTIONS, Request, message_request, text_request
 from llama_index.llms.zsmerge._structured import StructuredPrediction
-from llama_index.llms.zsmerge._tools import selections, to_tool
+from llama_index.llms.zsmerge._tools import to_tool, to_tool_selections
 from typing_extensions import Self
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams, aio
@@ -36,49 +38,36 @@ if TYPE_CHECKING:
     from llama_index.core.tools.types import BaseTool
 
 LOGICAL_WINDOW = 1_000_000
-"""Tokens announced as the context window. The cache reads any length; LlamaIndex only needs a number to pack by."""
-
-_LOADING = (
-    "cache",
-    "dtype",
-    "device",
-    "device_map",
-    "quantization",
-    "compile",
-    "chat_template",
-    "template_args",
-    "retrieval_tokens",
-    "max_input_tokens",
-    "sessions_dir",
-    "session_memory",
-)
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+"""Default `context_window`. The cache reads any length, but LlamaIndex needs a number to pack prompts by."""
 
 
-def _text(value: Any) -> Any:
+def _path_as_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-PathText = Annotated[str, BeforeValidator(_text)]
-"""A string, or a path kept as one, so that settings remain JSON."""
+PathText = Annotated[str, BeforeValidator(_path_as_text)]
+"""A string; a path becomes one, so that settings remain JSON."""
 
 
 class ZSMergeLLM(StructuredPrediction):
-    """A local model on a KV cache of constant size: whole documents and endless conversations in fixed memory.
+    """A local model on a KV cache of constant size: documents and conversations of any length in fixed memory.
 
-    Constructing is cheap; the model is loaded with the first request. Sampling settings given to a call
-    (`llm.chat(messages, max_tokens=64)`) go before those of the object. `session=` (or `session_id=`), as a field or
-    for a call, is a hint which conversation to continue; what was read before is not read again. A call also takes
-    `response_format=` (OpenAI's form), `grammar=` (a `zsmerge_llm.language.grammar.Grammar`) and, in chats, `probe=`, the text
-    that says what matters in the prompt, and `reread=True`, which reads the conversation again for this question.
+    The constructor loads nothing: the model loads at the first request. Sampling settings of a call
+    (`llm.chat(messages, max_tokens=64)`) override those of the object. A call also takes `response_format=` (OpenAI's
+    format), `grammar=` (a `zsmerge_llm.Grammar`) and in chats:
 
-    Tool calls and JSON are enforced by grammar, so every chat model has them.
+    - `session=` or `session_id=`: the conversation to continue; a hint, because conversations are recognised by their
+      messages. What an earlier request has read is not read again.
+    - `probe=`: text about what matters in the prompt; the cache keeps the tokens that it attends to.
+    - `reread=True`: read the whole conversation again for this question.
 
-    With `is_chat_model` (the default) `complete` sends the prompt as one user message through the model's chat
-    template, and `complete(prompt, formatted=True)`, or a `completion_to_prompt` of your own, continues the text as it
-    is. With `is_chat_model=False`, for base models, everything continues plain text; `chat` uses `messages_to_prompt`.
+    A grammar enforces tool calls and JSON, so every chat model supports them.
 
-    Settings are read from this object at each call, except those of the model and the cache: they are taken when the
+    With `is_chat_model=True` (default) `complete` sends the prompt as one user message through the chat template, and
+    `complete(prompt, formatted=True)` or a `completion_to_prompt` of your own continues the text as it is. With
+    `is_chat_model=False`, for base models, everything continues plain text; `chat` uses `messages_to_prompt`.
+
+    Settings are read from this object at each call, except those of the model and the cache: they are fixed when the
     object is made.
 
     Raises:
@@ -97,7 +86,7 @@ class ZSMergeLLM(StructuredPrediction):
     model_config = ConfigDict(extra="forbid")
 
     model: PathText = Field(default="smollm2", description="Built-in name, Hub id, model folder or .gguf file.")
-    cache: CacheConfig = Field(default_factory=CacheConfig, description="Budget and rule of the compressed cache.")
+    cache: CacheConfig = Field(default_factory=CacheConfig, description="Budget and eviction policy of the KV cache.")
     dtype: str = Field(default="auto", description="Type of the weights, such as 'bfloat16'.")
     device: str = Field(default="auto", description="Device of the model, such as 'cpu' or 'cuda:0'.")
     device_map: str | dict[str, Any] | None = Field(default=None, description="Placement as accelerate takes it.")
@@ -108,17 +97,17 @@ class ZSMergeLLM(StructuredPrediction):
         default=None, description="Variables for the chat template, such as {'enable_thinking': False}."
     )
     retrieval_tokens: int = Field(
-        default=256, description="Tokens of earlier text read again before a question; 0: none."
+        default=256, description="Most tokens of dropped text retrieved before a question; 0: none."
     )
     max_input_tokens: int | None = Field(default=None, description="A longer prompt is an error; None: no limit.")
-    sessions_dir: PathText | None = Field(default=None, description="Folder in which sessions are kept.")
-    session_memory: int | str = Field(default="4GiB", description="What all sessions may hold in memory.")
+    sessions_dir: PathText | None = Field(default=None, description="Folder that stores sessions.")
+    session_memory: int | str = Field(default="4GiB", description="Memory limit of all sessions.")
 
-    max_tokens: int | None = Field(default=512, description="Longest answer in tokens; None: until it ends.")
+    max_tokens: int | None = Field(default=512, description="Most tokens of an answer; None: no limit.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
-    top_p: float = Field(default=1.0, description="Nucleus: smallest set of tokens of this probability.")
+    top_p: float = Field(default=1.0, description="Nucleus sampling: the smallest set of tokens with this probability.")
     top_k: int = Field(default=0, description="Only the k likeliest tokens; 0: all.")
-    min_p: float = Field(default=0.0, description="Only tokens at least this share as likely as the likeliest.")
+    min_p: float = Field(default=0.0, description="Least probability of a token relative to the likeliest.")
     repetition_penalty: float = Field(default=1.0, description="Above 1: tokens seen before become less likely.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     stop: list[str] = Field(default_factory=list, description="Strings that end the answer.")
@@ -132,28 +121,29 @@ class ZSMergeLLM(StructuredPrediction):
     is_chat_model: bool = Field(default=True, description="False for base models without a chat template.")
     is_function_calling_model: bool = Field(
         default=True,
-        description="Announce tool calling to agents (chat models only); False: they prompt in ReAct's way.",
+        description="Announce tool calling to agents (chat models only); False: they use ReAct prompts.",
     )
 
     _llm: LLM = PrivateAttr()
 
     def __init__(self, model: str | os.PathLike[str] | None = None, *, llm: LLM | None = None, **settings: Any) -> None:
-        """`llm` is a `zsmerge_llm.LLM` to share between objects; it has its own model and cache."""
+        """Take an existing `zsmerge_llm.LLM` as `llm`, with its own model and cache, or the settings of a new one."""
         if llm is not None:
-            if own := sorted({name for name in _LOADING if name in settings} | ({"model"} if model else set())):
-                raise ConfigError(f"llm comes with its own {', '.join(own)}: give llm or these settings, not both.")
-            model, settings["cache"] = _name(llm), llm.cache
+            if given := sorted(
+                {name for name in LOADING_SETTINGS if name in settings} | ({"model"} if model else set())
+            ):
+                raise ConfigError(f"llm has its own {', '.join(given)}: give llm or these settings, not both.")
+            model, settings["cache"] = _model_name(llm), llm.cache
         if isinstance(settings.get("cache"), dict):
             settings["cache"] = CacheConfig.from_dict(settings["cache"])
         super().__init__(**({"model": model} if model else {}), **settings)  # type: ignore[arg-type]
-        self._sampling({})  # refuses bad settings now, not at the first request
-        self._llm = llm if llm is not None else self._new_llm()
-
-    def _new_llm(self) -> LLM:
-        return LLM(self.model, **{name: getattr(self, name) for name in _LOADING})
+        self._sampling_params({})  # refuses bad values now, not at the first request
+        if llm is None:
+            llm = LLM(self.model, **{name: getattr(self, name) for name in LOADING_SETTINGS})
+        self._llm = llm
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """A copy of the settings, on the same model: weights and sessions are shared."""
+        """Copy the settings; weights and sessions are shared."""
         return super().__deepcopy__({**(memo or {}), id(self._llm): self._llm})
 
     @classmethod
@@ -162,7 +152,7 @@ class ZSMergeLLM(StructuredPrediction):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex plans by. Does not load the model."""
+        """Window, output length and abilities, by which LlamaIndex builds prompts. Does not load the model."""
         return LLMMetadata(
             context_window=self.context_window,
             num_output=self.max_tokens or DEFAULT_NUM_OUTPUTS,
@@ -173,30 +163,30 @@ class ZSMergeLLM(StructuredPrediction):
 
     @property
     def llm(self) -> LLM:
-        """The `zsmerge_llm.LLM` underneath, to share with other objects."""
+        """The underlying `zsmerge_llm.LLM`, to share with other objects."""
         return self._llm
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens. Loads the model. For `Settings.tokenizer = llm.tokenize`."""
+        """Return the token ids of `text` without special tokens, for `Settings.tokenizer`. Loads the model."""
         return list(self._llm.tokenizer.encode(text, add_special_tokens=False))
 
     def warm_up(self) -> Self:
-        """Load the model now rather than at the first use, before an event loop has others to serve."""
+        """Load the model now, not at its first use: loading may block an event loop."""
         self._llm.warm_up()
         return self
 
     # -- Requests --
 
-    def _sampling(self, options: dict[str, Any]) -> SamplingParams:
-        """Settings of this object, changed by those of a call. Raises ConfigError on an unknown option or bad value."""
+    def _sampling_params(self, options: dict[str, Any]) -> SamplingParams:
+        """Return this object's settings with the changes of a call. Raises ConfigError: an unknown or bad option."""
         changes = {name: value for name, value in options.items() if name not in OPTIONS}
-        return SamplingParams().replace(**{**{name: getattr(self, name) for name in _SAMPLING}, **changes})
+        return SamplingParams().replace(**{**{name: getattr(self, name) for name in SAMPLING_SETTINGS}, **changes})
 
     def _text_request(self, text: str, options: dict[str, Any]) -> Request:
-        return text_request(self._llm, text, self._sampling(options), options)
+        return text_request(self._llm, text, self._sampling_params(options), options)
 
     def _message_request(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Request:
-        return message_request(self._llm, to_messages(messages), self._sampling(options), options)
+        return message_request(self._llm, to_messages(messages), self._sampling_params(options), options)
 
     def _chat_request(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Request:
         if self.is_chat_model:
@@ -205,9 +195,9 @@ class ZSMergeLLM(StructuredPrediction):
         return self._text_request(self.messages_to_prompt(messages), options)
 
     def _complete_request(self, prompt: str, formatted: bool, options: dict[str, Any]) -> Request:
-        """Plain text where the prompt is formatted already, or by the user; one user message otherwise.
+        """Return a request for plain text if the prompt is formatted, by a function or already; else for one message.
 
-        The `session` of this object stays out of it: a lone prompt does not continue a conversation.
+        The `session` of this object does not apply: a single prompt does not continue a conversation.
         """
         if formatted:
             return self._text_request(prompt, options)
@@ -216,12 +206,12 @@ class ZSMergeLLM(StructuredPrediction):
         assert self.completion_to_prompt is not None  # set by the base class
         return self._text_request(self.completion_to_prompt(prompt), options)
 
-    # -- The eight methods --
+    # -- Chat and completion --
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         request = self._chat_request(messages, kwargs)
-        return responses.chat_response(request.whole(), self.model)
+        return responses.chat_response(request.result(), self.model)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -231,7 +221,7 @@ class ZSMergeLLM(StructuredPrediction):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         request = self._chat_request(messages, kwargs)
-        return responses.chat_response(await aio.call(request.whole), self.model)
+        return responses.chat_response(await aio.call(request.result), self.model)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
@@ -241,7 +231,7 @@ class ZSMergeLLM(StructuredPrediction):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         request = self._complete_request(prompt, formatted, kwargs)
-        return responses.completion_response(request.whole(), self.model)
+        return responses.completion_response(request.result(), self.model)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
@@ -251,7 +241,7 @@ class ZSMergeLLM(StructuredPrediction):
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         request = self._complete_request(prompt, formatted, kwargs)
-        return responses.completion_response(await aio.call(request.whole), self.model)
+        return responses.completion_response(await aio.call(request.result), self.model)
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
@@ -270,7 +260,7 @@ class ZSMergeLLM(StructuredPrediction):
         tool_required: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Arguments for `chat`. `tool_choice`, among them, goes before `tool_required`; both are enforced."""
+        """Return the arguments for `chat`. `tool_choice` overrides `tool_required`; a grammar enforces both."""
         messages = list(chat_history or [])
         if isinstance(user_msg, str):
             user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
@@ -286,19 +276,19 @@ class ZSMergeLLM(StructuredPrediction):
         }
 
     def predict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
-        """Have the model choose a tool, and run it.
+        """Let the model choose a tool, and run it.
 
-        A tool is called whatever the model would rather say, unless `error_on_no_tool_call=False`. Where tool calling
-        is switched off, a ReAct prompt takes its place.
+        The model must call one unless `error_on_no_tool_call=False`. With `is_function_calling_model=False` a ReAct
+        prompt is used.
         """
-        return super().predict_and_call(tools, *args, **self._calling(kwargs))
+        return super().predict_and_call(tools, *args, **self._calling_options(kwargs))
 
     async def apredict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
-        """As `predict_and_call`."""
-        return await super().apredict_and_call(tools, *args, **self._calling(kwargs))
+        """Async `predict_and_call`."""
+        return await super().apredict_and_call(tools, *args, **self._calling_options(kwargs))
 
-    def _calling(self, options: dict[str, Any]) -> dict[str, Any]:
-        """`options` with what makes the model call, or with the parts of a ReAct agent, which the core lacks."""
+    def _calling_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return `options` with the one that requires a call, or with a ReAct agent's parts, which LlamaIndex omits."""
         if self.metadata.is_function_calling_model:
             return {"tool_required": options.get("error_on_no_tool_call", True), **options}
         from llama_index.core.agent.react import ReActChatFormatter, ReActOutputParser
@@ -308,10 +298,18 @@ class ZSMergeLLM(StructuredPrediction):
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
     ) -> list[ToolSelection]:
-        """The tools the model chose. Raises ValueError if there is none and `error_on_no_tool_call`."""
-        return selections(response, error_on_no_tool_call)
+        """Return the calls of a response. Raises ValueError if there is none and `error_on_no_tool_call`."""
+        return to_tool_selections(response, error_on_no_tool_call)
 
 
-def _name(llm: LLM) -> str:
-    """What to call a shared LLM; `llm.name` would load the model where it is given as an object."""
+_PARAMETERS = inspect.signature(LLM).parameters.keys() - {"model"}
+LOADING_SETTINGS = tuple(name for name in ZSMergeLLM.model_fields if name in _PARAMETERS)
+"""Fields that describe the model and its cache: the keywords of `zsmerge_llm.LLM`."""
+_SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)}
+SAMPLING_SETTINGS = tuple(name for name in ZSMergeLLM.model_fields if name in _SAMPLING_FIELDS)
+"""Fields of `SamplingParams`."""
+
+
+def _model_name(llm: LLM) -> str:
+    """Return the name of a shared LLM. `llm.name` would load a model that was given as an object."""
     return str(llm.model) if isinstance(llm.model, str | os.PathLike) else type(llm.model).__name__

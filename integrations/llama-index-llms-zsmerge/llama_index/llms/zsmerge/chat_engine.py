@@ -1,4 +1,4 @@
-"""Chat engines whose conversations only grow: about whole documents, and with retrieved text appended."""
+"""Chat engines about whole documents, and with retrieved text appended to the conversation."""
 
 from __future__ import annotations
 
@@ -14,26 +14,24 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.settings import Settings
 from llama_index.core.tools import ToolOutput
-from llama_index.llms.zsmerge._conversation import ConversationEngine, Turn, new_memory, prefix, said
+from llama_index.llms.zsmerge._conversation import ConversationEngine, Turn, new_memory, prefix, user_message
 from llama_index.llms.zsmerge.documents import DocumentReader, as_sources
 
-CONTEXT_TEMPLATE = (
-    "Use the context below.\n--------------------\n{context_str}\n--------------------\n\n{query_str}"  # the last line
-    # is the question: by it the cache decides what to keep of a long context
-)
-_SHOWN = "context_nodes"
+CONTEXT_TEMPLATE = "Use the context below.\n--------------------\n{context_str}\n--------------------\n\n{query_str}"
+"""The question comes last: the cache ranks the tokens of a long context by its attention."""
+_NODE_IDS = "context_nodes"
 
 
 class ZSMergeDocumentChatEngine(ConversationEngine):
-    """A conversation about whole documents, which are read once, with the first message.
+    """A conversation about whole documents, which are read once, at the first message.
 
-    Each turn reads its own tokens only; `response.metadata["usage"]` says so. `source_nodes` are the documents.
+    Each turn reads its own tokens only: see `response.metadata["usage"]`. `source_nodes` are the documents.
 
     Args:
-        documents: documents, nodes or texts; they become one document, in their order.
+        documents: documents, nodes or texts; they are joined in this order.
         llm: a `ZSMergeLLM`. None: `Settings.llm`.
-        memory: of the conversation. None: one that drops nothing.
-        prefix_messages: what stands before the conversation.
+        memory: holds the conversation. None: one that removes no message.
+        prefix_messages: messages before the conversation.
         name, probe: as for `ZSMergeDocumentQueryEngine`.
 
     Raises:
@@ -69,31 +67,31 @@ class ZSMergeDocumentChatEngine(ConversationEngine):
         name: str | None = None,
         probe: str | None = None,
     ) -> ZSMergeDocumentChatEngine:
-        """The engine with a system prompt and a history."""
+        """Create the engine with a system prompt and a history."""
         llm = llm or Settings.llm
         before = prefix(llm, system_prompt, prefix_messages)
         return cls(documents, llm, memory or new_memory(llm, chat_history), before, name=name, probe=probe)
 
     def _turn(self, message: str, history: list[ChatMessage]) -> Turn:
-        return Turn(said(message), self._sources, {"session": self._reader.read(self._sources)})
+        return Turn(user_message(message), self._sources, {"session": self._reader.read(self._sources)})
 
     async def _aturn(self, message: str, history: list[ChatMessage]) -> Turn:
-        return Turn(said(message), self._sources, {"session": await self._reader.aread(self._sources)})
+        return Turn(user_message(message), self._sources, {"session": await self._reader.aread(self._sources)})
 
 
 class AppendingContextChatEngine(ConversationEngine):
-    """Retrieves text for each message and puts it into that message.
+    """Retrieve text for each message and append it to the conversation with that message.
 
-    LlamaIndex's own ContextChatEngine writes it into the system message, so that a model has to read the whole
-    conversation again at every turn. Here nothing that was read changes: a turn reads the retrieved text and the
-    message. Nodes that stand in the conversation already are not appended again.
+    LlamaIndex's ContextChatEngine writes it into the system message, so the model must read the whole conversation
+    again at every turn. Here the conversation so far stays the same, and a turn reads the retrieved text and the
+    message. Nodes that the conversation holds already are not appended again.
 
     Args:
         retriever: finds nodes for a message.
-        llm: any LLM; what was read is only kept by one that keeps its cache, as `ZSMergeLLM` does.
-        memory: of the conversation. It holds messages as the model reads them, with their context.
-        prefix_messages: what stands before the conversation.
-        node_postprocessors: applied to the retrieved nodes, in their order.
+        llm: any LLM; only one that keeps its KV cache between turns, such as `ZSMergeLLM`, saves the reading.
+        memory: holds the conversation: messages as the model reads them, with their context.
+        prefix_messages: messages before the conversation.
+        node_postprocessors: applied to the retrieved nodes, in this order.
         context_template: has `{context_str}` and, best at its end, `{query_str}`.
     """
 
@@ -129,7 +127,7 @@ class AppendingContextChatEngine(ConversationEngine):
         node_postprocessors: Sequence[BaseNodePostprocessor] = (),
         context_template: str | PromptTemplate = CONTEXT_TEMPLATE,
     ) -> AppendingContextChatEngine:
-        """The engine with a system prompt and a history."""
+        """Create the engine with a system prompt and a history."""
         llm = llm or Settings.llm
         before = prefix(llm, system_prompt, prefix_messages)
         memory = memory or new_memory(llm, chat_history)
@@ -148,17 +146,17 @@ class AppendingContextChatEngine(ConversationEngine):
         return self._with_context(message, nodes, history)
 
     def _with_context(self, message: str, nodes: list[NodeWithScore], history: list[ChatMessage]) -> Turn:
-        shown = {node_id for earlier in history for node_id in earlier.additional_kwargs.get(_SHOWN, ())}
-        new = [node for node in nodes if node.node.node_id not in shown]
+        known = {node_id for earlier in history for node_id in earlier.additional_kwargs.get(_NODE_IDS, ())}
+        new = [node for node in nodes if node.node.node_id not in known]
         if not new:
-            return Turn(said(message), nodes, sources=_sources(message, nodes))
+            return Turn(user_message(message), nodes, sources=_tool_outputs(message, nodes))
         context = "\n\n".join(node.node.get_content(metadata_mode=MetadataMode.LLM).strip() for node in new)
         text = self._context_template.format(context_str=context, query_str=message)
         ids = [node.node.node_id for node in new]
-        return Turn(said(text, **{_SHOWN: ids}), nodes, sources=_sources(message, nodes))
+        return Turn(user_message(text, **{_NODE_IDS: ids}), nodes, sources=_tool_outputs(message, nodes))
 
 
-def _sources(message: str, nodes: list[NodeWithScore]) -> list[ToolOutput]:
-    """What was retrieved, in the form of LlamaIndex's own context engine."""
-    found = ToolOutput(tool_name="retriever", content=str(nodes), raw_input={"message": message}, raw_output=nodes)
-    return [found]
+def _tool_outputs(message: str, nodes: list[NodeWithScore]) -> list[ToolOutput]:
+    """Return the retrieved nodes as LlamaIndex's ContextChatEngine does."""
+    output = ToolOutput(tool_name="retriever", content=str(nodes), raw_input={"message": message}, raw_output=nodes)
+    return [output]

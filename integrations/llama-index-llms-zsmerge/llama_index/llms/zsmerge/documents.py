@@ -1,4 +1,4 @@
-"""Whole documents in one session of the model: read once, asked any number of times."""
+"""Whole documents in one session of the model: read once, for any number of questions."""
 
 from __future__ import annotations
 
@@ -17,53 +17,53 @@ if TYPE_CHECKING:
 
 
 class DocumentReader:
-    """Reads nodes as one document, at most once however many ask at the same time.
+    """Read nodes as one document, once for all concurrent questions.
 
     Args:
         llm: the model. None: `Settings.llm`.
-        name: of the session that keeps the document, to find it again in another process (`sessions_dir`).
-        probe: what will be asked, as far as that is known. It decides what a cache smaller than the document keeps.
+        name: name of the document's session, to reuse it in another process (`sessions_dir`).
+        probe: the expected questions; a cache smaller than the document keeps the tokens that they attend to.
 
     Raises:
-        ConfigError: `llm` is another LLM than `ZSMergeLLM`, or a base model.
+        ConfigError: `llm` is no `ZSMergeLLM`, or a base model.
     """
 
     def __init__(self, llm: LLM | None = None, name: str | None = None, probe: str | None = None) -> None:
-        self.llm = _checked(llm)
+        self.llm = _check_llm(llm)
         self._name = name
         self._probe = probe
         self._lock = threading.Lock()
 
     def read(self, nodes: Sequence[NodeWithScore], cancel: threading.Event | None = None) -> str:
-        """The name of the session that holds these nodes' text; reads them only if the model has not yet.
+        """Read the text of these nodes unless a session holds it, and return the name of that session.
 
         Raises:
-            InputError: the nodes hold no text.
+            InputError: the nodes have no text.
         """
         text = "\n\n".join(node.node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes)
         if not text.strip():
-            raise InputError("The documents hold no text: give some to read.")
+            raise InputError("The documents have no text: give some to read.")
         with self._lock:
             session = self.llm.llm.read_document(text=text, name=self._name, probe=self._probe, cancel=cancel)
         return session.name
 
     async def aread(self, nodes: Sequence[NodeWithScore]) -> str:
-        """As `read`, in a thread. Cancelling the task stops the reading after the current chunk."""
+        """Async `read`, in a thread. Cancelling the task stops reading after the current chunk."""
         return await aio.call(lambda cancel: self.read(nodes, cancel))
 
 
 def as_sources(documents: Sequence[BaseNode | NodeWithScore | str]) -> list[NodeWithScore]:
-    """Documents, nodes or plain texts as source nodes.
+    """Convert documents, nodes or plain texts to source nodes.
 
     Raises:
-        InputError: there are none, or something else is among them.
+        InputError: an empty list, or an element of another type.
     """
     if isinstance(documents, str) or not documents:
         raise InputError("Give a list with at least one document, node or text.")
-    return [_source(document) for document in documents]
+    return [_source_node(document) for document in documents]
 
 
-def _source(document: Any) -> NodeWithScore:
+def _source_node(document: Any) -> NodeWithScore:
     from llama_index.core.schema import Document
 
     if isinstance(document, NodeWithScore):
@@ -75,14 +75,14 @@ def _source(document: Any) -> NodeWithScore:
     return NodeWithScore(node=document)
 
 
-def _checked(llm: LLM | None) -> ZSMergeLLM:
+def _check_llm(llm: LLM | None) -> ZSMergeLLM:
     if llm is None:
         from llama_index.core.settings import Settings
 
         llm = Settings.llm
     if not isinstance(llm, ZSMergeLLM) or not llm.is_chat_model:
         raise ConfigError(
-            f"A document session needs a ZSMergeLLM with a chat template, not {llm.class_name()} "
+            f"Questions about documents need a ZSMergeLLM with a chat template, not {llm.class_name()} "
             f"{llm.metadata.model_name!r}: pass one as llm=, or set Settings.llm."
         )
     return llm

@@ -1,4 +1,4 @@
-"""`ZSMergeStructuredLLM`: what `ZSMergeLLM.as_structured_llm` gives; streams, and knows what it cost."""
+"""`ZSMergeStructuredLLM`, which `ZSMergeLLM.as_structured_llm` returns: it streams, and reports token counts."""
 
 from __future__ import annotations
 
@@ -24,66 +24,71 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.structured_llm import StructuredLLM
-from llama_index.llms.zsmerge._structured import Partial, Response, StructuredPrediction, parse, text_of
+from llama_index.llms.zsmerge._parsing import PartialParser, Response, parse, text_of
+
+StructuredRequest = tuple[str, Any, dict[str, Any]]
+"""A call of an LLM: its method ("chat" or "complete"), the argument and the options."""
 
 
 class ZSMergeStructuredLLM(StructuredLLM):
-    """An LLM whose answers are objects: `message.content` is their JSON, `raw` the object, token counts are in
-    `additional_kwargs`. While an answer is streamed its JSON grows, and `raw` with it.
+    """An LLM whose answers are objects of `output_cls`.
+
+    `message.content` is their JSON, `raw` the object; token counts are in `additional_kwargs`. While an answer is
+    streamed its JSON grows, and `raw` with it.
     """
 
-    def _question(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
-        inner = cast(StructuredPrediction, self.llm)
-        return inner.structured_question(self.output_cls, inner._extend_messages(list(messages)), options)
+    def _request(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> StructuredRequest:
+        inner: Any = self.llm  # a `StructuredPrediction`, whose module imports this one
+        return inner.structured_request(self.output_cls, inner._extend_messages(list(messages)), options)
 
-    def _answer(self, response: Response) -> ChatResponse:
+    def _response(self, response: Response) -> ChatResponse:
         text = text_of(response)
         return _response(text, parse(self.output_cls, text), response)
 
-    def _grown(self) -> Callable[[Response], ChatResponse]:
-        """Makes the answers of one stream; the last one is checked."""
-        partial = Partial(self.output_cls)
+    def _stream_response(self) -> Callable[[Response], ChatResponse]:
+        """Return a function that converts the responses of one stream; only the last one is validated in full."""
+        parse_partial = PartialParser(self.output_cls)
 
-        def answer(response: Response) -> ChatResponse:
+        def convert(response: Response) -> ChatResponse:
             if cast("dict[str, Any]", response.raw)["finish_reason"]:
-                return self._answer(response)
-            return _response(text_of(response), partial(text_of(response)), response)
+                return self._response(response)
+            return _response(text_of(response), parse_partial(text_of(response)), response)
 
-        return answer
+        return convert
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        method, question, options = self._question(messages, kwargs)
-        return self._answer(getattr(self.llm, method)(question, **options))
+        method, argument, options = self._request(messages, kwargs)
+        return self._response(getattr(self.llm, method)(argument, **options))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        method, question, options = self._question(messages, kwargs)
-        return self._answer(await getattr(self.llm, f"a{method}")(question, **options))
+        method, argument, options = self._request(messages, kwargs)
+        return self._response(await getattr(self.llm, f"a{method}")(argument, **options))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        method, question, options = self._question(messages, kwargs)
+        method, argument, options = self._request(messages, kwargs)
 
-        def answers() -> ChatResponseGen:
-            grown = self._grown()
-            with closing(getattr(self.llm, f"stream_{method}")(question, **options)) as responses:
+        def converted() -> ChatResponseGen:
+            convert = self._stream_response()
+            with closing(getattr(self.llm, f"stream_{method}")(argument, **options)) as responses:
                 for response in responses:
-                    yield grown(response)
+                    yield convert(response)
 
-        return answers()
+        return converted()
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        method, question, options = self._question(messages, kwargs)
+        method, argument, options = self._request(messages, kwargs)
 
-        async def answers() -> ChatResponseAsyncGen:
-            grown = self._grown()
-            async with aclosing(await getattr(self.llm, f"astream_{method}")(question, **options)) as responses:
+        async def converted() -> ChatResponseAsyncGen:
+            convert = self._stream_response()
+            async with aclosing(await getattr(self.llm, f"astream_{method}")(argument, **options)) as responses:
                 async for response in responses:
-                    yield grown(response)
+                    yield convert(response)
 
-        return answers()
+        return converted()
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:

@@ -1,4 +1,4 @@
-"""What LangChain puts around a model: callbacks, caches, histories, configurable fields."""
+"""LangChain features around a model: callbacks, caches, histories, configurable fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from langchain_core.runnables import ConfigurableField, RunnableWithMessageHisto
 from langchain_zsmerge import ChatZSMerge, ZSMergeLLM
 
 WHOLE = ["start", "end"]
-STREAMED = ["start", "The", " sky", " is", " blue.", "end"]
+STREAMED = ["start", "The ", "sky ", "is ", "blue.", "end"]
 
 
 class Listener(BaseCallbackHandler):
@@ -75,7 +75,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("make", [ChatZSMerge, ZSMergeLLM])
-def test_callbacks_hear_the_start_each_token_and_the_end(make: Any, llm: Any) -> None:
+def test_callbacks_get_the_start_each_token_and_the_end(make: Any, llm: Any) -> None:
     listener = Listener()
     make(llm=llm).invoke("hi", {"callbacks": [listener]})
     assert listener.heard == WHOLE
@@ -85,7 +85,7 @@ def test_callbacks_hear_the_start_each_token_and_the_end(make: Any, llm: Any) ->
 
 
 @pytest.mark.parametrize("make", [ChatZSMerge, ZSMergeLLM])
-async def test_asynchronous_callbacks_hear_the_same(make: Any, llm: Any) -> None:
+async def test_async_callbacks_get_the_same_events(make: Any, llm: Any) -> None:
     listener = AsyncListener()
     await make(llm=llm).ainvoke("hi", {"callbacks": [listener]})
     assert listener.told.heard == WHOLE
@@ -95,7 +95,7 @@ async def test_asynchronous_callbacks_hear_the_same(make: Any, llm: Any) -> None
 
 
 @pytest.mark.parametrize("make", [ChatZSMerge, ZSMergeLLM])
-async def test_callbacks_hear_of_errors(make: Any) -> None:
+async def test_callbacks_get_errors(make: Any) -> None:
     model, listener = make(llm=Broken()), Listener()
     run: Any = {"callbacks": [listener]}
     for _ in range(2):
@@ -116,7 +116,7 @@ def global_cache() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("make", [ChatZSMerge, ZSMergeLLM])
-async def test_the_global_cache_serves_what_was_asked_before(make: Any, llm: Any, global_cache: None) -> None:
+async def test_the_global_answer_cache_serves_repeated_prompts(make: Any, llm: Any, global_cache: None) -> None:
     model = make(llm=llm)
     first = model.invoke("hi")
     again, later = model.invoke("hi"), await model.ainvoke("hi")
@@ -128,7 +128,7 @@ async def test_the_global_cache_serves_what_was_asked_before(make: Any, llm: Any
     assert len(llm.requests) == 3
 
 
-def test_the_cache_does_not_keep_answers_of_another_form(llm: Any, global_cache: None) -> None:
+def test_the_answer_cache_distinguishes_response_formats(llm: Any, global_cache: None) -> None:
     chat = ChatZSMerge(llm=llm)
     for options in ({}, {"response_format": {"type": "json_object"}}, {"tools": [{"name": "f", "description": "F."}]}):
         chat.invoke("hi", **options)
@@ -136,7 +136,7 @@ def test_the_cache_does_not_keep_answers_of_another_form(llm: Any, global_cache:
     assert len(llm.requests) == 3
 
 
-async def test_a_chain_with_a_history_remembers_and_keeps_people_apart(llm: Any) -> None:
+async def test_a_chain_with_a_message_history_keeps_sessions_apart(llm: Any) -> None:
     kept: dict[str, InMemoryChatMessageHistory] = {}
     prompt = ChatPromptTemplate([("system", "Be brief."), MessagesPlaceholder("history"), ("user", "{question}")])
     talk = RunnableWithMessageHistory(
@@ -147,9 +147,9 @@ async def test_a_chain_with_a_history_remembers_and_keeps_people_apart(llm: Any)
     )
     for name in ("ann", "bob", "ann"):
         await talk.ainvoke({"question": f"I am {name}."}, {"configurable": {"session_id": name}})
-    said = [message["content"] for message in llm.requests[-1]["messages"]]
+    said = [message["content"] for message in llm.requests[-1].prompt]
     assert said == ["Be brief.", "I am ann.", "The sky is blue.", "I am ann."]
-    assert [request["session"] for request in llm.requests] == ["ann", "bob", "ann"]
+    assert [request.session for request in llm.requests] == ["ann", "bob", "ann"]
     assert [len(history.messages) for history in kept.values()] == [4, 2]
 
 
@@ -159,10 +159,10 @@ def test_configurable_fields_and_alternatives_change_one_call(llm: Any) -> None:
     )
     model.invoke("hi", {"configurable": {"heat": 0.9, "length": 3}})
     model.invoke("hi")
-    heard = [(request["sampling"].temperature, request["sampling"].max_tokens) for request in llm.requests]
+    heard = [(request.sampling.temperature, request.sampling.max_tokens) for request in llm.requests]
     assert heard == [(0.9, 3), (0.0, 9)]
     either = ChatZSMerge(llm=llm).configurable_alternatives(
         ConfigurableField("model"), default_key="first", second=ChatZSMerge(llm=llm, temperature=0.5)
     )
     either.invoke([HumanMessage("hi")], {"configurable": {"model": "second"}})
-    assert llm.requests[-1]["sampling"].temperature == 0.5
+    assert llm.requests[-1].sampling.temperature == 0.5
