@@ -15,7 +15,20 @@ import zsmerge_llm
 PACKAGE = Path(zsmerge_llm.__file__).parent
 INTEGRATIONS = PACKAGE.parent / "integrations"
 ORDER = (
-    *("errors", "types", "config", "kvcache", "attention", "cpu", "gpu", "language", "models", "engine", "retrieval"),
+    *(
+        "errors",
+        "types",
+        "paths",
+        "config",
+        "kvcache",
+        "attention",
+        "cpu",
+        "gpu",
+        "language",
+        "models",
+        "engine",
+        "retrieval",
+    ),
     *("sessions", "inspection", "generation", "runtime", "llm", "aio", "testing", "cli"),
 )
 """Folders and modules of the package: each may import those before it. docs/architecture.md explains them."""

@@ -31,18 +31,18 @@ class FakeModel:
     device, dtype = "cpu", "torch.float32"
 
 
-class FakeFusion:
-    may_read = True
+class FakeBackend:
+    pending_build = True
 
-    def load_reading(self) -> None:
-        self.may_read = False
+    def warm_up(self) -> None:
+        self.pending_build = False
 
 
 class FakeEngine:
     model = FakeModel()
 
     def __init__(self) -> None:
-        self.backend = FakeFusion()
+        self.backend = FakeBackend()
 
     def new_cache(self, rows: int) -> FakeCache:
         return FakeCache()

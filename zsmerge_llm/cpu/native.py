@@ -18,11 +18,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from platformdirs import user_cache_dir
 from torch import Tensor
 
 from zsmerge_llm.cpu.quantized_linear import int4_layout
 from zsmerge_llm.errors import UnsupportedModelError
+from zsmerge_llm.paths import cache_folder
 
 DECODE_SOURCES = ("simd", "quantization", "gemv", "decode_attention", "step_program")
 PREFILL_SOURCES = ("simd", "quantization", "quantized_gemm", "prefill_attention")
@@ -95,8 +95,7 @@ def _compile(source: str, folder: Path) -> Path:
 def _library_path(sources: Sequence[str]) -> Path:
     """Return where the compiled sources are cached: a name for each version of torch, processor, flags and sources."""
     key = "\n".join([torch.__version__, _processor(), *FLAGS, _source(sources)])
-    folder = os.environ.get("ZSMERGE_CACHE_DIR") or user_cache_dir("zsmerge-llm")
-    return Path(folder, "kernels", f"{sources[-1]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so").expanduser()
+    return cache_folder() / "kernels" / f"{sources[-1]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 
 def _processor() -> str:

@@ -24,7 +24,8 @@ from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.kvcache import equations
 from zsmerge_llm.kvcache.layer_cache import LayerCache
 from zsmerge_llm.models.atomic_write import write_atomically
-from zsmerge_llm.models.hub import StatusCallback, cache_folder
+from zsmerge_llm.models.hub import StatusCallback
+from zsmerge_llm.paths import cache_folder
 
 TEXT_TOKENS = 768
 """Tokens of the calibration text; from an eighth of it on, a third is repeated."""

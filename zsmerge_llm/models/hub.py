@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -55,13 +54,6 @@ BUILTINS = {
         ),
     )
 }
-
-
-def cache_folder(cache_dir: Path | str | None = None) -> Path:
-    """Return `cache_dir`, else the variable ZSMERGE_CACHE_DIR, else the user's cache folder."""
-    from platformdirs import user_cache_dir
-
-    return Path(cache_dir or os.environ.get("ZSMERGE_CACHE_DIR") or user_cache_dir("zsmerge-llm")).expanduser()
 
 
 def builtin_cached(model: Builtin, cache: Path) -> bool:

@@ -30,6 +30,7 @@ from zsmerge_llm.models.device import (
 )
 from zsmerge_llm.models.hub import StatusCallback
 from zsmerge_llm.models.log_filters import log_int8_cast_once, quiet_transformers
+from zsmerge_llm.paths import cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ class _Source:
 
 def builtin_models(cache_dir: Path | str | None = None) -> list[BuiltinModel]:
     """Return the models that `load` knows by name."""
-    cache = hub.cache_folder(cache_dir)
+    cache = cache_folder(cache_dir)
     return [BuiltinModel(m.name, m.description, hub.builtin_cached(m, cache)) for m in hub.BUILTINS.values()]
 
 
@@ -115,7 +116,7 @@ def load(
         log_int8_cast_once()
     if (placed := placement(target, device_map, "quantization_config" in options)) is not None:
         options["device_map"] = placed
-    source = _resolve(model, hub.cache_folder(cache_dir), report_status)
+    source = _resolve(model, cache_folder(cache_dir), report_status)
     with quiet_transformers():
         _check_causal(_read_config(source), source.name)
         report_status("Loading weights")
@@ -140,7 +141,7 @@ def load_tokenizer(
     """
     report_status = progress or (lambda step: None)
     with quiet_transformers():
-        return _find_tokenizer(None, _resolve(model, hub.cache_folder(cache_dir), report_status).folder, report_status)
+        return _find_tokenizer(None, _resolve(model, cache_folder(cache_dir), report_status).folder, report_status)
 
 
 def _resolve(model: str | Path, cache: Path, report_status: StatusCallback) -> _Source:
