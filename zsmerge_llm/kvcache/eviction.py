@@ -100,7 +100,7 @@ def _compress(view: KVView, due: list[bool], seen: Tensor, votes: Tensor | None 
     multiplicity = verbatim.multiplicity
     gone = equations.gather_slots(multiplicity, evicted) * evicts
     merged = {name: equations.gather_slots(slots[name], evicted) for name in ("keys", "values", "position") if residual}
-    # Rows that are not due keep what they rank lowest too: 1 stands for kept, also where their slots are empty.
+    # A row that is not due keeps its lowest ranks too: it is here only because its new tokens have to move in.
     kept = torch.ones_like(multiplicity).scatter(2, evicted, (~evicts).float().expand(evicted.shape)) * multiplicity
     order = equations.compaction_order(kept > 0)[..., : layer.capacity - residual]
     place = slice(None) if all_rows else index
