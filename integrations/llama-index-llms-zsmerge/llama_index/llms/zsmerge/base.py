@@ -97,13 +97,13 @@ class ZSMergeLLM(StructuredPrediction):
         default=None, description="Variables for the chat template, such as {'enable_thinking': False}."
     )
     retrieval_tokens: int = Field(
-        default=256, description="Most tokens of dropped text retrieved before a question; 0: none."
+        default=256, description="Maximum tokens of dropped text retrieved before a question; 0: none."
     )
     max_input_tokens: int | None = Field(default=None, description="A longer prompt is an error; None: no limit.")
     sessions_dir: PathText | None = Field(default=None, description="Folder that stores sessions.")
     session_memory: int | str = Field(default="4GiB", description="Memory limit of all sessions.")
 
-    max_tokens: int | None = Field(default=512, description="Most tokens of an answer; None: no limit.")
+    max_tokens: int | None = Field(default=512, description="Maximum tokens of an answer; None: no limit.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
     top_p: float = Field(default=1.0, description="Nucleus sampling: the smallest set of tokens with this probability.")
     top_k: int = Field(default=0, description="Only the k likeliest tokens; 0: all.")
