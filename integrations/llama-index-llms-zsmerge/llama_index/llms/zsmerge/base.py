@@ -175,8 +175,6 @@ class ZSMergeLLM(StructuredPrediction):
         self._llm.warm_up()
         return self
 
-    # -- Requests --
-
     def _sampling_params(self, options: dict[str, Any]) -> SamplingParams:
         """Return this object's settings with the changes of a call. Raises ConfigError: an unknown or bad option."""
         changes = {name: value for name, value in options.items() if name not in OPTIONS}
@@ -205,8 +203,6 @@ class ZSMergeLLM(StructuredPrediction):
             return self._message_request([ChatMessage(role=MessageRole.USER, content=prompt)], options)
         assert self.completion_to_prompt is not None  # set by the base class
         return self._text_request(self.completion_to_prompt(prompt), options)
-
-    # -- Chat and completion --
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -247,8 +243,6 @@ class ZSMergeLLM(StructuredPrediction):
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         request = self._complete_request(prompt, formatted, kwargs)
         return aio.stream(lambda cancel: responses.completion_responses(request.stream(cancel), self.model))
-
-    # -- Tools --
 
     def _prepare_chat_with_tools(
         self,
