@@ -96,7 +96,7 @@ def test_layers_hold_their_parts_in_order_and_say_so(engine: Engine) -> None:
         engine.read(each, tokens(200))
     found = map_cache(cache, tokens(200))
     assert [layer.slots for layer in found.layers] == [20, 60]
-    assert [layer.verbatim for layer in found.layers] == [20, 60]
+    assert [layer.verbatim_tokens for layer in found.layers] == [20, 60]
     assert (cache.slots, cache.exact_capacity, cache.seen) == (40, 20, 200)
     assert cache.nbytes == level.nbytes
     assert cache.dropped_tokens == 200 - 40

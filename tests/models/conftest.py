@@ -1,4 +1,4 @@
-"""What the tests of loading have in common: a cache folder of their own, no network, and a tiny model's folder."""
+"""Fixtures of the loading tests: a cache folder per test, no network, and a tiny model's folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zsmerge_llm.models import gguf, hub
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache folder for each test, and no network: whoever asks the Hub learns that it is out of reach."""
+    """Use a cache folder per test and no network: the Hub is unreachable."""
     monkeypatch.setenv("ZSMERGE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "_hub_copy", lambda hub_id: None)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)

@@ -1,4 +1,4 @@
-"""Loading a tiny model, and looking at it."""
+"""Helpers to load a tiny model and to compute its logits."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ IDS = torch.arange(3, 43)[None]
 
 
 def logits(model: Any) -> torch.Tensor:
-    """Of some tokens."""
+    """Return the logits of 40 fixed tokens."""
     with torch.no_grad():
         return model(IDS).logits
 
 
 def load_tiny(source: Any, **settings: Any) -> LoadedModel:
-    """In float32 on the CPU, unless said otherwise."""
+    """Load a model, by default in float32 on the CPU."""
     return load(source, **{"dtype": "float32", "device": "cpu", **settings})
 
 
 def unreachable(*_: Any, **__: Any) -> None:
-    """In the place of what must not be asked."""
+    """Raise ConnectionError; replaces calls to the network."""
     raise ConnectionError("no route")

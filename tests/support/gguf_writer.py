@@ -1,4 +1,4 @@
-"""Writes tiny models as GGUF files the way llama.cpp's converter does: names, permuted heads, offset norms."""
+"""Writes tiny models as GGUF files like llama.cpp's converter: tensor names, permuted heads, offset norms."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODEL_TYPES = {"gemma3": "gemma3_text"}
 
 
 def random_model(architecture: str, **changes: Any) -> PreTrainedModel:
-    """A random float32 model that has something in every parameter, norms and biases too."""
+    """Return a random float32 model without zero parameters, norms and biases included."""
     config = AutoConfig.for_model(MODEL_TYPES.get(architecture, architecture), **{**SHAPE, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
@@ -53,9 +53,11 @@ def write_gguf(
     fields: dict[str, Any] | None = None,
     split: str = "gpt-2",
 ) -> Path:
-    """`kinds`: storage type by tensor name ("Q8_0"; "output.weight" of a tied model is stored only if named here).
+    """Write a model to `path`, and return the path.
 
-    `extra`: more tensors. `fields`: more fields, under the architecture's name. `split`: the pre-tokenizer's name.
+    Args:
+        kinds: storage type by tensor name, such as "Q8_0"; "output.weight" of a tied model is written only if named.
+        extra: further tensors. fields: further fields of the architecture. split: name of the pre-tokenizer.
     """
     writer = gguf.GGUFWriter(path, architecture)
     _write_fields(writer, model.config, fields or {})
@@ -109,17 +111,17 @@ def _tensors(model: PreTrainedModel, architecture: str, output: bool) -> dict[st
     config = model.config
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
-    found = {}
+    tensors = {}
     for name, weight in model.state_dict().items():
         stem, _, suffix = name.rpartition(".")
-        theirs = f"{names.get_name(stem)}.{suffix}"
-        if theirs == "output.weight" and config.tie_word_embeddings and not output:
+        gguf_name = f"{names.get_name(stem)}.{suffix}"
+        if gguf_name == "output.weight" and config.tie_word_embeddings and not output:
             continue
         array = weight.float().numpy()
-        if architecture == "llama" and ("attn_q." in theirs or "attn_k." in theirs):
-            heads = config.num_attention_heads if "attn_q." in theirs else config.num_key_value_heads
+        if architecture == "llama" and ("attn_q." in gguf_name or "attn_k." in gguf_name):
+            heads = config.num_attention_heads if "attn_q." in gguf_name else config.num_key_value_heads
             array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        if architecture == "gemma3" and theirs.endswith("norm.weight"):
+        if architecture == "gemma3" and gguf_name.endswith("norm.weight"):
             array = array + 1
-        found[theirs] = np.ascontiguousarray(array)
-    return found
+        tensors[gguf_name] = np.ascontiguousarray(array)
+    return tensors

@@ -1,4 +1,4 @@
-"""Small tokenizers made on the spot, the chat templates under data/templates, and one long chat to render with them."""
+"""Small tokenizers, the chat templates under data/templates, and a long chat to render with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.testing import byte_level_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "data" / "templates"
-# the token that ends an answer, and every other special token the template writes
+# the token that ends an answer, and the template's other special tokens
 ENDS = {
     "smollm2": ("<|im_end|>", ["<|im_start|>"]),
     "qwen2.5": ("<|im_end|>", ["<|im_start|>"]),
@@ -25,7 +25,7 @@ ENDS = {
     "gemma2": ("<end_of_turn>", ["<start_of_turn>"]),
     "gemma3": ("<end_of_turn>", ["<start_of_turn>"]),
 }
-# the templates that render what was said earlier as it was when it was read
+# templates that render earlier messages as they were first rendered
 STABLE = ("smollm2", "qwen2.5", "llama3", "gemma3")
 TOOLS = [
     {
@@ -46,13 +46,13 @@ CORPUS = [
 
 @cache
 def byte_level(end: str = "</s>", special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as in GPT-2, Llama 3 and Qwen: every byte has a token, some pairs have merged."""
+    """Return a byte-level BPE tokenizer as in GPT-2, Llama 3 and Qwen."""
     return byte_level_tokenizer(CORPUS, ["<bos>", end, *special], 420, bos_token="<bos>", eos_token=end)
 
 
 @cache
 def sentencepiece(prefix_space: bool = True) -> PreTrainedTokenizerFast:
-    """BPE with ▁ for spaces and single bytes for what it does not know: Llama 2 and Mistral, or (no prefix) Gemma."""
+    """Return a BPE tokenizer with ▁ for spaces and byte fallback: Llama 2 and Mistral, or (no prefix space) Gemma."""
     pieces = ["<unk>", "<bos>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += [chr(code) for code in range(33, 127)] + ["é", "中"]
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("l", "l"), ("▁", "▁"), ("o", "p"), ("s", "t"), ("st", "op")]
@@ -67,7 +67,7 @@ def sentencepiece(prefix_space: bool = True) -> PreTrainedTokenizerFast:
 
 
 def template(name: str, **settings: Any) -> ChatTemplate:
-    """The template of that name with a tokenizer that knows its special tokens."""
+    """Return the template of that name, with a tokenizer that has its special tokens."""
     end, others = ENDS[name]
     text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return ChatTemplate(byte_level(end, tuple(others)), text, **settings)

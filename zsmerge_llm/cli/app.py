@@ -33,8 +33,8 @@ DEMO_QUESTIONS = (
     "What is the name of the cat?",
     "Who is the keeper of the lighthouse?",
 )
-DEMO_END = """These answers are the model's own. smollm2 is very small and gets harder questions wrong.
---model takes another. Next: zsmerge-llm ask FILE QUESTION, or zsmerge-llm chat"""
+DEMO_END = """smollm2 is a very small model and gets harder questions wrong: --model takes another.
+Next: zsmerge-llm ask FILE QUESTION, or zsmerge-llm chat"""
 CHAT_HELP = """/reset  forget the conversation and start a new one
 /help   print this list
 /exit   end the chat (so does Ctrl-D)
@@ -67,7 +67,7 @@ Slots = Annotated[
     typer.Option(help="Budget of the KV cache: slots per head.", show_default="1024; full: no limit"),
 ]
 PresetOption = Annotated[Preset, typer.Option(help="Eviction policy; `full` evicts nothing and grows.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(help="0: greedy.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")]

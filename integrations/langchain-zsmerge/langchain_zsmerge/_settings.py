@@ -80,7 +80,7 @@ class ZSMergeSettings(BaseModel):
     template_args: dict[str, Any] | None = Field(default=None, frozen=True)
     """Variables for the chat template, such as `{"enable_thinking": False}`."""
     retrieval_tokens: int = Field(default=256, frozen=True)
-    """Most tokens of dropped text that are retrieved and read again before a question; 0 for none."""
+    """Maximum tokens of dropped text that are retrieved and read again before a question; 0 for none."""
     max_input_tokens: int | None = Field(default=None, frozen=True)
     """A longer prompt raises ContextLimitError; None sets no limit. Nothing is ever truncated."""
     sessions_dir: str | None = Field(

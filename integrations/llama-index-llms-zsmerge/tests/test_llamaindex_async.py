@@ -70,11 +70,9 @@ def test_breaking_out_of_a_sync_stream_stops_the_decoding():
     assert (engine.decoded_words, engine.closed_streams) == (1, 1)
 
 
-@pytest.mark.parametrize("method", ["achat", "acomplete"])
-async def test_cancelling_a_task_stops_the_decoding(method, wait):
-    engine = slow()
-    llm = ZSMergeLLM(llm=engine)
-    task = asyncio.create_task(getattr(llm, method)(QUESTION if method == "achat" else "Count!"))
+async def cancelled_while_decoding(engine, call, wait) -> None:
+    """Cancel a call after three words, and check that decoding stops."""
+    task = asyncio.create_task(call)
     await asyncio.to_thread(wait, lambda: engine.decoded_words > 2)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -82,6 +80,13 @@ async def test_cancelling_a_task_stops_the_decoding(method, wait):
     made = engine.decoded_words
     await asyncio.to_thread(wait, lambda: engine.closed_streams == 1)
     assert engine.decoded_words <= made + 2
+
+
+@pytest.mark.parametrize("method", ["achat", "acomplete"])
+async def test_cancelling_a_task_stops_the_decoding(method, wait):
+    engine = slow()
+    llm = ZSMergeLLM(llm=engine)
+    await cancelled_while_decoding(engine, getattr(llm, method)(QUESTION if method == "achat" else "Count!"), wait)
 
 
 async def test_cancelling_a_task_that_reads_a_stream_stops_the_decoding(wait):
@@ -91,14 +96,7 @@ async def test_cancelling_a_task_that_reads_a_stream_stops_the_decoding(wait):
         async for _ in await ZSMergeLLM(llm=engine).astream_chat(QUESTION):
             pass
 
-    task = asyncio.create_task(read())
-    await asyncio.to_thread(wait, lambda: engine.decoded_words > 2)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    made = engine.decoded_words
-    await asyncio.to_thread(wait, lambda: engine.closed_streams == 1)
-    assert engine.decoded_words <= made + 2
+    await cancelled_while_decoding(engine, read(), wait)
 
 
 async def test_a_timeout_stops_the_decoding(wait):

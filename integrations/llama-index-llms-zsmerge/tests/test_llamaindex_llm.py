@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.zsmerge import ZSMergeLLM
 
@@ -90,24 +88,13 @@ async def test_the_token_counting_handler_sees_our_counts_once(method):
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)
-async def test_each_method_emits_its_events(method):
-    seen: list[str] = []
-
-    class Handler(BaseEventHandler):
-        def handle(self, event: Any, **kwargs: Any) -> None:
-            seen.append(type(event).__name__)
-
-    handler = Handler()
-    get_dispatcher().add_event_handler(handler)
-    try:
-        await ask(ZSMergeLLM(llm=FakeLLM()), method)
-    finally:
-        get_dispatcher().event_handlers.remove(handler)
+async def test_each_method_dispatches_its_events(method, events):
+    await ask(ZSMergeLLM(llm=FakeLLM()), method)
     kind = "LLMChat" if method in CHAT else "LLMCompletion"
-    assert seen[0] == f"{kind}StartEvent"
-    assert seen[-1] == f"{kind}EndEvent"
-    assert seen.count(f"{kind}StartEvent") == 1
-    assert len([name for name in seen if "InProgress" in name]) == (5 if "stream" in method else 0)
+    assert events.names[0] == f"{kind}StartEvent"
+    assert events.names[-1] == f"{kind}EndEvent"
+    assert events.names.count(f"{kind}StartEvent") == 1
+    assert len([name for name in events.names if "InProgress" in name]) == (5 if "stream" in method else 0)
 
 
 @pytest.mark.parametrize("method", CHAT + COMPLETE)

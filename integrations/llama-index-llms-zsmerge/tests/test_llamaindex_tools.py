@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 from llama_index.core import Document, SummaryIndex
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage, ChatResponse
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.prompts import PromptTemplate
@@ -245,22 +243,11 @@ async def test_an_answer_that_is_no_object_is_an_error(method):
 
 
 @pytest.mark.parametrize("method", PREDICT)
-async def test_structured_prediction_dispatches_events(method):
-    seen: list[str] = []
-
-    class Handler(BaseEventHandler):
-        def handle(self, event: Any, **kwargs: Any) -> None:
-            seen.append(type(event).__name__)
-
-    handler = Handler()
-    get_dispatcher().add_event_handler(handler)
-    try:
-        await every(getattr(ZSMergeLLM(llm=FakeLLM(PARIS)), method)(City, PROMPT, what="Paris"))
-    finally:
-        get_dispatcher().event_handlers.remove(handler)
-    told = [name for name in seen if name.startswith("LLMStructured")]
+async def test_structured_prediction_dispatches_events(method, events):
+    await every(getattr(ZSMergeLLM(llm=FakeLLM(PARIS)), method)(City, PROMPT, what="Paris"))
+    dispatched = [name for name in events.names if name.startswith("LLMStructured")]
     growing = ["LLMStructuredPredictInProgressEvent"] * (3 if "stream" in method else 0)
-    assert told == ["LLMStructuredPredictStartEvent", *growing, "LLMStructuredPredictEndEvent"]
+    assert dispatched == ["LLMStructuredPredictStartEvent", *growing, "LLMStructuredPredictEndEvent"]
 
 
 @pytest.mark.parametrize("method", PREDICT)

@@ -97,13 +97,13 @@ class ZSMergeLLM(StructuredPrediction):
         default=None, description="Variables for the chat template, such as {'enable_thinking': False}."
     )
     retrieval_tokens: int = Field(
-        default=256, description="Most tokens of dropped text retrieved before a question; 0: none."
+        default=256, description="Maximum tokens of dropped text retrieved before a question; 0: none."
     )
     max_input_tokens: int | None = Field(default=None, description="A longer prompt is an error; None: no limit.")
     sessions_dir: PathText | None = Field(default=None, description="Folder that stores sessions.")
     session_memory: int | str = Field(default="4GiB", description="Memory limit of all sessions.")
 
-    max_tokens: int | None = Field(default=512, description="Most tokens of an answer; None: no limit.")
+    max_tokens: int | None = Field(default=512, description="Maximum tokens of an answer; None: no limit.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
     top_p: float = Field(default=1.0, description="Nucleus sampling: the smallest set of tokens with this probability.")
     top_k: int = Field(default=0, description="Only the k likeliest tokens; 0: all.")
@@ -175,8 +175,6 @@ class ZSMergeLLM(StructuredPrediction):
         self._llm.warm_up()
         return self
 
-    # -- Requests --
-
     def _sampling_params(self, options: dict[str, Any]) -> SamplingParams:
         """Return this object's settings with the changes of a call. Raises ConfigError: an unknown or bad option."""
         changes = {name: value for name, value in options.items() if name not in OPTIONS}
@@ -205,8 +203,6 @@ class ZSMergeLLM(StructuredPrediction):
             return self._message_request([ChatMessage(role=MessageRole.USER, content=prompt)], options)
         assert self.completion_to_prompt is not None  # set by the base class
         return self._text_request(self.completion_to_prompt(prompt), options)
-
-    # -- Chat and completion --
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -247,8 +243,6 @@ class ZSMergeLLM(StructuredPrediction):
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         request = self._complete_request(prompt, formatted, kwargs)
         return aio.stream(lambda cancel: responses.completion_responses(request.stream(cancel), self.model))
-
-    # -- Tools --
 
     def _prepare_chat_with_tools(
         self,
