@@ -69,13 +69,13 @@ def tiny_parts() -> tuple[Any, Any]:
 def tiny_loader(tiny_parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model that is loaded by name is the tiny one."""
     model, tokenizer = tiny_parts
-    monkeypatch.setattr(loader, "load", lambda name, **_: loader.Loaded(model, tokenizer, str(name), None))
+    monkeypatch.setattr(loader, "load", lambda name, **_: loader.LoadedModel(model, tokenizer, str(name), None))
 
 
 @pytest.fixture
 def real_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model that is loaded by name is SmolLM2."""
-    load: Callable[..., loader.Loaded] = loader.load
+    load: Callable[..., loader.LoadedModel] = loader.load
     monkeypatch.setattr(loader, "load", lambda name, **settings: load("smollm2", **settings))
 
 

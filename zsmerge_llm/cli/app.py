@@ -233,11 +233,11 @@ def _load(
             sessions_dir=sessions_dir,
             progress=step,
         )
-        network, backend = llm.engine.model, llm.engine.backend
+        loaded, backend = llm.engine.model, llm.engine.backend
         if backend.pending_build:
             step("Loading the prefill kernels, built once on a machine in about 10 s")
             backend.warm_up()
-    terminal.model(llm.name, str(network.device), str(network.dtype).removeprefix("torch."))
+    terminal.model(llm.name, str(loaded.device), str(loaded.dtype).removeprefix("torch."))
     return llm
 
 
