@@ -30,7 +30,7 @@ from quality_tasks import GUIDE, Item, item, load
 from zsmerge_llm import LLM
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.retrieval.passage_search import block
+from zsmerge_llm.retrieval.passage_search import as_block
 
 DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,ours-chat,ours-chat-recall,truncate-recall"
 EARLY = 1 / 3
@@ -111,7 +111,7 @@ def turns(reader: Reader, policy: Policy, slots: int, read: Item) -> Iterator[Ca
 def looked_up(reader: Reader, policy: Policy, slots: int, read: Item, number: int) -> list[int]:
     """A user's message with the passages of earlier ones that it asks for."""
     content = read.said[number]["content"]
-    again = block(reader.passages(policy, Budget(slots), read, number, content))
+    again = as_block(reader.passages(policy, Budget(slots), read, number, content))
     return reader.template.encode(read.texts[number].replace(content, again + content, 1))
 
 

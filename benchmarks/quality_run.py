@@ -23,8 +23,8 @@ from zsmerge_llm.engine.layer_budgets import LayerBudgets
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
-from zsmerge_llm.retrieval.passage_search import PassageSearch, tail
-from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, question
+from zsmerge_llm.retrieval.passage_search import PassageSearch, pinned_tail_tokens
+from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe, question
 
 FOLLOW_UPS = 2
 
@@ -66,7 +66,7 @@ class Reader:
     @cached_property
     def generic(self) -> list[int]:
         """The probe that stands for any question."""
-        return chat_probe(self.template, GENERIC)
+        return chat_probe(self.template, GENERIC_QUESTION)
 
     def new_cache(self, policy: Policy, budget: Budget, tokens: int) -> Cache:
         specs = self.engine.specs
@@ -106,7 +106,7 @@ class Reader:
         of what has read the item's first tokens goes on."""
         cache = self.new_cache(policy, budget, item.tokens) if begun is None else copy.deepcopy(begun)
         ending = self.asking(policy, budget, item, asked)[:-1] if asked is not None else []
-        behind = 0 if asked is None else tail(len(ending) + 1 - len(asked.asking))
+        behind = 0 if asked is None else pinned_tail_tokens(len(ending) + 1 - len(asked.asking))
         if policy.newest_only or policy.chunk is None or len(item.parts) == 1:
             parts = [([token for ids, _ in item.parts for token in ids] + ending, item.parts[-1][1])]
             if policy.newest_only:
@@ -128,10 +128,10 @@ class Reader:
         """What the first `before` messages (all of them where None; of a document: its text) say about a question; what
         a document's cache looks at (`Policy.glance`), where its words find nothing."""
         most = min(policy.retrieval_tokens, budget.slots(item.tokens) // 2)
-        found = PassageSearch(self.template, most).passages(item.said[:before], question(asked), most)
+        found = PassageSearch(self.template, most).search(item.said[:before], question(asked), most)
         if found or cache is None or not policy.glance:
             return found
-        return AttentionSearch(self.engine.look, self.template).passages(cache, item.parts[0][0], question(asked), most)
+        return AttentionSearch(self.engine.look, self.template).search(cache, item.parts[0][0], question(asked), most)
 
     def asking(
         self,

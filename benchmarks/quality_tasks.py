@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.retrieval.passage_search import block
+from zsmerge_llm.retrieval.passage_search import as_block
 from zsmerge_llm.retrieval.query_probe import chat_probe, question
 
 GUIDE = "Answer with a few words from the text above.\nQuestion: "
@@ -40,7 +40,7 @@ class Question:
 
     def behind(self, template: ChatTemplate, passages: Sequence[str], follows: bool) -> list[int]:
         """`asking` or `following` with passages that are read again before the question, as `LLM` puts them."""
-        return template.encode(self.forms[follows].replace(MARK, block(passages)))
+        return template.encode(self.forms[follows].replace(MARK, as_block(passages)))
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from threading import Event
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from zsmerge_llm.config import CacheConfig, SamplingParams
+from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.language.messages import assistant_message
 from zsmerge_llm.language.output_format import UNCONSTRAINED, OutputFormat
 from zsmerge_llm.language.tool_calls import ParsedAnswer, canonical
-from zsmerge_llm.retrieval.passage_search import tail
+from zsmerge_llm.retrieval.passage_search import pinned_tail_tokens
+from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, FinishReason, Message, Result, Usage
 
 if TYPE_CHECKING:
@@ -53,13 +54,13 @@ class Answer:
         recalled: int = 0,
     ) -> None:
         self.cache = cache
-        self.prompt = list(prompt)
+        self.prompt = prompt
         self.sampling = sampling
         self.cached = cached
         self.reuse = reuse
         self.recalled = recalled
         self._tokenizer = tokenizer
-        self._context = self.prompt[-16:] if continues else []
+        self._context = list(prompt[-16:]) if continues else []
         self._prefill_seconds = 0.0
         self._started = self._latest = time.perf_counter()
         self._start(form)
@@ -227,17 +228,6 @@ def speak(engine: Engine, answer: Answer, cancel: Event | None) -> Generator[Chu
         behind_prompt = None
 
 
-class Prompt(NamedTuple):
-    """One of several prompts that are answered together: its ids, its probe and what its cache may hold; `multi_turn`
-    as for `Engine.read`, `recalled` as for `Answer`."""
-
-    ids: Sequence[int]
-    probe: Sequence[int]
-    config: CacheConfig
-    multi_turn: bool = False
-    recalled: int = 0
-
-
 def together(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
@@ -257,17 +247,17 @@ def together(
     if not prompts:
         return []
     for each in prompts:
-        check_length(len(each.ids) - each.recalled, params, limit, engine.exact_limit)
+        check_length(len(each.ids) - each.retrieved_tokens, params, limit, engine.exact_limit)
     caches = [engine.new_cache(each.config) for each in prompts]
     answers = [
-        Answer(cache, each.ids, params, tokenizer, continues=continues, form=form, recalled=each.recalled)
+        Answer(cache, each.ids, params, tokenizer, continues=continues, form=form, recalled=each.retrieved_tokens)
         for cache, each, form in zip(caches, prompts, forms, strict=True)
     ]
     cancelled = False
     try:
         for answer, each in zip(answers, prompts, strict=True):
             started = time.perf_counter()
-            behind = tail(each.recalled)
+            behind = pinned_tail_tokens(each.retrieved_tokens)
             engine.read(
                 answer.cache, each.ids, probe=each.probe, multi_turn=each.multi_turn, pinned_tail=behind, cancel=cancel
             )

@@ -12,13 +12,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.errors import InputError
-from zsmerge_llm.generation import Answer, Prompt, check_length, collect, speak, together
+from zsmerge_llm.generation import Answer, check_length, collect, speak, together
 from zsmerge_llm.language.chat_template import normalize_messages
 from zsmerge_llm.language.grammar import Grammar
+from zsmerge_llm.language.messages import MessageHistory
 from zsmerge_llm.retrieval.documents import read_text
-from zsmerge_llm.retrieval.passage_search import TOKENS, tail
-from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, completion_probe, is_multi_turn, message_probe
+from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS, pinned_tail_tokens
+from zsmerge_llm.retrieval.query_probe import (
+    GENERIC_QUESTION,
+    chat_probe,
+    completion_probe,
+    is_multi_turn,
+    message_probe,
+)
 from zsmerge_llm.runtime import Runtime, assemble, check_settings
+from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, Message, Progress, ResponseFormat, Result, ToolChoice
 
 if TYPE_CHECKING:
@@ -74,7 +82,7 @@ class LLM:
         template_args: dict[str, Any] | None = None,
         chunk: int = 512,
         compile: bool | Literal["auto"] = "auto",
-        retrieval_tokens: int = TOKENS,
+        retrieval_tokens: int = DEFAULT_TOKENS,
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",
@@ -238,11 +246,11 @@ class LLM:
             InputError: messages, tools or a form that cannot be used, before anything is read.
             MissingTemplateError: no chat template. ContextLimitError: more than `max_input_tokens`.
         """
-        checked, params = normalize_messages(messages), sampling or SamplingParams()
-        parts = self._load()
+        history, params = self._check(messages, session), sampling or SamplingParams()
+        parts, checked = self._load(), history.messages
         form = parts.forms.chat(checked, tools, tool_choice, parallel_tool_calls, response_format, grammar)
-        turn = parts.conversations.begin(form.noted(checked), tools, session, reread=reread)
-        check_length(len(turn.tokens) - turn.recalled, params, self.max_input_tokens, parts.engine.exact_limit)
+        turn = parts.conversations.begin(history, form.noted(checked), tools, session, reread=reread)
+        check_length(len(turn.tokens) - turn.retrieved_tokens, params, self.max_input_tokens, parts.engine.exact_limit)
         asking = chat_probe(parts.template, probe) if probe else message_probe(parts.template, checked[-1]["content"])
         answer = Answer(
             turn.cache,
@@ -252,7 +260,7 @@ class LLM:
             cached=turn.cache.seen,
             reuse=turn.reuse,
             form=form,
-            recalled=turn.recalled,
+            recalled=turn.retrieved_tokens,
         )
         return self._run(turn, answer, asking, cancel, progress)
 
@@ -273,11 +281,9 @@ class LLM:
         checked = [normalize_messages(messages) for messages in conversations]
         wanted = (tools, tool_choice, parallel_tool_calls, response_format, grammar)
         forms = [parts.forms.chat(each, *wanted) for each in checked]
-        prompts = []
-        for form, each in zip(forms, checked, strict=True):
-            whole = parts.conversations.whole(parts.template, form.noted(each), tools)
-            asking = message_probe(parts.template, each[-1]["content"])
-            prompts.append(Prompt(whole.ids, asking, whole.config, is_multi_turn(each), whole.recalled))
+        prompts = [
+            parts.conversations.build_prompt(form.noted(each), tools) for form, each in zip(forms, checked, strict=True)
+        ]
         params = sampling or SamplingParams()
         return together(parts.engine, parts.tokenizer, prompts, forms, params, self.max_input_tokens, cancel)
 
@@ -327,13 +333,14 @@ class LLM:
         """
         read, title = read_text(document, text)
         parts = self._load()
-        turn = parts.conversations.open_document(read, name, title, known=probe is not None)
-        if turn.ids:
-            check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, parts.engine.exact_limit)
-            asking = chat_probe(parts.template, probe or GENERIC)
-            parts.engine.read(turn.cache, turn.ids, probe=asking, cancel=cancel, progress=progress)
-            parts.conversations.keep_document(turn)
-        return turn.session
+        documents = parts.conversations.documents
+        reading = documents.open(read, name, title, question_known=probe is not None)
+        if reading.new_ids:
+            check_length(len(reading.tokens), SamplingParams(), self.max_input_tokens, parts.engine.exact_limit)
+            asking = chat_probe(parts.template, probe or GENERIC_QUESTION)
+            parts.engine.read(reading.cache, reading.new_ids, probe=asking, cancel=cancel, progress=progress)
+            documents.keep(reading)
+        return reading.session
 
     # -- plain completion --------------------------------------------------------------------------------------------
 
@@ -389,12 +396,18 @@ class LLM:
         """Continue several texts together, in order. Raises as `stream_complete`, before anything is read."""
         ids, parts = [self._prompt_ids(prompt) for prompt in prompts], self._load()
         read = [
-            Prompt(own, completion_probe(parts.template, own, prompt), parts.profile.config(len(own)))
+            Prompt(own, parts.profile.config(len(own)), completion_probe(parts.template, own, prompt))
             for own, prompt in zip(ids, prompts, strict=True)
         ]
         forms, limit = [parts.forms.plain(response_format, grammar)] * len(ids), self.max_input_tokens
         params = sampling or SamplingParams()
         return together(parts.engine, parts.tokenizer, read, forms, params, limit, cancel, continues=True)
+
+    def _check(self, messages: Messages, session: str | Session | None) -> MessageHistory:
+        """Check messages before the model is loaded; later, only those that its sessions do not know."""
+        if self._parts is None:
+            return MessageHistory().normalize(messages)
+        return self._parts.conversations.check(messages, session)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str) or not prompt:
@@ -434,17 +447,17 @@ class LLM:
         self, turn: Turn | None, answer: Answer, probe: list[int], cancel: Event | None, progress: Progress | None
     ) -> None:
         """Read what is new of the prompt, and keep the points worth going back to."""
-        started, ids = time.perf_counter(), answer.prompt[answer.cached :]
+        started, ids = time.perf_counter(), list(answer.prompt[answer.cached :])
         read = partial(self.engine.read, answer.cache, probe=probe, cancel=cancel, progress=progress)
-        multi_turn = turn is not None and not turn.alone and is_multi_turn(turn.messages)
-        first = turn.prefix if turn is not None else 0
+        multi_turn = turn is not None and not turn.single_question and is_multi_turn(turn.messages)
+        first = turn.system_tokens if turn is not None else 0
         if not answer.cache.fits(first):
             first = 0  # compressed for this question, a beginning would be worth little to the next
         if turn is not None and first:
             read(ids[:first])
-            turn.mark("prefix", int(turn.messages[0]["role"] == "system"), ids[:first])
+            turn.add_snapshot("prefix", int(turn.messages[0]["role"] == "system"), first)
         if ids[first:]:
-            read(ids[first:], multi_turn=multi_turn, pinned_tail=tail(answer.recalled))
+            read(ids[first:], multi_turn=multi_turn, pinned_tail=pinned_tail_tokens(answer.recalled))
         if turn is not None:
-            turn.mark("prompt", len(turn.messages), answer.prompt)
+            turn.add_snapshot("prompt", len(turn.messages), len(turn.tokens))
         answer.begin(time.perf_counter() - started)

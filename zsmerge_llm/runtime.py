@@ -76,6 +76,7 @@ def assemble(
     from zsmerge_llm.retrieval.attention_search import AttentionSearch
     from zsmerge_llm.retrieval.passage_search import PassageSearch
     from zsmerge_llm.sessions.conversations import Conversations
+    from zsmerge_llm.sessions.documents import Documents
     from zsmerge_llm.sessions.fingerprint import fingerprint
     from zsmerge_llm.sessions.store import Store
 
@@ -86,10 +87,11 @@ def assemble(
     source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
     mark = fingerprint(loaded.model, tokenizer, source, cache)
     devices = [str(spec.device) for spec in engine.specs]
-    store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices)
+    policy = None if isinstance(cache.policy, str) else cache.policy
+    store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices, policy)
     forms = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
     profile = LayerBudgets(engine, template, profile_path(mark.weights), loading.get("progress"))
-    budgets = (engine.new_cache, profile.config, profile.document_config)
+    documents = Documents(store, template, engine.new_cache, profile.config, profile.document_config)
     searches = (PassageSearch(template, retrieval_tokens), AttentionSearch(engine.look, template))
-    conversations = Conversations(store, template, *budgets, *searches)
+    conversations = Conversations(store, template, engine.new_cache, profile.config, documents, *searches)
     return Runtime(loaded.name, tokenizer, engine, template, forms, conversations, profile)

@@ -10,7 +10,7 @@ from policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
 from policies.ours import BothMax, MostlyValued, Sharpest, Valued, ValuedExpected, ValuedMean
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.layer_budgets import KNOWN
-from zsmerge_llm.retrieval.passage_search import TOKENS
+from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS
 
 __all__ = ["POLICIES", "Policy", "rope_of"]
 
@@ -75,8 +75,8 @@ def _full(slots: int) -> CacheConfig:
 _ALL = (
     Policy("full", _full, chunk=None),
     Policy("truncate", _full, newest_only=True),
-    Policy("full-recall", _full, chunk=None, retrieval_tokens=TOKENS),
-    Policy("truncate-recall", _full, newest_only=True, retrieval_tokens=TOKENS),
+    Policy("full-recall", _full, chunk=None, retrieval_tokens=DEFAULT_TOKENS),
+    Policy("truncate-recall", _full, newest_only=True, retrieval_tokens=DEFAULT_TOKENS),
     Policy("streaming", _streaming),
     Policy("lm-infinite", _streaming, LMInfinite),
     Policy("h2o", _h2o),
@@ -99,17 +99,17 @@ _ALL = (
     Policy("passages-uniform", _passages, probe="question"),
     Policy("passages-half", _half, probe="question", profiled=1),
     Policy("pooled-question", _pooled, probe="question"),
-    Policy("ours-question-recall", _passages, probe="question", profiled=KNOWN, retrieval_tokens=TOKENS),
+    Policy("ours-question-recall", _passages, probe="question", profiled=KNOWN, retrieval_tokens=DEFAULT_TOKENS),
     Policy("ours-chat", _chat, probe="question"),
-    Policy("ours-chat-recall", _chat, probe="question", retrieval_tokens=TOKENS),
+    Policy("ours-chat-recall", _chat, probe="question", retrieval_tokens=DEFAULT_TOKENS),
     Policy("chat-asked", _asked, probe="question"),
     Policy("chat-half", _chat, probe="question", profiled=0.5),
     Policy("chat-profile", _chat, probe="question", profiled=1),
     Policy("ours-generic", _ahead, probe="generic"),
     Policy("pooled-generic", _pooled, probe="generic"),
     Policy("ours-profile", _ahead, probe="generic", profiled=1),
-    Policy("ours-recall", _ahead, probe="generic", profiled=1, retrieval_tokens=TOKENS, glance=True),
-    Policy("ours-words", _ahead, probe="generic", profiled=1, retrieval_tokens=TOKENS),
+    Policy("ours-recall", _ahead, probe="generic", profiled=1, retrieval_tokens=DEFAULT_TOKENS, glance=True),
+    Policy("ours-words", _ahead, probe="generic", profiled=1, retrieval_tokens=DEFAULT_TOKENS),
     Policy("by-head", _ahead, ByHead, probe="generic", profiled=1),
     Policy("by-head-share", _ahead, ByHeadShare, probe="generic", profiled=1),
     Policy("profile-question", _pooled, probe="question", profiled=1),

@@ -238,7 +238,7 @@ def test_a_listing_shows_sizes_and_where_each_session_is() -> None:
     assert [info.name for info in listed] == ["island", "two", "one"]
     assert [info.in_memory for info in listed] == [True, False, False]
     assert [info.messages for info in listed] == [0, 2, 2]
-    assert [(info.document, info.fixed) for info in listed] == [(True, True), (False, False), (False, False)]
+    assert [(info.has_document, info.is_document) for info in listed] == [(True, True), (False, False), (False, False)]
     assert all(30_000 < info.nbytes < 60_000 and info.tokens > 10 for info in listed)
     assert len(llm.store) == 3
     assert "one" in llm.store
@@ -399,7 +399,7 @@ def test_a_name_taken_over_leaves_the_old_conversation_its_file(tmp_path: Path) 
     first.session = None
 
     assert len(again.store) == 2
-    listed = [about["name"] for about, _ in list_folder(tmp_path)]
+    listed = [metadata["name"] for metadata, _ in list_folder(tmp_path)]
     assert sorted(listed) == sorted(info.name for info in again.store)
     assert second.tell("Go on").usage.reuse == "continued"
     assert first.tell("Go on").usage.reuse == "continued"

@@ -28,7 +28,7 @@ def list_sessions(folder: Folder = None) -> None:
     screen = Terminal()
     found = _kept(folder)
     for about, path in found:
-        what = "document" if about["document"] else f"{about['messages']} messages"
+        what = "document" if about["has_document"] else f"{about['messages']} messages"
         screen.plain(f"{about['name']}  {about['tokens']:,} tokens, {what}, {path.stat().st_size / 1e6:,.1f} MB")
     if not found:
         screen.note(f"There are no sessions in {folder or sessions_folder()}.")
@@ -42,7 +42,7 @@ def show_session(name: str, folder: Folder = None) -> None:
         screen.plain(f"{path}")
         for key in ("name", "tokens", "messages", "today"):
             screen.plain(f"  {key}: {about[key]}")
-        screen.plain(f"  document: {'yes' if about['document'] else 'no'}")
+        screen.plain(f"  document: {'yes' if about['has_document'] else 'no'}")
         screen.plain(f"  cache: {about['fingerprint']['cache']}")
 
 
@@ -124,10 +124,10 @@ def _file(session: str, folder: Path | None) -> Path:
 
 def _open(path: Path) -> Session:
     """A saved session, on the CPU wherever it was made. Raises as `session.load_session`."""
-    from zsmerge_llm.sessions.file_format import read_about
+    from zsmerge_llm.sessions.file_format import read_metadata
     from zsmerge_llm.sessions.session import load_session
 
-    return load_session(path, devices=["cpu"] * len(read_about(path)["cache"]["specs"]))
+    return load_session(path, devices=["cpu"] * len(read_metadata(path)["cache"]["specs"]))
 
 
 def _tokenizer(model: str, session: Session) -> PreTrainedTokenizerBase:

@@ -22,9 +22,9 @@ from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.kvcache import policy
 from zsmerge_llm.kvcache.layer_cache import LayerCache
 from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.models.atomic_write import write_atomically
 from zsmerge_llm.models.hub import StatusCallback, cache_folder
-from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe
-from zsmerge_llm.sessions import file_format as saving
+from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe
 
 PASSAGE = 768
 """Tokens of the text that is read; from an eighth of it on, a third is recited."""
@@ -117,7 +117,7 @@ def measure_retrieval(engine: Engine, template: ChatTemplate) -> Tensor:
     text = template.encode(data.joinpath("marigold.txt").read_text(encoding="utf-8"))[:PASSAGE]
     start, asking = len(text) // 8, template.encode("\n\nRepeat the text above.") + chat_probe(template, "")
     recital = asking + text[start : start + len(text) // 3]
-    generic = chat_probe(template, GENERIC)
+    generic = chat_probe(template, GENERIC_QUESTION)
     most = max(len(recital), len(generic))
     cache = engine.new_cache(CacheConfig(slots=len(text) + most + 128, observation_window=most))  # nothing is lost
     engine.read(cache, text)
@@ -205,4 +205,4 @@ def _load(path: Path | None, layers: int) -> tuple[float, ...] | None:
 def _save(path: Path, shares: tuple[float, ...]) -> None:
     """Keep them, atomically; where that is not possible, the next process finds them again."""
     with suppress(OSError):
-        saving.replace(path, json.dumps({"format": FORMAT, "shares": shares}).encode(), durable=False)
+        write_atomically(path, json.dumps({"format": FORMAT, "shares": shares}).encode(), durable=False)

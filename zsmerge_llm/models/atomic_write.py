@@ -1,0 +1,48 @@
+"""Write files atomically: after a crash there is the old file or the new one, never a part of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+TEMPORARY_PREFIX = ".saving-"
+TEMPORARY_SUFFIX = ".tmp"
+"""How the name of an unfinished file begins and ends."""
+
+
+def write_atomically(path: Path, content: bytes | bytearray, durable: bool = True) -> None:
+    """Write `content` to `path`, making its folder where it is missing. Only the owner may read the file.
+
+    Args:
+        durable: whether the file must outlast a power failure too, and not only the end of the process.
+
+    Raises:
+        OSError: no room or no permission. The file that was there stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY_PREFIX, suffix=TEMPORARY_SUFFIX)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    if durable:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power failure, where the system allows it."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
