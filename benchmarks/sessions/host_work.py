@@ -6,8 +6,10 @@ Template, tokenizer and sessions are those of SmolLM2. The model is not run: `En
 `Engine.decode` yields the ids of a prepared answer, and copies of the cache share its tensors. What is left is what a
 turn costs on the host: checking and comparing messages, rendering, tokenising, searching passages, keeping snapshots.
 
-Each figure is the median over the turns that end at the given one. `--jump` hands in the conversation up to there in
-one request, instead of playing every turn. Adds to results/host_work.json under the label.
+One conversation is brought to each of the given turns. Then they take turns, so that whatever else the machine does
+hits all alike. Each figure is the median of these turns: CPU time, and time by the clock. `--jump` hands in what was said
+before in one request, instead of playing every turn. Each request has new dicts of the same strings, as in one process,
+or new strings (`--new-strings`), as from a server. Adds to results/host_work.json under the label.
 """
 
 from __future__ import annotations
@@ -34,18 +36,21 @@ from zsmerge_llm.kvcache.cache import Cache
 
 ROOT = Path(__file__).parents[2]
 RESULT = Path(__file__).parent / "results" / "host_work.json"
-QUESTION_WORDS, ANSWER_WORDS = 270, 85
-"""Words of a message and of an answer: together about 500 tokens a turn."""
-MEASURED = 9
+QUESTION_WORDS, ANSWER_WORDS, RETRIEVED_WORDS = 140, 60, 130
+"""Words of a message, of an answer, and of what is read again before a question: about 500 tokens a turn."""
+MEASURED = 25
 """Turns of which the median is taken."""
+WARM_UP = 4
+"""Turns that are played after a jump, before others are measured."""
 
 
 class Conversation:
     """A conversation with prepared messages and answers, on an engine that only counts tokens."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, new_strings: bool) -> None:
         text = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "zsmerge_llm/data").glob("*.txt")))
         self.llm = llm
+        self.new_strings = new_strings
         self.words = text.split()
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": "You are a helpful and brief assistant."}]
         self.session = "host-work"
@@ -63,21 +68,23 @@ class Conversation:
     def skip_to(self, turn: int) -> None:
         """Append messages up to the end of a turn without asking for answers."""
         for number in range(len(self.messages) // 2, turn):
-            self.messages.append({"role": "user", "content": self.question(number)})
+            retrieved = self.words_from(number * 211, RETRIEVED_WORDS)
+            self.messages.append({"role": "user", "content": f"{retrieved}\n\n{self.question(number)}"})
             self.messages.append({"role": "assistant", "content": self.answer(number)})
 
-    def play_turn(self) -> tuple[float, int]:
-        """Ask one question; seconds until the answer is complete and kept, and the tokens of the conversation."""
+    def play_turn(self) -> tuple[float, float, int]:
+        """Ask one question; CPU seconds and seconds until the answer is kept, and the tokens of the conversation."""
         turn = len(self.messages) // 2
         self.messages.append({"role": "user", "content": self.question(turn)})
         self.answer_ids = self.llm.tokenizer(self.answer(turn), add_special_tokens=False)["input_ids"]
-        # A server parses a new list of new strings for each request.
-        request = json.loads(json.dumps(self.messages))
-        started = time.perf_counter()
+        request = [dict(message) for message in self.messages]
+        if self.new_strings:
+            request = json.loads(json.dumps(request))
+        started, cpu_started = time.perf_counter(), time.process_time()
         result = self.llm.chat(request, session=self.session)
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         self.messages.append({"role": "assistant", "content": result.text})
-        return seconds, result.usage.prompt_tokens + result.usage.completion_tokens
+        return cpu_seconds, seconds, result.usage.prompt_tokens + result.usage.completion_tokens
 
     def read(self, _: Engine, cache: Cache, ids: Any, **__: Any) -> torch.Tensor:
         cache.lengths = [cache.seen + len(ids)]
@@ -96,42 +103,51 @@ def shared_copy(cache: Cache) -> Cache:
     return other
 
 
-def measure(llm: LLM, turns: list[int], jump: bool) -> list[dict[str, Any]]:
-    rows = []
-    talk = Conversation(llm)
+def measure(llm: LLM, turns: list[int], jump: bool, new_strings: bool) -> list[dict[str, Any]]:
+    talks: list[Conversation] = []
     with (
         mock.patch.object(Engine, "read", lambda engine, *given, **named: talk.read(engine, *given, **named)),
         mock.patch.object(Engine, "decode", lambda engine, *given, **named: talk.decode(engine, *given, **named)),
         mock.patch.object(Cache, "clone", shared_copy),
-        mock.patch.object(Cache, "compress_stage", lambda cache: None),
+        mock.patch.object(Cache, "compress_stage", return_value=None),
     ):
-        talk.play_turn()  # what is made once for a model
+        largest = []
         for number, turn in enumerate(turns):
+            talk = Conversation(llm, new_strings)
+            talk.session = f"host-work-{number}"
             if jump:
-                talk = Conversation(llm)
-                talk.session = f"host-work-{number}"
-                talk.skip_to(turn - MEASURED - 2)
-            seconds = [0.0]
-            while len(talk.messages) // 2 < turn:
-                one, tokens = talk.play_turn()
-                seconds.append(one)
-            median = statistics.median(seconds[-MEASURED:])
-            most = max(seconds[2:] if jump else seconds)
-            row = {"turn": turn, "tokens": tokens, "ms": round(1000 * median, 2), "max_ms": round(1000 * most, 2)}
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-    return rows
+                talk.skip_to(turn - WARM_UP)
+            before = [talk.play_turn()[0] for _ in range(len(talk.messages) // 2, turn)]
+            largest.append(max(before[WARM_UP // 2 :], default=0.0))
+            talks.append(talk)
+        times: list[list[tuple[float, float, int]]] = [[] for _ in talks]
+        for _ in range(MEASURED):
+            for talk, results in zip(talks, times, strict=True):
+                results.append(talk.play_turn())
+    return [
+        {
+            "turn": turn,
+            "tokens": results[0][2],
+            "cpu_ms": round(1000 * statistics.median(cpu for cpu, _, _ in results), 2),
+            "clock_ms": round(1000 * statistics.median(clock for _, clock, _ in results), 2),
+            "largest_cpu_ms_before": round(1000 * most, 2),
+        }
+        for turn, most, results in zip(turns, largest, times, strict=True)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", default="10,100,1000")
     parser.add_argument("--jump", action="store_true", help="hand in what was said before in one request")
+    parser.add_argument("--new-strings", action="store_true", help="requests hold new strings, as if parsed from JSON")
     parser.add_argument("--label", default="after", help="the key of these figures in the result file")
     parser.add_argument("--commit", help="the commit that is measured; default: HEAD")
     arguments = parser.parse_args()
     llm = LLM("smollm2", cache=CacheConfig(slots=1024), compile=False)
-    rows = measure(llm, [int(turn) for turn in arguments.turns.split(",")], arguments.jump)
+    rows = measure(llm, [int(turn) for turn in arguments.turns.split(",")], arguments.jump, arguments.new_strings)
+    for row in rows:
+        print(json.dumps(row))
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     known[arguments.label] = {
@@ -139,6 +155,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "every_turn_played": not arguments.jump,
+        "new_strings": arguments.new_strings,
         "turns": rows,
     }
     RESULT.parent.mkdir(exist_ok=True)

@@ -27,13 +27,14 @@ class DigestChain:
     Attributes:
         messages: the messages, in normal form.
         states: entry i is the state of the chain after `messages[:i]`; entry 0 stands for the context.
-        digests: entry i is the digest of `messages[:i]`.
+        digests: entry i is the digest of `messages[:i]`. lengths: the same by digest.
         call_numbers: number of each tool call by its id. num_calls: how many calls there are.
     """
 
     messages: list[Message]
     states: list[str]
     digests: list[str]
+    lengths: dict[str, int]
     call_numbers: dict[str, int] = field(default_factory=dict)
     num_calls: int = 0
 
@@ -41,7 +42,7 @@ class DigestChain:
     def start(cls, context: Any) -> DigestChain:
         """Return the chain of no messages. `context`: JSON that belongs to every prefix, such as tools."""
         state = _digest("", context)
-        return cls([], [state], [state])
+        return cls([], [state], [state], {state: 0})
 
     def of(self, messages: Sequence[Message]) -> DigestChain:
         """Return the chain of other messages in the same context. Only those that differ are hashed."""
@@ -51,13 +52,16 @@ class DigestChain:
             numbers, count = {}, 0
             for message in messages[:known]:
                 count = _number_calls(message, numbers, count)
-        states, digests = self.states[: known + 1], self.digests[: known + 1]
+        states, digests, lengths = self.states[: known + 1], self.digests[: known + 1], dict(self.lengths)
+        for digest in self.digests[known + 1 :]:
+            lengths.pop(digest, None)
         for message in messages[known:]:
             count = _number_calls(message, numbers, count)
             state = _digest(states[-1], _canonical(message, numbers))
             states.append(state)
             digests.append(_digest(state, message["note"]) if "note" in message else state)
-        return DigestChain(messages, states, digests, numbers, count)
+            lengths[digests[-1]] = len(digests) - 1
+        return DigestChain(messages, states, digests, lengths, numbers, count)
 
 
 def _digest(before: str, item: Any) -> str:

@@ -49,17 +49,14 @@ class PassageIndex:
         self._postings: dict[str, tuple[array[int], array[int]]] = {}  # by term: numbers of passages, and frequencies
         self._lock = Lock()
 
-    def find(self, messages: Sequence[Message], question: str) -> list[tuple[int, str]]:
-        """Return the passages of `messages` that share enough with a question, the best first.
+    def find(self, messages: Sequence[Message], question: str) -> tuple[list[int], list[str]]:
+        """Return the numbers of the passages that share enough with a question, the best first, and all passages.
 
         Only messages that were not there at the last call are split and indexed.
-
-        Returns:
-            Pairs of a passage's number in the order of the text and the passage.
         """
         with self._lock:
             self._update(list(messages))
-            return [(at, self.passages[at]) for at in self.rank(question)]
+            return self.rank(question), list(self.passages)
 
     def add(self, passage: str) -> None:
         """Add one passage."""

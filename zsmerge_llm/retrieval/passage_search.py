@@ -117,10 +117,11 @@ class PassageSearch:
         """Return the passages that fit best to a question, at most `max_tokens` together, in the text's order."""
         size = min(PASSAGE_WORDS, max(MIN_WORDS, max_tokens // TOKENS_PER_WORD))
         found: dict[int, str] = {}
-        for number, passage in (indexes or PassageIndexes()).of_size(size).find(messages, asked):
-            cost = len(self.template.encode(passage + "\n\n"))
+        ranked, passages = (indexes or PassageIndexes()).of_size(size).find(messages, asked)
+        for number in ranked:
+            cost = len(self.template.encode(passages[number] + "\n\n"))
             if cost <= max_tokens:
-                found[number] = passage
+                found[number] = passages[number]
                 max_tokens -= cost
             elif found:
                 break

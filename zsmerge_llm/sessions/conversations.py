@@ -7,7 +7,6 @@ template writes after them (`ChatTemplate.delta`), however it renders the messag
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -24,8 +23,9 @@ from zsmerge_llm.retrieval.query_probe import is_multi_turn, message_probe
 from zsmerge_llm.sessions.documents import Documents, document_head, num_merged, put_before
 from zsmerge_llm.sessions.folder import generate_name
 from zsmerge_llm.sessions.prompt import Prompt
-from zsmerge_llm.sessions.session import Kind, Session, Snapshot, as_token_array
+from zsmerge_llm.sessions.session import Kind, Session, Snapshot
 from zsmerge_llm.sessions.store import ResumePoint, Store
+from zsmerge_llm.sessions.token_ids import TokenIds
 from zsmerge_llm.sessions.transcript import DocumentText, Transcript, find_history, find_transcript
 from zsmerge_llm.types import Message
 
@@ -57,7 +57,7 @@ class Turn:
     is_new: bool
     expected_head: str | None
     cache: Cache
-    tokens: array[int]
+    tokens: TokenIds
     start: int
     reuse: str
     system_tokens: int = 0
@@ -69,11 +69,11 @@ class Turn:
     @property
     def new_ids(self) -> list[int]:
         """The ids that are still to be read."""
-        return self.tokens[self.start :].tolist()
+        return list(self.tokens[self.start :])
 
     def add_snapshot(self, kind: Kind, messages: int, num_tokens: int) -> None:
         """Keep the cache as it is now, after so many messages and tokens of the turn."""
-        tokens = self.tokens if num_tokens == len(self.tokens) else self.tokens[:num_tokens]
+        tokens = self.tokens if num_tokens == len(self.tokens) else TokenIds(self.tokens[:num_tokens])
         self.snapshots.append(Snapshot(self.transcript.digests[messages], messages, tokens, self.cache.clone(), kind))
 
 
@@ -138,8 +138,9 @@ class Conversations:
             name = None
         if reread:
             return replace(self._start(transcript, tools, name, "asked for"), single_question=True)
-        digests = transcript.digests
-        known = digests if transcript.document is None else [transcript.document.digest, *digests]
+        known = dict(transcript.chain.lengths)
+        if transcript.document is not None:
+            known[transcript.document.digest] = -1
         reason = ""
         for origin, digest in self.store.find_resume_points(known, name):
             try:
@@ -166,7 +167,7 @@ class Conversations:
         snapshots, chain = turn.snapshots, turn.transcript.chain
         if answer is not None:
             chain = chain.of([*turn.messages, answer])
-            tokens = turn.tokens + as_token_array(generated)
+            tokens = turn.tokens + generated
             snapshots = [*snapshots, Snapshot(chain.digests[-1], len(chain.messages), tokens, turn.cache, "answer")]
         if all(snapshot.kind == "prefix" for snapshot in snapshots):
             return turn.session
@@ -252,12 +253,13 @@ class Conversations:
             is_new=not own,
             expected_head=expected_head,
             cache=cache,
-            tokens=as_token_array(point.tokens) + array("i", following),
+            tokens=TokenIds.of(point.tokens),
             start=cache.seen,
             reuse="continued" if point.digest == found.head and point.kind == "answer" else "restored",
             resumed_from=point if own else None,
         )
-        self._retrieve(turn, found)
+        following = self._with_retrieved(turn, found, following)
+        turn.tokens += following
         return turn
 
     def _has_wanted_config(self, point: Snapshot, num_following: int) -> bool:
@@ -301,23 +303,27 @@ class Conversations:
             pass
         return None
 
-    def _retrieve(self, turn: Turn, found: ResumePoint) -> None:
-        """Let a resumed turn read again what its cache has lost, or is about to lose, of what it asks for."""
-        cache, plain = turn.cache, len(turn.tokens)
-        if cache.exact_capacity is None or cache.config.slots is None or plain <= cache.exact_capacity:
-            return
-        if turn.start == plain:
-            return
-        transcript, recent_ids = turn.transcript, turn.tokens[-cache.config.slots :]
+    def _with_retrieved(self, turn: Turn, found: ResumePoint, following: list[int]) -> list[int]:
+        """Return the ids that follow a snapshot, with those that the turn reads again.
+
+        These are what its cache has lost, or is about to lose, of what the turn asks for. Nothing is read again in a
+        turn that was read already.
+        """
+        cache, known = turn.cache, turn.tokens
+        capacity, slots, length = cache.exact_capacity, cache.config.slots, len(known) + len(following)
+        if capacity is None or slots is None or length <= capacity or turn.start == length:
+            return following
+        recent_ids = [*known[-slots:], *following][-slots:]
         augmented = self.passage_search.augment(
-            turn.messages, cache.config.slots, recent_ids, self._fallback(turn), transcript.indexes
+            turn.messages, slots, recent_ids, self._fallback(turn), turn.transcript.indexes
         )
         if augmented is turn.messages:
-            return
-        following = self._following_ids(turn.template, found, transcript, augmented, turn.tools)
-        if following is not None:
-            turn.tokens = as_token_array(found.snapshot.tokens) + array("i", following)
-            turn.retrieved_tokens = len(turn.tokens) - plain
+            return following
+        longer = self._following_ids(turn.template, found, turn.transcript, augmented, turn.tools)
+        if longer is None:
+            return following
+        turn.retrieved_tokens = len(longer) - len(following)
+        return longer
 
     def _fallback(self, turn: Turn) -> Search | None:
         """Return the search for places of the turn's document by the attention of its question."""
@@ -352,7 +358,7 @@ class Conversations:
             is_new=True,
             expected_head=expected_head,
             cache=self.new_cache(prompt.config),
-            tokens=as_token_array(prompt.ids),
+            tokens=TokenIds(prompt.ids),
             start=0,
             reuse=f"reread: {reason}" if reason else "new",
             system_tokens=prompt.system_tokens if prompt.system_tokens >= MIN_SHARED_TOKENS else 0,

@@ -7,7 +7,6 @@ turns, as some do with the system message.
 from __future__ import annotations
 
 import uuid
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -16,8 +15,9 @@ from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import InputError, SessionError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.sessions.session import Session, Snapshot, as_token_array
+from zsmerge_llm.sessions.session import Session, Snapshot
 from zsmerge_llm.sessions.store import Store
+from zsmerge_llm.sessions.token_ids import TokenIds
 from zsmerge_llm.types import Message
 
 INSTRUCTION = "Answer from this document.\n\n"
@@ -30,7 +30,7 @@ class DocumentReading:
     session: Session
     digest: str
     cache: Cache
-    tokens: array[int]
+    tokens: TokenIds
     new_ids: Sequence[int]
 
 
@@ -59,7 +59,7 @@ class Documents:
             question_known: whether the probe is what will be asked, so that the cache need not suit any question.
         """
         digest, template = self.digest(text), self.template.with_date(self.today())
-        for origin, _ in self.store.find_resume_points([digest], name):
+        for origin, _ in self.store.find_resume_points({digest: 0}, name):
             if self.is_document(origin) and name in (None, origin):
                 try:
                     found = self.store.open(origin, digest)
@@ -67,13 +67,13 @@ class Documents:
                     self.store.forget(origin)
                     continue
                 point = found.snapshot
-                return DocumentReading(found.session, digest, point.cache, as_token_array(point.tokens), [])
+                return DocumentReading(found.session, digest, point.cache, TokenIds.of(point.tokens), [])
         ids = template.encode(document_head(template, text))
         if name is None:
             name = title if title not in self.store else f"{title}-{digest[:8]}"
         session = Session(name, self.store.fingerprint, template.today, document=text)
         config = self.prompt_config(len(ids), 0) if question_known else self.document_config(len(ids))
-        return DocumentReading(session, digest, self.new_cache(config), as_token_array(ids), ids)
+        return DocumentReading(session, digest, self.new_cache(config), TokenIds(ids), ids)
 
     def keep(self, reading: DocumentReading) -> None:
         """Keep a document that has been read, under its session's name."""

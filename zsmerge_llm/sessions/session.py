@@ -21,6 +21,7 @@ import torch
 from zsmerge_llm.errors import SessionMismatchError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.sessions import file_format
+from zsmerge_llm.sessions.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from zsmerge_llm.sessions.transcript import Transcript
@@ -94,7 +95,7 @@ class Snapshot:
     Attributes:
         digest: digest of the messages it stands for.
         messages: their number.
-        tokens: the exact ids, as 32-bit integers. The last ones may not be in the cache yet.
+        tokens: the exact ids. The last ones may not be in the cache yet.
         kind: where it ends: after a prefix that conversations share (`prefix`), before an answer (`prompt`), after one
             (`answer`), or after a document's text (`document`).
     """
@@ -106,7 +107,7 @@ class Snapshot:
     kind: Kind
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", as_token_array(self.tokens))
+        object.__setattr__(self, "tokens", TokenIds.of(self.tokens))
 
     @cached_property
     def nbytes(self) -> int:
@@ -217,7 +218,7 @@ class Session:
         """
         head, target = self.head, Path(path)
         tensors, cache_metadata = head.cache.state()
-        tensors = {**tensors, "tokens": torch.tensor(head.tokens, dtype=torch.int32)}
+        tensors = {**tensors, "tokens": torch.tensor(head.tokens[:], dtype=torch.int32)}
         if self.document:
             tensors["document"] = torch.frombuffer(bytearray(self.document.encode()), dtype=torch.uint8)
         metadata = {
@@ -264,7 +265,7 @@ def load_session(
     cache_metadata = metadata["cache"]
     for spec, device in zip(cache_metadata["specs"], devices or (), strict=False):
         spec["device"] = device
-    tokens = array("i", tensors.pop("tokens").numpy().tobytes()) if "tokens" in tensors else array("i")
+    tokens = array("i", tensors.pop("tokens").numpy().tobytes()) if "tokens" in tensors else ()
     text = tensors.pop("document", None)
     named_policy: dict[str, Any] = {} if policy is None else {"policy": policy}
     try:
@@ -283,11 +284,6 @@ def load_session(
         forked=metadata["forked"],
         prefix_digests=tuple(metadata["prefix_digests"]),
     )
-
-
-def as_token_array(tokens: Sequence[int]) -> array[int]:
-    """Return ids as 32-bit integers; an array is returned as it is."""
-    return tokens if isinstance(tokens, array) else array("i", tokens)
 
 
 def _superfluous(snapshots: list[Snapshot], newest: Set[str]) -> list[Snapshot]:

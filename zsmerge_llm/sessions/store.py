@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Condition
@@ -176,21 +176,19 @@ class Store:
         sessions.sort(key=lambda session: session.name != first)
         return [session.transcript for session in sessions if session.transcript is not None]
 
-    def find_resume_points(self, digests: Sequence[str], hint: str | None = None) -> list[tuple[str, str]]:
+    def find_resume_points(self, lengths: Mapping[str, int], hint: str | None = None) -> list[tuple[str, str]]:
         """Return the snapshots that a conversation can resume from, as (name, digest), the longest first.
 
         Among sessions that hold the same snapshot the one named `hint` comes first, then the most recently used.
 
-        Args:
-            digests: one for each prefix of the conversation, the shortest first.
+        lengths: by the digest of each prefix of the conversation.
         """
-        length = {digest: n for n, digest in enumerate(digests)}
         with self._lock:
             known = [
-                (length[digest], name == hint, order, name, digest)
+                (lengths[digest], name == hint, order, name, digest)
                 for order, (name, entry) in enumerate(self._entries.items())
                 for digest in entry.digests
-                if digest in length
+                if digest in lengths
             ]
         return [(name, digest) for *_, name, digest in sorted(known, reverse=True)]
 
