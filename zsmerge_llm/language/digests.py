@@ -47,7 +47,8 @@ class DigestChain:
     def of(self, messages: Sequence[Message]) -> DigestChain:
         """Return the chain of other messages in the same context. Only those that differ are hashed."""
         messages = list(messages)
-        known, numbers, count = shared_prefix(self.messages, messages), dict(self.call_numbers), self.num_calls
+        known = shared_prefix(self.messages, messages, self.num_calls > 0)
+        numbers, count = dict(self.call_numbers), self.num_calls
         if count and known < len(self.messages):  # the numbers as they were there
             numbers, count = {}, 0
             for message in messages[:known]:

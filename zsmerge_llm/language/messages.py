@@ -34,12 +34,9 @@ class MessageHistory:
 
     def shared_prefix(self, messages: Sequence[Message]) -> int:
         """Return how many messages at the beginning of `messages` are those of this history."""
-        length = shared_prefix(self.given, messages)
-        if self.num_calls:  # 1 == True and 1 == 1.0, but not as JSON
-            calls = (at for at in range(length) if "tool_calls" in self.given[at])
-            length = next((at for at in calls if repr(self.given[at]) != repr(messages[at])), length)
-            return length if length == len(self.given) else 0  # which calls were pending before is not kept
-        return length
+        length = shared_prefix(self.given, messages, self.num_calls > 0)
+        # Which calls were pending at an earlier message is not known.
+        return length if length == len(self.given) or not self.num_calls else 0
 
     def normalize(
         self, messages: str | Sequence[Message], partial: bool = False, shared: int | None = None
@@ -59,7 +56,8 @@ class MessageHistory:
         messages = list(cast(Sequence[Message], messages))
         known = self.shared_prefix(messages) if shared is None else shared
         new = [_message(messages[at], f"messages[{at}]") for at in range(known, len(messages))]
-        pending, num_calls = _link_results(new, self.pending_calls, self.num_calls)
+        calls = (self.pending_calls, self.num_calls) if known == len(self.given) else ((), 0)
+        pending, num_calls = _link_results(new, *calls)
         if messages[-1]["role"] == "assistant" and not partial:
             raise InputError(
                 "The last message is the assistant's, so there is nothing to answer: end with a user or tool message. "
@@ -69,10 +67,16 @@ class MessageHistory:
         return MessageHistory([*self.given[:known], *given], [*self.messages[:known], *new], pending, num_calls)
 
 
-def shared_prefix(known: Sequence[Message], messages: Sequence[Message]) -> int:
-    """Return the number of equal messages at the beginning of two lists. The same objects are compared in no time."""
+def shared_prefix(known: Sequence[Message], messages: Sequence[Message], has_calls: bool = False) -> int:
+    """Return the number of equal messages at the beginning of two lists. The same objects are compared in no time.
+
+    has_calls: whether `known` has tool calls. In their arguments True and 1.0 are not taken for 1.
+    """
     equal, end = 0, min(len(known), len(messages))
     if known[:end] == messages[:end]:
+        if has_calls:
+            calls = (at for at in range(end) if "tool_calls" in known[at] and known[at] is not messages[at])
+            return next((at for at in calls if repr(known[at]) != repr(messages[at])), end)
         return end
     while end - equal > 1:  # messages[:equal] are the same, messages[:end] are not
         middle = (equal + end) // 2
@@ -80,7 +84,7 @@ def shared_prefix(known: Sequence[Message], messages: Sequence[Message]) -> int:
             equal = middle
         else:
             end = middle
-    return equal
+    return shared_prefix(known[:equal], messages[:equal], has_calls) if has_calls else equal
 
 
 def normalize_messages(messages: str | Sequence[Message], partial: bool = False) -> list[Message]:
