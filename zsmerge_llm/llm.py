@@ -282,7 +282,8 @@ class LLM:
         wanted = (tools, tool_choice, parallel_tool_calls, response_format, grammar)
         forms = [parts.forms.chat(each, *wanted) for each in checked]
         prompts = [
-            parts.conversations.build_prompt(form.noted(each), tools) for form, each in zip(forms, checked, strict=True)
+            parts.conversations.prompts.build(form.noted(each), tools)
+            for form, each in zip(forms, checked, strict=True)
         ]
         params = sampling or SamplingParams()
         return together(parts.engine, parts.tokenizer, prompts, forms, params, self.max_input_tokens, cancel)

@@ -78,6 +78,7 @@ def assemble(
     from zsmerge_llm.sessions.conversations import Conversations
     from zsmerge_llm.sessions.documents import Documents
     from zsmerge_llm.sessions.fingerprint import fingerprint
+    from zsmerge_llm.sessions.prompt_builder import PromptBuilder
     from zsmerge_llm.sessions.store import Store
 
     loaded = load(model, **loading)
@@ -93,5 +94,6 @@ def assemble(
     profile = LayerBudgets(engine, template, profile_path(mark.weights), loading.get("progress"))
     documents = Documents(store, template, engine.new_cache, profile.config, profile.document_config)
     searches = (PassageSearch(template, retrieval_tokens), AttentionSearch(engine.look, template))
-    conversations = Conversations(store, template, engine.new_cache, profile.config, documents, *searches)
+    prompts = PromptBuilder(template, profile.config, *searches)
+    conversations = Conversations(store, template, engine.new_cache, prompts, documents)
     return Runtime(loaded.name, tokenizer, engine, template, forms, conversations, profile)

@@ -184,7 +184,7 @@ def test_a_greeting_reads_nothing_again(llm: LLM) -> None:
     assert INTRODUCTION not in read
 
 
-def test_a_later_question_looks_at_the_document_and_not_at_what_was_said_since(llm: LLM) -> None:
+def test_a_later_question_searches_the_document_and_not_what_was_said_since(llm: LLM) -> None:
     document = llm.read_document(text=TOWN, name="town")
     llm.add_session(document.fork("talk"))
     talk = Talk(llm, session="talk")

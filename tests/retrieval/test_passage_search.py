@@ -105,7 +105,7 @@ def test_what_shares_too_little_with_a_question_is_not_read_again(search: Passag
 
 
 @pytest.mark.parametrize("way", ["{}", "Could you please tell me: {}", "Question: {}\nAnswer:"])
-def test_how_a_question_is_put_does_not_hide_what_it_is_about(search: PassageSearch, way: str) -> None:
+def test_the_wording_of_a_question_does_not_hide_what_it_is_about(search: PassageSearch, way: str) -> None:
     chat = said(FACT, "I see.", *FILLER, way.format("What is the password of the vault?"))
     assert FACT in search.augment(chat, budget=1000)[-1]["content"]
 
@@ -113,7 +113,7 @@ def test_how_a_question_is_put_does_not_hide_what_it_is_about(search: PassageSea
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 
-def test_what_a_conversation_lost_is_read_again_and_the_usage_says_so(llm: LLM) -> None:
+def test_what_the_cache_evicted_is_read_again_and_the_usage_says_so(llm: LLM) -> None:
     talk = Talk(llm, "vault")
     for text in chatter(14):
         talk.tell(text)
@@ -217,7 +217,7 @@ def test_a_turn_that_fits_into_the_newest_share_is_held_whole_while_it_is_read()
 
 
 @pytest.mark.parametrize("latest", [0.25, 0.75])
-def test_a_conversation_that_goes_on_keeps_its_newest_tokens(latest: float) -> None:
+def test_a_multi_turn_conversation_keeps_its_newest_tokens(latest: float) -> None:
     config = TIGHT.replace(slots=64, recent=4, stage=8, recent_share=latest)
     engine = Engine(tiny_model("qwen2"), config)
     cache = engine.new_cache()

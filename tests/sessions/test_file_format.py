@@ -74,7 +74,7 @@ def test_the_next_logits_are_bit_equal_after_save_and_load(cache: CacheConfig, t
     )
 
 
-def test_another_process_goes_on_bit_for_bit(llm: LLM, session: Session, tmp_path: Path) -> None:
+def test_another_process_continues_bit_for_bit(llm: LLM, session: Session, tmp_path: Path) -> None:
     path = session.save(tmp_path / "it.zsmerge")
     script = f"""
 from tests.sessions.test_file_format import digest, next_logits, talker
@@ -87,7 +87,7 @@ print(digest(next_logits(llm, llm.load_session({str(path)!r}))))
     assert done.stdout.split()[-1] == digest(next_logits(llm, session))
 
 
-def test_a_loaded_session_is_recognised_by_what_was_said_in_it(session: Session, llm: LLM, tmp_path: Path) -> None:
+def test_a_loaded_session_is_recognised_by_its_messages(session: Session, llm: LLM, tmp_path: Path) -> None:
     talk = Talk(llm, "new")
     talk.tell("Hello")
     path = llm.session("new").save(tmp_path / "new")
@@ -312,7 +312,7 @@ def test_after_fifty_killed_saves_the_old_or_the_new_session_loads(pair: list[Se
     assert any(name.startswith(TEMPORARY_PREFIX) for name in os.listdir(tmp_path))  # some were killed in the middle
 
 
-def test_what_a_killed_save_left_is_ignored_and_swept_away_later(tmp_path: Path) -> None:
+def test_what_a_killed_save_left_is_ignored_and_deleted_later(tmp_path: Path) -> None:
     llm = talker(sessions_dir=tmp_path)
     Talk(llm, "it").tell("Hello")
     start, end = TEMPORARY_PREFIX, TEMPORARY_SUFFIX
@@ -340,7 +340,7 @@ def test_the_header_alone_tells_what_a_file_holds(session: Session, tmp_path: Pa
         load_session(path)
 
 
-def test_a_request_on_a_damaged_saved_session_reads_anew_and_says_so(tmp_path: Path) -> None:
+def test_a_request_on_a_corrupt_saved_session_reads_anew_and_says_so(tmp_path: Path) -> None:
     llm = talker(sessions_dir=tmp_path)
     talk = Talk(llm, "it")
     talk.tell("Hello")
@@ -355,7 +355,7 @@ def test_a_request_on_a_damaged_saved_session_reads_anew_and_says_so(tmp_path: P
     assert talker(sessions_dir=tmp_path).session("it").tokens == again.llm.session("it").tokens
 
 
-def test_a_damaged_document_is_an_error_and_can_be_read_again(tmp_path: Path) -> None:
+def test_a_corrupt_document_is_an_error_and_can_be_read_again(tmp_path: Path) -> None:
     llm = talker(sessions_dir=tmp_path)
     llm.read_document("Odile keeps the lighthouse.", name="island")
     (path,) = tmp_path.glob("*.zsmerge")

@@ -14,7 +14,7 @@ from zsmerge_llm.sessions.folder import Folder, list_folder
 from zsmerge_llm.sessions.session import load_session
 
 
-def test_a_conversation_goes_on_after_a_restart_with_and_without_its_name(tmp_path: Path) -> None:
+def test_a_conversation_continues_after_a_restart_with_and_without_its_name(tmp_path: Path) -> None:
     named = Talk(talker(sessions_dir=tmp_path), "alice")
     nameless = Talk(named.llm)
     alone = Talk(talker(retrieval_tokens=0))
@@ -93,7 +93,7 @@ NAMES = [
 ]
 
 
-def test_any_name_is_safe_and_keeps_to_itself(tmp_path: Path) -> None:
+def test_any_name_makes_a_safe_file_name_of_its_own(tmp_path: Path) -> None:
     llm = talker(sessions_dir=tmp_path / "kept")
     talks = [Talk(llm, name) for name in NAMES]
     for talk in talks:
@@ -149,7 +149,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Folder, "save", save)
 
 
-def test_a_session_that_is_loaded_lasts_instead_of_one_with_the_same_words(tmp_path: Path) -> None:
+def test_a_session_that_is_loaded_replaces_the_saved_one_with_the_same_messages(tmp_path: Path) -> None:
     llm = talker(sessions_dir=tmp_path / "kept")
     Talk(llm, "it").tell("Hello")
     other = load_session(llm.session("it").save(tmp_path / "one"))
@@ -192,7 +192,7 @@ def test_a_session_whose_file_was_exchanged_is_not_mixed_up(tmp_path: Path) -> N
     assert ["Good evening" in text for text in texts] == [False, True]
 
 
-def test_a_saved_session_can_be_looked_at_without_a_model(tmp_path: Path) -> None:
+def test_a_saved_session_can_be_read_without_a_model(tmp_path: Path) -> None:
     llm = talker()
     Talk(llm, "it").tell("Hello")
     path = llm.session("it").save(tmp_path / "it")

@@ -1,4 +1,4 @@
-"""Many conversations in little memory: whatever goes to disk and comes back, each goes on as if it had stayed."""
+"""Many conversations in little memory: each continues as if it had never been spilled to disk."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Conversation:
     def __init__(self, messages: list[dict[str, Any]], session: Session) -> None:
         self.messages = messages
         self.tokens = session.tokens
-        self.shadow = session.cache.clone()
+        self.expected_cache = session.cache.clone()
 
     def check(self, session: Session) -> None:
         assert session.tokens == self.tokens
-        assert equal_caches(session.cache, self.shadow)
+        assert equal_caches(session.cache, self.expected_cache)
 
 
-class Life(RuleBasedStateMachine):
-    """Any order of beginning, going on, forking, editing, answering again, deleting, saving, loading and restarting."""
+class SessionMachine(RuleBasedStateMachine):
+    """Any order of beginning, continuing, forking, editing, regenerating, deleting, saving, loading and restarting."""
 
     persistent = False
 
@@ -61,11 +61,11 @@ class Life(RuleBasedStateMachine):
             conversation.check(self.llm.session(name))
         shutil.rmtree(getattr(self, "folder", "/nonexistent"), ignore_errors=True)
 
-    def say(self, messages: list[dict[str, Any]], name: str | None) -> tuple[str, list[dict[str, Any]]]:
+    def chat(self, messages: list[dict[str, Any]], name: str | None) -> tuple[str, list[dict[str, Any]]]:
         answer = self.llm.chat(messages, session=name, sampling=BRIEF)
         return answer.usage.reuse, [*messages, {"role": "assistant", "content": answer.text}]
 
-    def text(self) -> str:
+    def new_text(self) -> str:
         self.count += 1
         return f"text {self.count}."
 
@@ -74,21 +74,21 @@ class Life(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from("abcdef"))
     def create(self, name: str) -> None:
-        reuse, messages = self.say(said(self.text()), name)
+        reuse, messages = self.chat(said(self.new_text()), name)
         assert reuse == ("new" if name not in self.known else f"reread: the messages and tools are not those of "
                          f"session {name!r}")  # fmt: skip
         self.known[name] = Conversation(messages, self.llm.session(name))
 
     @rule()
-    def ask_in_passing(self) -> None:
-        reuse, _ = self.say(said(self.text()), None)
+    def ask_without_a_name(self) -> None:
+        reuse, _ = self.chat(said(self.new_text()), None)
         assert reuse == "new"
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
-    def go_on(self, data: st.DataObject) -> None:
+    def continue_conversation(self, data: st.DataObject) -> None:
         name = self.pick(data)
-        reuse, messages = self.say([*self.known[name].messages, *said(self.text())], name)
+        reuse, messages = self.chat([*self.known[name].messages, *said(self.new_text())], name)
         assert reuse == "continued"
         self.known[name] = Conversation(messages, self.llm.session(name))
 
@@ -103,8 +103,8 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data())
     def edit(self, data: st.DataObject) -> None:
         name = self.pick(data)
-        old, new = self.known[name].messages, self.text()
-        reuse, messages = self.say([*old[:-2], *said(new)], name)
+        old, new = self.known[name].messages, self.new_text()
+        reuse, messages = self.chat([*old[:-2], *said(new)], name)
         assert reuse != "new"
         self.known[name] = Conversation(messages, self.llm.session(name))
         text = self.llm.tokenizer.decode(self.known[name].tokens)
@@ -113,9 +113,9 @@ class Life(RuleBasedStateMachine):
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
-    def answer_again(self, data: st.DataObject) -> None:
+    def regenerate(self, data: st.DataObject) -> None:
         name = self.pick(data)
-        reuse, messages = self.say(self.known[name].messages[:-1], name)
+        reuse, messages = self.chat(self.known[name].messages[:-1], name)
         assert reuse != "new"
         self.known[name] = Conversation(messages, self.llm.session(name))
 
@@ -143,12 +143,12 @@ class Life(RuleBasedStateMachine):
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
-    def look(self, data: st.DataObject) -> None:
+    def check(self, data: st.DataObject) -> None:
         name = self.pick(data)
         self.known[name].check(self.llm.session(name))
 
     @invariant()
-    def memory_is_never_above_the_ceiling(self) -> None:
+    def memory_is_never_above_the_limit(self) -> None:
         if hasattr(self, "llm"):
             assert self.llm.store.nbytes <= self.llm.store.limit
 
@@ -158,8 +158,8 @@ class Life(RuleBasedStateMachine):
             assert {*self.known} <= {info.name for info in self.llm.store}
 
 
-class LastingLife(Life):
-    """The same with a folder that lasts, and restarts in between."""
+class PersistentSessionMachine(SessionMachine):
+    """The same with a persistent folder, and restarts in between."""
 
     persistent = True
 
@@ -168,28 +168,30 @@ class LastingLife(Life):
         self.start()
 
 
-@pytest.mark.parametrize("machine", [Life, LastingLife])
-def test_in_any_order_of_events_every_conversation_goes_on_correctly_within_the_ceiling(machine: type[Life]) -> None:
+@pytest.mark.parametrize("machine", [SessionMachine, PersistentSessionMachine])
+def test_in_any_order_of_events_every_conversation_continues_correctly_within_the_limit(
+    machine: type[SessionMachine],
+) -> None:
     run_state_machine_as_test(
         machine, settings=settings(max_examples=12, stateful_step_count=25, deadline=None, print_blob=True)
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [Life, LastingLife])
-def test_in_many_orders_of_events_every_conversation_goes_on_correctly(machine: type[Life]) -> None:
+@pytest.mark.parametrize("machine", [SessionMachine, PersistentSessionMachine])
+def test_in_many_orders_of_events_every_conversation_continues_correctly(machine: type[SessionMachine]) -> None:
     run_state_machine_as_test(
         machine, settings=settings(max_examples=100, stateful_step_count=50, deadline=None, print_blob=True)
     )
 
 
-def test_a_ceiling_too_small_for_one_session_is_refused_with_the_numbers() -> None:
+def test_a_limit_too_small_for_one_session_is_refused_with_the_numbers() -> None:
     llm = talker(session_memory=1000)
     with pytest.raises(StoreFullError, match=r"needs [\d,]+ bytes and the ceiling for all sessions is 1,000"):
         llm.chat("Hello")
 
 
-def test_a_ceiling_for_exactly_one_session_does() -> None:
+def test_a_limit_of_exactly_one_session_is_enough() -> None:
     llm = talker(session_memory=SNAPSHOT_NBYTES)
     talks = [Talk(llm, f"talk-{number}") for number in range(3)]
     for turn in range(3):
@@ -201,7 +203,7 @@ def test_a_ceiling_for_exactly_one_session_does() -> None:
     assert len(list(llm.store)) == 3
 
 
-def test_old_points_of_idle_conversations_go_before_any_conversation_does() -> None:
+def test_old_snapshots_of_idle_conversations_are_dropped_before_any_conversation_is() -> None:
     llm = talker(session_memory=5 * SNAPSHOT_NBYTES)
     first, second = Talk(llm, "first"), Talk(llm, "second")
     for turn in range(2):

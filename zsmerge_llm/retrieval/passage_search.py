@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.retrieval.passage_index import PassageIndex
 from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS, question, question_start
 from zsmerge_llm.types import Message
+
+if TYPE_CHECKING:
+    from zsmerge_llm.retrieval.passage_index import PassageIndex
 
 Search = Callable[[str, int], list[str]]
 """A question, and how many tokens of passages at most → the passages."""
@@ -44,6 +47,8 @@ class PassageIndexes:
     by_size: dict[int, PassageIndex] = field(default_factory=dict)
 
     def of_size(self, size: int) -> PassageIndex:
+        from zsmerge_llm.retrieval.passage_index import PassageIndex  # needs NumPy
+
         return self.by_size.setdefault(size, PassageIndex(size))
 
 

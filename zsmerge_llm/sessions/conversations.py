@@ -13,16 +13,13 @@ from datetime import date
 from typing import cast
 
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.errors import InputError, SessionError, SessionNotFoundError
+from zsmerge_llm.errors import SessionError, SessionNotFoundError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
 from zsmerge_llm.language.messages import MessageHistory
-from zsmerge_llm.retrieval.attention_search import AttentionSearch
-from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch, Search
-from zsmerge_llm.retrieval.query_probe import is_multi_turn, message_probe
-from zsmerge_llm.sessions.documents import Documents, document_head, num_merged, put_before
+from zsmerge_llm.sessions.documents import Documents, num_merged, put_before
 from zsmerge_llm.sessions.folder import generate_name
-from zsmerge_llm.sessions.prompt import Prompt
+from zsmerge_llm.sessions.prompt_builder import Continuation, PromptBuilder
 from zsmerge_llm.sessions.session import Kind, Session, Snapshot
 from zsmerge_llm.sessions.store import ResumePoint, Store
 from zsmerge_llm.sessions.token_ids import TokenIds
@@ -81,19 +78,14 @@ class Turn:
 class Conversations:
     """The sessions of one model, as conversations of messages.
 
-    Attributes:
-        prompt_config: the cache's configuration for a first prompt of so many tokens, of which so many, its first, are
-            the system message and the tools, and pinned.
-        today: the date on which a new conversation begins.
+    today: the date on which a new conversation begins.
     """
 
     store: Store
     template: ChatTemplate
     new_cache: Callable[[CacheConfig], Cache]
-    prompt_config: Callable[[int, int], CacheConfig]
+    prompts: PromptBuilder
     documents: Documents
-    passage_search: PassageSearch
-    attention_search: AttentionSearch
     today: Callable[[], date] = date.today
 
     def check(self, messages: str | Sequence[Message], session: str | Session | None = None) -> MessageHistory:
@@ -177,24 +169,6 @@ class Conversations:
             turn.session, snapshots, chain.digests, turn.expected_head, turn.is_new, turn.transcript
         )
 
-    def build_prompt(
-        self,
-        messages: list[Message],
-        tools: Tools = None,
-        template: ChatTemplate | None = None,
-        indexes: PassageIndexes | None = None,
-    ) -> Prompt:
-        """Return a whole conversation as a prompt that is read from its beginning."""
-        template = template or self.template
-        ids = template.encode(template.render(messages, tools))
-        system_tokens = _num_system_tokens(template, messages, tools, ids)
-        config, plain = self.prompt_config(len(ids), system_tokens), len(ids)
-        if config.slots is not None and plain > config.slots:
-            augmented = self.passage_search.augment(messages, config.slots, ids, indexes=indexes)
-            ids = template.encode(template.render(augmented, tools))
-        probe = message_probe(template, messages[-1]["content"])
-        return Prompt(ids, config, probe, is_multi_turn(messages), system_tokens, len(ids) - plain)
-
     # -- what a request is about -------------------------------------------------------------------------------------
 
     def _resolve(self, session: str | Session | None) -> tuple[str | None, str | None]:
@@ -235,7 +209,11 @@ class Conversations:
         template = self.template.with_date(self.today() if point.kind == "prefix" else origin.today)
         own = name == origin.name or (name is None and point.kind in ("prompt", "answer"))
         transcript = transcript.of_session(origin.transcript if own else None)
-        following = self._following_ids(template, found, transcript, transcript.messages, tools)
+        document = transcript.document
+        if document is None and origin.document is not None:  # the messages repeat it
+            document = DocumentText(origin.document, point.digest)
+        continuation = Continuation(template, point, transcript, tools, document)
+        following = self.prompts.following_ids(continuation, transcript.messages)
         if following is None or not self._has_wanted_config(point, len(following)):
             return None
         session, expected_head = origin, found.head if own else None
@@ -258,8 +236,8 @@ class Conversations:
             reuse="continued" if point.digest == found.head and point.kind == "answer" else "restored",
             resumed_from=point if own else None,
         )
-        following = self._with_retrieved(turn, found, following)
-        turn.tokens += following
+        longer = self.prompts.with_retrieved(continuation, following, cache)
+        turn.tokens, turn.retrieved_tokens = turn.tokens + longer, len(longer) - len(following)
         return turn
 
     def _has_wanted_config(self, point: Snapshot, num_following: int) -> bool:
@@ -267,77 +245,7 @@ class Conversations:
         if point.kind != "prefix":
             return True
         system_tokens = len(point.tokens)
-        return point.cache.config == self.prompt_config(system_tokens + num_following, system_tokens)
-
-    def _following_ids(
-        self,
-        template: ChatTemplate,
-        found: ResumePoint,
-        transcript: Transcript,
-        messages: list[Message],
-        tools: Tools,
-    ) -> list[int] | None:
-        """Return the ids that follow a snapshot of a conversation; None where they cannot be known from it."""
-        point, n = found.snapshot, found.snapshot.messages
-        try:
-            if point.kind == "answer":
-                return template.encode(transcript.deltas.delta(template, messages, n, tools))
-            if point.kind == "prompt" and n == len(messages):
-                return []
-            if point.kind == "prompt" and messages[n]["role"] != "assistant":
-                return None  # the answer's header has been read already
-            whole = template.render(messages, tools)
-            if point.kind == "prefix":
-                ids, known = template.encode(whole), list(point.tokens)
-                return ids[len(known) :] if ids[: len(known)] == known else None
-            if point.kind == "document":
-                before = document_head(template, found.session.document or "")
-            else:
-                before = template.render(messages[:n], tools)
-            if whole.startswith(before):
-                return template.encode(whole[len(before) :])
-            if point.kind == "prompt" and not messages[n].get("tool_calls"):
-                delta = transcript.deltas.delta(template, messages, n + 1, tools)
-                return template.encode(messages[n]["content"] + delta)
-        except InputError:  # the template may still accept the whole conversation
-            pass
-        return None
-
-    def _with_retrieved(self, turn: Turn, found: ResumePoint, following: list[int]) -> list[int]:
-        """Return the ids that follow a snapshot, with those that the turn reads again.
-
-        These are what its cache has lost, or is about to lose, of what the turn asks for. Nothing is read again in a
-        turn that was read already.
-        """
-        cache, known = turn.cache, turn.tokens
-        capacity, slots, length = cache.exact_capacity, cache.config.slots, len(known) + len(following)
-        if capacity is None or slots is None or length <= capacity or turn.start == length:
-            return following
-        recent_ids = [*known[-slots:], *following][-slots:]
-        augmented = self.passage_search.augment(
-            turn.messages, slots, recent_ids, self._fallback(turn), turn.transcript.indexes
-        )
-        if augmented is turn.messages:
-            return following
-        longer = self._following_ids(turn.template, found, turn.transcript, augmented, turn.tools)
-        if longer is None:
-            return following
-        turn.retrieved_tokens = len(longer) - len(following)
-        return longer
-
-    def _fallback(self, turn: Turn) -> Search | None:
-        """Return the search for places of the turn's document by the attention of its question."""
-        document = turn.transcript.document or (turn.session.document and DocumentText(turn.session.document, ""))
-        if not document:
-            return None
-
-        def search(asked: str, max_tokens: int) -> list[str]:
-            if document.num_tokens is None:
-                document.num_tokens = len(turn.template.encode(document_head(turn.template, document.text)))
-            read = turn.tokens[: document.num_tokens]
-            return self.attention_search.search(turn.cache, read, asked, max_tokens)
-
-        return search
+        return point.cache.config == self.prompts.config(system_tokens + num_following, system_tokens)
 
     # -- starting anew -----------------------------------------------------------------------------------------------
 
@@ -345,7 +253,7 @@ class Conversations:
         """Return a turn that reads everything. reason: why a known conversation is read again, if that is known."""
         template, messages = self.template.with_date(self.today()), transcript.messages
         transcript = transcript.of_session(None)
-        prompt = self.build_prompt(messages, tools, template, transcript.indexes)
+        prompt = self.prompts.build(messages, tools, template, transcript.indexes)
         reason = reason or self._reread_reason(transcript, name)
         document = transcript.document.text if transcript.document is not None else None
         session, expected_head = self._new_session(name, template.today, document, {})
@@ -387,14 +295,3 @@ class Conversations:
             name or generate_name(), self.store.fingerprint, today, snapshots, document=document, named=bool(name)
         )
         return session, expected_head
-
-
-def _num_system_tokens(template: ChatTemplate, messages: list[Message], tools: Tools, ids: list[int]) -> int:
-    """Return how many of the ids are the system message and the tools alone, up to a special token."""
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    if len(messages) == len(system) or not (system or tools):
-        return 0
-    other = template.encode(template.render([*system, {"role": "user", "content": "\x1f"}], tools))
-    special = set(template.tokenizer.all_special_ids)
-    same = next((at for at, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), len(other))
-    return max((at for at in range(same) if ids[at] in special), default=0)

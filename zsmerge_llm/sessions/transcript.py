@@ -53,9 +53,8 @@ class Transcript:
 
     def of_session(self, known: Transcript | None) -> Transcript:
         """Return the transcript with the indexes of a session's earlier turns, or with new ones for another session."""
-        if known is None:
-            return replace(self, indexes=PassageIndexes(), deltas=DeltaRenderer())
-        return replace(self, indexes=known.indexes, deltas=known.deltas)
+        indexes, deltas = (PassageIndexes(), DeltaRenderer()) if known is None else (known.indexes, known.deltas)
+        return replace(self, indexes=indexes, deltas=deltas)
 
 
 def find_history(transcripts: Iterable[Transcript], messages: list[Message]) -> tuple[MessageHistory, int]:
