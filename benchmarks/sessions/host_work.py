@@ -7,9 +7,9 @@ Template, tokenizer and sessions are those of SmolLM2. The model is not run: `En
 turn costs on the host: checking and comparing messages, rendering, tokenising, searching passages, keeping snapshots.
 
 One conversation is brought to each of the given turns. Then they take turns, so that whatever else the machine does
-hits all alike. Each figure is the median of these turns: CPU time, and time by the clock. `--jump` hands in what was said
-before in one request, instead of playing every turn. Each request has new dicts of the same strings, as in one process,
-or new strings (`--new-strings`), as from a server. Adds to results/host_work.json under the label.
+hits all alike. Each figure is the median of these turns: CPU time, and time by the clock. Each request has new dicts of
+the same strings, as in one process, or new strings (`--new-strings`), as from a server. `--jump` hands in what was said
+before in one request, instead of playing every turn. Adds to results/host_work.json under the label.
 """
 
 from __future__ import annotations
