@@ -24,7 +24,7 @@ from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.passage_search import PassageSearch, pinned_tail_tokens
-from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe, question
+from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe, find_question
 
 FOLLOW_UPS = 2
 
@@ -128,10 +128,12 @@ class Reader:
         """What the first `before` messages (all of them where None; of a document: its text) say about a question; what
         a document's cache looks at (`Policy.glance`), where its words find nothing."""
         most = min(policy.retrieval_tokens, budget.slots(item.tokens) // 2)
-        found = PassageSearch(self.template, most).search(item.said[:before], question(asked), most)
+        found = PassageSearch(self.template, most).search(item.said[:before], find_question(asked), most)
         if found or cache is None or not policy.glance:
             return found
-        return AttentionSearch(self.engine.look, self.template).search(cache, item.parts[0][0], question(asked), most)
+        return AttentionSearch(self.engine.look, self.template).search(
+            cache, item.parts[0][0], find_question(asked), most
+        )
 
     def asking(
         self,

@@ -41,13 +41,13 @@ class AttentionSearch:
     max_attention: Callable[[Cache, Sequence[int]], MaxAttention]
     template: ChatTemplate
 
-    def search(self, cache: Cache, tokens: Sequence[int], asked: str, max_tokens: int) -> list[str]:
+    def search(self, cache: Cache, tokens: Sequence[int], question: str, max_tokens: int) -> list[str]:
         """Return excerpts of a text that a question attends to, at most `max_tokens` together, in the text's order.
 
         Args:
             cache: of one row, that has read the text, `tokens`, and perhaps more behind it.
         """
-        specific = self.max_attention(cache, message_probe(self.template, asked))
+        specific = self.max_attention(cache, message_probe(self.template, question))
         generic = self.max_attention(cache, chat_probe(self.template, GENERIC_QUESTION))
         scores = score_tokens(cache, specific, generic, len(tokens))
         found: dict[int, str] = {}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS
-from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS, question, question_start
+from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS, find_question, question_start
 from zsmerge_llm.types import Message
 
 if TYPE_CHECKING:
@@ -95,13 +95,13 @@ class PassageSearch:
             start = 0
         left = min(self.max_tokens, budget // 2)
         system = self._system_message(before, left // 2)
-        asked = content if size <= MAX_QUESTION_TOKENS else question(content)
+        question = content if size <= MAX_QUESTION_TOKENS else find_question(content)
         searched = before[bool(system) :] + ([{**last, "content": content[:start]}] if start else [])
         is_near = size <= MAX_QUESTION_TOKENS or start > 0
         repeated = f"{system}\n\n" if system and is_near and not self._contains(recent_ids[-budget:], system) else ""
         left -= len(self.template.encode(repeated))
-        found = self.search(searched, asked, left, indexes)
-        repeated += as_block(found if found or fallback is None else fallback(asked, left))
+        found = self.search(searched, question, left, indexes)
+        repeated += as_block(found if found or fallback is None else fallback(question, left))
         if not repeated:
             return messages
         return [*before, {**last, "content": content[:start] + repeated + content[start:]}]
@@ -117,12 +117,12 @@ class PassageSearch:
         return "".join(text.split()) in "".join(decoded.split())
 
     def search(
-        self, messages: Sequence[Message], asked: str, max_tokens: int, indexes: PassageIndexes | None = None
+        self, messages: Sequence[Message], question: str, max_tokens: int, indexes: PassageIndexes | None = None
     ) -> list[str]:
         """Return the passages that fit best to a question, at most `max_tokens` together, in the text's order."""
         size = min(PASSAGE_WORDS, max(MIN_WORDS, max_tokens // TOKENS_PER_WORD))
         found: dict[int, str] = {}
-        ranked, passages = (indexes or PassageIndexes()).of_size(size).find(messages, asked)
+        ranked, passages = (indexes or PassageIndexes()).of_size(size).find(messages, question)
         for number in ranked:
             cost = len(self.template.encode(passages[number] + "\n\n"))
             if cost <= max_tokens:

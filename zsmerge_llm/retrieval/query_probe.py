@@ -28,24 +28,24 @@ def question_start(text: str) -> int:
     return start
 
 
-def question(text: str) -> str:
+def find_question(text: str) -> str:
     """Return what a prompt asks."""
     return text[question_start(text) :].rstrip()
 
 
 def completion_probe(template: ChatTemplate, ids: list[int], prompt: str) -> list[int]:
     """Return the question of a plain prompt, as it stands at the end of its `ids`."""
-    return ids[-min(len(template.encode(question(prompt))), MAX_QUESTION_TOKENS) :]
+    return ids[-min(len(template.encode(find_question(prompt))), MAX_QUESTION_TOKENS) :]
 
 
-def chat_probe(template: ChatTemplate, asked: str) -> list[int]:
+def chat_probe(template: ChatTemplate, question: str) -> list[int]:
     """Return the ids of a question and of what the template writes after it, up to the beginning of the answer."""
-    return template.encode(asked) + _closing(template)
+    return template.encode(question) + _closing(template)
 
 
 def message_probe(template: ChatTemplate, message: str) -> list[int]:
     """Return `chat_probe` of the question that a message ends with."""
-    return template.encode(question(message))[-MAX_QUESTION_TOKENS:] + _closing(template)
+    return template.encode(find_question(message))[-MAX_QUESTION_TOKENS:] + _closing(template)
 
 
 def is_multi_turn(messages: Sequence[Message]) -> bool:

@@ -134,13 +134,13 @@ class Conversations:
         if transcript.document is not None:
             known[transcript.document.digest] = -1
         reason = ""
-        for origin, digest in self.store.find_resume_points(known, name):
+        for candidate, digest in self.store.find_resume_points(known, name):
             try:
-                found = self.store.open(origin, digest)
+                found = self.store.open(candidate, digest)
             except SessionNotFoundError:
                 continue  # another request took it away meanwhile
             except SessionError:
-                self.store.forget(origin)
+                self.store.forget(candidate)
                 reason = "the saved session is damaged or gone"
                 continue
             turn = self._resume(found, transcript, tools, name)
@@ -188,14 +188,14 @@ class Conversations:
         chain = known.chain if known is not None else start
         if document is None:
             return Transcript(history, chain.of(messages))
-        about = known.document if known is not None else None
-        about = about or DocumentText(document, self.documents.digest(document))
+        document_text = known.document if known is not None else None
+        document_text = document_text or DocumentText(document, self.documents.digest(document))
         used = num_merged(messages)
         if known is not None and known.history.messages[:used] == messages[:used]:
             messages = [known.messages[0], *messages[used:]]
         else:
             messages = put_before(document, messages)
-        return Transcript(history, chain.of(messages), about)
+        return Transcript(history, chain.of(messages), document_text)
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
@@ -204,23 +204,23 @@ class Conversations:
 
         None where the ids that follow it cannot be known, or where its cache is not the one that is wanted.
         """
-        origin, point = found.session, found.snapshot
+        source, point = found.session, found.snapshot
         # A prefix is shared only while its date is right.
-        template = self.template.with_date(self.today() if point.kind == "prefix" else origin.today)
-        own = name == origin.name or (name is None and point.kind in ("prompt", "answer"))
-        transcript = transcript.of_session(origin.transcript if own else None)
+        template = self.template.with_date(self.today() if point.kind == "prefix" else source.today)
+        own = name == source.name or (name is None and point.kind in ("prompt", "answer"))
+        transcript = transcript.of_session(source.transcript if own else None)
         document = transcript.document
-        if document is None and origin.document is not None:  # the messages repeat it
-            document = DocumentText(origin.document, point.digest)
+        if document is None and source.document is not None:  # the messages repeat it
+            document = DocumentText(source.document, point.digest)
         continuation = Continuation(template, point, transcript, tools, document)
         following = self.prompts.following_ids(continuation, transcript.messages)
         if following is None or not self._has_wanted_config(point, len(following)):
             return None
-        session, expected_head = origin, found.head if own else None
+        session, expected_head = source, found.head if own else None
         if not own:
-            shared = [each for each in (*origin.snapshots.values(), point) if each.kind == "prefix" or each is point]
+            shared = [each for each in (*source.snapshots.values(), point) if each.kind == "prefix" or each is point]
             snapshots = {each.digest: each for each in shared if each.kind != "document"}
-            session, expected_head = self._new_session(name, template.today, origin.document, snapshots)
+            session, expected_head = self._new_session(name, template.today, source.document, snapshots)
         cache = point.cache.clone()
         turn = Turn(
             transcript.messages,

@@ -59,12 +59,12 @@ class Documents:
             question_known: whether the probe is what will be asked, so that the cache need not suit any question.
         """
         digest, template = self.digest(text), self.template.with_date(self.today())
-        for origin, _ in self.store.find_resume_points({digest: 0}, name):
-            if self.is_document(origin) and name in (None, origin):
+        for candidate, _ in self.store.find_resume_points({digest: 0}, name):
+            if self.is_document(candidate) and name in (None, candidate):
                 try:
-                    found = self.store.open(origin, digest)
+                    found = self.store.open(candidate, digest)
                 except SessionError:
-                    self.store.forget(origin)
+                    self.store.forget(candidate)
                     continue
                 point = found.snapshot
                 return DocumentReading(found.session, digest, point.cache, TokenIds.of(point.tokens), [])

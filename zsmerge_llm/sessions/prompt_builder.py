@@ -114,11 +114,11 @@ class PromptBuilder:
         if document is None:
             return None
 
-        def search(asked: str, max_tokens: int) -> list[str]:
+        def search(question: str, max_tokens: int) -> list[str]:
             if document.num_tokens is None:
                 document.num_tokens = len(template.encode(document_head(template, document.text)))
             read = continuation.point.tokens[: document.num_tokens]
-            return self.attention_search.search(cache, read, asked, max_tokens)
+            return self.attention_search.search(cache, read, question, max_tokens)
 
         return search
 
