@@ -35,10 +35,9 @@ class Turn:
     """One request of a conversation. `cache` is its own copy; nothing is shared until `Conversations.commit`.
 
     Attributes:
-        messages: as they are rendered: with a document at the beginning, and a note at the end.
         session: the session that the turn belongs to; a new one (`is_new`) if it continues none under its own name.
         expected_head: the head of the session's name when the turn began.
-        tokens: the conversation's ids, this prompt included; those from `start` on are still to be read.
+        tokens: the conversation's ids, this prompt included; those behind `cache.seen` are still to be read.
         reuse: how the conversation was resumed, as for `Usage.reuse`.
         system_tokens: how many of the first tokens form a prefix that conversations may share; 0: none worth keeping.
         single_question: whether this turn's question alone decides what is kept.
@@ -46,16 +45,12 @@ class Turn:
         resumed_from: the snapshot of its own session that it continues.
     """
 
-    messages: list[Message]
-    tools: Tools
-    template: ChatTemplate
     transcript: Transcript
     session: Session
     is_new: bool
     expected_head: str | None
     cache: Cache
     tokens: TokenIds
-    start: int
     reuse: str
     system_tokens: int = 0
     single_question: bool = False
@@ -64,9 +59,9 @@ class Turn:
     snapshots: list[Snapshot] = field(default_factory=list)
 
     @property
-    def new_ids(self) -> list[int]:
-        """The ids that are still to be read."""
-        return list(self.tokens[self.start :])
+    def messages(self) -> list[Message]:
+        """The messages as they are rendered: with a document at the beginning, and a note at the end."""
+        return self.transcript.messages
 
     def add_snapshot(self, kind: Kind, messages: int, num_tokens: int) -> None:
         """Keep the cache as it is now, after so many messages and tokens of the turn."""
@@ -223,16 +218,12 @@ class Conversations:
             session, expected_head = self._new_session(name, template.today, source.document, snapshots)
         cache = point.cache.clone()
         turn = Turn(
-            transcript.messages,
-            tools,
-            template,
             transcript,
             session,
             is_new=not own,
             expected_head=expected_head,
             cache=cache,
             tokens=TokenIds.of(point.tokens),
-            start=cache.seen,
             reuse="continued" if point.digest == found.head and point.kind == "answer" else "restored",
             resumed_from=point if own else None,
         )
@@ -258,16 +249,12 @@ class Conversations:
         document = transcript.document.text if transcript.document is not None else None
         session, expected_head = self._new_session(name, template.today, document, {})
         return Turn(
-            messages,
-            tools,
-            template,
             transcript,
             session,
             is_new=True,
             expected_head=expected_head,
             cache=self.new_cache(prompt.config),
             tokens=TokenIds(prompt.ids),
-            start=0,
             reuse=f"reread: {reason}" if reason else "new",
             system_tokens=prompt.system_tokens if prompt.system_tokens >= MIN_SHARED_TOKENS else 0,
             retrieved_tokens=prompt.retrieved_tokens,
