@@ -149,10 +149,10 @@ def long_chats(result: Result) -> Iterator[Row]:
 def host_work(result: Result) -> Iterator[Row]:
     for row in result["turns"]:
         yield (
-            "yes" if result["every_turn_played"] else "no",
+            result["case"],
             number(row["turn"]),
             number(row["tokens"]),
-            *(number(row[key], 1) for key in ("cpu_ms", "clock_ms", "largest_cpu_ms")),
+            *(number(row[key], 1) for key in ("cpu_ms", "clock_ms", "largest_cpu_ms_before")),
         )
 
 
@@ -219,8 +219,8 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
      ("model", "grammar", "share of a step, %", "ms a token", "first answer, ms", "later answers, ms"), grammars),
     ("A chat of 100 turns: seconds to the first token", "turns",
      ("model", "turn", "zsmerge", "transformers", "prompt tokens", "cache, MB", "RSS, MB"), turns),
-    ("Host work of a turn without the model, ms", "host_work",
-     ("every turn played", "turn", "tokens of history", "CPU time", "wall time", "largest CPU time"), host_work),
+    ("Host work of a turn without the model, ms", "host-work",
+     ("case", "turn", "tokens of history", "CPU time", "wall time", "largest CPU time before"), host_work),
     ("Peak memory of prefill above the loaded model", "memory",
      ("model", "system", "tokens", "peak, MB", "cache, MB"), memory),
     ("Saved sessions: prefill against loading, seconds", "restart",

@@ -21,12 +21,19 @@ from zsmerge_llm.generation.options import (
     with_options,
 )
 from zsmerge_llm.language.grammar import Grammar
-from zsmerge_llm.language.messages import normalize_messages
+from zsmerge_llm.language.messages import MessageHistory, normalize_messages
 from zsmerge_llm.models.device import validate_settings
 from zsmerge_llm.retrieval.documents import read_text
-from zsmerge_llm.retrieval.passage_search import TOKENS, tail
-from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, completion_probe, is_multi_turn, message_probe
+from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS, pinned_tail_tokens
+from zsmerge_llm.retrieval.query_probe import (
+    GENERIC_QUESTION,
+    chat_probe,
+    completion_probe,
+    is_multi_turn,
+    message_probe,
+)
 from zsmerge_llm.runtime import Runtime, assemble, validate_runtime_settings
+from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, Message, Progress, Result
 
 if TYPE_CHECKING:
@@ -85,7 +92,7 @@ class LLM:
         template_args: dict[str, Any] | None = None,
         chunk: int = 512,
         compile: bool | Literal["auto"] = "auto",
-        retrieval_tokens: int = TOKENS,
+        retrieval_tokens: int = DEFAULT_TOKENS,
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",
@@ -205,8 +212,8 @@ class LLM:
             TypeError: an unknown keyword argument.
         """
         wanted = RequestOptions.parse(ChatOptions, options)
-        checked, runtime = normalize_messages(messages), self._load()
-        turn, attempt = _begin_turn(runtime, checked, wanted, self.max_input_tokens)
+        history, runtime = _check(messages, wanted.session, self._runtime), self._load()
+        turn, attempt = _begin_turn(runtime, history, wanted, self.max_input_tokens)
         return _stream_turn(runtime, turn, attempt, wanted)
 
     @with_options(BatchOptions)
@@ -260,13 +267,14 @@ class LLM:
         """
         content, title = read_text(document, text)
         runtime = self._load()
-        turn = runtime.conversations.open_document(content, name, title, known=probe is not None)
-        if turn.ids:
-            check_length(len(turn.tokens), SamplingParams(), self.max_input_tokens, runtime.engine.exact_limit)
-            query_ids = chat_probe(runtime.template, probe or GENERIC)
-            runtime.engine.read(turn.cache, turn.ids, probe=query_ids, cancel=cancel, progress=progress)
-            runtime.conversations.keep_document(turn)
-        return turn.session
+        documents = runtime.conversations.documents
+        reading = documents.open(content, name, title, question_known=probe is not None)
+        if reading.new_ids:
+            check_length(len(reading.tokens), SamplingParams(), self.max_input_tokens, runtime.engine.exact_limit)
+            probe_ids = chat_probe(runtime.template, probe or GENERIC_QUESTION)
+            runtime.engine.read(reading.cache, reading.new_ids, probe=probe_ids, cancel=cancel, progress=progress)
+            documents.keep(reading)
+        return reading.session
 
     # -- plain completion --------------------------------------------------------------------------------------------
 
@@ -281,8 +289,8 @@ class LLM:
         wanted = RequestOptions.parse(CompletionOptions, options)
         text, runtime = _checked_prompt(prompt), self._load()
         request = _completion_request(runtime, text, wanted)
-        check_length(len(request.ids), wanted.sampling, self.max_input_tokens, runtime.engine.exact_limit)
-        attempt = Attempt(request, runtime.engine.new_cache(request.cache_config), runtime.tokenizer)
+        check_length(len(request.prompt.ids), wanted.sampling, self.max_input_tokens, runtime.engine.exact_limit)
+        attempt = Attempt(request, runtime.engine.new_cache(request.prompt.config), runtime.tokenizer)
         return _stream_turn(runtime, None, attempt, wanted)
 
     @with_options(BatchCompletionOptions)
@@ -294,42 +302,39 @@ class LLM:
         return generate_batch(runtime.engine, runtime.tokenizer, requests, self.max_input_tokens, wanted.cancel)
 
 
+def _check(messages: Messages, session: str | Session | None, runtime: Runtime | None) -> MessageHistory:
+    """Check messages, also before the model is loaded; later, only those that its sessions do not know."""
+    return MessageHistory().normalize(messages) if runtime is None else runtime.conversations.check(messages, session)
+
+
 def _begin_turn(
-    runtime: Runtime, messages: list[Message], options: RequestOptions, max_input_tokens: int | None
+    runtime: Runtime, history: MessageHistory, options: RequestOptions, max_input_tokens: int | None
 ) -> tuple[Turn, Attempt]:
     """Find the conversation that these messages continue, and prepare the next answer. Raises as `LLM.stream`."""
+    messages, template = history.messages, runtime.template
     output_format = options.output_format(runtime.output_formats, messages)
     instructed = output_format.with_instruction(messages)
-    turn = runtime.conversations.begin(instructed, options.tools, options.session, reread=options.reread)
-    length = len(turn.tokens) - turn.recalled
+    turn = runtime.conversations.begin(history, instructed, options.tools, options.session, reread=options.reread)
+    length = len(turn.tokens) - turn.retrieved_tokens
     check_length(length, options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=5)
-    template, question = runtime.template, messages[-1]["content"]
-    request = Request(
+    question = messages[-1]["content"]
+    prompt = Prompt(
         turn.tokens,
-        options.sampling,
+        turn.cache.config,
         chat_probe(template, options.probe) if options.probe else message_probe(template, question),
-        output_format,
-        cached_tokens=turn.cache.seen,
-        retrieved_tokens=turn.recalled,
-        reuse=turn.reuse,
-        multi_turn=not turn.alone and is_multi_turn(turn.messages),
+        multi_turn=not turn.single_question and is_multi_turn(turn.messages),
+        system_tokens=turn.system_tokens,
+        retrieved_tokens=turn.retrieved_tokens,
     )
+    request = Request(prompt, options.sampling, output_format, turn.cache.seen, turn.reuse)
     return turn, Attempt(request, turn.cache, runtime.tokenizer)
 
 
 def _batch_request(runtime: Runtime, messages: list[Message], options: RequestOptions) -> Request:
     """Return the request for one conversation of a batch, which is read from its beginning."""
     output_format = options.output_format(runtime.output_formats, messages)
-    prompt = runtime.conversations.whole(runtime.template, output_format.with_instruction(messages), options.tools)
-    return Request(
-        prompt.ids,
-        options.sampling,
-        message_probe(runtime.template, messages[-1]["content"]),
-        output_format,
-        prompt.config,
-        retrieved_tokens=prompt.recalled,
-        multi_turn=is_multi_turn(messages),
-    )
+    prompt = runtime.conversations.prompts.build(output_format.with_instruction(messages), options.tools)
+    return Request(prompt, options.sampling, output_format)
 
 
 def _checked_prompt(prompt: Any) -> str:
@@ -338,17 +343,13 @@ def _checked_prompt(prompt: Any) -> str:
     return prompt
 
 
-def _completion_request(runtime: Runtime, prompt: str, options: RequestOptions) -> Request:
+def _completion_request(runtime: Runtime, text: str, options: RequestOptions) -> Request:
     """Return the request for a plain text."""
-    ids = runtime.template.encode_prompt(prompt)
-    return Request(
-        ids,
-        options.sampling,
-        completion_probe(runtime.template, ids, prompt),
-        runtime.output_formats.completion(options.response_format, options.grammar),
-        runtime.layer_budgets.prompt_config(len(ids)),
-        continues_prompt=True,
-    )
+    ids = runtime.template.encode_prompt(text)
+    config = runtime.layer_budgets.prompt_config(len(ids))
+    prompt = Prompt(ids, config, completion_probe(runtime.template, ids, text))
+    output_format = runtime.output_formats.completion(options.response_format, options.grammar)
+    return Request(prompt, options.sampling, output_format, continues_prompt=True)
 
 
 def _stream_turn(runtime: Runtime, turn: Turn | None, attempt: Attempt, options: RequestOptions) -> Iterator[Chunk]:
@@ -369,17 +370,18 @@ def _stream_turn(runtime: Runtime, turn: Turn | None, attempt: Attempt, options:
 
 
 def _read_prompt(engine: Engine, turn: Turn | None, attempt: Attempt, options: RequestOptions) -> None:
-    """Read what is new of the prompt, and mark the points of the conversation that later requests may resume."""
-    request, cache = attempt.request, attempt.cache
-    ids = request.ids[request.cached_tokens :]
-    read = partial(engine.read, cache, probe=request.query_ids, cancel=options.cancel, progress=options.progress)
-    first = turn.prefix if turn is not None else 0
+    """Read what is new of the prompt, and keep the points of the conversation that later requests may resume."""
+    prompt, cache = attempt.request.prompt, attempt.cache
+    ids = list(prompt.ids[attempt.request.cached_tokens :])
+    read = partial(engine.read, cache, probe=prompt.probe, cancel=options.cancel, progress=options.progress)
+    first = prompt.system_tokens if turn is not None else 0
     if not cache.fits(first):
         first = 0  # compressed for this question, a prefix would be worth little to other conversations
     if turn is not None and first:
         read(ids[:first])
-        turn.mark("prefix", int(turn.messages[0]["role"] == "system"), ids[:first])
+        turn.add_snapshot("prefix", int(turn.messages[0]["role"] == "system"), first)
     if ids[first:]:
-        read(ids[first:], multi_turn=request.multi_turn, pinned_tail=tail(request.retrieved_tokens))
+        pinned_tail = pinned_tail_tokens(prompt.retrieved_tokens)
+        read(ids[first:], multi_turn=prompt.multi_turn, pinned_tail=pinned_tail)
     if turn is not None:
-        turn.mark("prompt", len(turn.messages), request.ids)
+        turn.add_snapshot("prompt", len(turn.messages), len(turn.tokens))

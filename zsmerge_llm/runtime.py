@@ -70,7 +70,9 @@ def assemble(
     from zsmerge_llm.retrieval.calibration import calibration
     from zsmerge_llm.retrieval.passage_search import PassageSearch
     from zsmerge_llm.sessions.conversations import Conversations
+    from zsmerge_llm.sessions.documents import Documents
     from zsmerge_llm.sessions.fingerprint import fingerprint
+    from zsmerge_llm.sessions.prompt_builder import PromptBuilder
     from zsmerge_llm.sessions.store import Store
 
     loaded = load(model, **loading)
@@ -80,11 +82,14 @@ def assemble(
     source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
     mark = fingerprint(loaded.model, tokenizer, source, cache)
     devices = [str(spec.device) for spec in engine.specs]
-    store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices)
+    policy = None if isinstance(cache.policy, str) else cache.policy
+    store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices, policy)
     output_formats = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
     report_status = loading.get("progress")
     layer_budgets = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), report_status)
-    budgets = (engine.new_cache, layer_budgets.prompt_config, layer_budgets.document_config)
+    configs = (layer_budgets.prompt_config, layer_budgets.document_config)
+    documents = Documents(store, template, engine.new_cache, *configs)
     searches = (PassageSearch(template, retrieval_tokens), AttentionSearch(engine.query_attention, template))
-    conversations = Conversations(store, template, *budgets, *searches)
+    prompts = PromptBuilder(template, layer_budgets.prompt_config, *searches)
+    conversations = Conversations(store, template, engine.new_cache, prompts, documents)
     return Runtime(loaded.name, tokenizer, engine, template, output_formats, conversations, layer_budgets)

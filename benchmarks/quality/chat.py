@@ -32,7 +32,7 @@ from benchmarks.quality.tasks import GUIDE, Item, item, load
 from zsmerge_llm import LLM
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.retrieval.passage_search import block
+from zsmerge_llm.retrieval.passage_search import as_block
 
 DEFAULT = "full,truncate,streaming,h2o,snapkv,expected,zsmerge-chat,zsmerge-chat-retrieval,truncate-retrieval"
 EARLY = 1 / 3
@@ -114,7 +114,7 @@ def turns(evaluator: Evaluator, policy: Policy, slots: int, read: Item) -> Itera
 def with_passages(evaluator: Evaluator, policy: Policy, slots: int, read: Item, number: int) -> list[int]:
     """Return the ids of a user's message with passages of earlier ones before it."""
     content = read.messages[number]["content"]
-    passages = block(evaluator.passages(policy, Budget(slots), read, number, content))
+    passages = as_block(evaluator.passages(policy, Budget(slots), read, number, content))
     return evaluator.template.encode(read.texts[number].replace(content, passages + content, 1))
 
 

@@ -24,8 +24,8 @@ from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.calibration import calibration
-from zsmerge_llm.retrieval.passage_search import PassageSearch, tail
-from zsmerge_llm.retrieval.query_probe import GENERIC, chat_probe, question
+from zsmerge_llm.retrieval.passage_search import PassageSearch, pinned_tail_tokens
+from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe, find_question
 
 FOLLOW_UPS = 2
 
@@ -69,7 +69,7 @@ class Evaluator:
     @cached_property
     def generic_probe(self) -> list[int]:
         """The probe that stands for any question."""
-        return chat_probe(self.template, GENERIC)
+        return chat_probe(self.template, GENERIC_QUESTION)
 
     def new_cache(self, policy: Policy, budget: Budget, tokens: int) -> Cache:
         """Return an empty cache under a policy for an item of so many tokens."""
@@ -109,7 +109,7 @@ class Evaluator:
         """
         cache = self.new_cache(policy, budget, item.tokens) if shared is None else copy.deepcopy(shared)
         ending = self.question_ids(policy, budget, item, asked)[:-1] if asked is not None else []
-        pinned_tail = 0 if asked is None else tail(len(ending) + 1 - len(asked.asking))
+        pinned_tail = 0 if asked is None else pinned_tail_tokens(len(ending) + 1 - len(asked.asking))
         if policy.newest_only or policy.chunk is None or len(item.parts) == 1:
             parts = [([token for ids, _ in item.parts for token in ids] + ending, item.parts[-1][1])]
             if policy.newest_only:
@@ -134,11 +134,11 @@ class Evaluator:
         Where the words find nothing in a document, its cache is asked (`Policy.attention_search`).
         """
         limit = min(policy.retrieval_tokens, budget.slots(item.tokens) // 2)
-        found = PassageSearch(self.template, limit).passages(item.messages[:before], question(asked), limit)
+        found = PassageSearch(self.template, limit).search(item.messages[:before], find_question(asked), limit)
         if found or cache is None or not policy.attention_search:
             return found
         search = AttentionSearch(self.engine.query_attention, self.template)
-        return search.passages(cache, item.parts[0][0], question(asked), limit)
+        return search.search(cache, item.parts[0][0], find_question(asked), limit)
 
     def question_ids(
         self,

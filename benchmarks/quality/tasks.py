@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.retrieval.passage_search import block
-from zsmerge_llm.retrieval.query_probe import chat_probe, question
+from zsmerge_llm.retrieval.passage_search import as_block
+from zsmerge_llm.retrieval.query_probe import chat_probe, find_question
 
 GUIDE = "Answer with a few words from the text above.\nQuestion: "
 MARK = "@@question@@"
@@ -43,7 +43,7 @@ class Question:
 
     def with_passages(self, template: ChatTemplate, passages: Sequence[str], follows: bool) -> list[int]:
         """Return `asking` or `following` with passages before the question, as `LLM` puts them."""
-        return template.encode(self.forms[follows].replace(MARK, block(passages)))
+        return template.encode(self.forms[follows].replace(MARK, as_block(passages)))
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _question(
         template.encode(closing.replace(MARK, guide + asked["q"]) + opening),
         template.encode(between.replace(MARK, guide + asked["q"]) + opening),
         template.encode(f" {asked['a'][0]}" if opening else asked["a"][0]),
-        chat_probe(template, question(asked["q"])),
+        chat_probe(template, find_question(asked["q"])),
         float(asked.get("depth", 0.0)),
         tuple(form.replace(MARK, MARK + guide + asked["q"]) + opening for form in (closing, between)),
     )
@@ -152,7 +152,7 @@ def _chat(
     parts, texts, before = [], [], ""
     for number, message in enumerate(messages, start=1):
         after = template.render(messages[:number], add_generation_prompt=False)
-        probe = chat_probe(template, question(message["content"])) if message["role"] == "user" else []
+        probe = chat_probe(template, find_question(message["content"])) if message["role"] == "user" else []
         texts.append(after.removeprefix(before))
         parts.append((template.encode(texts[-1]), probe))
         before = after
@@ -164,7 +164,7 @@ def summary(template: ChatTemplate, record: dict[str, Any]) -> Item:
     """Return a plain prompt and its reference as an item with one question."""
     ids = template.encode_prompt(record["prompt"])
     reference = template.encode(" " + record["reference"].strip())
-    asked = Question(0, record["stop"], ids[-1:], [], reference, template.encode(question(record["prompt"])), 0.0)
+    asked = Question(0, record["stop"], ids[-1:], [], reference, template.encode(find_question(record["prompt"])), 0.0)
     return Item(str(record["id"]), record["file"], [(ids[:-1], asked.probe)], [asked])
 
 

@@ -16,8 +16,8 @@ from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.retrieval.attention_search import PLACE, AttentionSearch, Looks, places, votes
-from zsmerge_llm.retrieval.passage_search import OPENING, PassageSearch
+from zsmerge_llm.retrieval.attention_search import EXCERPT_TOKENS, AttentionSearch, MaxAttention, peaks, score_tokens
+from zsmerge_llm.retrieval.passage_search import INTRODUCTION, PassageSearch
 from zsmerge_llm.types import Usage
 
 SMALL = CacheConfig(slots=64, sink=2, recent=6, stage=16, observation_window=4)
@@ -48,11 +48,11 @@ Emil Gross, who swam for six hours."""
 SENTENCES = [f"Day {number} was cold and long." for number in range(40)]
 
 
-# -- what is looked at -------------------------------------------------------------------------------------------------
+# -- the attention of a query ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_look_is_what_the_model_itself_would_pay(family: str) -> None:
+def test_the_attention_of_a_query_is_the_models_own(family: str) -> None:
     model, engine = tiny_model(family), Engine(tiny_model(family), CacheConfig.full())
     read, asked = tokens(40), tokens(5, seed=1)
     cache = engine.new_cache()
@@ -72,7 +72,7 @@ def test_a_look_is_what_the_model_itself_would_pay(family: str) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(length=st.integers(1, 300), asked=st.integers(1, 40), compressed=st.booleans())
-def test_looking_changes_nothing(length: int, asked: int, compressed: bool) -> None:
+def test_a_query_pass_changes_nothing(length: int, asked: int, compressed: bool) -> None:
     engine = Engine(tiny_model("llama"), SMALL if compressed else CacheConfig.full())
     looked, other = engine.new_cache(), engine.new_cache()
     for cache in (looked, other):
@@ -90,7 +90,7 @@ def test_looking_changes_nothing(length: int, asked: int, compressed: bool) -> N
 # -- where it leads ----------------------------------------------------------------------------------------------------
 
 
-def gazing(at: int, general: Sequence[int] = ()) -> tuple[AttentionSearch, Cache, list[int]]:
+def attending(at: int, general: Sequence[int] = ()) -> tuple[AttentionSearch, Cache, list[int]]:
     """A document of tokens that is held whole, in which a question looks at one token, and any question at others."""
     own = template("smollm2")
     ids = own.encode(" ".join(SENTENCES))
@@ -99,7 +99,7 @@ def gazing(at: int, general: Sequence[int] = ()) -> tuple[AttentionSearch, Cache
     engine.read(cache, ids)
     looks = []
 
-    def look(cache: Cache, asked: Sequence[int]) -> Looks:
+    def look(cache: Cache, asked: Sequence[int]) -> MaxAttention:
         paid = torch.zeros(cache.layers[0].keys.shape[1], len(ids))
         paid[:, [*general]] = 0.5
         if not looks:
@@ -110,46 +110,46 @@ def gazing(at: int, general: Sequence[int] = ()) -> tuple[AttentionSearch, Cache
     return AttentionSearch(look, own), cache, ids
 
 
-def test_the_sentences_around_what_is_looked_at_are_read_whole() -> None:
-    glance, cache, ids = gazing(at=300)
-    (text,) = glance.passages(cache, ids, "What is it?", 256)
+def test_the_sentences_around_what_is_attended_to_are_read_whole() -> None:
+    search, cache, ids = attending(at=300)
+    (text,) = search.search(cache, ids, "What is it?", 256)
     assert all(part in SENTENCES for part in (f"{each}." for each in text.removesuffix(".").split(". ")))
-    assert glance.template.tokenizer.decode(ids[298:302]).strip(" .") in text
-    assert len(glance.template.encode(text)) <= 2 * PLACE
+    assert search.template.tokenizer.decode(ids[298:302]).strip(" .") in text
+    assert len(search.template.encode(text)) <= 2 * EXCERPT_TOKENS
 
 
-def test_what_any_question_looks_at_is_not_what_this_one_asks_for() -> None:
-    glance, cache, ids = gazing(at=300, general=[100])
-    (text,) = glance.passages(cache, ids, "What is it?", 256)
-    assert glance.template.tokenizer.decode(ids[298:302]).strip(" .") in text
-    glance, cache, ids = gazing(at=300, general=[100, 200, 300])
-    assert glance.passages(cache, ids, "Thank you!", 256) == [], "little of it is its own"
+def test_what_any_question_attends_to_is_not_what_this_one_asks_for() -> None:
+    search, cache, ids = attending(at=300, general=[100])
+    (text,) = search.search(cache, ids, "What is it?", 256)
+    assert search.template.tokenizer.decode(ids[298:302]).strip(" .") in text
+    search, cache, ids = attending(at=300, general=[100, 200, 300])
+    assert search.search(cache, ids, "Thank you!", 256) == [], "little of it is its own"
 
 
-def test_places_that_do_not_fit_are_left_out() -> None:
-    glance, cache, ids = gazing(at=300)
-    assert glance.passages(cache, ids, "What is it?", 10) == []
+def test_excerpts_that_do_not_fit_are_left_out() -> None:
+    search, cache, ids = attending(at=300)
+    assert search.search(cache, ids, "What is it?", 10) == []
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=500))
-def test_places_come_by_their_votes_and_apart_from_each_other(given: list[float]) -> None:
+def test_peaks_come_by_their_scores_and_apart_from_each_other(given: list[float]) -> None:
     voted = torch.tensor(given)
-    found = list(places(voted))
-    assert all(abs(a - b) >= PLACE for a in found for b in found if a != b)
+    found = list(peaks(voted))
+    assert all(abs(a - b) >= EXCERPT_TOKENS for a in found for b in found if a != b)
     assert voted[found].tolist() == sorted(voted[found].tolist(), reverse=True)
     assert len(found) > 0 or not voted.any()
 
 
-def test_nothing_behind_the_document_and_no_sink_is_voted_for() -> None:
+def test_nothing_behind_the_document_and_no_sink_has_a_score() -> None:
     engine = Engine(tiny_model("llama"), SMALL.replace(slots=256))
     cache = engine.new_cache()
     engine.read(cache, tokens(100))
     paid = [torch.ones(layer.keys.shape[1], 100) for layer in cache.layers]
-    voted = votes(cache, paid, [torch.zeros_like(each) for each in paid], 50)
+    voted = score_tokens(cache, paid, [torch.zeros_like(each) for each in paid], 50)
     assert voted is not None
     assert len(voted) == 50
     sinks = [each[:, :2] for each in paid]
-    assert votes(cache, sinks, [torch.zeros_like(each) for each in sinks], 50) is None
+    assert score_tokens(cache, sinks, [torch.zeros_like(each) for each in sinks], 50) is None
 
 
 # -- in the product ----------------------------------------------------------------------------------------------------
@@ -171,20 +171,20 @@ def read_for(llm: LLM, asked: str, name: str) -> tuple[Usage, str]:
 def test_a_question_in_other_words_than_the_documents_finds_its_place(llm: LLM) -> None:
     asked = "How did the convict escape?"
     words = PassageSearch(ChatTemplate(llm.tokenizer), 90)
-    assert words.passages([{"role": "user", "content": TOWN}], asked, 90) == []
+    assert words.search([{"role": "user", "content": TOWN}], asked, 90) == []
     usage, read = read_for(llm, asked, "one")
     assert 0 < usage.retrieved_tokens <= 100
-    assert OPENING in read
+    assert INTRODUCTION in read
     assert "swam for six hours" in read
 
 
 def test_a_greeting_reads_nothing_again(llm: LLM) -> None:
     usage, read = read_for(llm, "Hello!", "two")
     assert usage.retrieved_tokens == 0
-    assert OPENING not in read
+    assert INTRODUCTION not in read
 
 
-def test_a_later_question_looks_at_the_document_and_not_at_what_was_said_since(llm: LLM) -> None:
+def test_a_later_question_searches_the_document_and_not_what_was_said_since(llm: LLM) -> None:
     document = llm.read_document(text=TOWN, name="town")
     llm.add_session(document.fork("talk"))
     talk = Talk(llm, session="talk")
@@ -194,5 +194,5 @@ def test_a_later_question_looks_at_the_document_and_not_at_what_was_said_since(l
     read = llm.tokenizer.decode(llm.session("talk").tokens[before:])
     assert answer.usage.reuse == "continued"
     assert answer.usage.retrieved_tokens > 0
-    again = read.partition(OPENING)[2].partition("How did")[0].strip()
+    again = read.partition(INTRODUCTION)[2].partition("How did")[0].strip()
     assert all(part.strip()[:30] in TOWN for part in again.split("\n\n"))

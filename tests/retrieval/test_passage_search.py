@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.support.talk import ROOMY, SHORT, TIGHT, Talk, counted, said, talker
 from tests.support.templates import template
@@ -15,7 +11,7 @@ from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError
-from zsmerge_llm.retrieval.passage_search import HEADING, OPENING, TERM, WORDS, PassageSearch, content, ranked, split
+from zsmerge_llm.retrieval.passage_search import INTRODUCTION, PassageSearch
 
 FACT = "The password of the harbour vault is falcon seven."
 FILLER = ["Rain fell on the quiet village all day long.", "Nobody in the market sold any bread that week."]
@@ -29,7 +25,7 @@ def chatter(turns: int, fact_at: int = 0) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def recall() -> PassageSearch:
+def search() -> PassageSearch:
     return PassageSearch(template("smollm2"), BUDGET)
 
 
@@ -38,120 +34,86 @@ def llm() -> LLM:
     return talker(cache=NOTES, retrieval_tokens=BUDGET)
 
 
-# -- the search --------------------------------------------------------------------------------------------------------
-
-
-@given(st.text(st.sampled_from("ab .,\n!?。é中文"), max_size=900))
-def test_passages_are_the_text_in_order_and_none_is_long(text: str) -> None:
-    passages = split(text)
-    assert re.findall(TERM, " ".join(passages)) == re.findall(TERM, text)
-    assert all(len(re.findall(TERM, each)) <= 4 * WORDS for each in passages)
-    at = 0
-    for each in passages:
-        at = text.index(each, at) + len(each)
-
-
-def test_a_passage_ends_with_a_sentence_and_a_heading_belongs_to_what_follows() -> None:
-    sentence = "One two three four five six seven eight nine ten. "
-    first, second = split(f"A heading\n\n{sentence * 8}\n\nAnother heading\n\n{sentence * 5}")
-    assert first.startswith("A heading\n\n")
-    assert second.startswith("Another heading\n\n")
-    assert len(split(sentence * 30)) == 4
-    assert all(each.endswith(".") for each in split(sentence * 30))
-    assert len(re.findall(TERM, "A heading")) < HEADING
-
-
-def test_the_passage_with_the_rarest_common_words_comes_first() -> None:
-    passages = [*FILLER, FACT, "The harbour was busy, and the village slept."]
-    assert ranked(passages, "What is the password of the vault?")[0] == 2
-    assert ranked(passages, "Which PASSWORDS?") == [2]  # other endings, other letters
-    assert ranked(["今天下雨。", "密码是七。"], "密码是什么")[0] == 1
-    assert ranked(passages, "...") == ranked(["..."], "password") == ranked([], "password") == []
-
-
 # -- where passages go -------------------------------------------------------------------------------------------------
 
 
-def test_passages_stand_before_a_short_message_within_the_budget(recall: PassageSearch) -> None:
+def test_passages_stand_before_a_short_message_within_the_budget(search: PassageSearch) -> None:
     messages = said(*(text for fact in chatter(9) for text in (fact, "I see.")), "What is the password of the vault?")
-    asking = recall.into(messages, slots=1000)
+    asking = search.augment(messages, budget=1000)
     block = asking[-1]["content"].removesuffix("What is the password of the vault?")
     assert asking[:-1] == messages[:-1]
-    assert block.startswith(OPENING)
+    assert block.startswith(INTRODUCTION)
     assert FACT in block
-    assert 0 < len(recall.template.encode(block)) <= BUDGET + len(recall.template.encode(OPENING + "\n\n"))
-    assert recall.into(messages, slots=8) == messages  # half of so small a cache has no room for a passage
+    assert 0 < len(search.template.encode(block)) <= BUDGET + len(search.template.encode(INTRODUCTION + "\n\n"))
+    assert search.augment(messages, budget=8) == messages  # half of so small a cache has no room for a passage
 
 
 @pytest.mark.parametrize("ending", ["What is the password?", "Query: What is the password?\nAnswer: "])
-def test_the_end_of_a_long_message_asks_for_what_stands_before_it(recall: PassageSearch, ending: str) -> None:
+def test_the_end_of_a_long_message_asks_for_what_stands_before_it(search: PassageSearch, ending: str) -> None:
     text = "\n\n".join(FILLER[at % 2] if at != 7 else FACT for at in range(40))
-    (asking,) = recall.into([{"role": "user", "content": f"{text}\n\n{ending}"}], slots=180)
-    assert asking["content"].startswith(f"{text}\n\n{OPENING}")
+    (asking,) = search.augment([{"role": "user", "content": f"{text}\n\n{ending}"}], budget=180)
+    assert asking["content"].startswith(f"{text}\n\n{INTRODUCTION}")
     assert FACT in asking["content"][len(text) :]
     assert asking["content"].endswith(f"\n\n{ending}")
 
 
-def test_a_short_answer_is_found_by_its_question(recall: PassageSearch) -> None:
+def test_a_short_answer_is_found_by_its_question(search: PassageSearch) -> None:
     messages = said("How high is the old tower, in feet?", "Ninety.", *FILLER, "Tell me again how high the tower was.")
-    assert "old tower, in feet?\n\nNinety." in recall.into(messages, slots=1000)[-1]["content"]
+    assert "old tower, in feet?\n\nNinety." in search.augment(messages, budget=1000)[-1]["content"]
 
 
-def test_only_users_ask(recall: PassageSearch) -> None:
+def test_only_users_ask(search: PassageSearch) -> None:
     result = {"role": "tool", "content": FACT, "tool_call_id": "1"}
     messages = [*said(FACT, "I see."), result]
-    assert recall.into(messages, slots=1000) == messages
+    assert search.augment(messages, budget=1000) == messages
     asked = said(FACT, "I see.", "The password?")
-    assert PassageSearch(recall.template, 0).into(asked, slots=1000) == asked
+    assert PassageSearch(search.template, 0).augment(asked, budget=1000) == asked
 
 
-def test_a_short_system_message_is_said_again_whatever_is_asked_unless_it_was_just_heard(recall: PassageSearch) -> None:
+def test_a_short_system_message_is_repeated_whatever_is_asked_unless_it_is_among_the_recent_ids(
+    search: PassageSearch,
+) -> None:
     system = {"role": "system", "content": FACT}
     asked = [system, *said(*chatter(7)[1:], "Good morning to you.")]
-    assert recall.into(asked, slots=1000)[-1]["content"] == f"{FACT}\n\nGood morning to you."
-    assert recall.into(asked, slots=1000, heard=recall.template.encode(f"... {FACT}\nRain fell.")) == asked
-    wide = PassageSearch(recall.template, 4 * BUDGET)
-    both = wide.into([system, *said("The market sells no bread.", "I see.", "The market?")], slots=1000)
-    assert both[-1]["content"].startswith(f"{FACT}\n\n{OPENING}\n\nThe market sells no bread.")
+    assert search.augment(asked, budget=1000)[-1]["content"] == f"{FACT}\n\nGood morning to you."
+    assert search.augment(asked, budget=1000, recent_ids=search.template.encode(f"... {FACT}\nRain fell.")) == asked
+    wide = PassageSearch(search.template, 4 * BUDGET)
+    both = wide.augment([system, *said("The market sells no bread.", "I see.", "The market?")], budget=1000)
+    assert both[-1]["content"].startswith(f"{FACT}\n\n{INTRODUCTION}\n\nThe market sells no bread.")
 
 
-def test_a_system_message_is_said_again_right_before_a_question_or_not_at_all(recall: PassageSearch) -> None:
-    system, wide = {"role": "system", "content": FACT}, PassageSearch(recall.template, 4 * BUDGET)
+def test_a_system_message_is_repeated_right_before_a_question_or_not_at_all(search: PassageSearch) -> None:
+    system, wide = {"role": "system", "content": FACT}, PassageSearch(search.template, 4 * BUDGET)
     long = f"{FILLER[0]} {FILLER[1]} " * 10
-    assert wide.into([system, *said(long)], slots=1000) == [system, *said(long)]
+    assert wide.augment([system, *said(long)], budget=1000) == [system, *said(long)]
     question = "Good morning to you."
-    asking = wide.into([system, *said(f"{long}\n\n{question}")], slots=300)
+    asking = wide.augment([system, *said(f"{long}\n\n{question}")], budget=300)
     assert asking[-1]["content"] == f"{long}\n\n{FACT}\n\n{question}"
 
 
-def test_of_a_long_system_message_only_what_is_asked_for_is_said_again(recall: PassageSearch) -> None:
+def test_of_a_long_system_message_only_what_is_asked_for_is_repeated(search: PassageSearch) -> None:
     rules = [f"In room {number} nobody may ever open a window or a door without asking first." for number in range(12)]
     system = {"role": "system", "content": "\n\n".join([*rules[:6], f"{FACT} Tell it to nobody.", *rules[6:]])}
-    again = recall.into([system, *said("The password of the vault?")], slots=1000)[-1]["content"]
-    assert again == f"{OPENING}\n\n{FACT} Tell it to nobody.\n\nThe password of the vault?"
+    again = search.augment([system, *said("The password of the vault?")], budget=1000)[-1]["content"]
+    assert again == f"{INTRODUCTION}\n\n{FACT} Tell it to nobody.\n\nThe password of the vault?"
 
 
 @pytest.mark.parametrize("asked", ["What is the colour of the captain's hat?", "What about it, then?", "??"])
-def test_what_shares_too_little_with_a_question_is_not_read_again(recall: PassageSearch, asked: str) -> None:
+def test_what_shares_too_little_with_a_question_is_not_read_again(search: PassageSearch, asked: str) -> None:
     chat = said(*(text for fact in chatter(14) for text in (fact, "I see.")), asked)
-    assert recall.into(chat, slots=1000) == chat
+    assert search.augment(chat, budget=1000) == chat
 
 
 @pytest.mark.parametrize("way", ["{}", "Could you please tell me: {}", "Question: {}\nAnswer:"])
-def test_how_a_question_is_put_does_not_hide_what_it_is_about(recall: PassageSearch, way: str) -> None:
+def test_the_wording_of_a_question_does_not_hide_what_it_is_about(search: PassageSearch, way: str) -> None:
     chat = said(FACT, "I see.", *FILLER, way.format("What is the password of the vault?"))
-    assert FACT in recall.into(chat, slots=1000)[-1]["content"]
-
-
-def test_common_words_are_left_out_in_the_language_of_the_question() -> None:
-    assert content("When did the war end?") == ["war", "end"]
-    assert content("Wie heißt der Kapitän, der die Reise begann?") == ["heißt", "kapit", "reise", "began"]
+    assert FACT in search.augment(chat, budget=1000)[-1]["content"]
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 
-def test_what_a_conversation_lost_is_read_again_and_the_usage_says_so(llm: LLM) -> None:
+def test_what_the_cache_evicted_is_read_again_and_the_usage_says_so(llm: LLM) -> None:
     talk = Talk(llm, "vault")
     for text in chatter(14):
         talk.tell(text)
@@ -212,7 +174,7 @@ def test_what_a_turn_reads_stays_bounded() -> None:
     assert max(read[BUDGET]) > max(read[0])
 
 
-def test_batches_and_new_conversations_look_up_the_same() -> None:
+def test_batches_and_new_conversations_retrieve_the_same() -> None:
     long = [*said(*(text for fact in chatter(16) for text in (fact, "I see."))), *said("What is the password?")]
     alone, together = (talker(cache=NOTES, retrieval_tokens=BUDGET) for _ in range(2))
     one = alone.chat(long, sampling=SHORT)
@@ -222,7 +184,7 @@ def test_batches_and_new_conversations_look_up_the_same() -> None:
     assert one.text == other.text
 
 
-def test_what_is_looked_up_counts_for_no_limit() -> None:
+def test_retrieved_passages_count_for_no_limit() -> None:
     long = [*said(*(text for fact in chatter(16) for text in (fact, "I see."))), *said("What is the password?")]
     plain = talker(cache=NOTES, retrieval_tokens=0).count_prompt_tokens(long)
     answer = talker(cache=NOTES, retrieval_tokens=BUDGET, max_input_tokens=plain).chat(long, sampling=SHORT)
@@ -255,7 +217,7 @@ def test_a_turn_that_fits_into_the_newest_share_is_held_whole_while_it_is_read()
 
 
 @pytest.mark.parametrize("latest", [0.25, 0.75])
-def test_a_conversation_that_goes_on_keeps_its_newest_tokens(latest: float) -> None:
+def test_a_multi_turn_conversation_keeps_its_newest_tokens(latest: float) -> None:
     config = TIGHT.replace(slots=64, recent=4, stage=8, recent_share=latest)
     engine = Engine(tiny_model("qwen2"), config)
     cache = engine.new_cache()

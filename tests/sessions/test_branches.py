@@ -10,7 +10,7 @@ from zsmerge_llm import SamplingParams
 
 
 @pytest.mark.parametrize("edited", [False, True])
-def test_questions_aside_read_nothing_but_themselves_however_many_they_are(edited: bool) -> None:
+def test_side_questions_read_only_themselves_however_many_they_are(edited: bool) -> None:
     """Where the answers are the caller's own words too: what a frame or a guard makes of them."""
     llm = talker(cache=ROOMY)
     talk, sizes = Talk(llm, "it"), []
@@ -26,7 +26,7 @@ def test_questions_aside_read_nothing_but_themselves_however_many_they_are(edite
     assert max(len(llm.session(info.name).snapshots) for info in llm.store) <= 7
 
 
-def test_answering_again_reads_nothing() -> None:
+def test_regenerating_an_answer_reads_nothing() -> None:
     llm = talker()
     talk = Talk(llm, "it")
     first = [talk.tell("Hello").text, talk.tell("More").text]
@@ -40,7 +40,7 @@ def test_answering_again_reads_nothing() -> None:
     assert len(llm.store) == 1
 
 
-def test_going_on_from_an_answer_that_was_replaced_is_possible() -> None:
+def test_an_answer_that_was_replaced_can_be_continued() -> None:
     llm = talker()
     talk = Talk(llm, "it")
     talk.tell("Hello")
@@ -71,7 +71,7 @@ def test_the_last_message_and_the_answer_before_can_be_edited(name: str) -> None
     assert text.count("Question 2") == 0
 
 
-def test_an_edit_of_any_earlier_message_goes_back_to_a_point_not_far_before_it() -> None:
+def test_an_edit_of_any_earlier_message_resumes_from_a_snapshot_not_far_before_it() -> None:
     llm = talker(cache=ROOMY)
     talk = Talk(llm, "it")
     sizes = [talk.tell(f"Question {turn}").usage.prompt_tokens for turn in range(40)]
@@ -90,7 +90,7 @@ def test_an_edit_of_any_earlier_message_goes_back_to_a_point_not_far_before_it()
     assert edited.usage.cached_tokens > sizes[kept[1] - 1]
 
 
-def test_an_edit_before_every_point_left_reads_all_again_and_says_why() -> None:
+def test_an_edit_before_every_snapshot_left_reads_all_again_and_says_why() -> None:
     llm = talker()
     talk = Talk(llm, "it")
     for turn in range(9):
@@ -119,7 +119,7 @@ def test_a_second_request_on_the_same_conversation_becomes_a_branch() -> None:
     assert "Left" in held["it"]
 
 
-def test_a_fork_goes_on_by_itself_under_its_name() -> None:
+def test_a_fork_continues_by_itself_under_its_name() -> None:
     llm = talker()
     talk = Talk(llm, "it")
     talk.tell("Hello")

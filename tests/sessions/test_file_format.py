@@ -22,7 +22,8 @@ from tests.support.talk import SHORT, TIGHT, Talk, said, talker
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, CacheConfig, Session
 from zsmerge_llm.errors import SessionCorruptError, SessionError, SessionMismatchError, SessionNotFoundError
-from zsmerge_llm.sessions import file_format as saving
+from zsmerge_llm.models.atomic_write import TEMPORARY_PREFIX, TEMPORARY_SUFFIX
+from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.fingerprint import fingerprint
 from zsmerge_llm.sessions.session import load_session
 
@@ -66,10 +67,14 @@ def test_the_next_logits_are_bit_equal_after_save_and_load(cache: CacheConfig, t
 
     assert torch.equal(next_logits(llm, session), next_logits(llm, again))
     assert (again.tokens, again.name, again.today) == (session.tokens, session.name, session.today)
-    assert (again.head.digest, again.head.kind, again.chain) == (session.head.digest, "answer", session.chain)
+    assert (again.head.digest, again.head.kind, again.prefix_digests) == (
+        session.head.digest,
+        "answer",
+        session.prefix_digests,
+    )
 
 
-def test_another_process_goes_on_bit_for_bit(llm: LLM, session: Session, tmp_path: Path) -> None:
+def test_another_process_continues_bit_for_bit(llm: LLM, session: Session, tmp_path: Path) -> None:
     path = session.save(tmp_path / "it.zsmerge")
     script = f"""
 from tests.sessions.test_file_format import digest, next_logits, talker
@@ -82,7 +87,7 @@ print(digest(next_logits(llm, llm.load_session({str(path)!r}))))
     assert done.stdout.split()[-1] == digest(next_logits(llm, session))
 
 
-def test_a_loaded_session_is_recognised_by_what_was_said_in_it(session: Session, llm: LLM, tmp_path: Path) -> None:
+def test_a_loaded_session_is_recognised_by_its_messages(session: Session, llm: LLM, tmp_path: Path) -> None:
     talk = Talk(llm, "new")
     talk.tell("Hello")
     path = llm.session("new").save(tmp_path / "new")
@@ -203,12 +208,16 @@ def test_several_differences_are_all_named(session: Session, tmp_path: Path) -> 
         load_session(session.save(tmp_path / "it"), replace(session.fingerprint, weights="-", cache="-"))
 
 
-def test_a_file_of_a_later_format_is_refused(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "FORMAT", 2)
-    path = session.save(tmp_path / "it")
-    monkeypatch.setattr(saving, "FORMAT", 1)
+@pytest.mark.parametrize("number", [4, 6])
+def test_a_file_of_another_format_is_refused_by_its_number(
+    number: int, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert file_format.FORMAT == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(file_format, "FORMAT", number)
+        path = session.save(tmp_path / "it")
 
-    with pytest.raises(SessionMismatchError, match="format 2"):
+    with pytest.raises(SessionMismatchError, match=f"has format {number} and .* reads format 5"):
         load_session(path)
 
 
@@ -300,13 +309,13 @@ def test_after_fifty_killed_saves_the_old_or_the_new_session_loads(pair: list[Se
     found = kill_while_saving(tmp_path, pair, 50)
 
     assert set(found) == {"it", "other"}
-    assert any(name.startswith(saving.TEMPORARY[0]) for name in os.listdir(tmp_path))  # some were killed in the middle
+    assert any(name.startswith(TEMPORARY_PREFIX) for name in os.listdir(tmp_path))  # some were killed in the middle
 
 
-def test_what_a_killed_save_left_is_ignored_and_swept_away_later(tmp_path: Path) -> None:
+def test_what_a_killed_save_left_is_ignored_and_deleted_later(tmp_path: Path) -> None:
     llm = talker(sessions_dir=tmp_path)
     Talk(llm, "it").tell("Hello")
-    start, end = saving.TEMPORARY
+    start, end = TEMPORARY_PREFIX, TEMPORARY_SUFFIX
     fresh, old = tmp_path / f"{start}1{end}", tmp_path / f"{start}2{end}"
     for path in (fresh, old):
         path.write_bytes(b"part of a file")
@@ -320,18 +329,18 @@ def test_what_a_killed_save_left_is_ignored_and_swept_away_later(tmp_path: Path)
 
 def test_the_header_alone_tells_what_a_file_holds(session: Session, tmp_path: Path) -> None:
     path = session.save(tmp_path / "it")
-    about = saving.read_about(path)
+    metadata = file_format.read_metadata(path)
     size = int.from_bytes(path.read_bytes()[:8], "little")
     os.truncate(path, 8 + size)
 
-    assert saving.read_about(path) == about
-    assert (about["name"], about["tokens"], about["messages"]) == ("it", len(session.tokens), 8)
-    assert json.loads(json.dumps(about)) == about
+    assert file_format.read_metadata(path) == metadata
+    assert (metadata["name"], metadata["tokens"], metadata["messages"]) == ("it", len(session.tokens), 8)
+    assert json.loads(json.dumps(metadata)) == metadata
     with pytest.raises(SessionError):
         load_session(path)
 
 
-def test_a_request_on_a_damaged_saved_session_reads_anew_and_says_so(tmp_path: Path) -> None:
+def test_a_request_on_a_corrupt_saved_session_reads_anew_and_says_so(tmp_path: Path) -> None:
     llm = talker(sessions_dir=tmp_path)
     talk = Talk(llm, "it")
     talk.tell("Hello")
@@ -346,7 +355,7 @@ def test_a_request_on_a_damaged_saved_session_reads_anew_and_says_so(tmp_path: P
     assert talker(sessions_dir=tmp_path).session("it").tokens == again.llm.session("it").tokens
 
 
-def test_a_damaged_document_is_an_error_and_can_be_read_again(tmp_path: Path) -> None:
+def test_a_corrupt_document_is_an_error_and_can_be_read_again(tmp_path: Path) -> None:
     llm = talker(sessions_dir=tmp_path)
     llm.read_document("Odile keeps the lighthouse.", name="island")
     (path,) = tmp_path.glob("*.zsmerge")

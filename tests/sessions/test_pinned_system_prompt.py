@@ -10,7 +10,7 @@ from tests.support.talk import SHORT, TIGHT, Talk, said, talker
 from tests.support.templates import template
 from zsmerge_llm import LLM, CacheConfig
 
-GUIDE = {"role": "system", "content": "You are Ada. Begin each answer with AHOY."}
+SYSTEM = {"role": "system", "content": "You are Ada. Begin each answer with AHOY."}
 MANUAL = {"role": "system", "content": "You are Ada. Begin each answer with AHOY. " * 40}
 LOOKUP = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object"}}}
 WIDE = TIGHT.replace(slots=1024)
@@ -43,21 +43,21 @@ def length(name: str, messages: list[dict[str, Any]], tools: Any = None) -> int:
     return len(template(name).encode(text.partition("\x1f")[0].rpartition("<|im_start|>")[0]))
 
 
-def test_a_system_message_is_held_whole_by_every_head_for_ever() -> None:
+def test_every_head_holds_the_whole_system_message_for_ever() -> None:
     llm = talker()
-    cache = chat_on(llm, [GUIDE])
+    cache = chat_on(llm, [SYSTEM])
 
-    assert 4 < length("smollm2", [GUIDE]) <= cache.config.sink <= TIGHT.slots // 2
+    assert 4 < length("smollm2", [SYSTEM]) <= cache.config.sink <= TIGHT.slots // 2
     assert held_by_all(cache, cache.config.sink)
     assert not held_by_all(chat_on(talker(), []), cache.config.sink)
 
 
-def test_it_is_said_again_once_it_is_as_many_tokens_behind_as_there_are_slots() -> None:
+def test_it_is_repeated_once_it_is_as_many_tokens_behind_as_there_are_slots() -> None:
     llm = talker(cache=TIGHT.replace(slots=256))
-    talk = Talk(llm, "it", [GUIDE])
+    talk = Talk(llm, "it", [SYSTEM])
     again = [talk.tell(f"Go on with {number}.").usage.retrieved_tokens for number in range(40)]
     text = llm.tokenizer.decode(llm.session("it").tokens)
-    parts = [len(llm.tokenizer.encode(part)) for part in text.split(GUIDE["content"])]
+    parts = [len(llm.tokenizer.encode(part)) for part in text.split(SYSTEM["content"])]
 
     assert len(parts) > 4
     assert max(parts[1:]) <= 256 + 64  # a turn more at most
@@ -67,15 +67,15 @@ def test_it_is_said_again_once_it_is_as_many_tokens_behind_as_there_are_slots() 
 
 def test_tools_are_held_as_the_system_message_is() -> None:
     llm = talker("qwen2.5", cache=WIDE)
-    cache = chat_on(llm, [GUIDE], 24, tools=[LOOKUP], tool_choice="none")
+    cache = chat_on(llm, [SYSTEM], 24, tools=[LOOKUP], tool_choice="none")
 
-    assert length("qwen2.5", [GUIDE], [LOOKUP]) <= cache.config.sink
+    assert length("qwen2.5", [SYSTEM], [LOOKUP]) <= cache.config.sink
     assert held_by_all(cache, cache.config.sink)
 
 
 def test_a_restart_and_a_fork_keep_it(tmp_path: Any) -> None:
     llm = talker(sessions_dir=tmp_path)
-    talk = Talk(llm, "it", [GUIDE])
+    talk = Talk(llm, "it", [SYSTEM])
     talk.tell("Hello")
     again = Talk(talker(sessions_dir=tmp_path), "it", talk.messages)
     for number in range(12):
@@ -86,7 +86,7 @@ def test_a_restart_and_a_fork_keep_it(tmp_path: Any) -> None:
     assert again.llm.session("it").fork("other").cache.config == cache.config
 
 
-def test_one_that_takes_up_more_than_half_of_the_slots_is_kept_like_any_other_text() -> None:
+def test_one_that_takes_up_more_than_half_of_the_slots_is_not_pinned() -> None:
     llm = talker()
     llm.chat([MANUAL, *said("Hello")], session="it", sampling=SHORT)
 
@@ -95,24 +95,24 @@ def test_one_that_takes_up_more_than_half_of_the_slots_is_kept_like_any_other_te
 
 
 @pytest.mark.parametrize("preset", [CacheConfig.h2o(96), CacheConfig.paper(96), CacheConfig.streaming(96)])
-def test_the_rules_of_others_stay_as_they_are(preset: CacheConfig) -> None:
+def test_other_policies_pin_nothing(preset: CacheConfig) -> None:
     llm = talker(cache=preset)
-    llm.chat([GUIDE, *said("Hello")], session="it", sampling=SHORT)
+    llm.chat([SYSTEM, *said("Hello")], session="it", sampling=SHORT)
 
     assert llm.session("it").cache.config.sink == preset.sink
 
 
-def test_conversations_with_guides_of_like_length_decode_in_one_pass() -> None:
+def test_conversations_with_system_messages_of_like_length_decode_in_one_pass() -> None:
     llm = talker(cache=WIDE)
-    for name, guide in (("one", GUIDE), ("two", {**GUIDE, "content": GUIDE["content"] + " And be brief."})):
-        llm.chat([guide, *said("Hello")], session=name, sampling=SHORT)
+    for name, system in (("one", SYSTEM), ("two", {**SYSTEM, "content": SYSTEM["content"] + " And be brief."})):
+        llm.chat([system, *said("Hello")], session=name, sampling=SHORT)
 
     assert llm.session("one").cache.config == llm.session("two").cache.config
     assert llm.session("one").cache.config.sink > TIGHT.sink
 
 
-def test_prompts_of_a_batch_have_their_guides_pinned_too() -> None:
-    long = [GUIDE, *said("What now, after all that was said? " * 60)]
+def test_prompts_of_a_batch_have_their_system_messages_pinned_too() -> None:
+    long = [SYSTEM, *said("What now, after all that was said? " * 60)]
     alone, together = talker(), talker()
 
     assert together.batch([long, long], sampling=SHORT)[1].text == alone.chat(long, sampling=SHORT).text

@@ -124,7 +124,7 @@ def test_other_tools_make_another_conversation() -> None:
     assert talk.tell("And now?").usage.reuse == "continued"
 
 
-def test_a_common_beginning_is_read_once_for_all_conversations() -> None:
+def test_a_common_prefix_is_read_once_for_all_conversations() -> None:
     llm = talker("qwen2.5", cache=ROOMY)
     first = llm.chat([SYSTEM, *said("One")], sampling=SHORT)
     with counted() as passes:
@@ -155,7 +155,7 @@ def test_cancelling_while_reading_changes_nothing() -> None:
     assert talk.tell("Never mind").usage.reuse == "continued"
 
 
-def test_cancelling_a_new_conversation_while_reading_leaves_its_name_to_whom_it_was() -> None:
+def test_cancelling_a_new_conversation_while_reading_leaves_its_name_to_the_old_one() -> None:
     llm = talker("qwen2.5", cache=ROOMY, chunk=16)
     Talk(llm, "it").tell("Hello")
     before = llm.session("it").tokens
@@ -355,7 +355,7 @@ def test_an_unfinished_stream_that_nobody_reads_leaves_no_trace() -> None:
     assert isinstance(llm._load().conversations, Conversations)
 
 
-def test_a_template_that_hides_answers_is_no_obstacle() -> None:
+def test_a_template_that_hides_answers_works_too() -> None:
     source = "{% for m in messages if m.role != 'assistant' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     plain = talker()
     llm = LLM(plain.engine.model, tokenizer=plain.tokenizer, chat_template=source, cache=TIGHT)

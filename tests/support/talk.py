@@ -1,4 +1,4 @@
-"""A tiny random model that talks with a real chat template, and a script that puts answers into its mouth."""
+"""A tiny random model with a real chat template, conversations with it, and a script that decides its answers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.attention.interface import forward
 from zsmerge_llm.attention.passes import ForwardPass
 from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.sessions.conversations import Conversations
 
 ROOMY = CacheConfig(slots=16_000, recent=8, stage=64)
@@ -23,6 +24,8 @@ ROOMY = CacheConfig(slots=16_000, recent=8, stage=64)
 TIGHT = CacheConfig(slots=96, recent=16, stage=16, observation_window=8)
 """A budget that every chat here overflows."""
 SHORT = SamplingParams(max_tokens=6)
+SNAPSHOT_NBYTES = 42_000
+"""Bytes that one snapshot of a tight cache takes at most."""
 SYSTEM = {
     "role": "system",
     "content": "You know all there is to know about islands, lighthouses and their keepers. " * 3,
@@ -42,6 +45,16 @@ def talker(name: str = "smollm2", *, cache: CacheConfig = TIGHT, seed: int = 0, 
 def said(*words: str) -> list[dict[str, Any]]:
     """A conversation: user and assistant by turns."""
     return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(words)]
+
+
+def equal_caches(left: Cache, right: Cache) -> bool:
+    """Whether two caches are equal bit for bit."""
+    left_tensors, left_metadata = left.state()
+    right_tensors, right_metadata = right.state()
+    names = {*left_tensors, *right_tensors}
+    return left_metadata == right_metadata and all(
+        torch.equal(left_tensors[each], right_tensors[each]) for each in names
+    )
 
 
 class Talk:

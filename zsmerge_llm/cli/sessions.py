@@ -28,7 +28,7 @@ def list_sessions(folder: Folder = None) -> None:
     terminal = Terminal()
     found = _list(folder)
     for metadata, path in found:
-        what = "document" if metadata["document"] else f"{metadata['messages']} messages"
+        what = "document" if metadata["has_document"] else f"{metadata['messages']} messages"
         terminal.print(
             f"{metadata['name']}  {metadata['tokens']:,} tokens, {what}, {path.stat().st_size / 1e6:,.1f} MB"
         )
@@ -44,7 +44,7 @@ def show_session(name: str, folder: Folder = None) -> None:
         terminal.print(f"{path}")
         for key in ("name", "tokens", "messages", "today"):
             terminal.print(f"  {key}: {metadata[key]}")
-        terminal.print(f"  document: {'yes' if metadata['document'] else 'no'}")
+        terminal.print(f"  document: {'yes' if metadata['has_document'] else 'no'}")
         terminal.print(f"  cache: {metadata['fingerprint']['cache']}")
 
 
@@ -126,10 +126,10 @@ def _file(session: str, folder: Path | None) -> Path:
 
 def _open(path: Path) -> Session:
     """Load a saved session into CPU memory. Raises as `load_session`."""
-    from zsmerge_llm.sessions.file_format import read_about
+    from zsmerge_llm.sessions.file_format import read_metadata
     from zsmerge_llm.sessions.session import load_session
 
-    return load_session(path, devices=["cpu"] * len(read_about(path)["cache"]["specs"]))
+    return load_session(path, devices=["cpu"] * len(read_metadata(path)["cache"]["specs"]))
 
 
 def _tokenizer(model: str, session: Session) -> PreTrainedTokenizerBase:

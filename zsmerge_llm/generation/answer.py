@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zsmerge_llm.config import CacheConfig, SamplingParams
+from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.language.messages import assistant_message
 from zsmerge_llm.language.output_format import UNCONSTRAINED, OutputFormat
 from zsmerge_llm.language.reasoning import AnswerPiece
 from zsmerge_llm.language.tool_calls import ParsedAnswer
+from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, FinishReason, Message, Result, Usage
 
 if TYPE_CHECKING:
@@ -26,22 +27,13 @@ CONTEXT_TOKENS = 16
 class Request:
     """One prompt and what its answer must be like."""
 
-    ids: Sequence[int]
-    """Ids of the whole logical prompt."""
+    prompt: Prompt
     sampling: SamplingParams
-    query_ids: Sequence[int]
-    """Ids of the question, whose attention decides what the cache keeps."""
     output_format: OutputFormat = UNCONSTRAINED
-    cache_config: CacheConfig | None = None
-    """Configuration of a new cache for this request; None: the engine's."""
     cached_tokens: int = 0
-    """How many of `ids` an earlier request has read."""
-    retrieved_tokens: int = 0
-    """How many of `ids` repeat earlier text."""
+    """How many ids of the prompt an earlier request has read."""
     reuse: str = "new"
     """How the conversation was resumed, for the usage."""
-    multi_turn: bool = False
-    """Whether the prompt holds earlier answers (`Engine.read`)."""
     continues_prompt: bool = False
     """Whether the answer continues the prompt's own text (a completion)."""
 
@@ -147,7 +139,7 @@ class Attempt:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
         self._text = self._reasoning = ""
-        context = request.ids[-CONTEXT_TOKENS:] if request.continues_prompt else ()
+        context = list(request.prompt.ids[-CONTEXT_TOKENS:]) if request.continues_prompt else ()
         self._parser = AnswerParser(tokenizer, self.output_format, request.sampling.stop, context)
 
     @property
@@ -202,7 +194,7 @@ class Attempt:
         if self.constraint is not None:
             ended = self.constraint.ended
         return Usage(
-            prompt_tokens=len(self.request.ids),
+            prompt_tokens=len(self.request.prompt.ids),
             cached_tokens=self.request.cached_tokens,
             completion_tokens=len(self._tokens) + ended,
             dropped_tokens=self.cache.dropped_tokens,
@@ -212,5 +204,5 @@ class Attempt:
             cache_bytes=self.cache.nbytes,
             reuse=self.request.reuse,
             reasoning_tokens=self._parser.reasoning_tokens,
-            retrieved_tokens=self.request.retrieved_tokens,
+            retrieved_tokens=self.request.prompt.retrieved_tokens,
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.generation.answer import Answer, Attempt, Request
-from zsmerge_llm.retrieval.passage_search import tail
+from zsmerge_llm.retrieval.passage_search import pinned_tail_tokens
 from zsmerge_llm.types import Chunk, Result
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def generate_batch(
     if not requests:
         return []
     for request in requests:
-        length = len(request.ids) - request.retrieved_tokens
+        length = len(request.prompt.ids) - request.prompt.retrieved_tokens
         check_length(length, request.sampling, max_input_tokens, engine.exact_limit)
-    attempts = [Attempt(request, engine.new_cache(request.cache_config), tokenizer) for request in requests]
+    attempts = [Attempt(request, engine.new_cache(request.prompt.config), tokenizer) for request in requests]
     answers: dict[int, Answer] = {}
     pending = list(range(len(attempts)))
     try:
@@ -99,7 +99,7 @@ def _decode_together(engine: Engine, attempts: Sequence[Attempt], cancel: Event 
 def _decode(engine: Engine, cache: Cache, attempts: Sequence[Attempt], cancel: Event | None) -> Iterator[Chunk]:
     """Decode one attempt in each row of `cache`; yield the pieces of all of them as they arrive."""
     requests = [attempt.request for attempt in attempts]
-    sampling, prompts = [request.sampling for request in requests], [request.ids for request in requests]
+    sampling, prompts = [request.sampling for request in requests], [request.prompt.ids for request in requests]
     constraints = [attempt.constraint for attempt in attempts]
     started = [time.perf_counter() - attempt.decode_seconds for attempt in attempts]
     for tokens in engine.decode(cache, sampling, prompts, constraints=constraints, cancel=cancel):
@@ -113,13 +113,13 @@ def _decode(engine: Engine, cache: Cache, attempts: Sequence[Attempt], cancel: E
 
 
 def _read(engine: Engine, attempt: Attempt, cancel: Event | None) -> None:
-    request = attempt.request
+    prompt = attempt.request.prompt
     engine.read(
         attempt.cache,
-        request.ids,
-        probe=request.query_ids,
-        multi_turn=request.multi_turn,
-        pinned_tail=tail(request.retrieved_tokens),
+        prompt.ids,
+        probe=prompt.probe,
+        multi_turn=prompt.multi_turn,
+        pinned_tail=pinned_tail_tokens(prompt.retrieved_tokens),
         cancel=cancel,
     )
 

@@ -1,12 +1,11 @@
-"""Messages to text and ids: `normalize_messages` checks them, `ChatTemplate` is the model's chat template. Imports nothing heavy.
+"""Messages to text and ids by the model's chat template. Imports nothing heavy.
 
-Messages are dicts in the OpenAI format. What a template cannot express is put into words it can: tools into the system
-message, tool calls and results into tagged text, where the template knows none of them.
+Messages are dicts in the OpenAI format, from `normalize_messages`. Where a template knows no tools, they go into the
+system message, and tool calls and results become tagged text.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import uuid
@@ -15,6 +14,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any, cast
 
 from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError
+from zsmerge_llm.language.digests import DigestChain
 from zsmerge_llm.language.messages import normalize_messages as normalize_messages
 from zsmerge_llm.language.messages import short_id
 from zsmerge_llm.types import Message
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Tools = Sequence[dict[str, Any]] | None
 """Tool definitions in the OpenAI format."""
-TOOL_GUIDE = """# Tools
+TOOL_INSTRUCTIONS = """# Tools
 
 You may call these functions:
 {tools}
@@ -37,17 +37,17 @@ The results come back between <tool_response> and </tool_response>."""
 
 
 class ChatTemplate:
-    """One model's chat template with everything that must not change while a conversation lasts.
+    """One model's chat template, with everything that must not change during a conversation.
 
-    `today` is the date that templates with `strftime_now` print: frozen here, so that a conversation renders the same
-    tomorrow. `args` are further variables for the template, such as `{"enable_thinking": False}`. Methods take
-    messages from `normalize_messages`. Constructing one is cheap and needs no template: completions (`encode_prompt`) have none.
+    Methods take messages from `normalize_messages`. A model without a template can have one of these too: completions
+    (`encode_prompt`) need none.
 
     Args:
         tokenizer: a transformers tokenizer.
         chat_template: Jinja text, or the name of one of the tokenizer's templates, instead of its default.
-        today: the date; None is the current one.
-        args: variables for the template.
+        today: the date that templates with `strftime_now` print; None is the current one. Frozen here, so that a
+            conversation renders the same tomorrow.
+        args: further variables for the template, such as `{"enable_thinking": False}`.
     """
 
     def __init__(
@@ -63,8 +63,12 @@ class ChatTemplate:
         self.today = today or date.today()
         self.args = dict(args or {})
 
+    def with_date(self, today: date) -> ChatTemplate:
+        """Return the same template with another date."""
+        return ChatTemplate(self.tokenizer, self.chat_template, today=today, args=self.args)
+
     def source(self, tools: Tools = None) -> str:
-        """The Jinja text in use, with `strftime_now("…")` replaced by the frozen date.
+        """Return the Jinja text in use, with `strftime_now("…")` replaced by the frozen date.
 
         Raises:
             MissingTemplateError: the model has none.
@@ -81,7 +85,7 @@ class ChatTemplate:
         return re.sub(stamp, lambda found: json.dumps(self.today.strftime(found[2])), text)
 
     def render(self, messages: Sequence[Message], tools: Tools = None, add_generation_prompt: bool = True) -> str:
-        """The conversation as the text the model reads, special tokens included.
+        """Return the conversation as the text that the model reads, special tokens included.
 
         Raises:
             InputError: the template refuses these messages (its own message is passed on).
@@ -115,11 +119,11 @@ class ChatTemplate:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of rendered text. Nothing is added: a template writes its own BOS."""
+        """Return the ids of rendered text. Nothing is added: a template writes its own BOS."""
         return self._ids(text, add_special_tokens=False)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a plain prompt, with the special tokens this tokenizer adds by itself."""
+        """Return the ids of a plain prompt, with the special tokens that this tokenizer adds by itself."""
         return self._ids(text, add_special_tokens=True)
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -132,7 +136,7 @@ class ChatTemplate:
         )
 
     def count(self, messages: Sequence[Message], tools: Tools = None) -> int:
-        """Tokens of these messages as a prompt, or, where the template takes no such part, of their plain text."""
+        """Count the tokens of messages as a prompt or, where the template refuses such a part, of their plain text."""
         answered = messages[-1]["role"] == "assistant"
         try:
             text = self.render(messages, tools, add_generation_prompt=not answered)
@@ -143,10 +147,11 @@ class ChatTemplate:
     def delta(
         self, messages: Sequence[Message], n: int, tools: Tools = None, add_generation_prompt: bool = True
     ) -> str:
-        """What follows the generated content of `messages[n-1]`: its closing tokens, `messages[n:]`, the next header.
+        """Return what follows the generated content of `messages[n-1]`: its closing tokens, `messages[n:]`, the next
+        header.
 
-        Right also where the template renders earlier messages differently now than when they were read: only what
-        comes after that content is returned. Its first token is usually the one the model ended its answer with.
+        Correct also where the template renders earlier messages differently now than when they were read: only what
+        follows that content is returned. Its first token is usually the one that the model ended its answer with.
 
         Raises:
             InputError: `messages[n-1]` is not the assistant's, or the template refuses these messages.
@@ -166,7 +171,7 @@ class ChatTemplate:
         return first
 
     def _endings(self, messages: list[Message], n: int, tools: Tools, prompt: bool) -> Iterator[str]:
-        """Candidates for `delta`, the most reliable first: after a marker put in the answer's place."""
+        """Yield candidates for `delta`, the most reliable first: what follows a marker in the answer's place."""
         marker = uuid.uuid4().hex
         plain: Message = {"role": "assistant", "content": marker}
         yield from self._after(marker, [*messages[: n - 1], plain, *messages[n:]], tools, prompt)
@@ -188,43 +193,17 @@ class ChatTemplate:
         if found:
             yield ending
 
+    def digest_chain(self, tools: Tools = None, extra: Any = None) -> DigestChain:
+        """Return the digests of no messages with these tools, `args` and `extra` (JSON): `of` gives those of some."""
+        return DigestChain.start([validate_tools(tools), self.args, extra])
+
     def digests(self, messages: Sequence[Message], tools: Tools = None, extra: Any = None) -> list[str]:
-        """One digest per prefix: entry i stands for `messages[:i]` with these tools, `args` and `extra` (JSON).
-
-        Equal digests mean the same conversation. Not part of it: message `id`, `name`, `reasoning_content` and ids of
-        tool calls (a result counts as the answer to the k-th call); key order and spacing of JSON; and in the
-        assistant's messages a leading <think> block and outer whitespace, which templates and frameworks drop.
-
-        A message's `note` (`forms`) belongs to the request that ends with it: it counts in that prefix's digest, and
-        not in those of longer ones, whose messages come without it. What was read stays read.
-        """
-        state = _digest("", [validate_tools(tools), self.args, extra])
-        digests = [state]
-        for message, item in zip(messages, _canonical(messages), strict=True):
-            state = _digest(state, item)
-            digests.append(_digest(state, message["note"]) if "note" in message else state)
-        return digests
-
-
-def _digest(before: str, item: Any) -> str:
-    return hashlib.sha256((before + json.dumps(item, sort_keys=True, default=str)).encode()).hexdigest()
-
-
-def _canonical(messages: Sequence[Message]) -> Iterator[list[Any]]:
-    numbers: dict[str, int] = {}
-    count = 0
-    for message in messages:
-        content, calls = message["content"], []
-        if message["role"] == "assistant":
-            content = re.sub(r"\A\s*<think>.*?</think>", "", content, flags=re.DOTALL).strip()
-        for call in message.get("tool_calls", ()):
-            numbers[call["id"]], count = count, count + 1
-            calls.append([call["function"]["name"], call["function"]["arguments"]])
-        yield [message["role"], content, calls, numbers.get(message.get("tool_call_id", ""))]
+        """Return one digest per prefix: entry i stands for `messages[:i]` with these tools, `args` and `extra`."""
+        return self.digest_chain(tools, extra).of(messages).digests
 
 
 def validate_tools(tools: Tools) -> list[dict[str, Any]] | None:
-    """OpenAI tool definitions; None for an empty list, which some templates would take for tools."""
+    """Return OpenAI tool definitions; None for an empty list, which some templates would take for tools."""
     for index, tool in enumerate(tools or ()):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -234,39 +213,39 @@ def validate_tools(tools: Tools) -> list[dict[str, Any]] | None:
 
 
 def _with_notes(messages: Sequence[Message]) -> list[Message]:
-    """Notes at the end of the messages they belong to."""
+    """Return the messages with their notes at their ends."""
     return [
-        {**{key: value for key, value in message.items() if key != "note"}, "content": _noted(message)}
+        {**{key: value for key, value in message.items() if key != "note"}, "content": _content_with_note(message)}
         for message in messages
     ]
 
 
-def _noted(message: Message) -> str:
+def _content_with_note(message: Message) -> str:
     return f"{message['content']}\n\n{message['note']}" if message.get("note") else cast(str, message["content"])
 
 
 def _adapt(
     source: str, messages: list[Message], tools: list[dict[str, Any]] | None
 ) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """Say in plain messages what the template has no words for: its text shows whether it reads tools and calls."""
+    """Express in plain messages what the template does not handle: its text shows whether it reads tools and calls."""
     if tools and not re.search(r"\btools\b", source):
-        guide = TOOL_GUIDE.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        instructions = TOOL_INSTRUCTIONS.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
         first, tools = messages[0], None
         if first["role"] == "system" or _refuses_system(source):
-            both = [first["content"], guide] if first["role"] == "system" else [guide, first["content"]]
+            both = [first["content"], instructions] if first["role"] == "system" else [instructions, first["content"]]
             messages = [{**first, "content": "\n\n".join(both)}, *messages[1:]]
         else:
-            messages = [{"role": "system", "content": guide}, *messages]
-    return (messages if "tool_calls" in source else _in_words(messages)), tools
+            messages = [{"role": "system", "content": instructions}, *messages]
+    return (messages if "tool_calls" in source else _as_plain_text(messages)), tools
 
 
 def _refuses_system(source: str) -> bool:
-    """Whether a template takes no system message (Gemma 2)."""
+    """Return whether a template takes no system message (Gemma 2)."""
     return "system role not supported" in source.lower()
 
 
-def _in_words(messages: list[Message]) -> list[Message]:
-    """Calls as tagged JSON in the assistant's text; results as a user turn, joined with the user's own next words."""
+def _as_plain_text(messages: list[Message]) -> list[Message]:
+    """Write calls as tagged JSON in the assistant's text, and results as a user message, joined with the next one."""
     plain: list[Message] = []
     after_result = False
     for message in messages:
@@ -285,7 +264,7 @@ def _in_words(messages: list[Message]) -> list[Message]:
 
 
 def _renumbered(messages: list[Message]) -> list[Message]:
-    """The same messages with short ids, by order, for tool calls and their results."""
+    """Return the messages with short ids, by order, for tool calls and their results."""
     short: dict[str, str] = {}
     changed = []
     for message in messages:

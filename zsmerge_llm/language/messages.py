@@ -1,10 +1,11 @@
-"""Messages in the OpenAI format, checked and brought into one form. Imports nothing heavy."""
+"""Messages in the OpenAI format, checked and brought into normal form. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from zsmerge_llm.errors import InputError, UnsupportedContentError
 from zsmerge_llm.types import Message
@@ -13,8 +14,81 @@ ROLES = ("system", "user", "assistant", "tool")
 CALL_SHAPE = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}'
 
 
+@dataclass(frozen=True, eq=False)
+class MessageHistory:
+    """Messages as a caller gave them, and in normal form (`messages`).
+
+    A later request gives the same messages again and some more: `normalize` checks only these. The dicts of the others
+    are the same objects then, so that comparing two histories costs nothing. Nobody may change them.
+
+    Attributes:
+        given: copies of what the caller gave.
+        pending_calls: tool calls that have no result yet.
+        num_calls: tool calls so far.
+    """
+
+    given: list[Message] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    pending_calls: tuple[dict[str, Any], ...] = ()
+    num_calls: int = 0
+
+    def shared_prefix(self, messages: Sequence[Message]) -> int:
+        """Return how many messages at the beginning of `messages` are those of this history."""
+        length = shared_prefix(self.given, messages, self.num_calls > 0)
+        # Which calls were pending at an earlier message is not known.
+        return length if length == len(self.given) or not self.num_calls else 0
+
+    def normalize(
+        self, messages: str | Sequence[Message], partial: bool = False, shared: int | None = None
+    ) -> MessageHistory:
+        """Return the history of `messages`, as `normalize_messages` checks them. Raises as it does.
+
+        shared: `shared_prefix(messages)`, if it is known.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}] if messages else []
+        if not isinstance(messages, Sequence):
+            raise InputError(
+                f"messages must be a string or a list of dicts with role and content, not {_kind(messages)}."
+            )
+        if not messages:
+            raise InputError("There are no messages: give at least one, such as {'role': 'user', 'content': 'Hello'}.")
+        messages = list(cast(Sequence[Message], messages))
+        known = self.shared_prefix(messages) if shared is None else shared
+        new = [_message(messages[at], f"messages[{at}]") for at in range(known, len(messages))]
+        calls = (self.pending_calls, self.num_calls) if known == len(self.given) else ((), 0)
+        pending, num_calls = _link_results(new, *calls)
+        if messages[-1]["role"] == "assistant" and not partial:
+            raise InputError(
+                "The last message is the assistant's, so there is nothing to answer: end with a user or tool message. "
+                "To have a text continued, use LLM.complete."
+            )
+        given = [_copy(messages[known + at], message) for at, message in enumerate(new)]
+        return MessageHistory([*self.given[:known], *given], [*self.messages[:known], *new], pending, num_calls)
+
+
+def shared_prefix(known: Sequence[Message], messages: Sequence[Message], has_calls: bool = False) -> int:
+    """Return the number of equal messages at the beginning of two lists. The same objects are compared in no time.
+
+    has_calls: whether `known` has tool calls. In their arguments True and 1.0 are not taken for 1.
+    """
+    equal, end = 0, min(len(known), len(messages))
+    if known[:end] == messages[:end]:
+        if has_calls:
+            calls = (at for at in range(end) if "tool_calls" in known[at] and known[at] is not messages[at])
+            return next((at for at in calls if repr(known[at]) != repr(messages[at])), end)
+        return end
+    while end - equal > 1:  # messages[:equal] are the same, messages[:end] are not
+        middle = (equal + end) // 2
+        if known[equal:middle] == messages[equal:middle]:
+            equal = middle
+        else:
+            end = middle
+    return shared_prefix(known[:equal], messages[:equal], has_calls) if has_calls else equal
+
+
 def normalize_messages(messages: str | Sequence[Message], partial: bool = False) -> list[Message]:
-    """Check messages and bring them into one form: text content, tool calls with ids and parsed arguments.
+    """Check messages and bring them into normal form: text content, tool calls with ids and parsed arguments.
 
     A string is one user message. Text blocks are joined by newlines. Arguments that are no JSON object stay the string
     they are. Calls without id get one by their order; a tool result finds its call by `tool_call_id`, else by `name`.
@@ -26,24 +100,11 @@ def normalize_messages(messages: str | Sequence[Message], partial: bool = False)
             last message is the assistant's own. (To have text continued, use `LLM.complete`.)
         UnsupportedContentError: a block that is not text.
     """
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}] if messages else []
-    if not isinstance(messages, Sequence):
-        raise InputError(f"messages must be a string or a list of dicts with role and content, not {_kind(messages)}.")
-    if not messages:
-        raise InputError("There are no messages: give at least one, such as {'role': 'user', 'content': 'Hello'}.")
-    checked = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    _link_results(checked)
-    if checked[-1]["role"] == "assistant" and not partial:
-        raise InputError(
-            "The last message is the assistant's, so there is nothing to answer: end with a user or tool message. "
-            "To have a text continued, use LLM.complete."
-        )
-    return checked
+    return MessageHistory().normalize(messages, partial).messages
 
 
 def assistant_message(content: str, calls: Sequence[Mapping[str, Any]]) -> Message:
-    """The assistant's message with this content and these calls, in the form that `normalize_messages` gives it."""
+    """Return the assistant's message with this content and these calls, in normal form."""
     return _message({"role": "assistant", "content": content, "tool_calls": calls}, "The answer")
 
 
@@ -68,6 +129,16 @@ def _message(message: Any, where: str) -> Message:
             f"{where} is a tool result and must say whose: set tool_call_id (or name) to that of the call."
         )
     return checked
+
+
+def _copy(given: Mapping[str, Any], message: Message) -> Message:
+    """Return a copy of a message that the caller may change later: `message`, its normal form, where that is equal."""
+    if given == message and "tool_calls" not in message:
+        return message
+    try:
+        return cast(Message, json.loads(json.dumps(given)))
+    except (TypeError, ValueError):  # something that is no JSON in a key that no template reads
+        return message
 
 
 def _text(content: Any, role: str, where: str) -> str:
@@ -114,14 +185,22 @@ def _arguments(given: Any, where: str) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else given
 
 
-def _link_results(messages: list[Message]) -> None:
-    """Name every call, and give each result the id and the name of the call it answers, in place."""
-    waiting: list[dict[str, Any]] = []
-    count = 0
+def _link_results(
+    messages: list[Message], pending: Sequence[dict[str, Any]], num_calls: int
+) -> tuple[tuple[dict[str, Any], ...], int]:
+    """Give each call an id, and each result the id and the name of the call it answers, in place.
+
+    Args:
+        pending: earlier calls that have no result yet. num_calls: how many calls were made before.
+
+    Returns:
+        Both, after these messages.
+    """
+    waiting = list(pending)
     for message in messages:
         for call in message.get("tool_calls", ()):
-            call["id"] = call["id"] or short_id(count)
-            count += 1
+            call["id"] = call["id"] or short_id(num_calls)
+            num_calls += 1
             waiting.append(call)
         if message["role"] == "tool":
             wanted, name = message.get("tool_call_id"), message.get("name")
@@ -130,10 +209,11 @@ def _link_results(messages: list[Message]) -> None:
                     message.update(tool_call_id=call["id"], name=call["function"]["name"])
                     waiting.remove(call)
                     break
+    return tuple(waiting), num_calls
 
 
 def short_id(number: int) -> str:
-    """Nine letters and digits, which is the form Mistral's templates ask for."""
+    """Return an id of nine letters and digits, the form that Mistral's templates require."""
     return f"call{number % 100_000:05d}"
 
 

@@ -1,4 +1,4 @@
-"""Write files atomically: what is at a path is the old file or the new one, never a part."""
+"""Write files atomically: after a crash there is the old file or the new one, never a part of one."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-TEMPORARY = (".saving-", ".tmp")
+TEMPORARY_PREFIX = ".saving-"
+TEMPORARY_SUFFIX = ".tmp"
 """How the name of an unfinished file begins and ends."""
 
 
 def write_atomically(path: Path, content: bytes | bytearray, durable: bool = True) -> None:
-    """Write bytes to `path`, whose folder is made where it is missing.
+    """Write `content` to `path`, making its folder where it is missing. Only the owner may read the file.
 
     Args:
         durable: whether the file must outlast a power failure too, and not only the end of the process.
 
     Raises:
-        OSError: no room or no permission. What was there stays.
+        OSError: no room or no permission. The file that was there stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY[0], suffix=TEMPORARY[1])
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY_PREFIX, suffix=TEMPORARY_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -150,4 +150,5 @@ def quantization_config(quantization: str, dtype: torch.dtype, device: torch.dev
 
 
 def _either(names: Any) -> str:
-    return ", ".join(repr(name) for name in names)
+    *others, last = (repr(name) for name in names)
+    return f"{', '.join(others)} or {last}" if others else last

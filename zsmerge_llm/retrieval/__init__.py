@@ -1,1 +1,1 @@
-"""What is read again before a question: by its words, and by what it attends to."""
+"""What is read again before a question, found by its words and by its attention."""

@@ -1,4 +1,4 @@
-"""Where a document's text comes from."""
+"""Documents as text: a given text, or a file's."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 from zsmerge_llm.errors import InputError
 
-LONGEST_PATH = 1024
-TITLE = "document"
-"""The name of a text that has none."""
+MAX_PATH_LENGTH = 1024
+DEFAULT_TITLE = "document"
+"""The name of a text without one."""
 
 
 def read_text(document: str | Path | None, text: str | None = None) -> tuple[str, str]:
-    """A document's text and a name for it.
+    """Return a document's text and a name for it.
 
     Args:
         document: a path to a text file (a `Path`, or a string that names an existing file), or the text itself.
@@ -26,19 +26,19 @@ def read_text(document: str | Path | None, text: str | None = None) -> tuple[str
     if isinstance(document, str):
         text, document = (document, None) if (path := _existing(document)) is None else (None, path)
     try:
-        found, title = (document.read_text(encoding="utf-8"), document.stem) if document else (str(text), TITLE)
+        content = document.read_text(encoding="utf-8") if document else str(text)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{document} cannot be read as text ({error}): give a UTF-8 text file or the text itself."
         ) from error
-    if not found.strip():
+    if not content.strip():
         raise InputError("The document is empty: give some text to read.")
-    return found, title
+    return content, document.stem if document else DEFAULT_TITLE
 
 
 def _existing(text: str) -> Path | None:
-    """The file that a string names; None if it is no name of a file, as texts are."""
+    """Return the file that a string names; None if it names no file, as texts do."""
     try:
-        return Path(text) if len(text) < LONGEST_PATH and Path(text).is_file() else None
+        return Path(text) if len(text) < MAX_PATH_LENGTH and Path(text).is_file() else None
     except (OSError, ValueError):  # too long for a name, or with a null character
         return None

@@ -1,7 +1,7 @@
-"""What will be asked, as far as a prompt says: the tokens whose attention decides what a full cache keeps.
+"""Query probes: the tokens whose attention decides what a full cache keeps, as far as a prompt says what it asks.
 
-The question alone is a better probe than more of the prompt's end: most of what stands before it is document, and asks
-for itself (benchmarks/LOG.md).
+The question alone is a better probe than more of the prompt's end. Most of what stands before it is document, and asks
+for itself (docs/research/eviction).
 """
 
 from __future__ import annotations
@@ -11,46 +11,46 @@ from collections.abc import Sequence
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.types import Message
 
-LONGEST = 64
-"""Tokens of a question found at a prompt's end. Of a longer last line, only the end is taken."""
-LABEL = 3
+MAX_QUESTION_TOKENS = 64
+"""Tokens of a question found at a prompt's end; of a longer last line, the end is taken (docs/research/eviction)."""
+MAX_LABEL_WORDS = 3
 """Words of a last line that only says where the answer goes."""
-GENERIC = "What is said in the text above? Repeat its facts, names, numbers, dates and places word for word."
-"""Stands for the questions nobody has asked yet, when a document is read ahead."""
+GENERIC_QUESTION = "What is said in the text above? Repeat its facts, names, numbers, dates and places word for word."
+"""Stands for the questions that are not known yet when a document is read ahead (docs/research/eviction)."""
 
 
 def question_start(text: str) -> int:
-    """Where a prompt begins to ask: at its last line that is not empty, or the one before a label such as "Answer:"."""
-    said = text.rstrip()
-    start = said.rfind("\n") + 1
-    if said.endswith(":") and len(said[start:].split()) <= LABEL and said[:start].strip():
-        start = said[:start].rstrip().rfind("\n") + 1
+    """Return where a prompt begins to ask: at its last non-empty line, or the one before a label such as "Answer:"."""
+    text = text.rstrip()
+    start = text.rfind("\n") + 1
+    if text.endswith(":") and len(text[start:].split()) <= MAX_LABEL_WORDS and text[:start].strip():
+        start = text[:start].rstrip().rfind("\n") + 1
     return start
 
 
-def question(text: str) -> str:
-    """What a prompt asks."""
+def find_question(text: str) -> str:
+    """Return what a prompt asks."""
     return text[question_start(text) :].rstrip()
 
 
 def completion_probe(template: ChatTemplate, ids: list[int], prompt: str) -> list[int]:
-    """The question of a plain prompt, as it stands at the end of its `ids`."""
-    return ids[-min(len(template.encode(question(prompt))), LONGEST) :]
+    """Return the question of a plain prompt, as it stands at the end of its `ids`."""
+    return ids[-min(len(template.encode(find_question(prompt))), MAX_QUESTION_TOKENS) :]
 
 
-def chat_probe(template: ChatTemplate, asked: str) -> list[int]:
-    """A question with what the template writes after a user's message, up to the beginning of the answer."""
-    return template.encode(asked) + _closing(template)
-
-
-def is_multi_turn(messages: Sequence[Message]) -> bool:
-    """Whether something was answered before: what was said then may be asked about again."""
-    return any(message["role"] == "assistant" for message in messages)
+def chat_probe(template: ChatTemplate, question: str) -> list[int]:
+    """Return the ids of a question and of what the template writes after it, up to the beginning of the answer."""
+    return template.encode(question) + _closing(template)
 
 
 def message_probe(template: ChatTemplate, message: str) -> list[int]:
-    """`chat_probe` of the question that a message ends with."""
-    return template.encode(question(message))[-LONGEST:] + _closing(template)
+    """Return `chat_probe` of the question that a message ends with."""
+    return template.encode(find_question(message))[-MAX_QUESTION_TOKENS:] + _closing(template)
+
+
+def is_multi_turn(messages: Sequence[Message]) -> bool:
+    """Return whether a conversation has an answer already: what was said then may be asked about again."""
+    return any(message["role"] == "assistant" for message in messages)
 
 
 def _closing(template: ChatTemplate) -> list[int]:

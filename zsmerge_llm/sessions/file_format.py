@@ -1,16 +1,13 @@
-"""Files of tensors and JSON: safetensors, written atomically and sealed by a checksum. Knows nothing of sessions.
+"""Files of tensors and JSON: safetensors, written atomically and protected by a checksum. Knows nothing of sessions.
 
-The JSON is in the header. The seal is the SHA-256 of the whole file with zeros in the seal's place, so that no byte can
-change unnoticed; the JSON has a digest of its own, so that listing a folder needs the headers only.
+The JSON is in the header. The checksum is the SHA-256 of the whole file with zeros in the checksum's place, so that no
+byte can change unnoticed. The JSON has a digest of its own, so that listing a folder reads only the headers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +16,36 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from zsmerge_llm.errors import SessionCorruptError, SessionMismatchError, SessionNotFoundError
+from zsmerge_llm.models.atomic_write import write_atomically
 
 FORMAT = 5
-TEMPORARY = (".saving-", ".tmp")
-"""How the name of an unfinished file begins and ends."""
 MAX_HEADER = 100_000_000
-SEAL = b'"sha256":"'  # in the header's own JSON: inside a JSON string the quotes would be escaped
-UNSEALED = b"0" * 64
+METADATA, METADATA_DIGEST, CHECKSUM = "about", "check", "sha256"
+"""Keys of the header, the same in all formats, so that an older file is refused by its number."""
+CHECKSUM_START = f'"{CHECKSUM}":"'.encode()  # found in the header only: inside a JSON string the quotes are escaped
+NO_CHECKSUM = b"0" * 64
 
 
-def write(path: Path, about: dict[str, Any], tensors: dict[str, Tensor], durable: bool = True) -> None:
-    """Write a file, atomically: what is at `path` is the old file or the new one, never a part.
+def write(path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor], durable: bool = True) -> None:
+    """Write a file, atomically.
 
     Args:
-        about: JSON values. tensors: without elements they are left out.
-        durable: whether the file must outlast a power failure too, and not only the end of the process.
+        metadata: JSON values.
+        tensors: those without elements are left out.
+        durable: as for `write_atomically`.
 
     Raises:
-        OSError: no room or no permission. What was there stays.
+        OSError: no room or no permission. The file that was there stays.
     """
-    replace(path, _content(about, tensors), durable)
+    write_atomically(path, _serialize(metadata, tensors), durable)
 
 
-def replace(path: Path, content: bytes | bytearray, durable: bool = True) -> None:
-    """Write bytes to `path`, as `write` does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY[0], suffix=TEMPORARY[1])
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    if durable:
-        _sync_folder(path.parent)
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """The JSON of a file, from its header alone: fast, but the tensors may still be damaged.
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the JSON of a file, from its header alone: fast, but the tensors may still be corrupt.
 
     Raises:
-        SessionNotFoundError: no such file. SessionCorruptError: truncated, altered, or no such file as `write` makes.
+        SessionNotFoundError: no such file.
+        SessionCorruptError: truncated, altered, or not written by `write`.
         SessionMismatchError: a format that this version does not read.
     """
     if not path.is_file():
@@ -72,66 +53,56 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            metadata = json.loads(file.read(size))["__metadata__"] if size <= MAX_HEADER else {}
-        text = metadata["about"]
-        genuine = metadata["check"] == _sha256(text.encode())
-        about: dict[str, Any] = json.loads(text)
-        version = about["format"]
+            header = json.loads(file.read(size))["__metadata__"] if size <= MAX_HEADER else {}
+        text = header[METADATA]
+        intact = header[METADATA_DIGEST] == _sha256(text.encode())
+        metadata: dict[str, Any] = json.loads(text)
+        version = metadata["format"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(path, "is no saved session or cannot be read") from error
-    if not genuine:
-        raise damaged(path, "does not match its checksum")
+        raise corrupt_error(path, "is no saved session or cannot be read") from error
+    if not intact:
+        raise corrupt_error(path, "does not match its checksum")
     if version != FORMAT:
         raise SessionMismatchError(
             f"{path} has format {version} and this version of zsmerge-llm reads format {FORMAT}: "
             "use the version it was saved with, or read the conversation anew."
         )
-    return about
+    return metadata
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, after its seal was checked. Raises SessionCorruptError."""
+    """Return the tensors of a file, after checking its checksum. Raises SessionCorruptError."""
     try:
         content = bytearray(path.read_bytes())
     except OSError as error:
-        raise damaged(path, "cannot be read") from error
-    start = content.find(SEAL) + len(SEAL)
-    seal = bytes(content[start : start + 64])
-    content[start : start + 64] = UNSEALED
-    if _sha256(content).encode() != seal:
-        raise damaged(path, "does not match its checksum")
+        raise corrupt_error(path, "cannot be read") from error
+    start = content.find(CHECKSUM_START) + len(CHECKSUM_START)
+    checksum = bytes(content[start : start + 64])
+    content[start : start + 64] = NO_CHECKSUM
+    if _sha256(content).encode() != checksum:
+        raise corrupt_error(path, "does not match its checksum")
     try:
         return load(bytes(content))
     except SafetensorError as error:
-        raise damaged(path, "cannot be read") from error
+        raise corrupt_error(path, "cannot be read") from error
 
 
-def damaged(path: Path, what: str) -> SessionCorruptError:
-    """The error for a file that cannot be trusted."""
+def corrupt_error(path: Path, problem: str) -> SessionCorruptError:
+    """Return the error for a file that cannot be trusted."""
     return SessionCorruptError(
-        f"{path} {what}: it is truncated or was altered. Delete it and read the conversation anew."
+        f"{path} {problem}: it is truncated or was altered. Delete it and read the conversation anew."
     )
 
 
-def _content(about: dict[str, Any], tensors: dict[str, Tensor]) -> bytearray:
-    text = json.dumps({"format": FORMAT, **about}, sort_keys=True)
-    metadata = {"about": text, "check": _sha256(text.encode()), "sha256": UNSEALED.decode()}
+def _serialize(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> bytearray:
+    text = json.dumps({"format": FORMAT, **metadata}, sort_keys=True)
+    header = {METADATA: text, METADATA_DIGEST: _sha256(text.encode()), CHECKSUM: NO_CHECKSUM.decode()}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor.numel()}
-    content = bytearray(save(plain, metadata))
-    start = content.index(SEAL) + len(SEAL)
+    content = bytearray(save(plain, header))
+    start = content.index(CHECKSUM_START) + len(CHECKSUM_START)
     content[start : start + 64] = _sha256(content).encode()
     return content
 
 
 def _sha256(content: bytes | bytearray) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power failure, where the system allows it."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

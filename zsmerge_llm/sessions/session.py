@@ -1,8 +1,8 @@
-"""A conversation that lives on: exact token ids, the compressed cache, and snapshots to go back to.
+"""A conversation as a session: exact token ids, the compressed cache, and snapshots to go back to.
 
 A `Snapshot` is never changed: whoever reads on works on a copy of its cache. So branches, forks and concurrent requests
-share snapshots freely and cannot corrupt each other. A `Session` is a named line of snapshots with a newest one, its
-head; only that one is saved.
+share snapshots and cannot corrupt each other. A `Session` is a named line of snapshots. Its newest one is the head;
+only the head is saved.
 """
 
 from __future__ import annotations
@@ -14,23 +14,27 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from zsmerge_llm.errors import SessionMismatchError
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.sessions import file_format as saving
+from zsmerge_llm.sessions import file_format
+from zsmerge_llm.sessions.token_ids import TokenIds
 
-KEPT_ANSWERS = 4
-"""Points after answers that a session keeps: the newest two, and older ones ever further apart."""
+if TYPE_CHECKING:
+    from zsmerge_llm.sessions.transcript import Transcript
+
+MAX_ANSWER_SNAPSHOTS = 4
+"""Snapshots after answers that a session keeps: the newest two, and older ones ever further apart."""
 
 Kind = Literal["prefix", "prompt", "answer", "document"]
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a saved cache belongs to. Digests, but for `cache`, the cache configuration."""
+    """What a saved cache belongs to: digests, and the cache configuration as JSON (`cache`)."""
 
     weights: str
     tokenizer: str
@@ -38,13 +42,62 @@ class Fingerprint:
     cache: str
 
 
+@dataclass(frozen=True)
+class SessionInfo:
+    """One session as it is listed, and recognised in a saved file without reading its tensors.
+
+    Attributes:
+        named: whether the caller chose the name.
+        digest: digest of the messages up to the head.
+        messages, tokens: their number up to the head.
+        prefix_digests: digests of all prefixes of its messages, the shortest first.
+        has_document: whether it is about a document.
+        is_document: whether it is that document itself, before any question.
+        nbytes: bytes in memory or, where `in_memory` is False, on disk.
+        used: when it was last used, in seconds since 1970.
+        path: its file, for a session on disk.
+    """
+
+    name: str
+    named: bool
+    digest: str
+    messages: int
+    tokens: int
+    prefix_digests: tuple[str, ...]
+    has_document: bool
+    is_document: bool
+    nbytes: int
+    used: float
+    path: Path | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        return self.path is None
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Return what a file's header holds, as JSON values."""
+        elsewhere = ("nbytes", "used", "path")  # the file system knows these
+        return {key: value for key, value in asdict(self).items() if key not in elsewhere}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any], path: Path) -> SessionInfo:
+        """Return the description of the saved session at `path`. Raises OSError: the file is gone."""
+        stat = path.stat()
+        values = {key: metadata[key] for key in cls.__dataclass_fields__ if key in metadata}
+        values["prefix_digests"] = tuple(metadata["prefix_digests"])
+        return cls(**values, nbytes=stat.st_size, used=stat.st_mtime, path=path)
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A point of a conversation, never mutated.
+    """A state of a conversation that requests can resume from. Never mutated.
 
-    digest: of the messages it stands for. messages: how many they are. tokens: the exact ids (kept as 32-bit integers);
-    the last ones may not be in the cache yet. kind: ends after a common beginning (`prefix`), before an answer
-    (`prompt`), after one (`answer`), or after a document's text (`document`).
+    Attributes:
+        digest: digest of the messages it stands for.
+        messages: their number.
+        tokens: the exact ids. The last ones may not be in the cache yet.
+        kind: where it ends: after a prefix that conversations share (`prefix`), before an answer (`prompt`), after one
+            (`answer`), or after a document's text (`document`).
     """
 
     digest: str
@@ -54,7 +107,7 @@ class Snapshot:
     kind: Kind
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", array("i", self.tokens))
+        object.__setattr__(self, "tokens", TokenIds.of(self.tokens))
 
     @cached_property
     def nbytes(self) -> int:
@@ -66,10 +119,14 @@ class Snapshot:
 class Session:
     """A named conversation. Made and kept by the store; `fork` and `save` are for everyone.
 
-    today: the date its template shows, frozen when it began. document: the text that its questions are asked about.
-    named: whether the caller chose the name. forked: made by `fork`, so that it goes on under its own name even where
-    it begins at a document. chain: digests of all its messages so far, oldest first, to explain what was not reused.
-    used: when it was last used, in seconds since 1970.
+    Attributes:
+        today: the date its template shows, frozen when it began.
+        used: when it was last used, in seconds since 1970.
+        document: the text that its questions are about.
+        named: whether the caller chose the name.
+        forked: whether `fork` made it, so that it continues under its own name even where it begins at a document.
+        prefix_digests: digests of all prefixes of its messages, the shortest first. They explain what was not reused.
+        transcript: what need not be computed again for its next turn; never saved.
     """
 
     name: str
@@ -80,26 +137,27 @@ class Session:
     document: str | None = None
     named: bool = True
     forked: bool = False
-    chain: tuple[str, ...] = ()
+    prefix_digests: tuple[str, ...] = ()
+    transcript: Transcript | None = None
 
     @property
     def head(self) -> Snapshot:
-        """The newest point."""
+        """The newest snapshot."""
         return next(reversed(self.snapshots.values()))
 
     @property
-    def fixed(self) -> bool:
-        """Whether it is a document that stays as it is: what is asked about it becomes a conversation of its own."""
+    def is_document(self) -> bool:
+        """Whether it is a document before any question. A question about it begins a conversation of its own."""
         return self.document is not None and self.head.kind == "document" and not self.forked
 
     @property
     def cache(self) -> Cache:
-        """The cache at the newest point. Do not read into it: clone it first."""
+        """The cache at the head. Do not read into it: clone it first."""
         return self.head.cache
 
     @property
     def tokens(self) -> list[int]:
-        """Every id read and generated up to the newest point."""
+        """Every id read and generated up to the head."""
         return list(self.head.tokens)
 
     @property
@@ -107,114 +165,139 @@ class Session:
         """Bytes of all snapshots in memory."""
         return sum(snapshot.nbytes for snapshot in self.snapshots.values())
 
-    def fork(self, name: str) -> Session:
-        """A session of its own that goes on from here. Snapshots are shared, so this costs nothing."""
-        snapshots = dict(self.snapshots)
-        return Session(
-            name, self.fingerprint, self.today, snapshots, document=self.document, forked=True, chain=self.chain
+    @property
+    def info(self) -> SessionInfo:
+        """The session as it is listed."""
+        head = self.head
+        return SessionInfo(
+            name=self.name,
+            named=self.named,
+            digest=head.digest,
+            messages=head.messages,
+            tokens=len(head.tokens),
+            prefix_digests=self.prefix_digests,
+            has_document=self.document is not None,
+            is_document=self.is_document,
+            nbytes=self.nbytes,
+            used=self.used,
         )
 
-    def add(self, snapshots: Iterable[Snapshot], chain: Sequence[str] = ()) -> None:
-        """Move on to the last of `snapshots`. Others go with time, but a document's and the common beginning stay."""
+    def fork(self, name: str) -> Session:
+        """Return a session that continues from here by itself. Snapshots are shared, so this costs nothing."""
+        return Session(
+            name,
+            self.fingerprint,
+            self.today,
+            dict(self.snapshots),
+            document=self.document,
+            forked=True,
+            prefix_digests=self.prefix_digests,
+            transcript=self.transcript and self.transcript.of_session(None),
+        )
+
+    def add(self, snapshots: Iterable[Snapshot], prefix_digests: Sequence[str] = ()) -> None:
+        """Move the head to the last of `snapshots`. Older ones are dropped, but not a document's or the last prefix."""
         kept, newest = dict(self.snapshots), {snapshot.digest: snapshot for snapshot in snapshots}
         for digest, snapshot in newest.items():
             kept.pop(digest, None)
             kept[digest] = snapshot
         for snapshot in _superfluous(list(kept.values()), set(newest)):
             del kept[snapshot.digest]
-        self.snapshots = kept  # in one step: others may be looking
-        self.chain = tuple(chain) or self.chain
+        self.snapshots = kept  # in one step: other threads may be looking
+        self.prefix_digests = tuple(prefix_digests) or self.prefix_digests
         self.used = time.time()
 
     def save(self, path: str | Path, durable: bool = True) -> Path:
-        """Write the newest point to `path`, atomically: the file there is the old or the new one, never a part.
+        """Write the head to `path`, atomically: the file there is the old or the new one, never a part.
 
         Args:
             durable: whether it must outlast a power failure too, and not only the end of the process.
 
         Raises:
-            OSError: no room or no permission. What was there stays.
+            OSError: no room or no permission. The file that was there stays.
         """
         head, target = self.head, Path(path)
-        tensors, facts = head.cache.state()
-        tensors = {**tensors, "tokens": torch.tensor(head.tokens, dtype=torch.int32)}
+        tensors, cache_metadata = head.cache.state()
+        tensors = {**tensors, "tokens": torch.tensor(head.tokens[:], dtype=torch.int32)}
         if self.document:
             tensors["document"] = torch.frombuffer(bytearray(self.document.encode()), dtype=torch.uint8)
-        about = {
-            "name": self.name,
-            "named": self.named,
+        metadata = {
+            **self.info.to_metadata(),
             "forked": self.forked,
             "fingerprint": asdict(self.fingerprint),
             "today": self.today.isoformat(),
-            "digest": head.digest,
-            "messages": head.messages,
             "kind": head.kind,
-            "tokens": len(head.tokens),
-            "chain": self.chain,
-            "document": self.document is not None,
-            "fixed": self.fixed,
-            "cache": facts,
+            "cache": cache_metadata,
         }
-        saving.write(target, about, tensors, durable)
+        file_format.write(target, metadata, tensors, durable)
         return target
 
 
 def load_session(
-    path: str | Path, fingerprint: Fingerprint | None = None, devices: Sequence[str] | None = None
+    path: str | Path,
+    fingerprint: Fingerprint | None = None,
+    devices: Sequence[str] | None = None,
+    policy: Any = None,
 ) -> Session:
     """Read a session back, bit for bit.
 
     Args:
         fingerprint: what the session must belong to; None accepts any.
         devices: where each layer's tensors go; None is where they were.
+        policy: the `EvictionPolicy` whose name the saved configuration may hold.
 
     Raises:
         SessionNotFoundError: no such file.
         SessionCorruptError: truncated, altered, or no session at all.
-        SessionMismatchError: saved with another model, tokenizer, template or cache configuration.
+        SessionMismatchError: saved with another model, tokenizer, template or cache configuration, or in another
+            format.
     """
     source = Path(path)
-    about = saving.read_about(source)
-    saved = Fingerprint(**about["fingerprint"])
+    metadata = file_format.read_metadata(source)
+    saved = Fingerprint(**metadata["fingerprint"])
     if fingerprint is not None and saved != fingerprint:
         parts = [name for name, value in asdict(saved).items() if value != getattr(fingerprint, name)]
         raise SessionMismatchError(
             f"{source} was saved with another {' and '.join(parts)}: load it with the settings it was saved with, "
             "or read the conversation anew."
         )
-    tensors = saving.read_tensors(source)
-    facts = about["cache"]
-    for spec, device in zip(facts["specs"], devices or (), strict=False):
+    tensors = file_format.read_tensors(source)
+    cache_metadata = metadata["cache"]
+    for spec, device in zip(cache_metadata["specs"], devices or (), strict=False):
         spec["device"] = device
-    tokens = tensors.pop("tokens").tolist() if "tokens" in tensors else []
+    tokens = array("i", tensors.pop("tokens").numpy().tobytes()) if "tokens" in tensors else ()
     text = tensors.pop("document", None)
+    named_policy: dict[str, Any] = {} if policy is None else {"policy": policy}
     try:
-        cache = Cache.from_state(tensors, facts)
+        cache = Cache.from_state(tensors, cache_metadata, **named_policy)
     except (KeyError, TypeError, ValueError) as error:
-        raise saving.damaged(source, "does not hold a whole cache") from error
+        raise file_format.corrupt_error(source, "does not hold a whole cache") from error
+    head = Snapshot(metadata["digest"], metadata["messages"], tokens, cache, metadata["kind"])
     return Session(
-        about["name"],
+        metadata["name"],
         saved,
-        date.fromisoformat(about["today"]),
-        {about["digest"]: Snapshot(about["digest"], about["messages"], tokens, cache, about["kind"])},
+        date.fromisoformat(metadata["today"]),
+        {head.digest: head},
         used=source.stat().st_mtime,
         document=None if text is None else text.numpy().tobytes().decode(),
-        named=about["named"],
-        forked=about["forked"],
-        chain=tuple(about["chain"]),
+        named=metadata["named"],
+        forked=metadata["forked"],
+        prefix_digests=tuple(metadata["prefix_digests"]),
     )
 
 
 def _superfluous(snapshots: list[Snapshot], newest: Set[str]) -> list[Snapshot]:
-    """The points to let go: all prompts and beginnings but the last, and answers too close to their neighbours. Those
-    with the digests `newest` stay."""
-    gone = []
+    """Return the snapshots to drop: all prompts and prefixes but the last, and answers too close to their neighbours.
+
+    Those with the digests `newest` stay.
+    """
+    dropped = []
     for kind in ("prompt", "prefix"):
-        gone += [snapshot for snapshot in snapshots if snapshot.kind == kind][:-1]
+        dropped += [snapshot for snapshot in snapshots if snapshot.kind == kind][:-1]
     answers = [snapshot for snapshot in snapshots if snapshot.kind == "answer"]
-    while len(answers) > KEPT_ANSWERS:
-        at = [0, *(snapshot.messages for snapshot in answers)]
-        # Going back by n messages costs reading about as many again: let the smallest gap for its age go.
-        gaps = [(at[i + 2] - at[i]) / (1 + at[-1] - at[i + 1]) for i in range(len(answers) - 2)]
-        gone.append(answers.pop(gaps.index(min(gaps))))
-    return [snapshot for snapshot in gone if snapshot.digest not in newest]
+    while len(answers) > MAX_ANSWER_SNAPSHOTS:
+        ends = [0, *(snapshot.messages for snapshot in answers)]
+        # Going back by n messages costs reading about as many again: drop where the gap is smallest for its age.
+        gaps = [(ends[i + 2] - ends[i]) / (1 + ends[-1] - ends[i + 1]) for i in range(len(answers) - 2)]
+        dropped.append(answers.pop(gaps.index(min(gaps))))
+    return [snapshot for snapshot in dropped if snapshot.digest not in newest]

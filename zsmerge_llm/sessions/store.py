@@ -1,48 +1,51 @@
 """All sessions under one memory ceiling: the least recently used go to disk and come back when they are continued.
 
-One lock guards the table of sessions. Turns are saved (`folder`) outside it, one write per session at a time, so that
-other conversations go on meanwhile; only spilling and bringing back hold it.
+One lock guards the table of sessions. Turns are saved outside it, one write per session at a time, so that other
+conversations are not blocked. Only spilling to disk and loading back hold the lock.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Condition
+from typing import Any
 
 from zsmerge_llm.errors import SessionNotFoundError, StoreFullError
-from zsmerge_llm.sessions.folder import Folder, SessionInfo, StoreEntry, new_name
+from zsmerge_llm.sessions.folder import Folder, generate_name
 from zsmerge_llm.sessions.session import Fingerprint, Session, Snapshot, load_session
+from zsmerge_llm.sessions.session_table import SessionTable, StoreEntry
+from zsmerge_llm.sessions.transcript import Transcript
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A point to read on from. `head`: the digest of the session's newest point when it was found."""
+    """A snapshot to resume from. `head`: the digest of the session's head when the snapshot was found."""
 
     session: Session
     snapshot: Snapshot
     head: str
 
 
-class Store:
-    """Sessions by name, found again by what was said in them. Safe to use from several threads.
+class Store(SessionTable):
+    """Sessions by name, found again by the digests of their messages. Safe to use from several threads.
 
     Args:
         fingerprint: what all sessions here belong to.
-        limit: bytes that the snapshots of all sessions together may hold in memory. Conversations that nobody gave a
-            name may take as much on disk; the least recently used ones are forgotten, and read anew if they come back.
+        limit: bytes that the snapshots of all sessions together may hold in memory. Conversations without a name may
+            take as much on disk; the least recently used of them are deleted, and read anew if they come back.
         session_nbytes: bytes of one session's cache.
         folder: where sessions are kept for good: each is saved after each turn, and found here at the next start.
-            None: nothing lasts, and what does not fit into memory is spilled to a temporary folder.
+            None: nothing is kept after the process ends, and what does not fit into memory goes to a temporary folder.
         devices: where the layers of a session go when it is loaded; None is where they were.
+        policy: as for `load_session`.
 
     Raises:
-        StoreFullError: `limit` is less than one session needs. ConfigError: `folder` cannot be used.
+        StoreFullError: `limit` is less than one session needs.
+        ConfigError: `folder` cannot be used.
     """
 
     def __init__(
@@ -52,7 +55,9 @@ class Store:
         session_nbytes: int = 0,
         folder: str | Path | None = None,
         devices: Sequence[str] | None = None,
+        policy: Any = None,
     ) -> None:
+        super().__init__()
         if limit < session_nbytes:
             raise StoreFullError(
                 f"One session needs {session_nbytes:,} bytes and the ceiling for all sessions is {limit:,}: "
@@ -64,207 +69,149 @@ class Store:
         self._temporary = None if folder is not None else tempfile.TemporaryDirectory(prefix="zsmerge-sessions-")
         path = folder if self._temporary is None else self._temporary.name
         assert path is not None
-        self._folder = Folder(path, fingerprint, self.persistent, devices)
-        self._lock = Condition()  # on a re-entrant lock
-        self._kept: dict[str, StoreEntry] = {}  # the least recently used first
+        self._folder = Folder(path, fingerprint, self.persistent, devices, policy)
         self._writing: set[str] = set()  # names of sessions that are being saved outside the lock
         if self.persistent:
-            self._folder.sweep()
-            self._kept.update((name, StoreEntry(None, file)) for name, file in self._folder.saved().items())
+            self._folder.delete_abandoned_files()
+            self._entries.update((name, StoreEntry(None, file)) for name, file in self._folder.list_sessions().items())
 
-    # -- looking -----------------------------------------------------------------------------------------------------
+    # -- sessions -----------------------------------------------------------------------------------------------------
 
     @property
     def folder(self) -> Path:
         """Where sessions are saved."""
         return self._folder.path
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __iter__(self) -> Iterator[SessionInfo]:
-        """All sessions, the most recently used first."""
-        with self._lock:
-            return iter([kept.info(name) for name, kept in reversed(self._kept.items())])
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._kept
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in memory; what sessions share counts once."""
-        with self._lock:
-            sizes: dict[int, int] = {}
-            for kept in self._kept.values():
-                if kept.session is not None:
-                    sizes.update((id(point), point.nbytes) for point in kept.session.snapshots.values())
-                    if kept.session.document is not None:
-                        sizes[id(kept.session.document)] = sys.getsizeof(kept.session.document)
-            return sum(sizes.values())
-
-    def info(self, name: str) -> SessionInfo | None:
-        """What is known of a session without bringing it back; None where there is none."""
-        with self._lock:
-            return self._kept[name].info(name) if name in self._kept else None
-
     def get(self, name: str) -> Session:
-        """The session of that name, brought back from disk if it is there.
+        """Return the session of that name, loaded from disk if it is there.
 
         Raises:
-            SessionNotFoundError. SessionCorruptError: its file was damaged.
+            SessionNotFoundError: no such session.
+            SessionCorruptError: its file is corrupt.
         """
         with self._lock:
-            session = self._restore(name)
-            self._shrink()
+            session = self._load(name)
+            self._enforce_limit()
             return session
 
-    def head(self, name: str) -> str | None:
-        """The digest of a session's newest point; None where there is no such session."""
-        with self._lock:
-            return self._kept[name].head if name in self._kept else None
-
-    def matches(self, digests: Sequence[str], hint: str | None = None) -> list[tuple[str, str]]:
-        """Where a conversation may be taken up, as (name, digest), the best first: the latest point of it.
-
-        Among sessions that hold the same point the hinted one comes first, then the most recently used.
-
-        Args:
-            digests: one for each beginning of the conversation, the shortest first.
-        """
-        rank = {digest: n for n, digest in enumerate(digests)}
-        with self._lock:
-            known = [
-                (rank[digest], name == hint, order, name, digest)
-                for order, (name, kept) in enumerate(self._kept.items())
-                for digest in kept.digests
-                if digest in rank
-            ]
-        return [(name, digest) for *_, name, digest in sorted(known, reverse=True)]
-
     def open(self, name: str, digest: str) -> ResumePoint:
-        """A point that `matches` named. Raises as `get`; SessionNotFoundError too where it is gone meanwhile."""
+        """Return a snapshot that `find_resume_points` named.
+
+        Raises:
+            SessionNotFoundError: the session or the snapshot is gone.
+            SessionCorruptError: the session's file is corrupt.
+        """
         with self._lock:
-            session = self._restore(name)
+            session = self._load(name)
             if digest not in session.snapshots:
                 raise SessionNotFoundError(f"Session {name!r} has moved on.")
             found = ResumePoint(session, session.snapshots[digest], session.head.digest)
-            self._shrink()
+            self._enforce_limit()
             return found
 
-    def resembling(self, digests: Sequence[str]) -> tuple[str, int] | None:
-        """The session that began like this conversation, though no point of it is left, and how far: (name, index).
+    # -- changes -----------------------------------------------------------------------------------------------------
 
-        Index n: `digests[n]` is the last one they share. Answers why something has to be read again.
-        """
-        rank = {digest: n for n, digest in enumerate(digests)}
+    def commit(self, session: Session, snapshots: Sequence[Snapshot] = (), prefix_digests: Sequence[str] = ()) -> None:
+        """Add `snapshots` to `session` and keep it, instead of any other session of its name."""
         with self._lock:
-            shared = [
-                (max((rank.get(digest, -1) for digest in kept.chain), default=-1), name)
-                for name, kept in self._kept.items()
-            ]
-        far, name = max(shared, default=(-1, ""))
-        return (name, far) if far >= 0 else None
-
-    # -- changing ----------------------------------------------------------------------------------------------------
-
-    def commit(self, session: Session, snapshots: Sequence[Snapshot] = (), chain: Sequence[str] = ()) -> None:
-        """Move `session` on to the last of `snapshots` and keep it, instead of any other session of its name."""
-        with self._lock:
-            self._put(session, snapshots, chain)
+            self._put(session, snapshots, prefix_digests)
         self._save(session.name)
 
-    def advance(
+    def commit_turn(
         self,
         session: Session,
         snapshots: Sequence[Snapshot],
-        chain: Sequence[str],
-        expected: str | None,
-        takes_over: bool,
+        prefix_digests: Sequence[str],
+        expected_head: str | None,
+        is_new: bool,
+        transcript: Transcript | None = None,
     ) -> Session:
-        """Keep what came of a turn; the session that holds it in the end.
+        """Keep the result of a turn; return the session that holds it.
 
         Args:
-            session: whose turn it was: one of the store's, or a new one (`takes_over`).
-            expected: `head` of the session's name when the turn began. If something else is there by now, the turn
+            session: the turn's session: one of the store's, or a new one (`is_new`).
+            expected_head: head of the session's name when the turn began. If another head is there by now, the turn
                 becomes a session of its own.
-            takes_over: the name may be another conversation's, which then goes on without a name.
+            is_new: the name may be another conversation's, which then continues without a name.
         """
         with self._lock:
-            self._idle(session.name)
-            kept = self._kept.get(session.name)
-            if kept is not None and kept.head != expected:
-                points = session.snapshots if takes_over else {}
-                session = replace(session, name=new_name(), snapshots=points, named=False)
-            elif kept is not None and takes_over:
-                self._unname(session.name)
-            elif kept is not None and kept.session is not None:
-                session = kept.session
-            self._put(session, snapshots, chain)
+            self._wait_until_written(session.name)
+            entry = self._entries.get(session.name)
+            if entry is not None and entry.head != expected_head:
+                kept = session.snapshots if is_new else {}
+                session = replace(session, name=generate_name(), snapshots=kept, named=False)
+                transcript = transcript and transcript.of_session(None)
+            elif entry is not None and is_new:
+                self._take_name_from(session.name)
+            elif entry is not None and entry.session is not None:
+                session = entry.session
+            session.transcript = transcript
+            self._put(session, snapshots, prefix_digests)
         self._save(session.name)
         return session
 
     def load(self, path: str | Path) -> Session:
-        """Bring a saved session in, under the name it was saved with. Raises as `session.load_session`."""
-        session = load_session(path, self.fingerprint, self._folder.devices)
+        """Load a saved session under the name it was saved with. Raises as `load_session`."""
+        session = load_session(path, self.fingerprint, self._folder.devices, self._folder.policy)
         self.commit(session)
         return session
 
     def remove(self, name: str) -> None:
-        """Forget a session, on disk too. Raises SessionNotFoundError."""
+        """Delete a session, on disk too. Raises SessionNotFoundError."""
         with self._lock:
-            self._idle(name)
+            self._wait_until_written(name)
             file = self._entry(name).file
-            del self._kept[name]
-            if file is not None:
+            del self._entries[name]
+            if file is not None and file.path is not None:
                 file.path.unlink(missing_ok=True)
 
     def forget(self, name: str) -> None:
-        """Leave a session out from now on because its file cannot be used; the file stays for who wants to look."""
+        """Leave a session out from now on because its file cannot be used; the file itself stays."""
         with self._lock:
-            self._kept.pop(name, None)
+            self._entries.pop(name, None)
 
-    # -- behind it: all of this with the lock held, but for `_save` ----------------------------------------------------
+    # -- internals: all of this with the lock held, but for `_save` ----------------------------------------------------
 
     def _entry(self, name: str) -> StoreEntry:
-        if name not in self._kept:
-            known = ", ".join(sorted(self._kept)) or "none"
+        if name not in self._entries:
+            known = ", ".join(sorted(self._entries)) or "none"
             raise SessionNotFoundError(f"There is no session {name!r}; there are: {known}.")
-        return self._kept[name]
+        return self._entries[name]
 
-    def _idle(self, name: str) -> None:
-        """Wait until no other thread writes this session's file. Lets go of the lock, so things may have changed."""
+    def _wait_until_written(self, name: str) -> None:
+        """Wait until no other thread writes this session's file. Releases the lock, so the table may have changed."""
         self._lock.wait_for(lambda: name not in self._writing)
 
-    def _put(self, session: Session, snapshots: Sequence[Snapshot], chain: Sequence[str]) -> None:
-        session.add(snapshots, chain)
-        old = self._kept.pop(session.name, None)
-        self._kept[session.name] = StoreEntry(session) if old is None else StoreEntry(session, old.file, old.written)
-        self._shrink()
+    def _put(self, session: Session, snapshots: Sequence[Snapshot], prefix_digests: Sequence[str]) -> None:
+        session.add(snapshots, prefix_digests)
+        old = self._entries.pop(session.name, None)
+        self._entries[session.name] = replace(old, session=session) if old is not None else StoreEntry(session)
+        self._enforce_limit()
 
-    def _unname(self, name: str) -> None:
-        """Leave a name to another conversation."""
-        kept, fresh = self._kept.pop(name), new_name()
-        if kept.file is not None:
+    def _take_name_from(self, name: str) -> None:
+        """Give the session of that name a generated one, so that another conversation can have it."""
+        entry, generated = self._entries.pop(name), generate_name()
+        if entry.file is not None:
             try:
-                kept.file = self._folder.rename(kept.file, fresh)
+                entry.file = self._folder.rename(entry.file, generated)
             except OSError:
-                kept.file = None
-        if kept.session is not None:
-            kept.session.name, kept.session.named = fresh, False
-        if kept.session is not None or kept.file is not None:
-            self._kept[fresh] = kept
+                entry.file = None
+        if entry.session is not None:
+            entry.session.name, entry.session.named = generated, False
+        if entry.session is not None or entry.file is not None:
+            self._entries[generated] = entry
 
     def _save(self, name: str) -> None:
-        """Write a session's newest point where sessions last, without the lock: others go on meanwhile."""
+        """Write a session's head to a persistent folder, without the lock: other conversations are not blocked."""
         if not self.persistent:
             return
         with self._lock:
-            self._idle(name)
-            kept = self._kept.get(name)
-            if kept is None or kept.session is None or kept.saved:
+            self._wait_until_written(name)
+            entry = self._entries.get(name)
+            if entry is None or entry.session is None or entry.is_saved:
                 return
             self._writing.add(name)
-            session = replace(kept.session)  # as it is now: the conversation may go on meanwhile
+            session = replace(entry.session)  # as it is now: the conversation may continue meanwhile
         file = None
         try:
             file = self._folder.save(session)
@@ -273,69 +220,70 @@ class Store:
         finally:
             with self._lock:
                 self._writing.discard(name)
-                if file is not None and name in self._kept:
-                    self._kept[name].wrote(file, session.head)
-                    self._trim()
+                if file is not None and name in self._entries:
+                    self._entries[name].record_save(file, session.head)
+                    self._limit_disk_use()
                 self._lock.notify_all()
 
-    def _restore(self, name: str) -> Session:
-        """The session, in memory and marked as the most recently used."""
-        kept = self._entry(name)
-        self._kept[name] = self._kept.pop(name)
-        if kept.session is None and kept.file is not None:
-            self._shrink(reserve=kept.file.nbytes)
-            if self._kept.get(name) is not kept:
-                return self._restore(name)
-        if kept.session is None and kept.file is not None:
-            kept.session = self._folder.load(name, kept.file)
-            kept.wrote(kept.file, kept.session.head)
-        assert kept.session is not None
-        kept.session.used = time.time()
-        return kept.session
+    def _load(self, name: str) -> Session:
+        """Return the session, in memory and marked as the most recently used."""
+        entry = self._entry(name)
+        self._entries[name] = self._entries.pop(name)
+        if entry.session is None and entry.file is not None:
+            self._enforce_limit(reserve=entry.file.nbytes)
+            if self._entries.get(name) is not entry:
+                return self._load(name)
+        if entry.session is None and entry.file is not None:
+            entry.session = self._folder.load(entry.file)
+            entry.record_save(entry.file, entry.session.head)
+        assert entry.session is not None
+        entry.session.used = time.time()
+        return entry.session
 
-    def _shrink(self, reserve: int = 0) -> None:
-        """Down to the ceiling. Idle sessions first: their old points go, then they go to disk; last the one in use."""
-        room, everyone = self.limit - reserve, list(self._kept.items())
-        for group in (everyone[:-1], everyone[-1:]):
-            for _, kept in group:
-                if self.nbytes <= room:
+    def _enforce_limit(self, reserve: int = 0) -> None:
+        """Free memory down to the ceiling: old snapshots of idle sessions, then whole ones, then the session in use."""
+        limit, entries = self.limit - reserve, list(self._entries.items())
+        for group in (entries[:-1], entries[-1:]):
+            for _, entry in group:
+                if self.nbytes <= limit:
                     return
-                if kept.session is not None:
-                    kept.session.snapshots = {kept.head: kept.session.head}
-            for name, kept in group:
-                if self.nbytes <= room:
+                if entry.session is not None:
+                    entry.session.snapshots = {entry.head: entry.session.head}
+            for name, entry in group:
+                if self.nbytes <= limit:
                     return
-                self._spill(name, kept)
+                self._spill(name, entry)
 
-    def _spill(self, name: str, kept: StoreEntry) -> None:
-        self._idle(name)
-        if kept.session is None or self._kept.get(name) is not kept:
+    def _spill(self, name: str, entry: StoreEntry) -> None:
+        self._wait_until_written(name)
+        if entry.session is None or self._entries.get(name) is not entry:
             return
-        if not kept.saved:
+        if not entry.is_saved:
             try:
-                kept.wrote(self._folder.save(kept.session), kept.session.head)
+                entry.record_save(self._folder.save(entry.session), entry.session.head)
             except OSError as error:
-                fate = "is forgotten" if kept.file is None else "falls back to an earlier point"
-                why = f"memory is full and it cannot be saved ({error})"
-                warnings.warn(f"Session {name!r} {fate}: {why}.", stacklevel=4)
-        kept.session = None
-        if kept.file is None:
-            del self._kept[name]
-        self._trim()
+                effect = "is forgotten" if entry.file is None else "falls back to an earlier point"
+                reason = f"memory is full and it cannot be saved ({error})"
+                warnings.warn(f"Session {name!r} {effect}: {reason}.", stacklevel=4)
+        entry.session = None
+        if entry.file is None:
+            del self._entries[name]
+        self._limit_disk_use()
 
-    def _trim(self) -> None:
-        """Forget the least recently used files of conversations without a name, where they are too many."""
+    def _limit_disk_use(self) -> None:
+        """Delete the least recently used files of conversations without a name, down to the ceiling."""
         files = [
-            (name, kept, kept.file)
-            for name, kept in self._kept.items()
-            if kept.file is not None and not kept.named and name not in self._writing
+            (name, entry, entry.file)
+            for name, entry in self._entries.items()
+            if entry.file is not None and not entry.info.named and name not in self._writing
         ]
         total = sum(file.nbytes for *_, file in files)
-        for name, kept, file in files:
+        for name, entry, file in files:
             if total <= self.limit:
                 return
             total -= file.nbytes
-            file.path.unlink(missing_ok=True)
-            kept.file = None
-            if kept.session is None:
-                del self._kept[name]
+            if file.path is not None:
+                file.path.unlink(missing_ok=True)
+            entry.file = None
+            if entry.session is None:
+                del self._entries[name]

@@ -1,0 +1,145 @@
+"""Texts are split into passages and ranked by BM25; an index that grows turn by turn ranks as one made at once."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import bm25s
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.talk import said
+from zsmerge_llm.retrieval import passage_index
+from zsmerge_llm.retrieval.passage_index import MIN_SHARED, TOP, UNKNOWN_WEIGHT, PassageIndex
+from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS, TERM, count_words, query_terms, split, terms
+from zsmerge_llm.types import Message
+
+FACT = "The password of the harbour vault is falcon seven."
+FILLER = ["Rain fell on the quiet village all day long.", "Nobody in the market sold any bread that week."]
+
+
+def ranked(passages: Sequence[str], question: str) -> list[int]:
+    index = PassageIndex()
+    for passage in passages:
+        index.add(passage)
+    return index.rank(question)
+
+
+@given(st.text(st.sampled_from("ab .,\n!?。é中文"), max_size=900))
+def test_passages_are_the_text_in_order_and_none_is_long(text: str) -> None:
+    passages = split(text)
+    assert re.findall(TERM, " ".join(passages)) == re.findall(TERM, text)
+    assert all(len(re.findall(TERM, each)) <= 4 * PASSAGE_WORDS for each in passages)
+    at = 0
+    for each in passages:
+        at = text.index(each, at) + len(each)
+
+
+def test_a_passage_ends_with_a_sentence_and_a_heading_belongs_to_what_follows() -> None:
+    sentence = "One two three four five six seven eight nine ten. "
+    first, second = split(f"A heading\n\n{sentence * 8}\n\nAnother heading\n\n{sentence * 5}")
+    assert first.startswith("A heading\n\n")
+    assert second.startswith("Another heading\n\n")
+    assert len(split(sentence * 30)) == 4
+    assert all(each.endswith(".") for each in split(sentence * 30))
+    assert len(re.findall(TERM, "A heading")) < MIN_WORDS
+
+
+def test_the_passage_with_the_rarest_common_words_comes_first() -> None:
+    passages = [*FILLER, FACT, "The harbour was busy, and the village slept."]
+    assert ranked(passages, "What is the password of the vault?")[0] == 2
+    assert ranked(passages, "Which PASSWORDS?") == [2]  # other endings, other letters
+    assert ranked(["今天下雨。", "密码是七。"], "密码是什么")[0] == 1
+    assert ranked(passages, "...") == ranked(["..."], "password") == ranked([], "password") == []
+
+
+def test_stop_words_are_left_out_in_the_language_of_the_question() -> None:
+    assert query_terms("When did the war end?") == ["war", "end"]
+    assert query_terms("Wie heißt der Kapitän, der die Reise begann?") == ["heißt", "kapit", "reise", "began"]
+
+
+# -- the incremental index ---------------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(
+    re.findall(r"\w+", "harbour vault password falcon market bread rain village tower keeper the of is a")
+)
+TEXT = st.lists(WORDS, max_size=60).map(lambda words: " ".join(words) + ".")
+CHAT = st.lists(TEXT, min_size=1, max_size=12).map(lambda texts: said(*texts))
+
+
+def reference_passages(messages: Sequence[Message], size: int) -> list[str]:
+    """All passages of some messages, split at once."""
+    passages: list[str] = []
+    for message in messages:
+        if message["role"] == "assistant" and passages and count_words(message["content"]) < MIN_WORDS:
+            passages[-1] += f"\n\n{message['content']}"
+        else:
+            passages += split(message["content"], size)
+    return passages
+
+
+def reference_scores(passages: Sequence[str], question: str) -> np.ndarray:
+    index = bm25s.BM25()
+    index.index([terms(passage) for passage in passages], show_progress=False)
+    return index.get_scores(sorted(set(query_terms(question))))
+
+
+def reference_ranking(passages: Sequence[str], question: str) -> list[int]:
+    """The ranking of an index that the library makes at once."""
+    sought, kinds = sorted(set(query_terms(question))), [set(terms(passage)) for passage in passages]
+    if not sought or not any(kinds):
+        return []
+    having = {term: sum(term in kind for kind in kinds) for term in sought}
+    weight = {term: math.log1p((len(kinds) - n + 0.5) / (n + 0.5)) for term, n in having.items()}
+    shared = [sum(weight[term] for term in sought if term in kind) for kind in kinds]
+    least = MIN_SHARED * sum(weight[term] * (1 if having[term] else UNKNOWN_WEIGHT) for term in sought)
+    order = (-reference_scores(passages, question)).argsort(kind="stable").tolist()
+    if max(shared[at] for at in order[:TOP]) < least:
+        return []
+    return [at for at in order if shared[at] >= least / 2]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    chats=st.lists(CHAT, min_size=1, max_size=4), cut=st.integers(0, 12), question=TEXT, size=st.sampled_from([12, 40])
+)
+def test_an_index_that_follows_a_conversation_ranks_as_one_made_at_once(
+    chats: list[list[Message]], cut: int, question: str, size: int
+) -> None:
+    index, messages = PassageIndex(size), list[Message]()
+    for chat in chats:  # each continues a prefix of the one before, as after an edit
+        messages = messages[: max(0, len(messages) - cut)] + chat
+        found, passages = index.find(messages, question)
+        assert passages == reference_passages(messages, size)
+        assert found == reference_ranking(passages, question)
+
+
+@settings(max_examples=150, deadline=None)
+@given(passages=st.lists(TEXT, min_size=1, max_size=30), question=TEXT)
+def test_scores_are_those_of_the_library_bit_for_bit(passages: list[str], question: str) -> None:
+    passages, sought = [*passages, FACT], sorted(set(query_terms(question)))
+    index = PassageIndex()
+    for passage in passages:
+        index.add(passage)
+    if sought:
+        assert index._scores(sought).tolist() == reference_scores(passages, question).tolist()
+
+
+def test_only_new_messages_are_split(monkeypatch: object) -> None:
+    split_texts: list[str] = []
+
+    def counting(text: str, size: int) -> list[str]:
+        split_texts.append(text)
+        return split(text, size)
+
+    monkeypatch.setattr(passage_index, "split", counting)  # type: ignore[attr-defined]
+    index, messages = PassageIndex(), said(*FILLER, FACT)
+    index.find(messages, "password")
+    split_texts.clear()
+    later = [*said(*FILLER, FACT), {"role": "assistant", "content": "I see. " * 20}, *said("And the vault?")]
+    found, passages = index.find(later, "password")
+    assert [passages[number] for number in found] == [FACT]
+    assert split_texts == [message["content"] for message in later[3:]]

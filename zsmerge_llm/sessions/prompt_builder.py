@@ -1,0 +1,134 @@
+"""The ids that a turn reads: of a whole conversation or behind a snapshot, with passages that are read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.errors import InputError
+from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.language.chat_template import ChatTemplate, Tools
+from zsmerge_llm.retrieval.attention_search import AttentionSearch
+from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch, Search
+from zsmerge_llm.retrieval.query_probe import is_multi_turn, message_probe
+from zsmerge_llm.sessions.documents import document_head
+from zsmerge_llm.sessions.prompt import Prompt
+from zsmerge_llm.sessions.session import Snapshot
+from zsmerge_llm.sessions.transcript import DocumentText, Transcript
+from zsmerge_llm.types import Message
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A conversation that continues a snapshot. template: as it was when the snapshot was read."""
+
+    template: ChatTemplate
+    point: Snapshot
+    transcript: Transcript
+    tools: Tools
+    document: DocumentText | None
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """Builds the prompts of one model.
+
+    Attributes:
+        config: the cache's configuration for a first prompt of so many tokens, of which so many, its first, are the
+            system message and the tools, and pinned.
+    """
+
+    template: ChatTemplate
+    config: Callable[[int, int], CacheConfig]
+    passage_search: PassageSearch
+    attention_search: AttentionSearch
+
+    def build(
+        self,
+        messages: list[Message],
+        tools: Tools = None,
+        template: ChatTemplate | None = None,
+        indexes: PassageIndexes | None = None,
+    ) -> Prompt:
+        """Return a whole conversation as a prompt that is read from its beginning."""
+        template = template or self.template
+        ids = template.encode(template.render(messages, tools))
+        system_tokens = _num_system_tokens(template, messages, tools, ids)
+        config, plain = self.config(len(ids), system_tokens), len(ids)
+        if config.slots is not None and plain > config.slots:
+            augmented = self.passage_search.augment(messages, config.slots, ids, indexes=indexes)
+            ids = template.encode(template.render(augmented, tools))
+        probe = message_probe(template, messages[-1]["content"])
+        return Prompt(ids, config, probe, is_multi_turn(messages), system_tokens, len(ids) - plain)
+
+    def following_ids(self, continuation: Continuation, messages: list[Message]) -> list[int] | None:
+        """Return the ids that follow a snapshot of a conversation; None where they cannot be known from it."""
+        template, point, tools = continuation.template, continuation.point, continuation.tools
+        deltas, document, n = continuation.transcript.deltas, continuation.document, continuation.point.messages
+        try:
+            if point.kind == "answer":
+                return template.encode(deltas.delta(template, messages, n, tools))
+            if point.kind == "prompt" and n == len(messages):
+                return []
+            if point.kind == "prompt" and messages[n]["role"] != "assistant":
+                return None  # the answer's header has been read already
+            whole = template.render(messages, tools)
+            if point.kind == "prefix":
+                ids, known = template.encode(whole), list(point.tokens)
+                return ids[len(known) :] if ids[: len(known)] == known else None
+            if point.kind == "document":
+                before = document_head(template, document.text if document is not None else "")
+            else:
+                before = template.render(messages[:n], tools)
+            if whole.startswith(before):
+                return template.encode(whole[len(before) :])
+            if point.kind == "prompt" and not messages[n].get("tool_calls"):
+                delta = deltas.delta(template, messages, n + 1, tools)
+                return template.encode(messages[n]["content"] + delta)
+        except InputError:  # the template may still accept the whole conversation
+            pass
+        return None
+
+    def with_retrieved(self, continuation: Continuation, following: list[int], cache: Cache) -> list[int]:
+        """Return the ids that follow a snapshot, with those that are read again.
+
+        These are what its cache has lost, or is about to lose, of what the turn asks for. Nothing is read again in a
+        turn that was read already.
+        """
+        point, transcript = continuation.point, continuation.transcript
+        capacity, slots, length = cache.exact_capacity, cache.config.slots, len(point.tokens) + len(following)
+        if capacity is None or slots is None or length <= capacity or cache.seen == length:
+            return following
+        messages, recent_ids = transcript.messages, [*point.tokens[-slots:], *following][-slots:]
+        fallback = self._document_search(continuation, cache)
+        augmented = self.passage_search.augment(messages, slots, recent_ids, fallback, transcript.indexes)
+        if augmented is messages:
+            return following
+        longer = self.following_ids(continuation, augmented)
+        return following if longer is None else longer
+
+    def _document_search(self, continuation: Continuation, cache: Cache) -> Search | None:
+        """Return the search for places of a document by the attention of a question; None without a document."""
+        document, template = continuation.document, continuation.template
+        if document is None:
+            return None
+
+        def search(question: str, max_tokens: int) -> list[str]:
+            if document.num_tokens is None:
+                document.num_tokens = len(template.encode(document_head(template, document.text)))
+            read = continuation.point.tokens[: document.num_tokens]
+            return self.attention_search.search(cache, read, question, max_tokens)
+
+        return search
+
+
+def _num_system_tokens(template: ChatTemplate, messages: list[Message], tools: Tools, ids: list[int]) -> int:
+    """Return how many of the ids are the system message and the tools alone, up to a special token."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    if len(messages) == len(system) or not (system or tools):
+        return 0
+    other = template.encode(template.render([*system, {"role": "user", "content": "\x1f"}], tools))
+    special = set(template.tokenizer.all_special_ids)
+    same = next((at for at, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), len(other))
+    return max((at for at in range(same) if ids[at] in special), default=0)

@@ -1,0 +1,129 @@
+"""The table of all sessions, in memory or on disk, and what can be asked of it without loading one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Condition
+from weakref import ReferenceType, ref
+
+from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
+from zsmerge_llm.sessions.transcript import Transcript
+
+
+@dataclass(eq=False)
+class StoreEntry:
+    """A session in memory (`session`), on disk (`file`, maybe at an earlier head), or both.
+
+    saved_head: the snapshot that the file holds. Another one may have the same digest.
+    """
+
+    session: Session | None
+    file: SessionInfo | None = None
+    saved_head: ReferenceType[Snapshot] | None = None
+
+    @property
+    def info(self) -> SessionInfo:
+        if self.session is not None:
+            return self.session.info
+        assert self.file is not None
+        return self.file
+
+    @property
+    def head(self) -> str:
+        return self.info.digest if self.session is None else self.session.head.digest
+
+    @property
+    def digests(self) -> list[str]:
+        """Digests of the snapshots that requests can resume from."""
+        return [self.info.digest] if self.session is None else list(self.session.snapshots)
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the file holds the head."""
+        if self.session is None or self.file is None:
+            return self.file is not None
+        return self.saved_head is not None and self.saved_head() is self.session.head
+
+    def record_save(self, file: SessionInfo, head: Snapshot) -> None:
+        """Record what is on disk now."""
+        self.file, self.saved_head = file, ref(head)
+
+
+class SessionTable:
+    """Sessions by name, the least recently used first. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = Condition()  # on a re-entrant lock
+        self._entries: dict[str, StoreEntry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[SessionInfo]:
+        """Iterate over all sessions, the most recently used first."""
+        with self._lock:
+            return iter([entry.info for entry in reversed(self._entries.values())])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory; what sessions share counts once."""
+        with self._lock:
+            sizes: dict[int, int] = {}
+            for entry in self._entries.values():
+                if entry.session is not None:
+                    sizes.update((id(point), point.nbytes) for point in entry.session.snapshots.values())
+                    if entry.session.document is not None:
+                        sizes[id(entry.session.document)] = sys.getsizeof(entry.session.document)
+            return sum(sizes.values())
+
+    def info(self, name: str) -> SessionInfo | None:
+        """Return the description of a session without loading it; None where there is none."""
+        with self._lock:
+            return self._entries[name].info if name in self._entries else None
+
+    def head(self, name: str) -> str | None:
+        """Return the digest of a session's head; None where there is no such session."""
+        with self._lock:
+            return self._entries[name].head if name in self._entries else None
+
+    def transcripts(self, first: str | None = None) -> list[Transcript]:
+        """Return the transcripts of the sessions in memory: that of the session `first`, then the newest."""
+        with self._lock:
+            sessions = [entry.session for entry in reversed(self._entries.values()) if entry.session is not None]
+        sessions.sort(key=lambda session: session.name != first)
+        return [session.transcript for session in sessions if session.transcript is not None]
+
+    def find_resume_points(self, lengths: Mapping[str, int], hint: str | None = None) -> list[tuple[str, str]]:
+        """Return the snapshots that a conversation can resume from, as (name, digest), the longest first.
+
+        Among sessions that hold the same snapshot the one named `hint` comes first, then the most recently used.
+
+        lengths: by the digest of each prefix of the conversation.
+        """
+        with self._lock:
+            known = [
+                (lengths[digest], name == hint, order, name, digest)
+                for order, (name, entry) in enumerate(self._entries.items())
+                for digest in entry.digests
+                if digest in lengths
+            ]
+        return [(name, digest) for *_, name, digest in sorted(known, reverse=True)]
+
+    def longest_shared_prefix(self, digests: Sequence[str]) -> tuple[str, int] | None:
+        """Return the session that began like this conversation, though no snapshot of it is left: (name, index).
+
+        `digests[index]` is the last prefix they share. Explains why a conversation has to be read again.
+        """
+        length = {digest: n for n, digest in enumerate(digests)}
+        with self._lock:
+            shared = [
+                (max((length.get(digest, -1) for digest in entry.info.prefix_digests), default=-1), name)
+                for name, entry in self._entries.items()
+            ]
+        longest, name = max(shared, default=(-1, ""))
+        return (name, longest) if longest >= 0 else None

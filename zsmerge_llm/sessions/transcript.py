@@ -1,0 +1,91 @@
+"""What a conversation keeps so that its next turn computes nothing twice: checked messages, digests, passages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from zsmerge_llm.language.digests import DigestChain
+from zsmerge_llm.language.messages import MessageHistory, shared_prefix
+from zsmerge_llm.retrieval.passage_search import PassageIndexes
+from zsmerge_llm.sessions.delta_renderer import DeltaRenderer
+from zsmerge_llm.types import Message
+
+FEW_NEW = 4
+"""New messages of a turn at most: where a transcript lacks no more, no better one is looked for."""
+
+
+@dataclass(eq=False)
+class DocumentText:
+    """A document that a conversation is about. num_tokens: its length with the template's opening, once known."""
+
+    text: str
+    digest: str
+    num_tokens: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Transcript:
+    """The messages of a request, and what was computed from them.
+
+    Attributes:
+        history: the messages as they were given, and checked.
+        chain: the digests of the messages as they are rendered: with a document at the beginning and a note at the end.
+        document: what the conversation is about; None if it is about no document.
+        indexes, deltas: shared by all turns of a session; each turn adds its new messages.
+    """
+
+    history: MessageHistory
+    chain: DigestChain
+    document: DocumentText | None = None
+    indexes: PassageIndexes = field(default_factory=PassageIndexes)
+    deltas: DeltaRenderer = field(default_factory=DeltaRenderer)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages as they are rendered."""
+        return self.chain.messages
+
+    @property
+    def digests(self) -> list[str]:
+        """One digest for each prefix of the messages."""
+        return self.chain.digests
+
+    def of_session(self, known: Transcript | None) -> Transcript:
+        """Return the transcript with the indexes of a session's earlier turns, or with new ones for another session."""
+        indexes, deltas = (PassageIndexes(), DeltaRenderer()) if known is None else (known.indexes, known.deltas)
+        return replace(self, indexes=indexes, deltas=deltas)
+
+
+def find_history(transcripts: Iterable[Transcript], messages: list[Message]) -> tuple[MessageHistory, int]:
+    """Return the history that shares most messages, as they were given, with a request, and how many it shares."""
+    best, length = MessageHistory(), 0
+    for transcript in transcripts:
+        shared = transcript.history.shared_prefix(messages)
+        if shared > length:
+            best, length = transcript.history, shared
+        if length and length >= len(messages) - FEW_NEW:
+            break
+    return best, length
+
+
+def find_transcript(
+    transcripts: Iterable[Transcript], messages: list[Message], start: DigestChain, document: str | None
+) -> Transcript | None:
+    """Return the transcript that shares most messages with a request.
+
+    Args:
+        messages: in normal form, without a document.
+        start: the digest chain of no messages, with the request's tools.
+        document: its document's text.
+    """
+    best, length = None, 0
+    for transcript in transcripts:
+        known = transcript.document.text if transcript.document is not None else None
+        if transcript.chain.states[0] == start.states[0] and known == document:
+            shared = shared_prefix(transcript.history.messages, messages)
+            if shared > length:
+                best, length = transcript, shared
+        if length and length >= len(messages) - FEW_NEW:
+            break
+    return best
