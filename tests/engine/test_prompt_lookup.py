@@ -13,7 +13,7 @@ from tests.support.tiny_models import FAMILIES, tiny_model, tokens
 from zsmerge_llm import CacheConfig, SamplingParams
 from zsmerge_llm.attention.passes import ForwardPass
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS, NGRAM, PromptLookup
+from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS, NGRAM, SEARCHED_TOKENS, PromptLookup
 from zsmerge_llm.kvcache.cache import Cache
 
 CONFIGS = {
@@ -144,3 +144,10 @@ def test_a_guess_is_what_stood_behind_the_latest_equal_tokens(ids: list[int]) ->
     expected = expected[: expected.index(4)] if 4 in expected else expected
 
     assert PromptLookup(ids, stop_ids={4}).propose() == expected
+
+
+def test_only_the_newest_part_of_a_long_prompt_is_searched() -> None:
+    """The work of an answer must not grow with the conversation."""
+    quoted, filler = [1, 2, 3, 9], list(range(100, 100 + SEARCHED_TOKENS))
+    assert PromptLookup([*quoted, *filler[:1000], 1, 2, 3], stop_ids=()).propose()[:1] == [9]
+    assert PromptLookup([*quoted, *filler, 1, 2, 3], stop_ids=()).propose() == []

@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 NGRAM = 3
 """Equal tokens that make a draft: with 2, half of the drafts would be wrong (docs/research/kernels)."""
 MAX_DRAFT_TOKENS = 4
+SEARCHED_TOKENS = 16_384
+"""Newest ids of a prompt that are searched: indexing takes 0.3 ms per 1,000, in every answer."""
 
 
 class PromptLookup:
@@ -24,7 +26,7 @@ class PromptLookup:
     """
 
     def __init__(self, ids: Sequence[int], stop_ids: Collection[int]) -> None:
-        self._ids = list(ids)
+        self._ids = list(ids[-SEARCHED_TOKENS:])
         self._stop_ids = stop_ids
         self._num_indexed = 0
         self._end_of: dict[tuple[int, ...], int] = {}  # by n-gram: where its newest occurrence ends

@@ -253,6 +253,7 @@ def _calls_of_this_turn(messages: Sequence[Message]) -> frozenset[str]:
 
 def _unless_stated(instruction: str, messages: Sequence[Message]) -> str:
     """Return the instruction, or "" if the messages state it already."""
-    text = "\n".join(message["content"] for message in messages)
-    core = instruction.removeprefix(SCHEMA_INSTRUCTION)
-    return "" if core in text or (instruction == JSON_INSTRUCTION and "json" in text.lower()) else instruction
+    core, any_json = instruction.removeprefix(SCHEMA_INSTRUCTION), instruction == JSON_INSTRUCTION
+    texts = (message["content"] for message in reversed(messages))  # the newest first: there it usually is
+    stated = any(core in text or (any_json and "json" in text.lower()) for text in texts)
+    return "" if stated else instruction

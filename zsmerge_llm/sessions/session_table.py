@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from threading import Condition
 from weakref import ReferenceType, ref
 
+from zsmerge_llm.errors import SessionNotFoundError
 from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
 from zsmerge_llm.sessions.transcript import Transcript
 
@@ -127,3 +128,14 @@ class SessionTable:
             ]
         longest, name = max(shared, default=(-1, ""))
         return (name, longest) if longest >= 0 else None
+
+    def forget(self, name: str) -> None:
+        """Leave a session out from now on because its file cannot be used; the file itself stays."""
+        with self._lock:
+            self._entries.pop(name, None)
+
+    def _entry(self, name: str) -> StoreEntry:
+        if name not in self._entries:
+            known = ", ".join(sorted(self._entries)) or "none"
+            raise SessionNotFoundError(f"There is no session {name!r}; there are: {known}.")
+        return self._entries[name]

@@ -165,18 +165,7 @@ class Store(SessionTable):
             if file is not None and file.path is not None:
                 file.path.unlink(missing_ok=True)
 
-    def forget(self, name: str) -> None:
-        """Leave a session out from now on because its file cannot be used; the file itself stays."""
-        with self._lock:
-            self._entries.pop(name, None)
-
     # -- internals: all of this with the lock held, but for `_save` ----------------------------------------------------
-
-    def _entry(self, name: str) -> StoreEntry:
-        if name not in self._entries:
-            known = ", ".join(sorted(self._entries)) or "none"
-            raise SessionNotFoundError(f"There is no session {name!r}; there are: {known}.")
-        return self._entries[name]
 
     def _wait_until_written(self, name: str) -> None:
         """Wait until no other thread writes this session's file. Releases the lock, so the table may have changed."""
