@@ -1,0 +1,98 @@
+"""Every number format gives what transformers gives with the same weights, on a real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from zsmerge_llm.models.loader import load
+
+pytestmark = pytest.mark.slow
+PROMPT = "The capital of France is"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+
+
+def folder() -> Path:
+    source = load("smollm2").source
+    assert source is not None
+    return source
+
+
+def reference(dtype: torch.dtype = torch.bfloat16, **settings: Any) -> PreTrainedModel:
+    """SmolLM2 as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder(), dtype=dtype, local_files_only=True, **settings)
+
+
+def greedy(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
+    found = model.generate(torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return found[0, len(ids) :].tolist()
+
+
+def logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0, -1].float()
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs", "tolerance"),
+    [
+        ({"dtype": "float32"}, {"dtype": torch.float32}, 1e-3),
+        ({"dtype": "bfloat16"}, {"dtype": torch.bfloat16}, 0.5),
+        ({"dtype": "float16"}, {"dtype": torch.float16}, 0.1),
+        (
+            {"quantization": "nf4", "dtype": "bfloat16"},
+            {"quantization_config": BitsAndBytesConfig(**NF4), "device_map": {"": "cpu"}},
+            0.5,
+        ),
+    ],
+    ids=["float32", "bfloat16", "float16", "nf4"],
+)
+def test_a_number_format_has_the_logits_and_the_answer_of_transformers(
+    settings: dict[str, Any], theirs: dict[str, Any], tolerance: float
+) -> None:
+    llm, model = LLM("smollm2", compile=False, cache=CacheConfig(slots=256), **settings), reference(**theirs)
+    ids = llm.tokenizer.encode(PROMPT)
+    for _ in range(2):  # a second time, behind everything that the first request set in motion
+        cache = llm.engine.new_cache()
+        torch.testing.assert_close(llm.engine.read(cache, ids), logits(model, ids), atol=tolerance, rtol=0)
+        result = llm.complete(PROMPT, sampling=SamplingParams(max_tokens=8, ignore_eos=True))
+        assert result.text == llm.tokenizer.decode(greedy(model, ids, 8))
+    assert "Paris" in result.text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_have_the_logits_of_their_dequantized_matrices(bits: int) -> None:
+    """transformers' own model, with each linear layer's weight replaced by what the packed layer multiplies with."""
+    llm = LLM("smollm2", quantization=f"int{bits}", dtype="float32", compile=False)
+    model, ids = reference(torch.float32), llm.tokenizer.encode(PROMPT)
+    model.tie_weights()
+    packed = dict(llm.engine.model.named_modules())
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if hasattr(packed[name], "dequantized_weight"):
+                module.weight = torch.nn.Parameter(packed[name].dequantized_weight())
+        embedding = packed[name_of_embedding(llm.engine.model)]
+        rows = embedding(torch.arange(embedding.num_embeddings))
+        model.get_input_embeddings().weight = torch.nn.Parameter(rows)
+    given = llm.engine.read(llm.engine.new_cache(), ids)
+    torch.testing.assert_close(given, logits(model, ids), atol=0.05, rtol=0)
+
+
+def name_of_embedding(model: PreTrainedModel) -> str:
+    return next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+
+
+def test_a_quantized_model_object_answers_its_owner_as_before() -> None:
+    model = reference(quantization_config=BitsAndBytesConfig(**NF4), device_map={"": "cpu"})
+    tokenizer = load("smollm2").tokenizer
+    ids = tokenizer.encode(PROMPT)
+    before = greedy(model, ids, 8)
+    llm = LLM(model, tokenizer=tokenizer, compile=False)
+    llm.chat("Name a fish.", sampling=SamplingParams(max_tokens=4))
+    model.set_attn_implementation("sdpa")
+    assert greedy(model, ids, 8) == before
