@@ -24,7 +24,7 @@ def fingerprint(
 ) -> Fingerprint:
     """Return digests of a model's weights (sampled), tokenizer and chat template, and the cache's configuration."""
     weights = hashlib.sha256()
-    # Not model.state_dict(): bitsandbytes 0.50 unpacks the 4-bit weights of a CPU for it, and they are wrong afterwards.
+    # Not state_dict(): bitsandbytes 0.50 unpacks its 4-bit weights on a CPU for it, and they are unusable afterwards.
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in sorted(tensors.items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
