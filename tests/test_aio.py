@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.talk import ROOMY, counted, talker
+from tests.support.chat import LARGE_CACHE, make_llm, record_passes
 from zsmerge_llm import SamplingParams, aio
 from zsmerge_llm.testing import event_loop_gaps
 
@@ -64,7 +64,7 @@ async def test_results_and_items_come_in_order() -> None:
 
 
 async def test_twenty_calls_of_a_model_never_block_the_loop() -> None:
-    llm, params = talker(cache=ROOMY), SamplingParams(max_tokens=12)
+    llm, params = make_llm(cache=LARGE_CACHE), SamplingParams(max_tokens=12)
     llm.chat("Hello", sampling=params)  # loaded
 
     def ask(cancel: Event) -> Any:
@@ -98,8 +98,8 @@ async def test_a_thread_that_is_slow_to_start_does_not_block_the_loop(monkeypatc
 
 
 async def test_breaking_out_of_a_stream_stops_a_model_within_one_token() -> None:
-    llm = talker(cache=ROOMY)
-    with counted() as passes:
+    llm = make_llm(cache=LARGE_CACHE)
+    with record_passes() as passes:
         chunks = aio.stream(
             lambda cancel: llm.stream("Hello", sampling=SamplingParams(max_tokens=500, ignore_eos=True), cancel=cancel)
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.talk import SHORT, Talk, said, talker
+from tests.support.chat import SHORT, Chat, dialogue, make_llm
 from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.engine.fair_lock import FairLock
 from zsmerge_llm.errors import SessionNotFoundError
@@ -43,30 +43,30 @@ def together(work: list[Callable[[], Any]], limit: float = LIMIT) -> list[Any]:
 
 def solo(names: list[str], turns: int) -> dict[str, list[str]]:
     """Each conversation's answers when it has the model for itself."""
-    llm = talker()
+    llm = make_llm()
     return {name: talked(llm, name, turns) for name in names}
 
 
 def talked(llm: LLM, name: str, turns: int, session: str | None = None) -> list[str]:
-    talk = Talk(llm, session)
-    return [talk.tell(f"{name}, {turn}", sampling=SAY).text for turn in range(turns)]
+    chat = Chat(llm, session)
+    return [chat.ask(f"{name}, {turn}", sampling=SAY).text for turn in range(turns)]
 
 
 def interrupted(llm: LLM, name: str, turns: int, chance: random.Random, named: bool) -> list[str]:
     """The same with requests that are cancelled in between, by event or by closing, and then asked again."""
-    talk, answers = Talk(llm, name if named else None), []
+    chat, answers = Chat(llm, name if named else None), []
     for turn in range(turns):
         question = {"role": "user", "content": f"{name}, {turn}"}
         if chance.random() < 0.5:
             cancel, wanted = Event(), chance.randrange(4)
-            stream = llm.stream([*talk.messages, question], session=talk.session, sampling=SAY, cancel=cancel)
+            stream = llm.stream([*chat.messages, question], session=chat.session, sampling=SAY, cancel=cancel)
             for count, chunk in enumerate(stream):
                 if count == wanted and chunk.finish_reason is None:
                     if chance.random() < 0.5:
                         stream.close()
                         break
                     cancel.set()
-        answers.append(talk.tell(question["content"], sampling=SAY).text)
+        answers.append(chat.ask(question["content"], sampling=SAY).text)
     return answers
 
 
@@ -77,7 +77,7 @@ def test_threads_with_cancels_do_not_hear_each_other(threads: int, each: int, tu
     names = [f"t{thread}-{number}" for thread in range(threads) for number in range(each)]
     expected = solo(names, turns)
     memory = 50_000 * len(names)  # a quarter of what all would like: points are dropped and sessions spilled
-    llm = talker(session_memory=memory)
+    llm = make_llm(session_memory=memory)
     llm.engine  # noqa: B018 - loaded before the threads are counted
     before = set(threading.enumerate())
 
@@ -97,32 +97,32 @@ def test_threads_with_cancels_do_not_hear_each_other(threads: int, each: int, tu
 
 
 def test_many_requests_on_one_conversation_become_branches() -> None:
-    llm = talker()
-    talk = Talk(llm, "it")
-    talk.tell("Hello")
+    llm = make_llm()
+    chat = Chat(llm, "it")
+    chat.ask("Hello")
     expected = {}
     for text in "abcdefgh":
-        alone = Talk(talker())
-        alone.tell("Hello")
-        expected[text] = alone.tell(text).text
-    results = together([lambda text=text: Talk(llm, "it", talk.messages).tell(text) for text in expected])
+        alone = Chat(make_llm())
+        alone.ask("Hello")
+        expected[text] = alone.ask(text).text
+    results = together([lambda text=text: Chat(llm, "it", chat.messages).ask(text) for text in expected])
 
     assert [result.text for result in results] == list(expected.values())
     assert {result.usage.reuse for result in results} <= {"continued", "restored"}
     assert len(llm.store) == 8
     for text, answer in expected.items():
-        again = llm.chat([*talk.messages, *said(text, answer, "More")], sampling=SHORT)
+        again = llm.chat([*chat.messages, *dialogue(text, answer, "More")], sampling=SHORT)
         assert again.usage.reuse == "continued"
 
 
 def test_threads_share_a_folder_that_lasts_and_a_small_memory(tmp_path: Path) -> None:
     names = [f"n{number}" for number in range(8)]
     expected = solo(names, 3)
-    llm = talker(sessions_dir=tmp_path, session_memory=90_000)
+    llm = make_llm(sessions_dir=tmp_path, session_memory=90_000)
     work = [lambda name=name: talked(llm, name, 3, session=name) for name in names]
     assert dict(zip(names, together(work), strict=True)) == expected
 
-    again = talker(sessions_dir=tmp_path)
+    again = make_llm(sessions_dir=tmp_path)
     assert sorted(info.name for info in again.store) == names
     assert {info.messages for info in again.store} == {6}
     assert len(list(tmp_path.iterdir())) == len(names)
@@ -131,7 +131,7 @@ def test_threads_share_a_folder_that_lasts_and_a_small_memory(tmp_path: Path) ->
 
 
 def test_threads_may_load_the_model_list_and_delete_at_once() -> None:
-    llm = talker()
+    llm = make_llm()
 
     def busy(number: int) -> None:
         for turn in range(3):
@@ -146,7 +146,7 @@ def test_threads_may_load_the_model_list_and_delete_at_once() -> None:
 
 
 async def test_tasks_share_one_model_through_threads() -> None:
-    llm = talker()
+    llm = make_llm()
     names = [f"n{number}" for number in range(8)]
     expected = solo(names, 2)
     answers = await asyncio.wait_for(
@@ -157,7 +157,7 @@ async def test_tasks_share_one_model_through_threads() -> None:
 
 
 def test_a_short_request_does_not_wait_for_a_long_document() -> None:
-    llm = talker(chunk=32)
+    llm = make_llm(chunk=32)
     llm.chat("Hello", sampling=SAY)
     order: list[str] = []
     reading = Event()

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.support.talk import ROOMY, SHORT, TIGHT, counted, talker
+from tests.support.chat import LARGE_CACHE, SHORT, SMALL_CACHE, make_llm, record_passes
 from tests.support.templates import template
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, CacheConfig
@@ -23,7 +23,7 @@ LONG = "The cat of the ship is called Bishop, and the captain is called Stone. "
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return talker(cache=TIGHT)
+    return make_llm(cache=SMALL_CACHE)
 
 
 def profile(llm: LLM, path: Path | None = None, say: mock.Mock | None = None) -> LayerBudgets:
@@ -91,7 +91,7 @@ def test_models_without_room_or_without_full_attention_recite_nothing() -> None:
         model = tiny_model(family, vocab=len(words.tokenizer))
         model.config.max_position_embeddings = window
         engine = Engine(model)
-        with counted() as passes:
+        with record_passes() as passes:
             assert LayerBudgets(engine, lambda: calibration(words)).weights == shares
         assert not passes
         assert LayerBudgets(engine, lambda: calibration(words)).document_config(10**6).slots == 1024
@@ -101,7 +101,7 @@ def test_it_is_found_once_and_kept_for_the_next_process(llm: LLM, tmp_path: Path
     path, say = tmp_path / "profiles" / "x.json", mock.Mock()
     first = profile(llm, path, say)
     shares = first.weights
-    with counted() as passes:
+    with record_passes() as passes:
         assert first.weights == shares
         assert profile(llm, path).weights == shares
     assert not passes
@@ -136,29 +136,29 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(llm: LLM, tmp_path: Path
 
 def test_a_document_that_does_not_fit_is_kept_by_the_profile(llm: LLM) -> None:
     document = llm.read_document(LONG, name="long")
-    assert document.cache.config == TIGHT.query_agnostic().replace(layer_budgets=profile(llm).weights)
+    assert document.cache.config == SMALL_CACHE.query_agnostic().replace(layer_budgets=profile(llm).weights)
     answer = llm.chat("Who is the captain?", session=document, sampling=SHORT)
     assert answer.usage.cached_tokens > 0
 
 
 def test_a_document_that_fits_loses_nothing(llm: LLM) -> None:
     document = llm.read_document("The cat is called Bishop.", name="short")
-    assert document.cache.config == TIGHT.query_agnostic()
+    assert document.cache.config == SMALL_CACHE.query_agnostic()
     assert document.cache.dropped_tokens == 0
 
 
 @pytest.mark.parametrize(
     "cache",
     [
-        ROOMY,
+        LARGE_CACHE,
         CacheConfig.h2o(96),
         CacheConfig.streaming(96),
         CacheConfig.full(),
-        TIGHT.replace(layer_budgets=(0.9, 1.1)),
+        SMALL_CACHE.replace(layer_budgets=(0.9, 1.1)),
     ],
 )
 def test_a_rule_or_shares_of_the_users_own_are_left_alone(cache: CacheConfig) -> None:
-    llm = talker(cache=cache)
+    llm = make_llm(cache=cache)
     with mock.patch("zsmerge_llm.engine.layer_budgets.measure_retrieval", side_effect=AssertionError):
         assert llm.read_document(LONG).cache.config.layer_budgets == cache.layer_budgets
 

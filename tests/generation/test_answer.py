@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.chat import LARGE_CACHE, make_llm
 from tests.support.scripted_model import scripted_answers
-from tests.support.talk import ROOMY, talker
 from tests.support.templates import byte_level, template
-from tests.support.tools import BOTH, CALL, WEATHER, name_and_arguments, question_and_result
+from tests.support.tools import ALL_TOOLS, CALL, WEATHER, name_and_arguments, question_and_result
 from zsmerge_llm import SamplingParams
 from zsmerge_llm.generation.answer import AnswerParser
 from zsmerge_llm.language.output_format import OutputFormat
@@ -61,7 +61,7 @@ def test_reasoning_tokens_are_counted() -> None:
 
 @pytest.mark.parametrize("stop_after", [0, 2])
 def test_a_cancelled_batch_returns_what_was_generated(stop_after: int) -> None:
-    llm, cancel = talker(cache=ROOMY), Event()
+    llm, cancel = make_llm(cache=LARGE_CACHE), Event()
     decode = llm.engine.decode
 
     def cancelling(*given: Any, **named: Any) -> Any:
@@ -80,9 +80,9 @@ def test_a_cancelled_batch_returns_what_was_generated(stop_after: int) -> None:
 
 
 def test_an_answer_cancelled_in_its_second_attempt_holds_only_that_attempt() -> None:
-    llm, cancel = talker("qwen2.5", cache=ROOMY), Event()
+    llm, cancel = make_llm("qwen2.5", cache=LARGE_CACHE), Event()
     with scripted_answers(llm, CALL, "It is 18 degrees."):
-        stream = llm.stream(question_and_result(), tools=BOTH, cancel=cancel)
+        stream = llm.stream(question_and_result(), tools=ALL_TOOLS, cancel=cancel)
         first = next(stream)
         cancel.set()
         last = list(stream)[-1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.talk import SHORT, TIGHT, talker
+from tests.support.chat import SHORT, SMALL_CACHE, make_llm
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm.config import QUERY_AGNOSTIC_FLOOR, CacheConfig
 from zsmerge_llm.engine.engine import Engine
@@ -171,7 +171,7 @@ def test_a_cache_with_a_reserve_is_restored_bit_for_bit(engine: Engine) -> None:
 
 
 def test_conversations_with_a_reserve_go_on_and_are_saved(tmp_path: Path) -> None:
-    llm = talker(cache=TIGHT.replace(history_share=0.5))
+    llm = make_llm(cache=SMALL_CACHE.replace(history_share=0.5))
     said = [{"role": "user", "content": "Tell me about the sea, at length. " * 20}]
     first = llm.chat(said, session="ann", sampling=SHORT)
     assert first.usage.dropped_tokens > 0
@@ -179,13 +179,13 @@ def test_conversations_with_a_reserve_go_on_and_are_saved(tmp_path: Path) -> Non
     assert llm.chat(said, session="ann", sampling=SHORT).usage.cached_tokens > 0
     assert any(layer.cumulative_attention.any() for layer in llm.session("ann").cache.layers)
     llm.session("ann").save(tmp_path / "ann.zsmerge")
-    loaded = talker(cache=TIGHT.replace(history_share=0.5)).load_session(tmp_path / "ann.zsmerge")
+    loaded = make_llm(cache=SMALL_CACHE.replace(history_share=0.5)).load_session(tmp_path / "ann.zsmerge")
     for mine, theirs in zip(loaded.cache.layers, llm.session("ann").cache.layers, strict=True):
         assert torch.equal(mine.cumulative_attention, theirs.cumulative_attention)
 
 
 def test_plain_completion_needs_no_chat_template_for_its_reserve() -> None:
-    llm = talker(cache=TIGHT.replace(history_share=0.5))
+    llm = make_llm(cache=SMALL_CACHE.replace(history_share=0.5))
     llm.tokenizer.chat_template = None
     result = llm.complete("Tell me about the sea, at length. " * 20, sampling=SHORT)
     assert result.usage.dropped_tokens > 0

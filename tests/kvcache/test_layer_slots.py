@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.support.talk import SHORT, TIGHT, talker
+from tests.support.chat import SHORT, SMALL_CACHE, make_llm
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.engine import Engine
@@ -164,11 +164,11 @@ def test_the_stage_of_every_layer_can_be_emptied(engine: Engine) -> None:
 
 
 def test_conversations_go_on_and_are_saved_with_shares(tmp_path: Path) -> None:
-    llm = talker(cache=TIGHT.replace(layer_budgets=(0.5, 1.5)))
+    llm = make_llm(cache=SMALL_CACHE.replace(layer_budgets=(0.5, 1.5)))
     first = llm.chat("Tell me about the sea, at length. " * 20, session="ann", sampling=SHORT)
     assert first.usage.dropped_tokens > 0
     llm.session("ann").save(tmp_path / "ann.zsmerge")
-    again = talker(cache=TIGHT.replace(layer_budgets=(0.5, 1.5)))
+    again = make_llm(cache=SMALL_CACHE.replace(layer_budgets=(0.5, 1.5)))
     loaded = again.load_session(tmp_path / "ann.zsmerge")
     for mine, theirs in zip(loaded.cache.layers, llm.session("ann").cache.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys)

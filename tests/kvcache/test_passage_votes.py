@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.talk import SHORT, talker
+from tests.support.chat import SHORT, make_llm
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm.attention import passes
 from zsmerge_llm.config import CacheConfig
@@ -126,7 +126,7 @@ def test_a_layer_of_more_slots_has_more_to_say(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_first_prompt_that_does_not_fit_is_shared_out_among_the_layers() -> None:
-    llm = talker()
+    llm = make_llm()
     long = [{"role": "user", "content": "tell me " * 200 + "what?"}]
     short = [{"role": "user", "content": "hello"}]
     for name, messages in (("long", long), ("short", short)):
@@ -136,7 +136,7 @@ def test_a_first_prompt_that_does_not_fit_is_shared_out_among_the_layers() -> No
 
 def test_prompts_of_a_batch_keep_their_own_budgets() -> None:
     """Short ones, of which there are more than one step takes, and one that has to be compressed."""
-    llm = talker()
+    llm = make_llm()
     prompts = [f"hello {number}" for number in range(9)] + ["tell me " * 200 + "what?"]
     alone = [llm.complete(prompt, sampling=SHORT) for prompt in prompts]
     together = llm.batch_complete(prompts, sampling=SHORT)

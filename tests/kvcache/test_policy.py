@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.support.naive_algorithm import NaiveHead
+from tests.support.reference_algorithm import ReferenceHead
 from zsmerge_llm.attention.backend import TorchBackend
 from zsmerge_llm.attention.call import AttentionCall
 from zsmerge_llm.attention.masks import PassLayout
@@ -49,9 +49,9 @@ def draw(count: int, seed: int, rows: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return query * 2, key, value
 
 
-def naive_heads(config: CacheConfig) -> list[NaiveHead]:
+def reference_heads(config: CacheConfig) -> list[ReferenceHead]:
     return [
-        NaiveHead(config.sink, config.num_context, config.recent, config.residual, config.alpha, config.decay)
+        ReferenceHead(config.sink, config.num_context, config.recent, config.residual, config.alpha, config.decay)
         for _ in range(HEADS)
     ]
 
@@ -77,7 +77,7 @@ def test_tensor_code_agrees_with_algorithm_1_token_by_token(
         stage=1,
         policy="cumulative_attention",
     )
-    cache, heads = one_layer(config), naive_heads(config)
+    cache, heads = one_layer(config), reference_heads(config)
     query, key, value = draw(30, seed)
     for t in range(30):
         got = feed(cache, query[:, :, t : t + 1], key[:, :, t : t + 1], value[:, :, t : t + 1])
@@ -87,7 +87,7 @@ def test_tensor_code_agrees_with_algorithm_1_token_by_token(
             torch.testing.assert_close(got[0, own, 0], torch.tensor(want), rtol=1e-4, atol=1e-4)
     layer = cache.layers[0]
     for h, head in enumerate(heads):
-        merged = [slot.count for slot in head.merged] + [0.0] * (residual - len(head.merged))
+        merged = [slot.multiplicity for slot in head.merged] + [0.0] * (residual - len(head.merged))
         assert layer.multiplicity[0, h, :residual].tolist() == merged
         kept = layer.multiplicity[0, h, residual:] > 0
         assert sorted(layer.position[0, h, residual:][kept].tolist()) == sorted(s.position for s in head.kept)
