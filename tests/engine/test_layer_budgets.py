@@ -40,7 +40,7 @@ def test_layers_with_late_gains_get_more_slots() -> None:
 
 
 def test_a_little_noise_changes_no_weight_much() -> None:
-    """Where gains hardly decrease, allocating for one budget only would favour the layer of the slightly larger gain."""
+    """Where gains hardly decrease, one budget alone would give the rest to the layer of the slightly larger gain."""
     torch.manual_seed(0)
     fraction = torch.linspace(0, 1, STEPS + 1)
     falling = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.5, 0.4, 0.3, 0.2])[:, None]
