@@ -21,7 +21,7 @@ PRESETS = {
 
 
 def reference_logprobs(family: str, ids: list[int]) -> Tensor:
-    """float32 [T]: transformers' own log p(ids[t] | ids[:t]), 0 for the first."""
+    """Return log p(ids[t] | ids[:t]) by transformers alone as float32 [T], 0 for the first."""
     with torch.inference_mode():
         logits = tiny_model(family)(torch.tensor([ids])).logits[0].float()
     picked = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]

@@ -182,7 +182,7 @@ def test_when_a_pass_of_a_batch_fails_one_thread_raises_and_the_others_continue(
 
     answers = run_concurrently([lambda number=number: attempt(number) for number in range(5)])
     assert failed
-    assert answers.count("failed") == 1  # the one whose thread made the pass
+    assert answers.count("failed") == 1  # the one whose thread ran the pass
     assert all(answer in ("failed", right) for answer, right in zip(answers, expected, strict=True))
 
 

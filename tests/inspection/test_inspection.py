@@ -36,6 +36,7 @@ from zsmerge_llm.inspection.spans import (
 )
 from zsmerge_llm.sessions.session import Session
 
+MERGING = SMALL_CACHE.replace(residual=8)
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'too' &amp; {{ 7 * 7 }} </div>"
 
 
@@ -115,13 +116,7 @@ def map_of(held: list[list[int]], heads: int = 2) -> MemoryMap:
 
 @pytest.mark.parametrize(
     "cache",
-    [
-        SMALL_CACHE,
-        CacheConfig.paper(64),
-        CacheConfig.streaming(64),
-        CacheConfig.h2o(64),
-        SMALL_CACHE.replace(residual=8),
-    ],
+    [SMALL_CACHE, CacheConfig.paper(64), CacheConfig.streaming(64), CacheConfig.h2o(64), MERGING],
     ids=["window", "paper", "streaming", "h2o", "residual"],
 )
 def test_every_token_is_held_merged_or_dropped(cache: CacheConfig) -> None:

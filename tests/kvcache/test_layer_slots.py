@@ -30,7 +30,7 @@ def engine() -> Engine:
 @st.composite
 def budgets(draw: st.DrawFn) -> CacheConfig:
     """Return any configuration with layer budgets."""
-    weights = draw(st.lists(st.floats(0, 10), min_size=1, max_size=40).filter(lambda given: sum(given) > 0.01))
+    weights = draw(st.lists(st.floats(0, 10), min_size=1, max_size=40).filter(lambda drawn: sum(drawn) > 0.01))
     mean = sum(weights) / len(weights)
     parts = {name: draw(st.integers(low, 20)) for name, low in (("sink", 0), ("recent", 1), ("residual", 0))}
     slots = draw(st.integers(sum(parts.values()) + 1, 4000))

@@ -25,8 +25,8 @@ def engine() -> Engine:
 
 
 def positions(cache: Cache, layer: int, head: int) -> set[int]:
-    own = cache.layers[layer]
-    return set(own.position[0, head][own.multiplicity[0, head] > 0].tolist())
+    slots = cache.layers[layer]
+    return set(slots.position[0, head][slots.multiplicity[0, head] > 0].tolist())
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40), st.integers(0, 10))

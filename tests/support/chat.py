@@ -108,8 +108,8 @@ def scripted_ids(answers: dict[int, list[int]], parsed: dict[int, dict[str, Any]
 
     decode = Engine.decode
 
-    def unconstrained(self: Engine, *given: Any, constraints: Any = None, **named: Any) -> Any:
-        return decode(self, *given, **named)  # the script ignores grammars
+    def unconstrained(self: Engine, *args: Any, constraints: Any = None, **kwargs: Any) -> Any:
+        return decode(self, *args, **kwargs)  # the script ignores grammars
 
     with (
         mock.patch("zsmerge_llm.engine.engine.Sampler", Script),
