@@ -1,4 +1,4 @@
-"""Shared fixtures. Real models are loaded by zsmerge_llm itself and converted once per machine."""
+"""Shared fixtures. Real models are loaded by zsmerge_llm itself and converted once for each machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from platformdirs import user_cache_dir
 
 from zsmerge_llm import LLM
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: threads of two workers would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers compete for cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("ci", derandomize=True, deadline=None)

@@ -1,4 +1,4 @@
-"""Blocking calls from asyncio: the loop never waits, and leaving a stream stops its work."""
+"""Blocking calls from asyncio: the event loop is never blocked, and closing a stream stops its work."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any
 
 import pytest
 
-from tests.support.talk import ROOMY, counted, talker
+from tests.support.chat import LARGE_CACHE, make_llm, record_passes
 from zsmerge_llm import SamplingParams, aio
 from zsmerge_llm.testing import event_loop_gaps
 
 LIMIT = 0.05
-"""Seconds for which a call may block the loop at most."""
+"""Longest time in seconds for which a call may block the loop."""
 ATTEMPTS = 5
-"""Other load on the machine causes gaps, too: one attempt without any shows that the calls cause none."""
+"""Other load on the machine causes gaps too; one attempt without gaps shows that the calls cause none."""
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
+def _no_thread_remains() -> Iterator[None]:
     yield
-    until(lambda: not calls())
+    wait_until(lambda: not call_threads())
 
 
-def calls() -> list[threading.Thread]:
+def call_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "zsmerge-call"]
 
 
-def until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < end, "the condition did not come true within 10 seconds"
@@ -45,15 +45,15 @@ class Counter:
     """Yields a number every two milliseconds until it is cancelled or closed."""
 
     def __init__(self) -> None:
-        self.made = 0
+        self.count = 0
         self.closed = False
 
     def __call__(self, cancel: Event) -> Iterator[int]:
         try:
             while not cancel.is_set():
                 time.sleep(0.002)
-                self.made += 1
-                yield self.made
+                self.count += 1
+                yield self.count
         finally:
             self.closed = True
 
@@ -64,33 +64,33 @@ async def test_results_and_items_come_in_order() -> None:
 
 
 async def test_twenty_calls_of_a_model_never_block_the_loop() -> None:
-    llm, params = talker(cache=ROOMY), SamplingParams(max_tokens=12)
+    llm, params = make_llm(cache=LARGE_CACHE), SamplingParams(max_tokens=12)
     llm.chat("Hello", sampling=params)  # loaded
 
     def ask(cancel: Event) -> Any:
         return llm.chat("Hello", sampling=params, cancel=cancel)
 
-    worst = []
+    longest = []
     for _ in range(ATTEMPTS):
         async with event_loop_gaps() as gaps:
             assert len(await asyncio.gather(*(aio.call(ask) for _ in range(20)))) == 20
         assert len(gaps) > 20
-        worst.append(max(gaps))
-        if worst[-1] < LIMIT:
+        longest.append(max(gaps))
+        if longest[-1] < LIMIT:
             break
-    print(f"longest gaps {[round(gap * 1000) for gap in worst]} ms")
-    assert min(worst) < LIMIT
+    print(f"longest gaps {[round(gap * 1000) for gap in longest]} ms")
+    assert min(longest) < LIMIT
 
 
 async def test_a_thread_that_is_slow_to_start_does_not_block_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 
-    def slowly(thread: threading.Thread) -> None:
+    def start_slowly(thread: threading.Thread) -> None:
         if thread.name == "zsmerge-call":
             time.sleep(4 * LIMIT)
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", slowly)
+    monkeypatch.setattr(threading.Thread, "start", start_slowly)
     async with event_loop_gaps() as gaps:
         assert await asyncio.gather(*(aio.call(lambda cancel: 1) for _ in range(3))) == [1, 1, 1]
     assert max(gaps) < 4 * LIMIT
@@ -98,33 +98,33 @@ async def test_a_thread_that_is_slow_to_start_does_not_block_the_loop(monkeypatc
 
 
 async def test_breaking_out_of_a_stream_stops_a_model_within_one_token() -> None:
-    llm = talker(cache=ROOMY)
-    with counted() as passes:
+    llm = make_llm(cache=LARGE_CACHE)
+    with record_passes() as passes:
         chunks = aio.stream(
             lambda cancel: llm.stream("Hello", sampling=SamplingParams(max_tokens=500, ignore_eos=True), cancel=cancel)
         )
         async for _ in chunks:
             break
         await chunks.aclose()
-        made = len(passes)
-        await asyncio.to_thread(until, lambda: not calls())
-    assert len(passes) <= made + 1
+        before = len(passes)
+        await asyncio.to_thread(wait_until, lambda: not call_threads())
+    assert len(passes) <= before + 1
 
 
-@pytest.mark.parametrize("leave", ["close", "drop", "throw"])
-async def test_leaving_a_stream_closes_its_source(leave: str) -> None:
+@pytest.mark.parametrize("way", ["close", "drop", "throw"])
+async def test_leaving_a_stream_closes_its_source(way: str) -> None:
     counter = Counter()
     stream = aio.stream(counter)
     assert await anext(stream) == 1
-    if leave == "close":
+    if way == "close":
         await stream.aclose()
-    elif leave == "throw":
+    elif way == "throw":
         with pytest.raises(KeyError):
             await stream.athrow(KeyError("enough"))
     del stream
-    made = counter.made
-    await asyncio.to_thread(until, lambda: counter.closed)
-    assert counter.made <= made + 1
+    before = counter.count
+    await asyncio.to_thread(wait_until, lambda: counter.closed)
+    assert counter.count <= before + 1
 
 
 async def test_a_closed_stream_is_exhausted() -> None:
@@ -138,7 +138,7 @@ async def test_a_stream_starts_at_the_first_request_for_an_item() -> None:
     counter = Counter()
     stream = aio.stream(counter)
     await asyncio.sleep(0.02)
-    assert counter.made == 0
+    assert counter.count == 0
     await stream.aclose()
 
 
@@ -151,12 +151,12 @@ async def test_cancelling_a_task_stops_the_work_and_does_not_wait_for_it() -> No
         assert go.wait(10)
 
     task = asyncio.create_task(aio.call(work))
-    await asyncio.to_thread(until, lambda: bool(calls()))
+    await asyncio.to_thread(wait_until, lambda: bool(call_threads()))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await asyncio.to_thread(cancelled.wait, 10)
-    assert calls()  # the task has ended, its work has not
+    assert call_threads()  # the task has ended, and its work still runs
     go.set()
 
 
@@ -177,23 +177,23 @@ async def test_a_thread_that_cannot_be_started_is_an_error(monkeypatch: pytest.M
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    await aio.call(lambda cancel: None)  # now the thread that starts others runs
+    await aio.call(lambda cancel: None)  # starts the thread that starts the others
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(RuntimeError, match="can't start"):
         await aio.call(lambda cancel: None)
 
 
 async def test_the_work_sees_its_callers_context_variables_and_changes_none() -> None:
-    place: contextvars.ContextVar[str] = contextvars.ContextVar("place", default="nowhere")
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="none")
 
     def work(cancel: Event) -> str:
-        seen = place.get()
-        place.set("elsewhere")
+        seen = variable.get()
+        variable.set("worker")
         return seen
 
-    place.set("here")
-    assert await aio.call(work) == "here"
-    assert place.get() == "here"
+    variable.set("caller")
+    assert await aio.call(work) == "caller"
+    assert variable.get() == "caller"
 
 
 def test_closing_the_loop_ends_the_work() -> None:
@@ -202,7 +202,7 @@ def test_closing_the_loop_ends_the_work() -> None:
     stream = aio.stream(counter)
     loop.run_until_complete(anext(stream))
     loop.close()  # without closing the stream first
-    until(lambda: counter.closed)
+    wait_until(lambda: counter.closed)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")

@@ -1,4 +1,4 @@
-"""Settings that cannot work are refused at once, and say what would."""
+"""Impossible settings are refused at construction with an error that names the remedy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from zsmerge_llm.errors import ConfigError, ZSMergeError
         {"policy": object()},
     ],
 )
-def test_a_cache_that_cannot_work_is_refused(settings: dict[str, object]) -> None:
+def test_impossible_cache_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         CacheConfig(**settings)
 
@@ -53,12 +53,12 @@ def test_a_cache_that_cannot_work_is_refused(settings: dict[str, object]) -> Non
         {"max_tokens": None, "ignore_eos": True},
     ],
 )
-def test_sampling_that_cannot_work_is_refused(settings: dict[str, object]) -> None:
+def test_impossible_sampling_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         SamplingParams(**settings)
 
 
-def test_a_budget_too_small_names_the_number_that_would_do() -> None:
+def test_too_few_slots_are_refused_with_the_smallest_number() -> None:
     with pytest.raises(ConfigError, match="at least 69 slots"):
         CacheConfig(slots=50)
 
@@ -71,31 +71,31 @@ def test_presets_fill_their_budget(slots: int) -> None:
     assert CacheConfig.full().slots is None
 
 
-def test_an_unknown_setting_is_named() -> None:
+def test_unknown_settings_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="budget"):
         CacheConfig().replace(budget=3)
     with pytest.raises(ConfigError, match="temprature"):
         SamplingParams().replace(temprature=3)
 
 
-def test_one_stop_string_may_be_given_as_such() -> None:
+def test_a_single_stop_string_is_accepted() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [("2GiB", 2 << 30), ("500 MB", 500_000_000), ("1.5K", 1500), ("7", 7), (9, 9)]
 )
-def test_sizes_are_read_as_people_write_them(text: str | int, size: int) -> None:
+def test_sizes_are_parsed_with_their_units(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1", -1, "1.2.3GB", None, True])
-def test_what_is_no_size_is_refused(text: object) -> None:
+def test_invalid_sizes_are_refused(text: object) -> None:
     with pytest.raises(ConfigError, match="2GiB"):
         parse_bytes(text)
 
 
-def test_every_error_is_ours_and_imports_load_nothing_heavy() -> None:
+def test_every_error_is_a_zsmerge_error_and_creating_an_llm_imports_no_torch() -> None:
     from zsmerge_llm import errors
 
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]

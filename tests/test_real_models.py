@@ -1,4 +1,4 @@
-"""Real weights: exact while everything fits, sane beyond."""
+"""Real weights: exact logits while everything fits, correct answers beyond."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def test_greedy_text_of_smollm2_equals_transformers_generate(smollm2: LLM) -> No
     ids = smollm2.tokenizer(PROMPT, return_tensors="pt").input_ids
     model = smollm2.engine.model
     model.set_attn_implementation("sdpa")
-    want = model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :].tolist()
+    expected = model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :].tolist()
     model.set_attn_implementation("zsmerge")
     params = SamplingParams(max_tokens=64, ignore_eos=True)
-    got = list(smollm2.engine.stream(smollm2.engine.new_cache(), ids[0], params))
-    assert got[: len(want)] == want
+    generated = list(smollm2.engine.stream(smollm2.engine.new_cache(), ids[0], params))
+    assert generated[: len(expected)] == expected
 
 
-def test_smollm2_answers_and_counts(smollm2: LLM) -> None:
+def test_smollm2_answers_and_reports_usage(smollm2: LLM) -> None:
     result = smollm2.chat("What is the capital of France?", sampling=SamplingParams(max_tokens=40))
     assert "Paris" in result.text
     assert result.finish_reason == "stop"
@@ -35,8 +35,8 @@ def test_smollm2_answers_and_counts(smollm2: LLM) -> None:
     assert result.usage.prefill_seconds > 0
 
 
-def test_a_question_behind_a_long_text_finds_its_answer_in_an_eighth_of_the_memory(smollm2: LLM) -> None:
-    """About 1,900 tokens into 256 slots; the prompt's end says what to keep."""
+def test_a_question_after_a_long_text_is_answered_with_an_eighth_of_the_slots(smollm2: LLM) -> None:
+    """About 1,900 tokens in 256 slots, ranked by the attention of the question at the prompt's end."""
     llm = LLM(smollm2.engine.model, tokenizer=smollm2.tokenizer, cache=CacheConfig(slots=256))
     filler = "The harbour was quiet, and the boats lay still along the wooden pier under a grey sky. "
     fact = "The secret code of the old safe is 7351. "
@@ -49,8 +49,8 @@ def test_a_question_behind_a_long_text_finds_its_answer_in_an_eighth_of_the_memo
     assert result.usage.dropped_tokens > 6 * 256
 
 
-def test_what_the_cache_has_forgotten_is_found_again_in_the_text(smollm2: LLM) -> None:
-    """Read ahead, before any question, into an eighth of the memory."""
+def test_dropped_facts_of_a_document_are_retrieved_from_its_text(smollm2: LLM) -> None:
+    """The document is read before any question, into about an eighth of the slots that it needs."""
     llm = LLM(smollm2.engine.model, tokenizer=smollm2.tokenizer, cache=CacheConfig(slots=256))
     filler = "The harbour was quiet, and the boats lay still along the wooden pier under a grey sky. "
     facts = [
@@ -75,11 +75,11 @@ def test_stop_strings_end_an_answer_and_are_not_part_of_it(smollm2: LLM) -> None
     assert cut.finish_reason == "stop"
 
 
-def test_a_batch_of_different_lengths_answers_as_each_alone(smollm2: LLM) -> None:
+def test_a_batch_of_different_lengths_equals_single_requests(smollm2: LLM) -> None:
     prompts = ["Name three colours.", "What is two plus two? Answer in one short sentence, please.", "Hello!"]
     params = SamplingParams(max_tokens=16)
-    together = smollm2.batch(prompts, sampling=params)
-    assert [result.text for result in together] == [smollm2.chat(p, sampling=params).text for p in prompts]
+    results = smollm2.batch(prompts, sampling=params)
+    assert [result.text for result in results] == [smollm2.chat(p, sampling=params).text for p in prompts]
 
 
 @pytest.mark.slow
@@ -89,9 +89,9 @@ def test_real_weights_give_transformers_logits_while_everything_fits(name: str, 
     ids = loaded.tokenizer(TEXT, return_tensors="pt").input_ids[:, :700]
     with torch.inference_mode():
         logits = loaded.model(ids).logits[0]
-    want = logits[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    expected = logits[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     del logits
     engine = Engine(loaded.model, CacheConfig(slots=1024), chunk=256)
-    got = engine.logprobs(engine.new_cache(), ids[0])[1:]
-    torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
-    assert (got - want).abs().mean() < 1e-4
+    logprobs = engine.logprobs(engine.new_cache(), ids[0])[1:]
+    torch.testing.assert_close(logprobs, expected, atol=2e-3, rtol=2e-3)
+    assert (logprobs - expected).abs().mean() < 1e-4

@@ -1,4 +1,4 @@
-"""Invariant 1: as long as everything fits the budget, logits are transformers' own, for every supported family."""
+"""As long as everything fits the budget, logits equal those of transformers, for every supported family."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PRESETS = {
 }
 
 
-def reference(family: str, ids: list[int]) -> Tensor:
-    """float32 [T]: transformers' own log p(ids[t] | ids[:t]), 0 for the first."""
+def reference_logprobs(family: str, ids: list[int]) -> Tensor:
+    """Return log p(ids[t] | ids[:t]) by transformers alone as float32 [T], 0 for the first."""
     with torch.inference_mode():
         logits = tiny_model(family)(torch.tensor([ids])).logits[0].float()
     picked = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
@@ -31,41 +31,41 @@ def reference(family: str, ids: list[int]) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers_while_everything_fits(family: str) -> None:
     ids = tokens(60)
-    want = reference(family, ids)
+    expected = reference_logprobs(family, ids)
     for name, config in PRESETS.items():
         for chunk in (60, 7, 1) if name == "default" else (13,):
             engine = Engine(tiny_model(family), config, chunk=chunk)
-            got = engine.logprobs(engine.new_cache(), ids)
-            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+            logprobs = engine.logprobs(engine.new_cache(), ids)
+            torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_far_beyond_the_budget_every_family_goes_on_in_constant_memory(family: str) -> None:
+def test_far_beyond_the_budget_every_family_reads_in_constant_memory(family: str) -> None:
     config = CacheConfig(slots=24, recent=6, residual=3, stage=4)
     engine = Engine(tiny_model(family), config, chunk=16)
     cache = engine.new_cache()
     engine.read(cache, tokens(40))
-    held = cache.nbytes
+    nbytes = cache.nbytes
     for part in range(6):
         engine.read(cache, tokens(50, seed=part))
-        assert cache.nbytes == held
+        assert cache.nbytes == nbytes
     assert torch.isfinite(cache.logits).all()
     assert cache.seen == 340
     for layer in cache.layers:
         accounted = layer.multiplicity.sum(-1) + layer.dropped
-        assert (accounted == 340).all(), "nothing disappears unaccounted"
+        assert (accounted == 340).all()
 
 
 def test_a_sliding_window_layer_stays_exact_far_beyond_the_budget() -> None:
-    """All layers slide over 8 tokens, so even 16 slots lose nothing."""
+    """Every layer has a window of 8 tokens, so 16 slots hold all that it attends to."""
     ids = tokens(300)
     engine = Engine(tiny_model("mistral-sliding"), CacheConfig(slots=16, recent=4, stage=2), chunk=37)
-    got = engine.logprobs(engine.new_cache(), ids)
-    torch.testing.assert_close(got, reference("mistral-sliding", ids), atol=1e-4, rtol=1e-4)
+    logprobs = engine.logprobs(engine.new_cache(), ids)
+    torch.testing.assert_close(logprobs, reference_logprobs("mistral-sliding", ids), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "settings", "named"),
+    ("model_type", "settings", "reason"),
     [
         ("bloom", {"n_head": 4, "hidden_size": 32, "n_layer": 2}, "attention interface"),
         ("falcon", {"alibi": True, "num_attention_heads": 4, "hidden_size": 32}, "ALiBi"),
@@ -73,25 +73,25 @@ def test_a_sliding_window_layer_stays_exact_far_beyond_the_budget() -> None:
         ("qwen3_next", {"hidden_size": 32, "num_hidden_layers": 4, "num_experts": 2}, "linear_attention"),
     ],
 )
-def test_what_the_cache_cannot_carry_is_refused_by_name(
-    model_type: str, settings: dict[str, object], named: str
+def test_unsupported_architectures_are_refused_with_the_reason(
+    model_type: str, settings: dict[str, object], reason: str
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(model_type, vocab_size=97, pad_token_id=0, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with pytest.raises(UnsupportedModelError, match=named):
+    with pytest.raises(UnsupportedModelError, match=reason):
         Engine(model)
 
 
-def test_multimodal_rope_is_refused_by_name() -> None:
+def test_multimodal_rope_is_refused() -> None:
     model = tiny_model("qwen2")
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     with pytest.raises(UnsupportedModelError, match="M-RoPE"):
         Engine(model)
 
 
-def test_the_model_on_its_own_says_how_to_get_it_back() -> None:
+def test_calling_the_model_directly_raises_and_names_the_remedy() -> None:
     model = tiny_model("llama")
     Engine(model)
     with pytest.raises(InputError, match="set_attn_implementation"):

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.policies import POLICIES
 from benchmarks.quality import chat as chat_benchmark
 from benchmarks.quality import evaluator
-from tests.support.talk import ROOMY, talker
+from tests.support.chat import LARGE_CACHE, make_llm
 from tests.support.templates import template
 
 
@@ -31,7 +31,7 @@ def record(paragraphs: int = 6, questions: int = 3) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def bench() -> evaluator.Evaluator:
-    return evaluator.Evaluator(talker(cache=ROOMY).engine, template("smollm2"))
+    return evaluator.Evaluator(make_llm(cache=LARGE_CACHE).engine, template("smollm2"))
 
 
 def test_a_chat_asks_about_each_paragraph_and_at_last_about_the_first_third() -> None:

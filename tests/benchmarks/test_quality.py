@@ -16,7 +16,7 @@ from benchmarks.policies.least_squares_merging import LeastSquaresMerging, atten
 from benchmarks.quality import evaluator, report, run, tasks
 from benchmarks.quality.ask import ask
 from benchmarks.quality.rouge import rouge
-from tests.support.talk import ROOMY, talker
+from tests.support.chat import LARGE_CACHE, make_llm
 from tests.support.templates import template
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm.engine.engine import Engine
@@ -41,7 +41,7 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def bench() -> evaluator.Evaluator:
-    llm = talker(cache=ROOMY)
+    llm = make_llm(cache=LARGE_CACHE)
     return evaluator.Evaluator(llm.engine, template("smollm2"))
 
 

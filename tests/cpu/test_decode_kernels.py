@@ -23,7 +23,7 @@ DTYPES = list(native.DTYPES)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built() -> None:
+def _built_kernels() -> None:
     native.build()
 
 
@@ -37,17 +37,17 @@ def rounded_to_int8(x: Tensor, group: int) -> Tensor:
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
-    count=st.integers(1, native.MAX_ROWS),
+    rows=st.integers(1, native.MAX_ROWS),
     inputs=st.integers(1, 200),
     outputs=st.lists(st.integers(1, 150), min_size=1, max_size=3),
     biased=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_gemv_with_matrices_of_any_size_matches_pytorch(
-    dtype: torch.dtype, count: int, inputs: int, outputs: list[int], biased: bool, seed: int
+    dtype: torch.dtype, rows: int, inputs: int, outputs: list[int], biased: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    x = torch.randn(count, inputs).to(dtype)
+    x = torch.randn(rows, inputs).to(dtype)
     weights = [torch.randn(each, inputs).to(dtype) for each in outputs]
     biases = [torch.randn(each).to(dtype) for each in outputs] if biased else []
 
@@ -64,25 +64,25 @@ def test_gemv_with_matrices_of_any_size_matches_pytorch(
 @settings(max_examples=40, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
-    count=st.integers(1, native.MAX_ROWS),
+    rows=st.integers(1, native.MAX_ROWS),
     inputs=st.integers(1, 40).map(lambda each: 16 * each),
     outputs=st.integers(1, 150),
-    size=st.sampled_from([1e-6, 1.0, 1e4]),
+    magnitude=st.sampled_from([1e-6, 1.0, 1e4]),
     seed=st.integers(0, 9),
 )
 def test_gemv_with_int8_weights_matches_the_dequantized_matrix(
-    dtype: torch.dtype, count: int, inputs: int, outputs: int, size: float, seed: int
+    dtype: torch.dtype, rows: int, inputs: int, outputs: int, magnitude: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    x = torch.randn(count, inputs)
-    x[0, 0] = 1000  # one large input must not take the precision of the others
-    x = (x * (1 if dtype == torch.float16 else size)).to(dtype)
+    x = torch.randn(rows, inputs)
+    x[0, 0] = 1000  # one large input must not cost the others their precision
+    x = (x * (1 if dtype == torch.float16 else magnitude)).to(dtype)
     weight, scale = quantize_int8(torch.randn(outputs, inputs), dtype)
 
     (product,) = native.gemv(x, [weight], [scale], [])
 
     dequantized = weight.float() * scale.float()[:, None]
-    terms = x.float().abs() @ dequantized.abs().T  # a sum may be much smaller than what it is a sum of
+    terms = x.float().abs() @ dequantized.abs().T  # a sum may be much smaller than its terms
     steps = x.float().abs().amax(-1, keepdim=True) / 32767 * dequantized.abs().sum(-1)  # inputs are rounded to 16 bits
     assert bool(((product.float() - x.float() @ dequantized.T).abs() <= TOLERANCE[dtype] * terms + steps).all())
 
@@ -90,49 +90,49 @@ def test_gemv_with_int8_weights_matches_the_dequantized_matrix(
 @settings(max_examples=40, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
-    count=st.integers(1, native.MAX_ROWS),
+    rows=st.integers(1, native.MAX_ROWS),
     inputs=st.integers(1, 12).map(lambda each: 32 * each),
     outputs=st.lists(st.integers(1, 4).map(lambda each: 64 * each), min_size=1, max_size=3),
     seed=st.integers(0, 9),
 )
-def test_gemv_with_int4_weights_matches_torchs_own_kernel(
-    dtype: torch.dtype, count: int, inputs: int, outputs: list[int], seed: int
+def test_gemv_with_int4_weights_matches_the_kernel_of_pytorch(
+    dtype: torch.dtype, rows: int, inputs: int, outputs: list[int], seed: int
 ) -> None:
     if not torch.ops.zsmerge.has_int4_products():  # this processor leaves 4 bits to PyTorch
         return
     torch.manual_seed(seed)
-    x = torch.randn(count, inputs).to(dtype)
+    x = torch.randn(rows, inputs).to(dtype)
     packed = [quantize_int4(torch.randn(each, inputs), dtype) for each in outputs]
 
     products = native.gemv(x, [weight for weight, _ in packed], [scales for _, scales in packed], [])
 
-    inputs_seen = x.float() if dtype == torch.float32 else rounded_to_int8(x, 32)
+    rounded_inputs = x.float() if dtype == torch.float32 else rounded_to_int8(x, 32)
     for product, (weight, scales) in zip(products, packed, strict=True):
-        expected = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs_seen, weight, 32, scales.float())
+        expected = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded_inputs, weight, 32, scales.float())
         assert relative_error(product, expected) < max(TOLERANCE[dtype], 1e-4)
 
 
 @settings(max_examples=10, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
-    count=st.integers(1, native.MAX_ROWS),
+    rows=st.integers(1, native.MAX_ROWS),
     inputs=st.integers(1, 12).map(lambda each: 16 * each),
-    more=st.integers(0, 100),
+    extra_outputs=st.integers(0, 100),
     seed=st.integers(0, 9),
 )
 def test_several_rows_of_an_int8_output_layer_are_quantized_to_int8(
-    dtype: torch.dtype, count: int, inputs: int, more: int, seed: int
+    dtype: torch.dtype, rows: int, inputs: int, extra_outputs: int, seed: int
 ) -> None:
     if not torch.ops.zsmerge.has_int4_products():  # this processor multiplies float32
         return
     torch.manual_seed(seed)
-    x = (torch.randn(count, inputs) + 1).to(dtype)
-    weight, scale = quantize_int8(torch.randn(2**15 + more, inputs), dtype)
+    x = (torch.randn(rows, inputs) + 1).to(dtype)
+    weight, scale = quantize_int8(torch.randn(2**15 + extra_outputs, inputs), dtype)
 
     (product,) = native.gemv(x, [weight], [scale], [])
 
-    inputs_seen = x.float() if dtype == torch.float32 or count == 1 else rounded_to_int8(x, 128)
-    expected = inputs_seen @ (weight.float() * scale.float()[:, None]).T
+    rounded_inputs = x.float() if dtype == torch.float32 or rows == 1 else rounded_to_int8(x, 128)
+    expected = rounded_inputs @ (weight.float() * scale.float()[:, None]).T
     assert relative_error(product, expected) < max(TOLERANCE[dtype], 1e-4)
 
 
@@ -168,7 +168,7 @@ def test_views_of_matrices_and_full_slots_are_refused() -> None:
     num_filled=st.lists(st.integers(0, 700), min_size=1, max_size=3),
     heads=st.integers(1, 3),
     group=st.integers(1, 3),
-    size=st.sampled_from([8, 32, 48, 64, 80, 128]),
+    head_dim=st.sampled_from([8, 32, 48, 64, 80, 128]),
     tokens=st.integers(1, native.MAX_ROWS),
     cap=st.sampled_from([None, 5.0]),
     window=st.sampled_from([None, 40]),
@@ -176,14 +176,14 @@ def test_views_of_matrices_and_full_slots_are_refused() -> None:
     seed=st.integers(0, 9),
 )
 def test_decode_attention_matches_the_reference(
-    dtype: torch.dtype, num_filled: list[int], heads: int, group: int, size: int, tokens: int,
+    dtype: torch.dtype, num_filled: list[int], heads: int, group: int, head_dim: int, tokens: int,
     cap: float | None, window: int | None, with_sinks: bool, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     rows, room = len(num_filled), max(num_filled) + tokens + 3
-    query = torch.randn(rows, tokens, heads * group, size).to(dtype).transpose(1, 2)  # as models give it
-    key, value = (torch.randn(rows, tokens, heads, size).to(dtype).transpose(1, 2) for _ in range(2))
-    keys, values = (torch.randn(rows, heads, room, size).to(dtype) for _ in range(2))
+    query = torch.randn(rows, tokens, heads * group, head_dim).to(dtype).transpose(1, 2)  # the layout of models
+    key, value = (torch.randn(rows, tokens, heads, head_dim).to(dtype).transpose(1, 2) for _ in range(2))
+    keys, values = (torch.randn(rows, heads, room, head_dim).to(dtype) for _ in range(2))
     multiplicity = torch.ones(rows, heads, room)
     multiplicity[:, :, :3] = torch.tensor([0.0, 1.0, 300.0])
     score, cumulative = torch.ones(2, rows, heads, room)
@@ -195,7 +195,7 @@ def test_decode_attention_matches_the_reference(
 
     output = native.decode_attention(
         (query, key, value), (keys, values, multiplicity, score, cumulative, position), token_position, num_filled,
-        scaling=size**-0.5, alpha=0.6, softcap=cap, window=window, sinks=sinks,
+        scaling=head_dim**-0.5, alpha=0.6, softcap=cap, window=window, sinks=sinks,
     )  # fmt: skip
 
     for row, filled in enumerate(num_filled):
@@ -211,7 +211,7 @@ def test_decode_attention_matches_the_reference(
             hidden |= at - seen >= window
         bias = (0.6 * multiplicity[row, :, None, :end].log()).masked_fill(hidden, float("-inf"))
         expected = reference_attention(
-            query[row], keys[row, :, :end], values[row, :, :end], bias, size**-0.5, cap, sinks
+            query[row], keys[row, :, :end], values[row, :, :end], bias, head_dim**-0.5, cap, sinks
         )
         assert relative_error(output[row], expected) < TOLERANCE[dtype]
 

@@ -22,7 +22,7 @@ from zsmerge_llm.kvcache import equations
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built() -> None:
+def _built_kernels() -> None:
     native.build()
     native.build(native.PREFILL_SOURCES)
 
@@ -32,7 +32,7 @@ def built() -> None:
     num_past=st.lists(st.integers(0, 700), min_size=1, max_size=3),
     heads=st.integers(1, 3),
     group=st.integers(1, 3),
-    size=st.sampled_from([8, 32, 48, 64, 80, 128]),
+    head_dim=st.sampled_from([8, 32, 48, 64, 80, 128]),
     tokens=st.one_of(st.integers(9, 200), st.sampled_from([64, 512, 576])),
     cap=st.sampled_from([None, 5.0]),
     window=st.sampled_from([None, 40, 300]),
@@ -41,15 +41,15 @@ def built() -> None:
     seed=st.integers(0, 9),
 )
 def test_prefill_attention_matches_the_reference(
-    num_past: list[int], heads: int, group: int, size: int, tokens: int, cap: float | None, window: int | None,
+    num_past: list[int], heads: int, group: int, head_dim: int, tokens: int, cap: float | None, window: int | None,
     merged: bool, with_sinks: bool, seed: int,
 ) -> None:  # fmt: skip
     if not native.has_bf16_products():
         return
     torch.manual_seed(seed)
     rows, room = len(num_past), max(num_past) + tokens
-    query = torch.randn(rows, tokens, heads * group, size).bfloat16().transpose(1, 2)  # as models give it
-    keys, values = (torch.randn(rows, heads, room + 5, size).bfloat16()[:, :, :room] for _ in range(2))
+    query = torch.randn(rows, tokens, heads * group, head_dim).bfloat16().transpose(1, 2)  # the layout of models
+    keys, values = (torch.randn(rows, heads, room + 5, head_dim).bfloat16()[:, :, :room] for _ in range(2))
     bias = torch.randn(rows, heads, room) if merged else None
     if bias is not None:
         bias[:, :, 1] = float("-inf")  # an empty slot
@@ -58,7 +58,7 @@ def test_prefill_attention_matches_the_reference(
     sinks = torch.randn(heads * group) if with_sinks else None
 
     output = native.prefill_attention(
-        query, keys, values, num_past, scaling=size**-0.5, softcap=cap, sinks=sinks, window=window, bias=bias,
+        query, keys, values, num_past, scaling=head_dim**-0.5, softcap=cap, sinks=sinks, window=window, bias=bias,
         query_position=query_position, slot_position=slot_position,
     )  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_prefill_attention_matches_the_reference(
             hidden |= at - torch.arange(room) >= window
         total_bias = torch.zeros(heads, 1, room) if bias is None else bias[row][:, None]
         total_bias = total_bias.masked_fill(hidden, float("-inf"))
-        expected = reference_attention(query[row], keys[row], values[row], total_bias, size**-0.5, cap, sinks)
+        expected = reference_attention(query[row], keys[row], values[row], total_bias, head_dim**-0.5, cap, sinks)
         assert relative_error(output[row], expected) < TOLERANCE[torch.bfloat16]
 
 
@@ -79,7 +79,7 @@ def test_prefill_attention_matches_the_reference(
     slots=st.integers(20, 900),
     heads=st.integers(1, 3),
     group=st.integers(1, 4),
-    size=st.sampled_from([8, 48, 64, 128]),
+    head_dim=st.sampled_from([8, 48, 64, 128]),
     num_queries=st.integers(1, 70),
     cap=st.sampled_from([None, 5.0]),
     with_sinks=st.booleans(),
@@ -90,7 +90,7 @@ def test_attention_mass_matches_pytorch(
     slots: int,
     heads: int,
     group: int,
-    size: int,
+    head_dim: int,
     num_queries: int,
     cap: float | None,
     with_sinks: bool,
@@ -99,8 +99,8 @@ def test_attention_mass_matches_pytorch(
     if not native.has_bf16_products():
         return
     torch.manual_seed(seed)
-    queries = torch.randn(rows, num_queries, heads * group, size).bfloat16().transpose(1, 2)
-    keys = torch.randn(rows, heads, slots + 3, size).bfloat16()[:, :, :slots]
+    queries = torch.randn(rows, num_queries, heads * group, head_dim).bfloat16().transpose(1, 2)
+    keys = torch.randn(rows, heads, slots + 3, head_dim).bfloat16()[:, :, :slots]
     bias = torch.randn(rows, heads, slots)
     bias[:, :, 2] = float("-inf")
     slot_position = torch.arange(slots, dtype=torch.int32).expand(rows, heads, slots)
@@ -108,15 +108,17 @@ def test_attention_mass_matches_pytorch(
     query_position[0, 1:2] = -1
     sinks = torch.randn(heads * group) if with_sinks else None
 
-    mean, maximum = native.attention_mass(queries, keys, bias, query_position, slot_position, size**-0.5, cap, sinks)
+    mean, maximum = native.attention_mass(
+        queries, keys, bias, query_position, slot_position, head_dim**-0.5, cap, sinks
+    )
 
-    seen = slot_position[:, :, None, :] <= query_position[:, None, :, None]
-    hiding = bias[:, :, None, :].masked_fill(~seen, float("-inf"))[:, :, None]
-    grouped = queries.float().reshape(rows, heads, group, num_queries, size)
-    mass = equations.attention_weights(grouped, keys.float(), hiding, size**-0.5, cap, sinks)
+    visible = slot_position[:, :, None, :] <= query_position[:, None, :, None]
+    masked_bias = bias[:, :, None, :].masked_fill(~visible, float("-inf"))[:, :, None]
+    grouped = queries.float().reshape(rows, heads, group, num_queries, head_dim)
+    mass = equations.attention_weights(grouped, keys.float(), masked_bias, head_dim**-0.5, cap, sinks)
     torch.testing.assert_close(mean, equations.mean_attention(mass, query_position >= 0), rtol=1e-3, atol=1e-6)
-    counted = mass.masked_fill((query_position < 0)[:, None, None, :, None], 0.0)
-    torch.testing.assert_close(maximum, counted.amax((2, 3)), rtol=1e-3, atol=1e-6)
+    valid_mass = mass.masked_fill((query_position < 0)[:, None, None, :, None], 0.0)
+    torch.testing.assert_close(maximum, valid_mass.amax((2, 3)), rtol=1e-3, atol=1e-6)
 
 
 def test_queries_whose_own_keys_are_not_in_the_slots_are_refused() -> None:
@@ -153,21 +155,21 @@ def test_an_engine_prefills_with_the_kernels_as_without(name: str, config: Cache
 def test_prefill_kernels_load_if_they_are_built_or_after_many_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def reads(tokens: int, compile: bool | Literal["auto"] = "auto") -> bool:
+    def loads(tokens: int, compile: bool | Literal["auto"] = "auto") -> bool:
         engine = Engine(tiny_model(dtype=torch.bfloat16), compile=compile)
         for _ in range(tokens // 500):
             engine.backend.on_pass(500)
         return engine.backend.has_prefill_kernels
 
-    can = native.has_bf16_products()
+    supported = native.has_bf16_products()
     assert native.is_built(native.PREFILL_SOURCES)
-    assert reads(500) == can
+    assert loads(500) == supported
     monkeypatch.setattr(native, "is_built", lambda _: False)
-    assert not reads(BUILD_PREFILL_AFTER - 500)
-    assert reads(BUILD_PREFILL_AFTER + 500) == can
-    assert reads(0, compile=True) == can
-    assert not reads(BUILD_PREFILL_AFTER + 500, compile=False)
+    assert not loads(BUILD_PREFILL_AFTER - 500)
+    assert loads(BUILD_PREFILL_AFTER + 500) == supported
+    assert loads(0, compile=True) == supported
+    assert not loads(BUILD_PREFILL_AFTER + 500, compile=False)
     engine = Engine(tiny_model(dtype=torch.bfloat16))
     engine.backend.warm_up()
-    assert engine.backend.has_prefill_kernels == can
+    assert engine.backend.has_prefill_kernels == supported
     assert not engine.backend.pending_build

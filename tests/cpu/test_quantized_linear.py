@@ -1,4 +1,4 @@
-"""Weights of 4 and 8 bits: the packed layers compute what their dequantized matrices do, and a model of them works."""
+"""Weights of 4 and 8 bits: packed layers match their dequantized matrices, and models of them answer and are saved."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from zsmerge_llm.cpu.quantized_linear import (
 )
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError, SessionMismatchError
-from zsmerge_llm.models import device as hardware
 from zsmerge_llm.models import gguf
+from zsmerge_llm.models.device import packed_bits
 from zsmerge_llm.models.loader import load
 from zsmerge_llm.sessions.fingerprint import fingerprint
 
@@ -40,9 +40,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny tied Llama with its tokenizer as a model folder."""
-    where = tmp_path_factory.mktemp("models")
-    file = write_gguf(where / "tiny.gguf", random_model("llama", tie_word_embeddings=True), "llama")
-    return gguf.convert_once(file, where / "tiny", lambda step: None)
+    parent = tmp_path_factory.mktemp("models")
+    file = write_gguf(parent / "tiny.gguf", random_model("llama", tie_word_embeddings=True), "llama")
+    return gguf.convert_once(file, parent / "tiny", lambda step: None)
 
 
 def linear(inputs: int, outputs: int, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
@@ -50,9 +50,9 @@ def linear(inputs: int, outputs: int, dtype: torch.dtype = torch.float32, bias: 
     return nn.Linear(inputs, outputs, bias=bias, dtype=dtype).requires_grad_(False)
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference, as a part of the largest value."""
-    return float((found.float() - wanted).abs().max() / wanted.abs().max())
+def relative_distance(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the largest value."""
+    return float((actual.float() - expected).abs().max() / expected.abs().max())
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------
@@ -71,9 +71,9 @@ def test_a_packed_layer_multiplies_with_its_dequantized_matrix_for_few_rows_and_
     assert torch.equal(exact.weight, linear(inputs, outputs, dtype).weight)  # not rounded in place
     for count in ROWS:
         rows = torch.randn(count, inputs).to(dtype)
-        found = layer(rows)
-        assert found.dtype == dtype
-        assert distance(found, F.linear(rows.float(), matrix, exact.bias.float())) < TOLERANCE[dtype]
+        output = layer(rows)
+        assert output.dtype == dtype
+        assert relative_distance(output, F.linear(rows.float(), matrix, exact.bias.float())) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(4, 0.09), (8, 0.008)])
@@ -89,7 +89,7 @@ def test_the_rounded_matrix_stays_near_the_exact_one(bits: int, limit: float) ->
     ("inputs", "outputs", "kind"),
     [(64, 64, Int4Linear), (48, 64, Int8Linear), (64, 40, Int8Linear), (40, 64, nn.Linear), (33, 7, nn.Linear)],
 )
-def test_a_size_the_kernel_does_not_take_gets_more_bits(inputs: int, outputs: int, kind: type[nn.Module]) -> None:
+def test_sizes_that_the_kernel_does_not_support_get_more_bits(inputs: int, outputs: int, kind: type[nn.Module]) -> None:
     exact = linear(inputs, outputs)
     layer = quantize_linear(exact, 4, torch.float32)
     assert type(layer) is kind
@@ -99,7 +99,7 @@ def test_a_size_the_kernel_does_not_take_gets_more_bits(inputs: int, outputs: in
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("bias", [True, False])
-def test_any_leading_dimensions_and_strides_go_in(bits: int, bias: bool) -> None:
+def test_any_leading_dimensions_and_strides_are_accepted(bits: int, bias: bool) -> None:
     layer: Any = quantize_linear(linear(64, 96, bias=bias), bits, torch.float32)
     x = torch.randn(2, 9, 64)
     one_by_one = torch.stack([torch.stack([layer(x[b, t]) for t in range(9)]) for b in range(2)])
@@ -108,7 +108,7 @@ def test_any_leading_dimensions_and_strides_go_in(bits: int, bias: bool) -> None
     torch.testing.assert_close(layer(x.transpose(0, 1)), one_by_one.transpose(0, 1), atol=1e-4, rtol=1e-4)
 
 
-def test_a_group_of_equal_weights_is_held_to_the_precision_of_its_dtype() -> None:
+def test_a_group_of_equal_weights_is_exact_to_the_precision_of_its_dtype() -> None:
     exact = linear(64, 64)
     exact.weight.fill_(0.37)
     exact.weight[3:9] = 0
@@ -117,7 +117,7 @@ def test_a_group_of_equal_weights_is_held_to_the_precision_of_its_dtype() -> Non
 
 
 @pytest.mark.parametrize("layout", [(64, True), (32, True), (64, False), (32, False), (16, False)])
-def test_packed_codes_come_back_whatever_the_layout_of_the_machine(layout: tuple[int, bool]) -> None:
+def test_packed_codes_are_unpacked_from_every_layout(layout: tuple[int, bool]) -> None:
     block, halves = layout
     codes = torch.randint(0, 16, (112, 32), dtype=torch.uint8)
     parts = []
@@ -130,7 +130,7 @@ def test_packed_codes_come_back_whatever_the_layout_of_the_machine(layout: tuple
 
 
 def test_the_layout_of_this_machine_is_known() -> None:
-    """Else every chunk of a document would go through the kernel for few rows, many times slower."""
+    """With an unknown layout, every chunk would go through the kernel for few rows, many times slower."""
     packed, scales = quantize_int4(torch.randn(128, 64), torch.float32)
     layer = Int4Linear(packed, scales)
     torch.testing.assert_close(
@@ -141,7 +141,7 @@ def test_the_layout_of_this_machine_is_known() -> None:
 # --- a model ----------------------------------------------------------------------------------------------------------
 
 
-def kinds(model: nn.Module) -> dict[str, str]:
+def module_types(model: nn.Module) -> dict[str, str]:
     return {name: type(module).__name__ for name, module in model.named_modules()}
 
 
@@ -149,9 +149,9 @@ def kinds(model: nn.Module) -> dict[str, str]:
 def test_the_layers_are_packed_and_tied_embeddings_share_one_matrix(folder: Path, quantization: str, kind: str) -> None:
     steps: list[str] = []
     model = load(folder, quantization=quantization, device="cpu", dtype="bfloat16", progress=steps.append).model
-    found = kinds(model)
-    assert found["model.layers.0.self_attn.q_proj"] == found["model.layers.1.mlp.down_proj"] == kind
-    assert (found["model.embed_tokens"], found["lm_head"]) == ("Int8Embedding", "Int8Linear")
+    types = module_types(model)
+    assert types["model.layers.0.self_attn.q_proj"] == types["model.layers.1.mlp.down_proj"] == kind
+    assert (types["model.embed_tokens"], types["lm_head"]) == ("Int8Embedding", "Int8Linear")
     assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} == {model.dtype}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -170,14 +170,14 @@ def test_an_untied_model_keeps_two_matrices(tmp_path: Path, quantization: str) -
     assert torch.equal(model.model.layers[0].self_attn.q_proj.bias, exact.model.layers[0].self_attn.q_proj.bias)
 
 
-def test_gemmas_scaled_embeddings_stay_scaled() -> None:
+def test_scaled_embeddings_of_gemma_stay_scaled() -> None:
     exact, packed = tiny_model("gemma3"), tiny_model("gemma3")
     quantize_model(packed, 8, torch.float32)
     assert isinstance(packed.get_input_embeddings(), Int8Embedding)
     ids = torch.arange(3, 20)
-    wanted = exact.get_input_embeddings()(ids)
+    expected = exact.get_input_embeddings()(ids)
     torch.testing.assert_close(
-        packed.get_input_embeddings()(ids), wanted, atol=0.02 * float(wanted.detach().max()), rtol=0.02
+        packed.get_input_embeddings()(ids), expected, atol=0.02 * float(expected.detach().max()), rtol=0.02
     )
 
 
@@ -185,14 +185,14 @@ def test_gemmas_scaled_embeddings_stay_scaled() -> None:
 def test_a_model_of_eight_bits_gives_almost_the_logits_of_the_exact_one(family: str) -> None:
     exact, packed = tiny_model(family), tiny_model(family)
     quantize_model(packed, 8, torch.float32)
-    assert "Int8Linear" in kinds(packed).values()
+    assert "Int8Linear" in module_types(packed).values()
     ids = torch.arange(3, 43)[None]
     with torch.inference_mode():
         assert torch.cosine_similarity(packed(ids).logits, exact(ids).logits, dim=-1).min() > 0.99
 
 
-def test_what_has_no_linear_layers_is_left_alone() -> None:
-    """gpt-oss keeps its experts in tensors of their own."""
+def test_parameters_outside_linear_layers_are_not_quantized() -> None:
+    """The experts of gpt-oss are plain parameters."""
     exact, packed = tiny_model("gpt_oss-sinks"), tiny_model("gpt_oss-sinks")
     quantize_model(packed, 4, torch.float32)
     experts = [name for name, _ in exact.named_parameters() if ".experts." in name]
@@ -208,13 +208,11 @@ def test_reading_in_chunks_a_token_at_a_time_and_in_batches_agree(bits: int) -> 
     ids = torch.arange(3, 90).tolist()
     wide = Engine(model, CacheConfig(slots=128), chunk=64)
     narrow = Engine(model, CacheConfig(slots=128), chunk=1)
-    one, other = wide.new_cache(), narrow.new_cache()
-    wanted = wide.read(one, ids)
-    torch.testing.assert_close(narrow.read(other, ids), wanted, atol=1e-3, rtol=1e-3)
-    rows = wide.new_cache(rows=2)
-    together = wide.read_batch(rows, [ids, ids[:40]])
-    torch.testing.assert_close(together[0], wanted, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(together[1], wide.read(wide.new_cache(), ids[:40]), atol=1e-3, rtol=1e-3)
+    expected = wide.read(wide.new_cache(), ids)
+    torch.testing.assert_close(narrow.read(narrow.new_cache(), ids), expected, atol=1e-3, rtol=1e-3)
+    logits = wide.read_batch(wide.new_cache(rows=2), [ids, ids[:40]])
+    torch.testing.assert_close(logits[0], expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits[1], wide.read(wide.new_cache(), ids[:40]), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("quantization", ["int4", "int8"])
@@ -230,19 +228,19 @@ def test_an_llm_answers_from_a_compressed_cache(folder: Path, quantization: str,
 
 
 def test_sessions_of_other_weights_do_not_load(folder: Path, tmp_path: Path) -> None:
-    """Exact, 8 and 4 bits are three models to a saved conversation."""
+    """The fingerprint tells exact, 8-bit and 4-bit weights apart."""
     llms = {q: LLM(folder, quantization=q, device="cpu", dtype="float32") for q in (None, "int8", "int4")}
-    marks = [
+    digests = [
         fingerprint(llm.engine.model, llm.tokenizer, llm.tokenizer.chat_template, llm.cache).weights
         for llm in llms.values()
     ]
-    assert len(set(marks)) == 3
+    assert len(set(digests)) == 3
     llms["int4"].chat("hello", session="a", sampling=SamplingParams(max_tokens=2))
     llms["int4"].session("a").save(tmp_path / "a.zsmerge")
     with pytest.raises(SessionMismatchError):
         llms["int8"].load_session(tmp_path / "a.zsmerge")
-    again = LLM(folder, quantization="int4", device="cpu", dtype="float32")
-    assert again.load_session(tmp_path / "a.zsmerge").tokens
+    reloaded = LLM(folder, quantization="int4", device="cpu", dtype="float32")
+    assert reloaded.load_session(tmp_path / "a.zsmerge").tokens
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -251,7 +249,7 @@ def test_sessions_of_other_weights_do_not_load(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_int4_off_the_cpu_is_refused_and_nf4_named(device: str) -> None:
     with pytest.raises(ConfigError, match=f"not on {device}: set device='cpu', or use 'nf4'"):
-        hardware.packed_bits("int4", torch.device(device), None)
+        packed_bits("int4", torch.device(device), None)
 
 
 def test_int4_with_a_device_map_is_refused_before_anything_is_read(folder: Path) -> None:
@@ -259,11 +257,11 @@ def test_int4_with_a_device_map_is_refused_before_anything_is_read(folder: Path)
         load(folder, quantization="int4", device_map={"": "cpu"})
 
 
-def test_int8_is_bitsandbytes_on_a_gpu_and_torchs_kernel_on_a_cpu() -> None:
-    assert hardware.packed_bits("int8", torch.device("cuda"), None) is None
-    assert hardware.packed_bits("int8", torch.device("cpu"), {"": "cpu"}) is None
-    assert hardware.packed_bits("int8", torch.device("cpu"), None) == 8
-    assert hardware.packed_bits("nf4", torch.device("cpu"), None) is None
+def test_int8_uses_bitsandbytes_on_a_gpu_and_the_kernel_of_pytorch_on_a_cpu() -> None:
+    assert packed_bits("int8", torch.device("cuda"), None) is None
+    assert packed_bits("int8", torch.device("cpu"), {"": "cpu"}) is None
+    assert packed_bits("int8", torch.device("cpu"), None) == 8
+    assert packed_bits("nf4", torch.device("cpu"), None) is None
 
 
 def test_an_unknown_quantization_names_the_known_ones() -> None:
@@ -280,10 +278,10 @@ def negative_log_likelihood(llm: LLM, tokens: int) -> float:
 
 
 @pytest.mark.slow
-def test_smollm2_predicts_a_text_almost_as_well_in_few_bits(smollm2: LLM) -> None:
+def test_quantized_smollm2_predicts_a_text_almost_as_well(smollm2: LLM) -> None:
     exact = negative_log_likelihood(smollm2, 1024)
-    # Questions whose answer does not hang on rounding: that of the capital of France does for so small a model, where
-    # two beginnings are a step of a bfloat16 logit apart in 8 bits.
+    # Questions whose answers do not depend on rounding. That of the capital of France does in 8 bits: two first tokens
+    # differ by one step of a bfloat16 logit.
     questions = {
         "int8": ("What is the capital of Germany?", "Berlin"),
         "int4": ("Who wrote Hamlet?", "Shakespeare"),

@@ -1,4 +1,4 @@
-"""Steps that are run as they were recorded give exactly what they gave before."""
+"""Replayed decode steps give exactly the logits and caches of the steps that are not recorded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import CacheConfig, SamplingParams
-from zsmerge_llm.cpu import native
-from zsmerge_llm.cpu import step_recorder as replay
+from zsmerge_llm.cpu import native, step_recorder
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.kvcache.cache import Cache
@@ -22,68 +21,70 @@ PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
 STEPS = 24
 
 
-def engine(family: str = "llama", replaying: bool = True) -> Engine:
-    made = Engine(tiny_model(family), CONFIG, compile=False)
-    made.backend.start()
-    if not replaying:
-        made.backend.compiled.recorders.clear()
-    return made
+def engine(family: str = "llama", record: bool = True) -> Engine:
+    started = Engine(tiny_model(family), CONFIG, compile=False)
+    started.backend.start()
+    if not record:
+        started.backend.compiled.recorders.clear()
+    return started
 
 
-def alone(recorder: Engine) -> list[bool]:
-    """Whether the steps of one conversation have been recorded."""
-    return [each.ready for (rows, _), each in recorder.backend.compiled.recorders.items() if rows == 1]
+def recorded(engine: Engine) -> list[bool]:
+    """Return for each width of single-row steps whether they have been recorded."""
+    return [each.ready for (rows, _), each in engine.backend.compiled.recorders.items() if rows == 1]
 
 
-def said(reader: Engine, config: CacheConfig = CONFIG) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits of single tokens and of five at a time, past several compressions; what the cache holds then."""
+def decode(reader: Engine, config: CacheConfig = CONFIG) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the logits of steps of one or more tokens over several compressions, and the tensors of the cache."""
     cache = reader.new_cache(config)
     reader.read(cache, PROMPT)
     logits = [reader.read(cache, list(range(at, at + WIDTHS[at % 4 == 3]))) for at in range(STEPS)]
-    held = [getattr(layer, name)[:, :, : layer.num_filled[0]] for layer in cache.layers for name in ("keys", "score")]
-    return torch.stack(logits), [*held, *(layer.queries for layer in cache.layers)]
+    tensors = [
+        getattr(layer, name)[:, :, : layer.num_filled[0]] for layer in cache.layers for name in ("keys", "score")
+    ]
+    return torch.stack(logits), [*tensors, *(layer.queries for layer in cache.layers)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "phi3"])
-def test_a_recorded_step_gives_the_same_logits_and_the_same_cache(family: str) -> None:
-    expected, kept = said(engine(family, replaying=False))
+def test_a_replayed_step_gives_the_same_logits_and_the_same_cache(family: str) -> None:
+    expected, expected_tensors = decode(engine(family, record=False))
     recorder = engine(family)
 
-    for _ in range(2):  # in the second run every step is one that was recorded
-        given, held = said(recorder)
-        assert torch.equal(given, expected)
-        assert all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))
-    assert all(alone(recorder))
+    for _ in range(2):  # in the second run every step is replayed
+        logits, tensors = decode(recorder)
+        assert torch.equal(logits, expected)
+        assert all(torch.equal(a, b) for a, b in zip(tensors, expected_tensors, strict=True))
+    assert all(recorded(recorder))
 
 
 @pytest.mark.parametrize(
     "config", [CacheConfig.paper(16), CacheConfig.h2o(16), CacheConfig.streaming(16), CacheConfig.full()]
 )
-def test_a_recorded_step_keeps_to_every_rule_of_the_cache(config: CacheConfig) -> None:
+def test_a_replayed_step_works_with_every_eviction_policy(config: CacheConfig) -> None:
     recorder = engine()
-    said(recorder)
-    assert all(alone(recorder))
+    decode(recorder)
+    assert all(recorded(recorder))
 
-    given, held = said(recorder, config)
+    logits, tensors = decode(recorder, config)
 
-    expected, kept = said(engine(replaying=False), config)
-    assert torch.equal(given, expected)
-    assert all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))
+    expected, expected_tensors = decode(engine(record=False), config)
+    assert torch.equal(logits, expected)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected_tensors, strict=True))
 
 
-def test_a_conversation_that_ended_is_not_held_by_the_recording() -> None:
+def test_a_recording_keeps_no_reference_to_a_cache() -> None:
     recorder = engine()
     cache = recorder.new_cache()
     for step in range(6):
         recorder.read(cache, [step])
-    gone = weakref.ref(cache)
+    reference = weakref.ref(cache)
     del cache
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
-def test_conversations_take_turns_in_the_same_memory() -> None:
-    recorder, plain = engine(), engine(replaying=False)
+def test_conversations_alternate_in_the_same_recorded_steps() -> None:
+    recorder, plain = engine(), engine(record=False)
     caches = {each: [each.new_cache() for _ in range(2)] for each in (recorder, plain)}
     for step in range(STEPS):
         logits = [each.read(caches[each][step % 2], [step + 1]) for each in (recorder, plain)]
@@ -92,42 +93,42 @@ def test_conversations_take_turns_in_the_same_memory() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
 @pytest.mark.parametrize("rows", [2, 8, 19])
-def test_several_conversations_are_decoded_in_recorded_steps(family: str, rows: int) -> None:
-    """Of other lengths, past compressions, and with steps in which some of them wait."""
+def test_batches_of_conversations_are_decoded_in_recorded_steps(family: str, rows: int) -> None:
+    """Of different lengths, over compressions, and with steps in which some rows are inactive."""
     recorder, plain = engine(family), Engine(tiny_model(family), CONFIG, compile=False)
     if rows > native.MAX_ROWS:
-        together(recorder, native.MAX_ROWS)
+        decode_batch(recorder, native.MAX_ROWS)
     assert rows <= native.MAX_ROWS or recorder.backend.compiled.recorders[native.MAX_ROWS, 1].ready
-    given = together(recorder, rows)
+    logits, cache = decode_batch(recorder, rows)
 
-    expected = together(plain, rows)
+    expected, expected_cache = decode_batch(plain, rows)
     assert recorder.backend.compiled.recorders[native.MAX_ROWS, 1].ready
-    assert torch.allclose(given[0], expected[0], atol=1e-4)
-    for mine, other in zip(given[1].layers, expected[1].layers, strict=True):
-        assert mine.num_filled == other.num_filled
-        used = max(mine.num_filled)
+    assert torch.allclose(logits, expected, atol=1e-4)
+    for layer, other in zip(cache.layers, expected_cache.layers, strict=True):
+        assert layer.num_filled == other.num_filled
+        used = max(layer.num_filled)
         assert torch.equal(
-            mine.position[:, :, :used] * (mine.multiplicity > 0)[:, :, :used],
+            layer.position[:, :, :used] * (layer.multiplicity > 0)[:, :, :used],
             other.position[:, :, :used] * (other.multiplicity > 0)[:, :, :used],
         )
-        assert torch.allclose(mine.queries, other.queries, atol=1e-4)
+        assert torch.allclose(layer.queries, other.queries, atol=1e-4)
 
 
-def together(reader: Engine, rows: int) -> tuple[torch.Tensor, Cache]:
-    """Logits of every row after each step, and the cache at the end."""
+def decode_batch(reader: Engine, rows: int) -> tuple[torch.Tensor, Cache]:
+    """Return the logits of every row after each step, and the cache."""
     cache = reader.new_cache(rows=rows)
     reader.read_batch(cache, [PROMPT[: 3 + row] for row in range(rows)])
     logits = []
     with torch.inference_mode():
         for step in range(STEPS):
-            waiting = None if step % 3 else torch.tensor([[(row + step) % 4 != 0] for row in range(rows)])
-            reader.runner.run(cache, torch.full((rows, 1), step + 1), waiting)
+            active = None if step % 3 else torch.tensor([[(row + step) % 4 != 0] for row in range(rows)])
+            reader.runner.run(cache, torch.full((rows, 1), step + 1), active)
             assert cache.logits is not None
             logits.append(cache.logits.clone())
     return torch.stack(logits), cache
 
 
-def test_guesses_are_tried_in_recorded_steps() -> None:
+def test_drafts_are_verified_in_recorded_steps() -> None:
     recorder = engine()
     greedy = SamplingParams(max_tokens=40, ignore_eos=True)
     prompt = PROMPT * 3
@@ -140,12 +141,12 @@ def test_guesses_are_tried_in_recorded_steps() -> None:
     assert recorder.backend.compiled.recorders[1, WIDTHS[1]].ready
 
 
-def test_a_model_whose_code_is_strange_decodes_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "KNOWN", {"torch"})
+def test_a_model_with_unknown_operators_is_not_recorded_and_decodes_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_recorder, "KNOWN", {"torch"})
     reader = engine()
 
-    given, _ = said(reader)
+    logits, _ = decode(reader)
 
-    assert torch.equal(given, said(engine(replaying=False))[0])
-    assert not any(alone(reader))
+    assert torch.equal(logits, decode(engine(record=False))[0])
+    assert not any(recorded(reader))
     assert reader.backend.compiled.enabled

@@ -16,7 +16,7 @@ words = st.text(st.sampled_from("abt stop\nheé中🙂🚀\u200d�"), max_size=
 
 
 def stream(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[str, StopStrings]:
-    """The text of ids that arrive one by one, up to the first stop string."""
+    """Return the text of ids that are pushed one by one, up to the first stop string."""
     detokenizer, stops = Detokenizer(tokenizer), StopStrings(stop)
     pieces = [stops.push(detokenizer.push(token)) for token in ids]
     return "".join([*pieces, stops.push(detokenizer.finish()), stops.finish()]), stops
@@ -29,7 +29,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def cut(text: str, stop: tuple[str, ...]) -> str:
-    """Letter by letter: the text before the stop string that is completed first, the longest of them."""
+    """Return the text before the stop string that is completed first, or the longest of those that are."""
     for end in range(len(text) + 1):
         if hits := [each for each in stop if text[:end].endswith(each)]:
             return text[: end - max(map(len, hits))]
@@ -46,9 +46,9 @@ def test_pieces_add_up_to_the_decoded_text_before_the_first_stop_string(
     ids = tokenizer.encode(text, add_special_tokens=False)
     whole = decoded(tokenizer, ids)
     expected = cut(whole, tuple(stop))
-    got, stops = stream(tokenizer, ids, tuple(stop))
+    streamed, stops = stream(tokenizer, ids, tuple(stop))
 
-    assert got == expected
+    assert streamed == expected
     assert stops.stopped == (expected != whole or any(each in whole for each in stop))
 
 
@@ -124,15 +124,15 @@ def test_each_step_decodes_a_few_tokens_only(
     tokenizer: PreTrainedTokenizerBase, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    plain = type(tokenizer).decode
+    decode = type(tokenizer).decode
 
-    def counting(self: PreTrainedTokenizerBase, ids: list[int], **settings: bool) -> str:
+    def recording(self: PreTrainedTokenizerBase, ids: list[int], **settings: bool) -> str:
         sizes.append(len(ids))
-        return str(plain(self, ids, **settings))
+        return str(decode(self, ids, **settings))
 
     ids = tokenizer.encode(text * 100, add_special_tokens=False)
     broken = ids + tokenizer.encode("🚀", add_special_tokens=False)[-2:] * 100
-    monkeypatch.setattr(type(tokenizer), "decode", counting)
+    monkeypatch.setattr(type(tokenizer), "decode", recording)
     stream(tokenizer, broken, ("\n\nstop",))
     assert max(sizes) <= 40
     assert len(sizes) <= 2 * len(broken) + 2

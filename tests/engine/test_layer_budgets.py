@@ -1,4 +1,4 @@
-"""The profile: found by a recital, once for each model, kept on disk, used for documents that do not fit."""
+"""Layer budgets: measured by a retrieval task once for each model, stored on disk, used for texts that do not fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.support.talk import ROOMY, SHORT, TIGHT, counted, talker
+from tests.support.chat import LARGE_CACHE, SHORT, SMALL_CACHE, make_llm, record_passes
 from tests.support.templates import template
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, CacheConfig
@@ -23,43 +23,43 @@ LONG = "The cat of the ship is called Bishop, and the captain is called Stone. "
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return talker(cache=TIGHT)
+    return make_llm(cache=SMALL_CACHE)
 
 
-def profile(llm: LLM, path: Path | None = None, say: mock.Mock | None = None) -> LayerBudgets:
-    return LayerBudgets(llm.engine, lambda: calibration(template("smollm2")), path, say)
+def layer_budgets(llm: LLM, path: Path | None = None, progress: mock.Mock | None = None) -> LayerBudgets:
+    return LayerBudgets(llm.engine, lambda: calibration(template("smollm2")), path, progress)
 
 
-def test_layers_that_look_things_up_get_more() -> None:
+def test_layers_with_late_gains_get_more_slots() -> None:
     fraction = torch.linspace(0, 1, STEPS + 1)
-    steady, sudden, quick = fraction, fraction**4, fraction.clamp(max=0.1) * 10
-    shares = allocate(torch.stack([quick, sudden, quick, steady]))
-    assert sum(shares) / 4 == pytest.approx(1)
-    assert max(shares) == max(shares[1], shares[3])
-    assert min(shares) >= 0.4
+    linear, late, early = fraction, fraction**4, fraction.clamp(max=0.1) * 10
+    weights = allocate(torch.stack([early, late, early, linear]))
+    assert sum(weights) / 4 == pytest.approx(1)
+    assert max(weights) == max(weights[1], weights[3])
+    assert min(weights) >= 0.4
 
 
-def test_a_little_noise_moves_no_layer_far() -> None:
-    """Of layers whose gain hardly falls, one budget alone gives what is left to whichever is ahead by a hair."""
+def test_a_little_noise_changes_no_weight_much() -> None:
+    """Where gains hardly decrease, one budget alone would give the rest to the layer of the slightly larger gain."""
     torch.manual_seed(0)
     fraction = torch.linspace(0, 1, STEPS + 1)
     falling = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.5, 0.4, 0.3, 0.2])[:, None]
     curves = 1 - (1 - fraction) ** (1 + 3 * (1 - falling))
-    shares = allocate(curves)
+    weights = allocate(curves)
     for _ in range(20):
         noise = (1 + 0.02 * torch.rand(8, STEPS)).mul(curves.diff(dim=-1)).cumsum(-1)
-        moved = allocate(torch.cat([torch.zeros(8, 1), noise], -1))
-        assert max(abs(a - b) for a, b in zip(shares, moved, strict=True)) < 0.1
+        noisy = allocate(torch.cat([torch.zeros(8, 1), noise], -1))
+        assert max(abs(a - b) for a, b in zip(weights, noisy, strict=True)) < 0.1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
-def test_without_figures_all_layers_get_the_same(bad: float) -> None:
+def test_curves_that_are_not_finite_or_zero_give_uniform_weights(bad: float) -> None:
     curves = torch.linspace(0, 1, STEPS + 1).repeat(3, 1)
     curves[1] = bad
     assert allocate(curves) == [1.0, 1.0, 1.0]
 
 
-def test_a_curve_counts_what_a_guess_would_keep() -> None:
+def test_a_curve_is_the_attention_that_the_highest_scores_would_keep() -> None:
     tokens = 40
     needed = torch.zeros(1, 1, 1, tokens)
     needed[..., 0], needed[..., 30] = 0.5, 0.5  # a sink, which does not count, and one token
@@ -71,41 +71,41 @@ def test_a_curve_counts_what_a_guess_would_keep() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2-softcap", "gpt_oss-sinks", "gpt_neox"])
-def test_random_weights_have_a_profile_too(family: str) -> None:
-    words = template("smollm2")
-    model = tiny_model(family, vocab=len(words.tokenizer))
+def test_models_of_random_weights_have_layer_budgets(family: str) -> None:
+    chat_template = template("smollm2")
+    model = tiny_model(family, vocab=len(chat_template.tokenizer))
     engine = Engine(model)
     full = sum(spec.window is None for spec in engine.specs)
-    curves = measure_retrieval(engine, calibration(words))
+    curves = measure_retrieval(engine, calibration(chat_template))
     assert curves.shape == (full, STEPS + 1)
     assert (curves.diff(dim=-1) >= 0).all()
-    shares = LayerBudgets(engine, lambda: calibration(words)).weights
-    assert len(shares) == full
-    assert sum(shares) / full == pytest.approx(1)
-    engine.new_cache(CacheConfig(layer_budgets=shares))
+    weights = LayerBudgets(engine, lambda: calibration(chat_template)).weights
+    assert len(weights) == full
+    assert sum(weights) / full == pytest.approx(1)
+    engine.new_cache(CacheConfig(layer_budgets=weights))
 
 
-def test_models_without_room_or_without_full_attention_recite_nothing() -> None:
-    words = template("smollm2")
-    for family, window, shares in (("llama", 512, (1.0, 1.0)), ("mistral-sliding", 4096, ())):
-        model = tiny_model(family, vocab=len(words.tokenizer))
+def test_models_of_short_windows_or_without_full_attention_are_not_measured() -> None:
+    chat_template = template("smollm2")
+    for family, window, weights in (("llama", 512, (1.0, 1.0)), ("mistral-sliding", 4096, ())):
+        model = tiny_model(family, vocab=len(chat_template.tokenizer))
         model.config.max_position_embeddings = window
         engine = Engine(model)
-        with counted() as passes:
-            assert LayerBudgets(engine, lambda: calibration(words)).weights == shares
+        with record_passes() as passes:
+            assert LayerBudgets(engine, lambda: calibration(chat_template)).weights == weights
         assert not passes
-        assert LayerBudgets(engine, lambda: calibration(words)).document_config(10**6).slots == 1024
+        assert LayerBudgets(engine, lambda: calibration(chat_template)).document_config(10**6).slots == 1024
 
 
-def test_it_is_found_once_and_kept_for_the_next_process(llm: LLM, tmp_path: Path) -> None:
-    path, say = tmp_path / "profiles" / "x.json", mock.Mock()
-    first = profile(llm, path, say)
-    shares = first.weights
-    with counted() as passes:
-        assert first.weights == shares
-        assert profile(llm, path).weights == shares
+def test_weights_are_measured_once_and_stored_for_the_next_process(llm: LLM, tmp_path: Path) -> None:
+    path, progress = tmp_path / "budgets" / "x.json", mock.Mock()
+    first = layer_budgets(llm, path, progress)
+    weights = first.weights
+    with record_passes() as passes:
+        assert first.weights == weights
+        assert layer_budgets(llm, path).weights == weights
     assert not passes
-    say.assert_called_once()
+    progress.assert_called_once()
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
 
 
@@ -122,53 +122,53 @@ def test_it_is_found_once_and_kept_for_the_next_process(llm: LLM, tmp_path: Path
         b"\xff\xfe",
     ],
 )
-def test_a_damaged_file_is_made_again(llm: LLM, tmp_path: Path, text: str | bytes) -> None:
+def test_a_damaged_file_is_replaced(llm: LLM, tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    shares = profile(llm, path).weights
-    assert json.loads(path.read_text()) == {"format": FORMAT, "shares": list(shares)}
+    weights = layer_budgets(llm, path).weights
+    assert json.loads(path.read_text()) == {"format": FORMAT, "shares": list(weights)}
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle(llm: LLM, tmp_path: Path) -> None:
+def test_weights_are_measured_where_their_folder_cannot_be_written(llm: LLM, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert len(profile(llm, tmp_path / "file" / "x.json").weights) == 2
+    assert len(layer_budgets(llm, tmp_path / "file" / "x.json").weights) == 2
 
 
-def test_a_document_that_does_not_fit_is_kept_by_the_profile(llm: LLM) -> None:
+def test_a_document_that_does_not_fit_gets_the_layer_budgets(llm: LLM) -> None:
     document = llm.read_document(LONG, name="long")
-    assert document.cache.config == TIGHT.query_agnostic().replace(layer_budgets=profile(llm).weights)
+    assert document.cache.config == SMALL_CACHE.query_agnostic().replace(layer_budgets=layer_budgets(llm).weights)
     answer = llm.chat("Who is the captain?", session=document, sampling=SHORT)
     assert answer.usage.cached_tokens > 0
 
 
-def test_a_document_that_fits_loses_nothing(llm: LLM) -> None:
+def test_a_document_that_fits_is_kept_whole(llm: LLM) -> None:
     document = llm.read_document("The cat is called Bishop.", name="short")
-    assert document.cache.config == TIGHT.query_agnostic()
+    assert document.cache.config == SMALL_CACHE.query_agnostic()
     assert document.cache.dropped_tokens == 0
 
 
 @pytest.mark.parametrize(
     "cache",
     [
-        ROOMY,
+        LARGE_CACHE,
         CacheConfig.h2o(96),
         CacheConfig.streaming(96),
         CacheConfig.full(),
-        TIGHT.replace(layer_budgets=(0.9, 1.1)),
+        SMALL_CACHE.replace(layer_budgets=(0.9, 1.1)),
     ],
 )
-def test_a_rule_or_shares_of_the_users_own_are_left_alone(cache: CacheConfig) -> None:
-    llm = talker(cache=cache)
+def test_other_policies_and_budgets_of_the_users_own_are_left_alone(cache: CacheConfig) -> None:
+    llm = make_llm(cache=cache)
     with mock.patch("zsmerge_llm.engine.layer_budgets.measure_retrieval", side_effect=AssertionError):
         assert llm.read_document(LONG).cache.config.layer_budgets == cache.layer_budgets
 
 
 def test_a_prompt_with_its_question_leaves_every_layer_room_for_a_passage(llm: LLM) -> None:
-    engine, words = Engine(llm.engine.model, CacheConfig(slots=256)), template("smollm2")
-    uneven = LayerBudgets(engine, lambda: calibration(words))
-    uneven._weights = (0.1, 1.9)
-    config = uneven.prompt_config(1000)
+    engine, chat_template = Engine(llm.engine.model, CacheConfig(slots=256)), template("smollm2")
+    budgets = LayerBudgets(engine, lambda: calibration(chat_template))
+    budgets._weights = (0.1, 1.9)
+    config = budgets.prompt_config(1000)
     assert min(config.layer_slots(2)) >= 4 + 64 + PASSAGE_TOKENS
     assert sum(config.layer_slots(2)) == 512
-    assert uneven.document_config(1000).layer_budgets == (0.1, 1.9)
-    assert uneven.prompt_config(256).layer_budgets is None
+    assert budgets.document_config(1000).layer_budgets == (0.1, 1.9)
+    assert budgets.prompt_config(256).layer_budgets is None

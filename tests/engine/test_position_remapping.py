@@ -1,4 +1,4 @@
-"""Beyond the trained window: new places for old tokens, exact in rotation, bounded in memory, refused by name."""
+"""Beyond the trained window, old tokens get new positions: exact rotation, bounded memory, errors where impossible."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ LAYOUTS: dict[str, dict[str, object]] = {
         "topk_group": 1,
         "moe_intermediate_size": 32,
     },
-    **{f"rope-{name}": {"model_type": "llama", "rope_parameters": given} for name, given in ROPE.items()},
+    **{f"rope-{name}": {"model_type": "llama", "rope_parameters": rope} for name, rope in ROPE.items()},
 }
-EVERY = {**FAMILIES, **LAYOUTS}
+ALL_MODELS = {**FAMILIES, **LAYOUTS}
 UNMAPPABLE: dict[str, dict[str, object]] = {
     "longrope": {
         "model_type": "phi3",
@@ -80,9 +80,9 @@ UNMAPPABLE: dict[str, dict[str, object]] = {
 }
 
 
-def model_of(given: dict[str, object], window: int = WINDOW, **more: object) -> PreTrainedModel:
-    """A tiny model trained on few positions."""
-    with mock.patch.dict(FAMILIES, {"it": {**given, "max_position_embeddings": window, **more}}):
+def model_of(settings: dict[str, object], window: int = WINDOW, **more: object) -> PreTrainedModel:
+    """Return a tiny model whose configuration names a window of few positions."""
+    with mock.patch.dict(FAMILIES, {"it": {**settings, "max_position_embeddings": window, **more}}):
         return tiny_model("it")
 
 
@@ -92,32 +92,32 @@ def small() -> Engine:
     return Engine(model_of({"model_type": "llama"}), SMALL, chunk=16)
 
 
-def stands(cache: Cache, row: int = 0) -> Tensor:
+def rope_positions(cache: Cache, row: int = 0) -> Tensor:
     return cache.position_maps[row].rope_positions(torch.arange(cache.lengths[row]))
 
 
-def keys_at(model: PreTrainedModel, ids: list[int], place: int) -> dict[int, Tensor]:
-    seen, column = attention._Keys(), torch.tensor(ids)[:, None]
+def keys_at(model: PreTrainedModel, ids: list[int], position: int) -> dict[int, Tensor]:
+    recorder, column = attention._Keys(), torch.tensor(ids)[:, None]
     with torch.inference_mode():
-        attention.forward(model, seen, input_ids=column, position_ids=torch.full_like(column, place))
-    return seen.keys
+        attention.forward(model, recorder, input_ids=column, position_ids=torch.full_like(column, position))
+    return recorder.keys
 
 
-@pytest.mark.parametrize("kind", EVERY)
-def test_keys_turned_to_a_place_equal_keys_made_there(kind: str) -> None:
-    model = model_of(EVERY[kind], window=4096)
+@pytest.mark.parametrize("kind", ALL_MODELS)
+def test_keys_rotated_to_a_position_equal_keys_computed_there(kind: str) -> None:
+    model = model_of(ALL_MODELS[kind], window=4096)
     attention.prepare_model(model)
-    known = attention.measure_rotations(model, [1, 7, 1200, 3600])
-    here, there = keys_at(model, tokens(6), 3000), keys_at(model, tokens(6), 1111)
-    for layer, rotation in enumerate(known):
+    rotations = attention.measure_rotations(model, [1, 7, 1200, 3600])
+    before, expected = keys_at(model, tokens(6), 3000), keys_at(model, tokens(6), 1111)
+    for layer, rotation in enumerate(rotations):
         assert rotation is not None
-        turned = rotation.rotate(here[layer], torch.tensor(1111.0 - 3000.0))
-        torch.testing.assert_close(turned, there[layer], atol=2e-3, rtol=2e-3)
+        rotated = rotation.rotate(before[layer], torch.tensor(1111.0 - 3000.0))
+        torch.testing.assert_close(rotated, expected[layer], atol=2e-3, rtol=2e-3)
     if kind != "without-positions":
-        assert not torch.allclose(here[0], there[0], atol=0.1), "else nothing was tested"
+        assert not torch.allclose(before[0], expected[0], atol=0.1), "the positions make a difference"
 
 
-def test_gemma_3_has_two_frequencies_and_each_layer_its_own() -> None:
+def test_the_layers_of_gemma_3_have_one_of_two_sets_of_frequencies() -> None:
     model = model_of(FAMILIES["gemma3"], window=4096)
     attention.prepare_model(model)
     local, full, other = (each.frequencies for each in attention.measure_rotations(model, [1, 7, 1200, 3600]))
@@ -129,23 +129,23 @@ def test_a_large_bias_does_not_hide_a_wrong_frequency() -> None:
     origin = torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(0))
     origin[..., 0] += 1000
     right, wrong = torch.tensor([1.0, 0.1]), torch.tensor([1.0, 0.3])
-    moved = {place: Rotation(right.double()).rotate(origin, torch.tensor(float(place))) for place in (1, 50)}
-    assert fit_rotation(origin, moved, [wrong]) is None
-    found = fit_rotation(origin, moved, [wrong, right])
-    assert found is not None
-    assert torch.equal(found.frequencies, right.double())
+    rotated = {at: Rotation(right.double()).rotate(origin, torch.tensor(float(at))) for at in (1, 50)}
+    assert fit_rotation(origin, rotated, [wrong]) is None
+    fitted = fit_rotation(origin, rotated, [wrong, right])
+    assert fitted is not None
+    assert torch.equal(fitted.frequencies, right.double())
 
 
-def test_in_bfloat16_keys_stay_close_over_as_many_epochs_as_move_them() -> None:
-    """Each epoch halves the way to the beginning: after some twenty nothing moves any more."""
+def test_keys_in_bfloat16_stay_close_over_many_remaps() -> None:
+    """Each remap halves the positions, so after about twenty they hardly change."""
     rotation = Rotation(1e4 ** -(torch.arange(32).double() / 32))
     keys = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    place, turned = torch.linspace(100, 7000, 50).double(), keys
+    position, rotated = torch.linspace(100, 7000, 50).double(), keys
     for _ in range(60):
-        turned = rotation.rotate(turned, -place / 2)
-        place = place / 2
+        rotated = rotation.rotate(rotated, -position / 2)
+        position = position / 2
     direct = rotation.rotate(keys, -torch.linspace(100, 7000, 50).double()).float()
-    assert (turned.float() - direct).norm() / direct.norm() < 0.015
+    assert (rotated.float() - direct).norm() / direct.norm() < 0.015
 
 
 @settings(max_examples=8, deadline=None)
@@ -154,35 +154,35 @@ def test_in_bfloat16_keys_stay_close_over_as_many_epochs_as_move_them() -> None:
     chunk=st.integers(5, 200),
     probe=st.integers(0, 20),
     sink=st.integers(0, 6),
-    shape=st.builds(
+    layout=st.builds(
         RemapLayout,
         squeeze=st.sampled_from([0.1, 0.5, 0.9]),
         near=st.sampled_from([0.1, 0.4]),
         segments=st.integers(1, 5),
     ),
 )
-def test_order_newest_distances_and_beginning_hold_and_no_place_is_beyond_the_limit(
-    sizes: list[int], chunk: int, probe: int, sink: int, shape: RemapLayout
+def test_remapping_keeps_order_newest_distances_and_first_positions_below_the_limit(
+    sizes: list[int], chunk: int, probe: int, sink: int, layout: RemapLayout
 ) -> None:
     small = Engine(model_of({"model_type": "llama"}), SMALL.replace(sink=sink), chunk=chunk)
-    small.runner.remapper = PositionRemapper(small.model, small.specs, WINDOW, shape)
-    near = max(int(LIMIT * shape.near), SMALL.observation_window)
-    asked: list[int] = []
+    small.runner.remapper = PositionRemapper(small.model, small.specs, WINDOW, layout)
+    near = max(int(LIMIT * layout.near), SMALL.observation_window)
+    largest: list[int] = []
 
-    def seeing(*given: object, **inputs: Tensor) -> Tensor:
-        asked.append(int(inputs["position_ids"].max()))
-        return attention.forward(*given, **inputs)
+    def recording(*args: object, **inputs: Tensor) -> Tensor:
+        largest.append(int(inputs["position_ids"].max()))
+        return attention.forward(*args, **inputs)
 
     cache = small.new_cache()
-    with mock.patch.object(model_runner, "forward", seeing):
+    with mock.patch.object(model_runner, "forward", recording):
         for size in sizes:
             small.read(cache, tokens(size), probe=tokens(probe) if probe else None)
-            place = stands(cache)
-            assert (place.diff() > 0).all(), "order"
-            assert (place[-near:].diff() == 1).all(), "newest distances"
-            assert torch.equal(place[: max(sink, 5)], torch.arange(cache.seen).double()[: max(sink, 5)]), "beginning"
-            assert len(cache.position_maps[0].knots) <= shape.segments + 1, "a small table"
-    assert max(asked) < LIMIT
+            positions, head = rope_positions(cache), max(sink, 5)
+            assert (positions.diff() > 0).all(), "order"
+            assert (positions[-near:].diff() == 1).all(), "newest distances"
+            assert torch.equal(positions[:head], torch.arange(cache.seen).double()[:head]), "first positions"
+            assert len(cache.position_maps[0].knots) <= layout.segments + 1, "bounded table"
+    assert max(largest) < LIMIT
     if sum(sizes) > WINDOW:
         assert cache.position_maps[0].knots
 
@@ -201,63 +201,67 @@ def test_order_newest_distances_and_beginning_hold_and_no_place_is_beyond_the_li
     ],
 )
 def test_ten_windows_are_read_in_constant_memory(kind: str, config: CacheConfig) -> None:
-    reader = Engine(model_of(EVERY[kind]), config, chunk=16)
+    reader = Engine(model_of(ALL_MODELS[kind]), config, chunk=16)
     cache = reader.new_cache()
     reader.read(cache, tokens(WINDOW))
-    held = cache.nbytes
+    nbytes = cache.nbytes
     reader.read(cache, tokens(9 * WINDOW, seed=1), probe=tokens(5) if config.policy == "observation_window" else None)
-    assert cache.nbytes == held
+    assert cache.nbytes == nbytes
     assert cache.seen == 10 * WINDOW
     assert torch.isfinite(cache.logits).all()
-    assert stands(cache).max() < LIMIT
+    assert rope_positions(cache).max() < LIMIT
     for layer in cache.layers:
         accounted = layer.multiplicity.sum(-1) + layer.dropped
         assert (accounted == cache.seen).all()
         merged = layer.residual_keys
-        assert torch.equal(layer.keys[:, :, : merged.shape[2]], merged), "the means and what is attended to agree"
+        assert torch.equal(layer.keys[:, :, : merged.shape[2]], merged), (
+            "float32 means equal the keys that are attended to"
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama", "interleaved", "rope-yarn", "qwen3"])
-def test_after_epochs_logits_equal_a_fresh_pass_at_the_same_places(kind: str) -> None:
-    """One layer, whose keys know nothing but their token and place; everything fits into the slots."""
+def test_after_remaps_logits_equal_a_new_pass_at_the_same_positions(kind: str) -> None:
+    """With one layer, keys depend on their token and position only; everything fits into the slots."""
     ids, more = tokens(300), tokens(12, seed=1)
-    model = model_of(EVERY[kind], num_hidden_layers=1)
+    model = model_of(ALL_MODELS[kind], num_hidden_layers=1)
     reader = Engine(model, SMALL.replace(slots=400), chunk=16)
     cache = reader.new_cache()
     reader.read(cache, ids)
-    got = reader.logprobs(cache, more)
+    logprobs = reader.logprobs(cache, more)
     assert len(cache.position_maps[0].knots) > 2
     model.set_attn_implementation("eager")
     whole = torch.tensor([ids + more])
     with torch.inference_mode():
-        logits = model(whole, position_ids=stands(cache)[None].float(), attention_mask=torch.ones_like(whole)).logits[0]
-    want = logits[len(ids) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(more)[:, None])[:, 0]
-    torch.testing.assert_close(got[1:], want[1:], atol=1e-4, rtol=1e-4)
+        logits = model(
+            whole, position_ids=rope_positions(cache)[None].float(), attention_mask=torch.ones_like(whole)
+        ).logits[0]
+    expected = logits[len(ids) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(more)[:, None])[:, 0]
+    torch.testing.assert_close(logprobs[1:], expected[1:], atol=1e-4, rtol=1e-4)
 
 
-def test_moving_changes_nothing_between_the_newest_queries_and_the_newest_keys(small: Engine) -> None:
-    cache, known = small.new_cache(MERGING), attention.measure_rotations(small.model, [1, 50])
+def test_remapping_keeps_the_products_of_the_newest_queries_and_keys(small: Engine) -> None:
+    cache, rotations = small.new_cache(MERGING), attention.measure_rotations(small.model, [1, 50])
     small.read(cache, tokens(80))
 
-    def likeness() -> list[Tensor]:
+    def products() -> list[Tensor]:
         return [layer.queries[0].unflatten(0, (2, 2)) @ layer.keys[0, :, None].mT for layer in cache.layers]
 
     newest = [((layer.position >= 60) & (layer.multiplicity > 0))[0, :, None, None] for layer in cache.layers]
-    before, means = likeness(), [layer.residual_keys.clone() for layer in cache.layers]
-    places = PositionMap().squeezed(head=5, near=60, to=20, segments=4)
-    cache.remap(0, places, [each for each in known if each])
-    for layer, mean, rotation in zip(cache.layers, means, known, strict=True):
+    before, means = products(), [layer.residual_keys.clone() for layer in cache.layers]
+    position_map = PositionMap().squeezed(head=5, near=60, to=20, segments=4)
+    cache.remap(0, position_map, [each for each in rotations if each])
+    for layer, mean, rotation in zip(cache.layers, means, rotations, strict=True):
         first = layer.position[:, :, : mean.shape[2]]
         assert rotation is not None
-        assert torch.equal(layer.residual_keys, rotation.rotate(mean, places.rope_positions(first) - first)), (
-            "the means go along"
+        assert torch.equal(layer.residual_keys, rotation.rotate(mean, position_map.rope_positions(first) - first)), (
+            "the means are rotated too"
         )
-    for was, now, near in zip(before, likeness(), newest, strict=True):
-        torch.testing.assert_close(was * near, now * near, atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(was * ~near, now * ~near, atol=0.1), "the others are nearer now"
+    for old, new, near in zip(before, products(), newest, strict=True):
+        torch.testing.assert_close(old * near, new * near, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(old * ~near, new * ~near, atol=0.1), "distances to the others are smaller"
 
 
-def test_while_everything_fits_the_whole_window_is_the_models_own() -> None:
+def test_while_everything_fits_positions_are_unchanged_within_the_window() -> None:
     ids = tokens(WINDOW)
     model = model_of({"model_type": "llama"})
     with torch.inference_mode():
@@ -268,26 +272,26 @@ def test_while_everything_fits_the_whole_window_is_the_models_own() -> None:
     torch.testing.assert_close(last, logits[-1], atol=1e-4, rtol=1e-4)
     assert not cache.position_maps[0].knots
     reader.read(cache, tokens(1))
-    assert cache.position_maps[0].knots, "the window is used up"
+    assert cache.position_maps[0].knots, "the window is full"
 
 
 @pytest.mark.parametrize("config", [SMALL, MERGING, CacheConfig.streaming(24).replace(observation_window=8)])
-def test_a_row_of_a_batch_equals_the_same_row_alone_across_epochs(small: Engine, config: CacheConfig) -> None:
+def test_a_row_of_a_batch_equals_a_single_row_across_remaps(small: Engine, config: CacheConfig) -> None:
     rows = [tokens(230, seed=1), tokens(60, seed=2), tokens(80, seed=3)]
-    batch, alone = small.new_cache(config, rows=3), [small.new_cache(config) for _ in rows]
+    batch, caches = small.new_cache(config, rows=3), [small.new_cache(config) for _ in rows]
     small.read_batch(batch, rows)
     for row, ids in enumerate(rows):
-        torch.testing.assert_close(small.read(alone[row], ids), batch.logits[row], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(small.read(caches[row], ids), batch.logits[row], atol=1e-4, rtol=1e-4)
     params = SamplingParams(max_tokens=40, ignore_eos=True)
-    together = list(small.decode(batch, [params] * 3, rows))
+    steps = list(small.decode(batch, [params] * 3, rows))
     for row, ids in enumerate(rows):
-        assert [step[0] for step in small.decode(alone[row], [params], [ids])] == [step[row] for step in together]
-        assert alone[row].position_maps[0] == batch.position_maps[row]
-    assert len({places.offset for places in batch.position_maps}) == 3, "each row had epochs of its own"
+        assert [step[0] for step in small.decode(caches[row], [params], [ids])] == [step[row] for step in steps]
+        assert caches[row].position_maps[0] == batch.position_maps[row]
+    assert len({each.offset for each in batch.position_maps}) == 3, "each row is remapped on its own"
 
 
 @pytest.mark.parametrize("config", [SMALL, MERGING, PAPER])
-def test_copies_and_files_of_a_cache_go_on_bit_for_bit_across_the_next_epoch(
+def test_copies_and_restored_states_continue_bit_for_bit_across_the_next_remap(
     small: Engine, config: CacheConfig
 ) -> None:
     cache, other = small.new_cache(config), small.new_cache(config)
@@ -295,8 +299,8 @@ def test_copies_and_files_of_a_cache_go_on_bit_for_bit_across_the_next_epoch(
     small.read(other, tokens(20))
     before = cache.position_maps[0]
     clone, stacked = cache.clone(), Cache.stack([other, cache]).row(1)
-    tensors, facts = clone.clone().state()
-    loaded = Cache.from_state(dict(tensors), json.loads(json.dumps(facts)))
+    tensors, metadata = clone.clone().state()
+    loaded = Cache.from_state(dict(tensors), json.loads(json.dumps(metadata)))
     logits = small.read(cache, tokens(150, seed=1))
     assert clone.position_maps[0] == before != cache.position_maps[0]
     for copy in (clone, stacked, loaded):
@@ -304,54 +308,54 @@ def test_copies_and_files_of_a_cache_go_on_bit_for_bit_across_the_next_epoch(
         assert copy.position_maps == cache.position_maps
 
 
-def test_log_probabilities_cross_epochs_too(small: Engine) -> None:
+def test_logprobs_are_computed_across_remaps(small: Engine) -> None:
     ids = tokens(250)
     cache, reader = small.new_cache(), small.new_cache()
-    got = small.logprobs(cache, ids)
+    logprobs = small.logprobs(cache, ids)
     last = small.read(reader, ids)
-    assert len(got) == 250
+    assert len(logprobs) == 250
     torch.testing.assert_close(cache.logits[0], last, atol=1e-4, rtol=1e-4)
 
 
-def test_a_pass_longer_than_the_room_is_read_in_parts() -> None:
+def test_a_chunk_beyond_the_remaining_positions_is_read_in_parts() -> None:
     wide = Engine(model_of({"model_type": "llama"}), SMALL, chunk=512)
     narrow = Engine(wide.model, SMALL, chunk=wide.runner.remapper.max_pass_tokens(wide.new_cache(), 512, 0))
     ids = tokens(400)
     a, b = wide.new_cache(), narrow.new_cache()
     assert torch.equal(wide.logprobs(a, ids), narrow.logprobs(b, ids))
     rows = [tokens(300, seed=1), tokens(20, seed=2)]
-    both, each = wide.new_cache(rows=2), [narrow.new_cache() for _ in rows]
+    both, singles = wide.new_cache(rows=2), [narrow.new_cache() for _ in rows]
     wide.read_batch(both, rows)
     for row, ids in enumerate(rows):
-        torch.testing.assert_close(both.logits[row], narrow.read(each[row], ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(both.logits[row], narrow.read(singles[row], ids), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("named", UNMAPPABLE)
-def test_positions_that_cannot_be_mapped_are_refused_by_name_where_the_window_ends(named: str) -> None:
-    reader = Engine(model_of(UNMAPPABLE[named]), SMALL, chunk=16)
+@pytest.mark.parametrize("reason", UNMAPPABLE)
+def test_models_without_remappable_positions_raise_at_the_end_of_their_window(reason: str) -> None:
+    reader = Engine(model_of(UNMAPPABLE[reason]), SMALL, chunk=16)
     cache = reader.new_cache()
     reader.read(cache, tokens(WINDOW - 1))
     assert cache.seen == WINDOW - 1 > LIMIT
     reader.read(cache, tokens(1))
-    with pytest.raises(ContextLimitError, match=rf"ForCausalLM has .*{named}.* 96 positions .*begin a new one"):
+    with pytest.raises(ContextLimitError, match=rf"ForCausalLM has .*{reason}.* 96 positions .*begin a new one"):
         reader.read(cache, tokens(1))
     assert cache.seen == WINDOW
     assert not cache.position_maps[0].knots
 
 
-def test_rotations_are_looked_for_only_when_they_are_needed() -> None:
+def test_rotations_are_measured_only_when_they_are_needed() -> None:
     reader = Engine(model_of({"model_type": "llama"}), SMALL, chunk=16)
     cache = reader.new_cache()
     with mock.patch(
         "zsmerge_llm.engine.position_remapping.measure_rotations", wraps=attention.measure_rotations
-    ) as look:
+    ) as measure:
         reader.read(cache, tokens(80))
-        assert not look.called
+        assert not measure.called
         reader.read(cache, tokens(400))
-        assert look.call_count == 1
+        assert measure.call_count == 1
 
 
-def test_the_exact_cache_never_moves_and_alone_warns(small: Engine) -> None:
+def test_the_full_cache_is_never_remapped_and_warns_beyond_the_window(small: Engine) -> None:
     cache = small.new_cache(CacheConfig.full())
     small.read(cache, tokens(200))
     assert not cache.position_maps[0].knots
@@ -364,7 +368,7 @@ def test_the_exact_cache_never_moves_and_alone_warns(small: Engine) -> None:
         check_length(90, SamplingParams(max_tokens=20), None, small.exact_limit)
 
 
-def test_a_model_that_names_no_window_is_read_as_it_is() -> None:
+def test_a_model_without_a_configured_window_is_never_remapped() -> None:
     reader = Engine(model_of({"model_type": "llama"}), SMALL, chunk=16)
     reader.runner.remapper = PositionRemapper(reader.model, reader.specs, None)
     cache = reader.new_cache()
@@ -372,13 +376,13 @@ def test_a_model_that_names_no_window_is_read_as_it_is() -> None:
     assert not cache.position_maps[0].knots
 
 
-def test_a_probe_that_leaves_no_room_is_refused_with_its_length(small: Engine) -> None:
+def test_a_probe_that_leaves_no_positions_is_refused_with_its_length(small: Engine) -> None:
     cache = small.new_cache()
     small.read(cache, tokens(30), probe=tokens(55))
     with pytest.raises(ContextLimitError, match="probe of 55 tokens"):
         small.read(cache, tokens(60), probe=tokens(55))
 
 
-def test_places_without_knots_are_positions() -> None:
+def test_a_position_map_without_knots_is_the_identity() -> None:
     assert PositionMap().rope_positions(torch.tensor([[0, 5], [7, 1]])).tolist() == [[0, 5], [7, 1]]
     assert PositionMap().offset == 0

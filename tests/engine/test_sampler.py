@@ -49,9 +49,9 @@ def test_tokens_have_the_probabilities_that_transformers_gives_them(params: Samp
     expected = processors(ids, logits()[None])[0].softmax(-1)
 
     sampled = torch.tensor(sample(params.replace(seed=1), logits(), seen, times=4_000))
-    share = torch.bincount(sampled, minlength=VOCAB) / len(sampled)
-    assert (share[expected == 0] == 0).all()
-    assert (share - expected).abs().max() < 0.035
+    frequency = torch.bincount(sampled, minlength=VOCAB) / len(sampled)
+    assert (frequency[expected == 0] == 0).all()
+    assert (frequency - expected).abs().max() < 0.035
 
 
 def test_temperature_zero_and_tiny_temperatures_choose_the_most_likely_token() -> None:
@@ -64,12 +64,12 @@ def test_temperature_zero_and_tiny_temperatures_choose_the_most_likely_token() -
 def test_a_seed_makes_sampling_reproducible() -> None:
     seeded = SamplingParams(temperature=1.0, seed=7)
     torch.manual_seed(0)
-    free = sample(seeded.replace(seed=None), logits(), times=60)
+    unseeded = sample(seeded.replace(seed=None), logits(), times=60)
     torch.manual_seed(0)
 
     assert sample(seeded, logits(), times=60) == sample(seeded, logits(), times=60)
     assert sample(seeded, logits(), times=60) != sample(seeded.replace(seed=8), logits(), times=60)
-    assert sample(seeded.replace(seed=None), logits(), times=60) != free
+    assert sample(seeded.replace(seed=None), logits(), times=60) != unseeded
 
 
 def test_the_repetition_penalty_counts_prompt_and_generated_tokens_and_ignores_ids_beyond_the_logits() -> None:
@@ -94,9 +94,9 @@ def test_masked_tokens_are_never_sampled() -> None:
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_raise_an_error_that_names_the_remedy(temperature: float, broken: float) -> None:
     params = SamplingParams(temperature=temperature, top_p=0.9, top_k=4, min_p=0.1, repetition_penalty=1.2)
-    one_bad = logits()
-    one_bad[5] = broken
-    for bad in (one_bad, torch.full((VOCAB,), broken), torch.full((VOCAB,), -torch.inf)):
+    one_broken = logits()
+    one_broken[5] = broken
+    for bad in (one_broken, torch.full((VOCAB,), broken), torch.full((VOCAB,), -torch.inf)):
         sampler = Sampler(params, [1], "cpu")
         token = int(sampler(bad))
         assert token == -1

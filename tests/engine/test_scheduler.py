@@ -1,4 +1,4 @@
-"""Conversations that decode at the same time share forward passes, and none can tell."""
+"""Conversations that decode at the same time share forward passes, and no answer changes."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ MERGING = CacheConfig(slots=24, sink=2, recent=4, residual=4, alpha=1.0, stage=3
 LIMIT = 60
 
 
-class Counted(Engine):
-    """Notes how many rows and tokens each pass had; may be told to fail."""
+class RecordingEngine(Engine):
+    """Record the rows and tokens of each pass, and let those fail for which `failing` is true."""
 
     def __init__(self, config: CacheConfig) -> None:
         self.passes: list[tuple[int, int]] = []
         self.failing: Callable[[int, int], bool] = lambda rows, passes: False
-        with mock.patch("zsmerge_llm.engine.engine.ModelRunner", partial(CountedRunner, self)):
+        with mock.patch("zsmerge_llm.engine.engine.ModelRunner", partial(RecordingRunner, self)):
             super().__init__(tiny_model(), config)
 
 
-class CountedRunner(ModelRunner):
-    """Runs the passes of a `Counted` engine."""
+class RecordingRunner(ModelRunner):
+    """Run the passes of a `RecordingEngine`."""
 
-    def __init__(self, counted: Counted, *parts: Any) -> None:
+    def __init__(self, engine: RecordingEngine, *parts: Any) -> None:
         super().__init__(*parts)
-        self.counted = counted
+        self.recorder = engine
 
     def run(self, cache: Cache, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.counted.passes.append((cache.rows, ids.shape[1]))
-        if self.counted.failing(cache.rows, len(self.counted.passes)):
+        self.recorder.passes.append((cache.rows, ids.shape[1]))
+        if self.recorder.failing(cache.rows, len(self.recorder.passes)):
             raise MemoryError("no room")
         return super().run(cache, ids, *args, **kwargs)
 
 
-def said(engine: Engine, cache: Cache, length: int) -> Iterator[int]:
+def generate(engine: Engine, cache: Cache, length: int) -> Iterator[int]:
     params = SamplingParams(max_tokens=length, ignore_eos=True)
     for (token,) in engine.decode(cache, [params], [[]]):
         assert token is not None
@@ -59,46 +59,46 @@ def read(engine: Engine, length: int, seed: int) -> Cache:
     return cache
 
 
-def at_once(work: list[Callable[[], Any]]) -> list[Any]:
-    """Each in a thread of its own, beginning together."""
+def run_concurrently(work: list[Callable[[], Any]]) -> list[Any]:
+    """Run each function in a thread of its own, started at the same time, and return their results."""
     barrier = threading.Barrier(len(work))
 
-    def begin(job: Callable[[], Any]) -> Any:
+    def run(job: Callable[[], Any]) -> Any:
         barrier.wait(LIMIT)
         return job()
 
     with ThreadPoolExecutor(len(work)) as pool:
-        return [future.result(LIMIT) for future in [pool.submit(begin, job) for job in work]]
+        return [future.result(LIMIT) for future in [pool.submit(run, job) for job in work]]
 
 
 LENGTHS = [(5, 30), (40, 12), (90, 25), (23, 1), (60, 40)]
-"""Tokens read and tokens generated, for each conversation."""
+"""Prompt tokens and generated tokens of each conversation."""
 
 
 def conversations(engine: Engine) -> list[Cache]:
     return [read(engine, length, seed) for seed, (length, _) in enumerate(LENGTHS)]
 
 
-def alone(engine: Engine) -> tuple[list[list[int]], list[Cache]]:
+def decode_sequentially(engine: Engine) -> tuple[list[list[int]], list[Cache]]:
     caches = conversations(engine)
-    return [list(said(engine, cache, new)) for cache, (_, new) in zip(caches, LENGTHS, strict=True)], caches
+    return [list(generate(engine, cache, new)) for cache, (_, new) in zip(caches, LENGTHS, strict=True)], caches
 
 
-def together(engine: Engine) -> tuple[list[list[int]], list[Cache]]:
+def decode_concurrently(engine: Engine) -> tuple[list[list[int]], list[Cache]]:
     caches = conversations(engine)
     engine.passes.clear()
     jobs = [
-        lambda cache=cache, new=new: list(said(engine, cache, new))
+        lambda cache=cache, new=new: list(generate(engine, cache, new))
         for cache, (_, new) in zip(caches, LENGTHS, strict=True)
     ]
-    return at_once(jobs), caches
+    return run_concurrently(jobs), caches
 
 
 @pytest.mark.parametrize("config", [SMALL, MERGING, CacheConfig.paper(24), CacheConfig.streaming(24)])
-def test_threads_share_passes_and_say_what_they_say_alone(config: CacheConfig) -> None:
-    engine = Counted(config)
-    expected, single = alone(engine)
-    answers, caches = together(engine)
+def test_threads_share_passes_and_answers_equal_sequential_ones(config: CacheConfig) -> None:
+    engine = RecordingEngine(config)
+    expected, single = decode_sequentially(engine)
+    answers, caches = decode_concurrently(engine)
 
     assert answers == expected
     assert max(rows for rows, _ in engine.passes) > 2
@@ -112,43 +112,45 @@ def test_threads_share_passes_and_say_what_they_say_alone(config: CacheConfig) -
         torch.testing.assert_close(cache.logits, same.logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_conversation_goes_on_alone_and_again_together_after_it_was_in_a_batch() -> None:
-    engine = Counted(SMALL)
-    expected, single = alone(engine)
-    _, caches = together(engine)
+def test_a_conversation_continues_alone_and_in_a_batch_after_it_was_in_a_batch() -> None:
+    engine = RecordingEngine(SMALL)
+    expected, single = decode_sequentially(engine)
+    _, caches = decode_concurrently(engine)
     for turn in range(2):
         more = [tokens(7, seed=50 + turn), tokens(9, seed=60 + turn)]
         for cache, same, ids in zip(caches, single, more, strict=False):
             torch.testing.assert_close(engine.read(cache, ids), engine.read(same, ids), atol=1e-4, rtol=1e-4)
-        assert at_once([lambda cache=cache: list(said(engine, cache, 9)) for cache in caches]) == [
-            list(said(engine, same, 9)) for same in single
+        assert run_concurrently([lambda cache=cache: list(generate(engine, cache, 9)) for cache in caches]) == [
+            list(generate(engine, same, 9)) for same in single
         ]
     assert expected[0]
 
 
-def test_a_reader_that_pauses_holds_up_nobody_and_goes_on_where_it_was() -> None:
-    engine = Counted(SMALL)
-    expected, _ = alone(engine)
+def test_a_stream_that_pauses_does_not_block_others_and_resumes() -> None:
+    engine = RecordingEngine(SMALL)
+    expected, _ = decode_sequentially(engine)
     first, second, third = conversations(engine)[:3]
-    slow = said(engine, first, 30)
-    beginning = at_once([lambda: [next(slow) for _ in range(4)], lambda: list(said(engine, second, 12))])
-    assert beginning[1] == expected[1]
-    assert list(said(engine, third, 25)) == expected[2]
-    assert [*beginning[0], *slow] == expected[0]
+    slow = generate(engine, first, 30)
+    first_steps = run_concurrently([lambda: [next(slow) for _ in range(4)], lambda: list(generate(engine, second, 12))])
+    assert first_steps[1] == expected[1]
+    assert list(generate(engine, third, 25)) == expected[2]
+    assert [*first_steps[0], *slow] == expected[0]
 
 
-def test_a_stream_that_is_closed_within_a_batch_leaves_the_others_and_its_own_cache_in_order() -> None:
-    engine = Counted(SMALL)
-    expected, _ = alone(engine)
+def test_a_stream_closed_within_a_batch_leaves_the_other_rows_and_its_own_cache_valid() -> None:
+    engine = RecordingEngine(SMALL)
+    expected, _ = decode_sequentially(engine)
     caches = conversations(engine)[:3]
 
-    def cut() -> list[int]:
-        stream = said(engine, caches[0], 30)
-        some = [next(stream) for _ in range(6)]
+    def close_early() -> list[int]:
+        stream = generate(engine, caches[0], 30)
+        tokens = [next(stream) for _ in range(6)]
         stream.close()
-        return some
+        return tokens
 
-    answers = at_once([cut, *(lambda n=n: list(said(engine, caches[n], LENGTHS[n][1])) for n in (1, 2))])
+    answers = run_concurrently(
+        [close_early, *(lambda n=n: list(generate(engine, caches[n], LENGTHS[n][1])) for n in (1, 2))]
+    )
     assert answers == [expected[0][:6], *expected[1:3]]
     assert caches[0].lengths[0] in (LENGTHS[0][0] + 5, LENGTHS[0][0] + 6)
     same = read(engine, *LENGTHS[0][:1], seed=0)
@@ -157,8 +159,8 @@ def test_a_stream_that_is_closed_within_a_batch_leaves_the_others_and_its_own_ca
     torch.testing.assert_close(caches[0].logits[0], logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_pass_that_fails_for_several_is_tried_again_by_each_and_the_batch_is_not_trusted() -> None:
-    engine = Counted(SMALL)
+def test_when_a_pass_of_a_batch_fails_one_thread_raises_and_the_others_continue() -> None:
+    engine = RecordingEngine(SMALL)
     caches, engine.config = conversations(engine), SMALL
     failed = []
 
@@ -168,30 +170,30 @@ def test_a_pass_that_fails_for_several_is_tried_again_by_each_and_the_batch_is_n
             return True
         return False
 
-    expected, _ = alone(engine)
+    expected, _ = decode_sequentially(engine)
     engine.passes.clear()
     engine.failing = once
 
     def attempt(number: int) -> list[int] | str:
         try:
-            return list(said(engine, caches[number], LENGTHS[number][1]))
+            return list(generate(engine, caches[number], LENGTHS[number][1]))
         except MemoryError:
             return "failed"
 
-    answers = at_once([lambda number=number: attempt(number) for number in range(5)])
+    answers = run_concurrently([lambda number=number: attempt(number) for number in range(5)])
     assert failed
-    assert answers.count("failed") == 1  # the one whose thread made the pass
+    assert answers.count("failed") == 1  # the one whose thread ran the pass
     assert all(answer in ("failed", right) for answer, right in zip(answers, expected, strict=True))
 
 
-def test_caches_of_other_settings_decode_beside_a_batch() -> None:
-    engine = Counted(SMALL)
+def test_caches_of_other_configurations_decode_beside_a_batch() -> None:
+    engine = RecordingEngine(SMALL)
     other = [engine.new_cache(CacheConfig.full()), engine.new_cache(CacheConfig.streaming(24))]
     for cache in other:
         engine.read(cache, tokens(40, seed=9))
-    expected = [list(said(engine, cache.clone(), 20)) for cache in other]
-    few, _ = alone(engine)
+    expected = [list(generate(engine, cache.clone(), 20)) for cache in other]
+    in_batch, _ = decode_sequentially(engine)
     caches = conversations(engine)
-    jobs = [lambda cache=cache: list(said(engine, cache, 20)) for cache in other]
-    jobs += [lambda n=n: list(said(engine, caches[n], LENGTHS[n][1])) for n in range(3)]
-    assert at_once(jobs) == [*expected, *few[:3]]
+    jobs = [lambda cache=cache: list(generate(engine, cache, 20)) for cache in other]
+    jobs += [lambda n=n: list(generate(engine, caches[n], LENGTHS[n][1])) for n in range(3)]
+    assert run_concurrently(jobs) == [*expected, *in_batch[:3]]

@@ -31,17 +31,17 @@ def test_signatures_list_the_keyword_arguments_with_their_defaults(name: str) ->
 
 
 @pytest.mark.parametrize("name", [*REQUESTS])
-def test_an_unknown_keyword_argument_is_refused_at_once_and_the_known_ones_are_named(name: str) -> None:
+def test_an_unknown_keyword_argument_is_refused_at_once_and_the_error_lists_the_known_ones(name: str) -> None:
     llm = LLM()
     with pytest.raises(TypeError, match=r"max_tokens: known are sampling.*SamplingParams"):
         getattr(llm, name)("Hello", max_tokens=3)
     assert not llm.loaded
 
 
-def test_a_batch_has_no_sessions() -> None:
-    wrong: Any = {"session": "it"}
+def test_a_batch_takes_no_session() -> None:
+    unknown: Any = {"session": "it"}
     with pytest.raises(TypeError, match="session"):
-        LLM().batch(["Hello"], **wrong)
+        LLM().batch(["Hello"], **unknown)
 
 
 def test_request_options_hold_every_keyword_argument() -> None:

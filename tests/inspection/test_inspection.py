@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from tests.support.talk import ROOMY, TIGHT, Talk, talker
+from tests.support.chat import LARGE_CACHE, SMALL_CACHE, Chat, make_llm
 from tests.support.templates import template
 from tests.support.tiny_models import WINDOW, tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig, Engine
@@ -36,6 +36,7 @@ from zsmerge_llm.inspection.spans import (
 )
 from zsmerge_llm.sessions.session import Session
 
+MERGING = SMALL_CACHE.replace(residual=8)
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'too' &amp; {{ 7 * 7 }} </div>"
 
 
@@ -74,12 +75,12 @@ class Page(HTMLParser):
         return json.loads(self.contents[at])
 
 
-def chat_session(cache: CacheConfig = TIGHT, name: str = "smollm2", *said: str) -> tuple[LLM, Session]:
+def chat_session(cache: CacheConfig = SMALL_CACHE, name: str = "smollm2", *said: str) -> tuple[LLM, Session]:
     """Return a chat of some turns with a random model."""
-    llm = talker(name, cache=cache)
-    talk = Talk(llm, "it")
+    llm = make_llm(name, cache=cache)
+    chat = Chat(llm, "it")
     for text in said or ("Who is it?", "And the other one, who came later?", "Say their names again, please."):
-        talk.tell(text)
+        chat.ask(text)
     return llm, llm.session("it")
 
 
@@ -115,7 +116,7 @@ def map_of(held: list[list[int]], heads: int = 2) -> MemoryMap:
 
 @pytest.mark.parametrize(
     "cache",
-    [TIGHT, CacheConfig.paper(64), CacheConfig.streaming(64), CacheConfig.h2o(64), TIGHT.replace(residual=8)],
+    [SMALL_CACHE, CacheConfig.paper(64), CacheConfig.streaming(64), CacheConfig.h2o(64), MERGING],
     ids=["window", "paper", "streaming", "h2o", "residual"],
 )
 def test_every_token_is_held_merged_or_dropped(cache: CacheConfig) -> None:
@@ -145,13 +146,13 @@ def test_a_token_counts_once_for_each_head_that_holds_it() -> None:
 def test_sinks_and_newest_tokens_are_held_by_every_head() -> None:
     _, session = chat_session()
     found = memory_map(session)
-    assert (found.verbatim_share[: TIGHT.sink] == 1).all()
-    assert (found.verbatim_share[-TIGHT.recent :] == 1).all()
+    assert (found.verbatim_share[: SMALL_CACHE.sink] == 1).all()
+    assert (found.verbatim_share[-SMALL_CACHE.recent :] == 1).all()
     assert not found.is_complete
     assert found.num_unheld > 0
 
 
-@pytest.mark.parametrize("cache", [ROOMY, CacheConfig.full()], ids=["below the budget", "full"])
+@pytest.mark.parametrize("cache", [LARGE_CACHE, CacheConfig.full()], ids=["below the budget", "full"])
 def test_nothing_is_dropped_below_the_budget_or_without_one(cache: CacheConfig) -> None:
     llm, session = chat_session(cache)
     found = memory_map(session)
@@ -172,7 +173,7 @@ def test_sliding_window_layers_are_shown_and_do_not_count_in_the_figures() -> No
     for layer in (found.layers[0], found.layers[2]):
         assert (layer.verbatim_heads[-WINDOW:] == layer.num_heads).all()
         assert not layer.verbatim_heads[: -WINDOW - cache.layers[0].config.stage - 1].any()
-    html = render(found, talker("smollm2").tokenizer)
+    html = render(found, make_llm("smollm2").tokenizer)
     assert "layer 0 (window)" in html
     assert "do not count in the figures above" in html
 
@@ -183,7 +184,7 @@ def test_the_figures_of_a_model_with_sliding_windows_alone_count_all_layers() ->
     engine.read(cache, tokens(60))
     found = map_cache(cache, tokens(60))
     assert found.measured_layers == found.layers
-    assert "All layers of this model have sliding-window attention" in render(found, talker("smollm2").tokenizer)
+    assert "All layers of this model have sliding-window attention" in render(found, make_llm("smollm2").tokenizer)
 
 
 def test_a_memory_map_does_not_change_the_cache() -> None:
@@ -221,7 +222,7 @@ def test_control_characters_and_direction_marks_are_shown_as_signs() -> None:
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen2.5", "llama3", "gemma3", "mistral-v0.3", "mistral-nemo"])
 def test_blocks_begin_at_the_turns_of_the_chat_template(name: str) -> None:
-    llm, session = chat_session(ROOMY, name, "Who is it?", "And now? user said\nassistant said")
+    llm, session = chat_session(LARGE_CACHE, name, "Who is it?", "And now? user said\nassistant said")
     found = memory_map(session)
     text = decode_tokens(llm.tokenizer, found.tokens)
     said = [role for role in text.roles.values() if role != "system"]
@@ -271,7 +272,7 @@ def test_tokens_not_in_the_cache_yet_are_marked() -> None:
 
 
 def test_the_page_shows_the_text_as_it_is_whatever_it_holds() -> None:
-    llm, session = chat_session(ROOMY, "smollm2", HOSTILE, "And\n\n  then? 🙂")
+    llm, session = chat_session(LARGE_CACHE, "smollm2", HOSTILE, "And\n\n  then? 🙂")
     page = Page(render(memory_map(session), llm.tokenizer, title=HOSTILE))
     text = llm.tokenizer.decode(session.tokens)
     assert "".join(page.blocks) == text
@@ -319,7 +320,7 @@ def test_neighbours_of_one_shade_are_one_element() -> None:
 
 
 def test_a_page_is_written_as_utf_8(tmp_path: Path) -> None:
-    llm, session = chat_session(ROOMY, "smollm2", "größer 🙂")
+    llm, session = chat_session(LARGE_CACHE, "smollm2", "größer 🙂")
     path = write_html(memory_map(session), llm.tokenizer, tmp_path / "it.html", "größer")
     assert "größer 🙂" in path.read_text(encoding="utf-8")
 
@@ -335,7 +336,7 @@ def run(*arguments: object) -> Result:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder, whose weights cannot be read."""
     folder = tmp_path_factory.mktemp("model")
-    llm = talker("smollm2")
+    llm = make_llm("smollm2")
     llm.engine.model.save_pretrained(folder)
     llm.tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
@@ -369,7 +370,7 @@ def test_inspect_takes_a_name_and_names_the_page_by_it(
 
 def test_inspect_refuses_another_model_s_tokenizer(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "other"
-    llm = talker("llama3")
+    llm = make_llm("llama3")
     llm.engine.model.save_pretrained(folder)
     llm.tokenizer.save_pretrained(folder)
     result = run(saved, "--model", folder)
@@ -389,8 +390,8 @@ def test_inspect_reports_what_it_cannot_find_or_write(model: Path, saved: Path, 
 def test_inspect_asks_which_of_two_sessions_of_one_name_is_meant(tmp_path: Path) -> None:
     paths = []
     for slots in (96, 128):
-        _, session = chat_session(TIGHT.replace(slots=slots), "smollm2", "Hello")
-        llm = talker("smollm2", cache=TIGHT.replace(slots=slots), sessions_dir=tmp_path)
+        _, session = chat_session(SMALL_CACHE.replace(slots=slots), "smollm2", "Hello")
+        llm = make_llm("smollm2", cache=SMALL_CACHE.replace(slots=slots), sessions_dir=tmp_path)
         llm.add_session(session)
         paths += [path.name for path in tmp_path.glob("*.zsmerge")]
     result = run("it", "--dir", tmp_path)

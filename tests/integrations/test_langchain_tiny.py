@@ -22,8 +22,8 @@ from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel, Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from tests.support.chat import LARGE_CACHE, make_llm, record_passes
 from tests.support.scripted_model import scripted_answers
-from tests.support.talk import ROOMY, counted, talker
 from zsmerge_llm import Grammar
 from zsmerge_llm.testing import event_loop_gaps
 
@@ -72,7 +72,7 @@ TURNS = [
 
 
 def chat(name: str = "qwen2.5", **settings: Any) -> ChatZSMerge:
-    return ChatZSMerge(llm=talker(name, cache=ROOMY), max_tokens=80, **settings)
+    return ChatZSMerge(llm=make_llm(name, cache=LARGE_CACHE), max_tokens=80, **settings)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "smollm2"])
@@ -81,7 +81,7 @@ def test_an_agent_with_three_tools_reads_every_token_of_six_turns_once(name: str
     agent = create_agent(model, [weather, people, add], system_prompt="Be brief.", checkpointer=InMemorySaver())
     thread: Any = {"configurable": {"thread_id": "ann"}}
     usage = UsageMetadataCallbackHandler()
-    with counted() as passes:
+    with record_passes() as passes:
         for question, *answers in TURNS:
             with scripted_answers(model.core, *[answer for answer in answers if answer]):
                 state = agent.invoke({"messages": [("user", question)]}, {**thread, "callbacks": [usage]})
@@ -146,7 +146,7 @@ def test_json_mode_gives_json_and_include_raw_the_message_too() -> None:
 
 
 def test_a_grammar_constrains_one_completion_and_a_batch() -> None:
-    llm = ZSMergeLLM(llm=talker(cache=ROOMY), max_tokens=20, temperature=1.0, seed=1)
+    llm = ZSMergeLLM(llm=make_llm(cache=LARGE_CACHE), max_tokens=20, temperature=1.0, seed=1)
     yes = llm.bind(grammar=Grammar.choice("yes", "no"))
     assert {yes.invoke("Well? "), *yes.batch(["a", "bcd"])} <= {"yes", "no"}
     assert yes.batch(["a"], stop=["es"])[0] in ("y", "no")
@@ -191,10 +191,10 @@ def test_usage_adds_up_in_the_metadata_that_langsmith_gets() -> None:
 
 def test_a_message_history_reads_each_turn_once() -> None:
     model, kept = chat(temperature=1.0, seed=4), InMemoryChatMessageHistory()
-    talk = RunnableWithMessageHistory(model, lambda name: kept)
-    with counted() as passes:
+    runnable = RunnableWithMessageHistory(model, lambda name: kept)
+    with record_passes() as passes:
         for question in ("One?", "Two?", "Three?"):
-            answer = talk.invoke([HumanMessage(question)], {"configurable": {"session_id": "ann"}})
+            answer = runnable.invoke([HumanMessage(question)], {"configurable": {"session_id": "ann"}})
     assert answer.response_metadata["token_usage"]["reuse"] == "continued"
     assert len(kept.messages) == 6
     assert sum(passes) <= len(model.core.session("ann").tokens)
@@ -216,7 +216,7 @@ def test_messages_are_trimmed_by_the_models_own_count() -> None:
 
 def test_breaking_out_of_a_stream_stops_decoding_within_a_token() -> None:
     model = chat(temperature=1.0, seed=4)
-    with counted() as passes:
+    with record_passes() as passes:
         stream = model.stream("Hello")
         next(stream)
         before = len(passes)
@@ -240,10 +240,10 @@ async def test_twenty_calls_at_once_leave_the_loop_free() -> None:
 def test_documents_are_read_once_and_answered_on_copies() -> None:
     model = chat(temperature=1.0, seed=4)
     report = ZSMergeDocuments(model=model, documents=["The sky is blue. " * 40, "Grass is green. " * 40])
-    with counted() as passes:
+    with record_passes() as passes:
         report.read()
     size, once = passes[-1], sum(passes)
-    with counted() as passes:
+    with record_passes() as passes:
         answers = report.batch(["Which colour?", "What is green?", "Which colour?"])
         (report | StrOutputParser()).invoke("And?", max_tokens=2)
         list(report.stream("And?", max_tokens=2))

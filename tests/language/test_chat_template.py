@@ -8,14 +8,23 @@ from typing import Any
 
 import pytest
 
-from tests.support.templates import ENDS, STABLE, TOOLS, byte_level, call, long_chat, template, written
+from tests.support.templates import (
+    SPECIAL_TOKENS,
+    STABLE_TEMPLATES,
+    TOOLS,
+    byte_level,
+    generated_text,
+    long_chat,
+    template,
+    tool_call,
+)
 from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError, UnsupportedContentError
 from zsmerge_llm.language.chat_template import ChatTemplate, normalize_messages
 
 USER = {"role": "user", "content": "Hello"}
-CALL = {"role": "assistant", "content": None, "tool_calls": [call("Bern", 1)]}
+CALL = {"role": "assistant", "content": None, "tool_calls": [tool_call("Bern", 1)]}
 RESULT = {"role": "tool", "content": "12 degrees", "tool_call_id": "abcdefg01"}
-CHATTING = [name for name in ENDS if name != "gemma2"]  # Gemma 2's takes no system message
+CHATTING = [name for name in SPECIAL_TOKENS if name != "gemma2"]  # Gemma 2's takes no system message
 
 
 def play(name: str, chat: list[list[dict[str, Any]]], tools: list[Any] | None, thought: str = "") -> list[str]:
@@ -25,7 +34,7 @@ def play(name: str, chat: list[list[dict[str, Any]]], tools: list[Any] | None, t
     read already. Checks on the way that stable templates would have rendered the very same text.
     """
     form = template(name)
-    end = form.encode(ENDS[name][0])
+    end = form.encode(SPECIAL_TOKENS[name][0])
     messages: list[dict[str, Any]] = []
     ids: list[int] = []
     texts: list[str] = []
@@ -37,9 +46,9 @@ def play(name: str, chat: list[list[dict[str, Any]]], tools: list[Any] | None, t
         else:
             new = form.encode(form.delta(messages, n, tools))
             assert new[:1] == end
-            ids += form.encode(thought + written(name, messages[n - 1])) + new  # the model wrote new[0] itself
+            ids += form.encode(thought + generated_text(name, messages[n - 1])) + new  # the model wrote new[0] itself
         texts.append(form.tokenizer.decode(ids))
-        if name in STABLE:
+        if name in STABLE_TEMPLATES:
             assert texts[-1] == form.render(messages, tools)
     return texts
 
@@ -59,7 +68,7 @@ def test_twelve_turns_with_system_tool_calls_and_results_read_everything_once(na
     assert text.count("The weather of a place.") == (12 if name.startswith("mistral") else 1)
 
 
-@pytest.mark.parametrize("name", [*ENDS])
+@pytest.mark.parametrize("name", [*SPECIAL_TOKENS])
 def test_a_plain_chat_reads_exactly_what_a_fresh_render_holds_with_every_template(name: str) -> None:
     chat = [[USER]]
     for turn in range(12):
@@ -103,7 +112,7 @@ def test_the_delta_behind_an_earlier_answer_holds_everything_since(name: str) ->
 
     assert messages[2]["role"] == "assistant"
     assert form.render(messages, TOOLS).endswith(text)
-    assert text.startswith(ENDS[name][0])
+    assert text.startswith(SPECIAL_TOKENS[name][0])
     assert text.count("answer-00") == 0
     assert [text.count(f"question-{turn:02d}") for turn in range(6)] == [0, 1, 1, 1, 1, 1]
 
@@ -204,7 +213,7 @@ def test_results_find_their_calls_by_id_or_by_name() -> None:
         ([{"role": "user", "content": [{"type": "text"}]}], InputError, "text must be a string"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], UnsupportedContentError, "send it as text"),
         ([USER, {"role": "assistant", "content": "x"}], InputError, "LLM.complete"),
-        ([{"role": "user", "content": "x", "tool_calls": [call("a", 1)]}], InputError, "in an assistant message"),
+        ([{"role": "user", "content": "x", "tool_calls": [tool_call("a", 1)]}], InputError, "in an assistant message"),
         ([{"role": "assistant", "tool_calls": "f()"}, USER], InputError, "must be a list"),
         ([{"role": "assistant", "tool_calls": [{"name": "f"}]}, USER], InputError, "must have the form"),
         ([{"role": "assistant", "tool_calls": [{"function": {"name": ""}}]}, USER], InputError, "must have the form"),
@@ -240,7 +249,9 @@ def test_a_model_without_a_template_still_takes_completions_and_names_the_remedy
 
 def test_what_a_template_refuses_is_an_input_error_with_its_own_words() -> None:
     system = normalize_messages([{"role": "system", "content": "x"}, USER])
-    two_calls = normalize_messages([USER, {"role": "assistant", "tool_calls": [call("a", 1), call("b", 2)]}, RESULT])
+    two_calls = normalize_messages(
+        [USER, {"role": "assistant", "tool_calls": [tool_call("a", 1), tool_call("b", 2)]}, RESULT]
+    )
 
     with pytest.raises(InputError, match="System role not supported"):
         template("gemma2").render(system)
@@ -350,7 +361,7 @@ def test_digests_of_prefixes_are_prefixes_of_digests() -> None:
 
 def test_digests_differ_with_every_change_that_matters() -> None:
     form = template("qwen3")
-    parallel = {"role": "assistant", "tool_calls": [call("Bern", 1), call("Rome", 2)]}
+    parallel = {"role": "assistant", "tool_calls": [tool_call("Bern", 1), tool_call("Rome", 2)]}
 
     def last(*messages: dict[str, Any], tools: Any = TOOLS, extra: Any = None, form: ChatTemplate = form) -> str:
         return form.digests(normalize_messages(list(messages)), tools, extra)[-1]
@@ -365,7 +376,7 @@ def test_digests_differ_with_every_change_that_matters() -> None:
         last(USER, CALL, RESULT),
         last(USER, CALL, {**RESULT, "content": "13 degrees"}),
         last(USER, {**CALL, "content": "Let me see."}, RESULT),
-        last(USER, {**CALL, "tool_calls": [call("Rome", 1)]}, RESULT),
+        last(USER, {**CALL, "tool_calls": [tool_call("Rome", 1)]}, RESULT),
         last(USER, parallel, RESULT),
         last(USER, parallel, {**RESULT, "tool_call_id": "abcdefg02"}),
         last(USER, {"role": "assistant", "content": "<think>"}, USER),

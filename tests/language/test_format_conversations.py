@@ -7,25 +7,25 @@ import json
 import pytest
 import torch
 
-from tests.support.talk import ROOMY, Talk, said, talker
-from tests.support.templates import ENDS
+from tests.support.chat import LARGE_CACHE, Chat, dialogue, make_llm
+from tests.support.templates import SPECIAL_TOKENS
 from tests.support.tools import (
-    BOTH,
+    ALL_TOOLS,
     FORMAT,
-    WARM,
+    SAMPLED,
     with_results,
 )
 from zsmerge_llm.language.output_format import JSON_INSTRUCTION
 
 
-@pytest.mark.parametrize("name", [*ENDS])
+@pytest.mark.parametrize("name", [*SPECIAL_TOKENS])
 def test_a_conversation_with_tool_calls_continues_without_reading_anything_twice(name: str) -> None:
-    llm = talker(name, cache=ROOMY)
-    messages = said("Hello")
-    first = llm.chat(messages, tools=BOTH, tool_choice="required", sampling=WARM, session="it")
+    llm = make_llm(name, cache=LARGE_CACHE)
+    messages = dialogue("Hello")
+    first = llm.chat(messages, tools=ALL_TOOLS, tool_choice="required", sampling=SAMPLED, session="it")
     assistant_message = llm.session("it").tokens
     messages = with_results(messages, first)
-    second = llm.chat(messages, tools=BOTH, tool_choice="none", sampling=WARM.replace(max_tokens=4))
+    second = llm.chat(messages, tools=ALL_TOOLS, tool_choice="none", sampling=SAMPLED.replace(max_tokens=4))
     tokens = llm.session("it").tokens
     assert second.usage.reuse == "continued"
     assert tokens[: len(assistant_message)] == assistant_message  # what was generated is never made into tokens again
@@ -38,35 +38,35 @@ def test_a_conversation_with_tool_calls_continues_without_reading_anything_twice
 
 
 def test_a_response_format_is_part_of_the_prompt_unless_the_messages_state_it() -> None:
-    llm = talker("qwen2.5", cache=ROOMY)
-    llm.chat("Hello", response_format=FORMAT, sampling=WARM, session="it")
+    llm = make_llm("qwen2.5", cache=LARGE_CACHE)
+    llm.chat("Hello", response_format=FORMAT, sampling=SAMPLED, session="it")
     text = llm.tokenizer.decode(llm.session("it").tokens)
     assert json.dumps(FORMAT["json_schema"]["schema"]) in text
     told = f"Hello {json.dumps(FORMAT['json_schema']['schema'])}"
-    llm.chat(told, response_format=FORMAT, sampling=WARM, session="told")
+    llm.chat(told, response_format=FORMAT, sampling=SAMPLED, session="told")
     assert llm.tokenizer.decode(llm.session("told").tokens).count('"boolean"') == 1
-    llm.chat("Give me JSON.", response_format={"type": "json_object"}, sampling=WARM, session="mode")
+    llm.chat("Give me JSON.", response_format={"type": "json_object"}, sampling=SAMPLED, session="mode")
     assert JSON_INSTRUCTION not in llm.tokenizer.decode(llm.session("mode").tokens)
 
 
 def test_a_conversation_continues_with_and_without_a_response_format() -> None:
-    talk = Talk(talker("qwen2.5", cache=ROOMY), "it")
-    talk.tell("One")
+    chat = Chat(make_llm("qwen2.5", cache=LARGE_CACHE), "it")
+    chat.ask("One")
     for wanted in (FORMAT, None, {"type": "json_object"}, FORMAT):
-        before = talk.llm.session("it").tokens
-        result = talk.tell("And", response_format=wanted, sampling=WARM)
+        before = chat.llm.session("it").tokens
+        result = chat.ask("And", response_format=wanted, sampling=SAMPLED)
         assert result.usage.reuse == "continued"
-        assert talk.llm.session("it").tokens[: len(before)] == before
-    assert len(talk.llm.store) == 1
+        assert chat.llm.session("it").tokens[: len(before)] == before
+    assert len(chat.llm.store) == 1
 
 
 def test_the_same_question_with_another_response_format_is_another_prompt() -> None:
-    talk = Talk(talker("qwen2.5", cache=ROOMY), "it", said("One", "Two", "Three"))
-    plain = talk.llm.chat(talk.messages, sampling=WARM, session="it")
-    formed = talk.llm.chat(talk.messages, sampling=WARM, session="it", response_format=FORMAT)
+    chat = Chat(make_llm("qwen2.5", cache=LARGE_CACHE), "it", dialogue("One", "Two", "Three"))
+    plain = chat.llm.chat(chat.messages, sampling=SAMPLED, session="it")
+    formed = chat.llm.chat(chat.messages, sampling=SAMPLED, session="it", response_format=FORMAT)
     assert formed.usage.prompt_tokens > plain.usage.prompt_tokens
     assert formed.usage.cached_tokens < plain.usage.prompt_tokens
-    again = talk.llm.chat(talk.messages, sampling=WARM, session="it", response_format=FORMAT)
+    again = chat.llm.chat(chat.messages, sampling=SAMPLED, session="it", response_format=FORMAT)
     assert again.usage.reuse == "restored"
     assert again.usage.cached_tokens == again.usage.prompt_tokens == formed.usage.prompt_tokens
     assert again.text == formed.text

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.talk import talker
+from tests.support.chat import make_llm
 from tests.support.templates import byte_level, sentencepiece
 from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.config import CacheConfig
@@ -36,7 +36,7 @@ PATTERNS = {
 @cache
 def model() -> LLM:
     """A random model with a byte-level vocabulary."""
-    return talker("smollm2", cache=CacheConfig.full())
+    return make_llm("smollm2", cache=CacheConfig.full())
 
 
 Pair = tuple[dict[str, Any], Any]  # a schema and a short value for it

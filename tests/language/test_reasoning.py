@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.talk import ROOMY, said
+from tests.support.chat import LARGE_CACHE, dialogue
 from tests.support.templates import FOLDER, TOOLS, template
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, SamplingParams
@@ -22,7 +22,7 @@ from zsmerge_llm.language.reasoning import ReasoningParser, reasoning_mode
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
-WARM = SamplingParams(max_tokens=120, temperature=1.0, seed=5)
+SAMPLED = SamplingParams(max_tokens=120, temperature=1.0, seed=5)
 QWEN3 = (FOLDER / "qwen3.jinja").read_text(encoding="utf-8")
 BEGUN = QWEN3 + '{%- if add_generation_prompt -%}{{- "<think>\\n" -}}{%- endif -%}'
 """As DeepSeek-R1's: the prompt opens the reasoning."""
@@ -35,7 +35,7 @@ def reasoning_model(text: str = QWEN3, **settings: Any) -> LLM:
     model = tiny_model(vocab=len(tokenizer))
     model.config.max_position_embeddings = 1_000_000
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return LLM(model, tokenizer=tokenizer, chat_template=text, cache=ROOMY, **settings)
+    return LLM(model, tokenizer=tokenizer, chat_template=text, cache=LARGE_CACHE, **settings)
 
 
 def constraint(llm: LLM, max_tokens: int | None = 100, **wanted: Any) -> Constraint:
@@ -134,14 +134,14 @@ def test_the_answer_cannot_end_within_the_reasoning() -> None:
 @pytest.mark.parametrize("wanted", [{"response_format": FORMAT}, {"tools": TOOLS, "tool_choice": "required"}, {}])
 def test_an_answer_that_begins_within_the_reasoning_has_reasoning_and_text(wanted: dict[str, Any]) -> None:
     llm = reasoning_model(BEGUN)
-    *pieces, last = llm.stream("Hello", sampling=WARM, **wanted)
+    *pieces, last = llm.stream("Hello", sampling=SAMPLED, **wanted)
     chunks = [*pieces, last]
     thought, text = "".join(chunk.reasoning for chunk in chunks), "".join(chunk.text for chunk in chunks)
     assert last.usage is not None
     assert thought
     assert "think>" not in thought + text
     assert 0 < last.usage.reasoning_tokens <= last.usage.completion_tokens
-    result = llm.chat("Hello", sampling=WARM, **wanted)
+    result = llm.chat("Hello", sampling=SAMPLED, **wanted)
     assert (result.text, result.reasoning) == (text, thought)
     if "response_format" in wanted:
         assert set(json.loads(text)) == {"x"}
@@ -151,14 +151,14 @@ def test_an_answer_that_begins_within_the_reasoning_has_reasoning_and_text(wante
 
 def test_a_batch_separates_reasoning_too() -> None:
     llm = reasoning_model(BEGUN)
-    for result in llm.batch(["Hello", "Good day to you"], response_format=FORMAT, sampling=WARM):
+    for result in llm.batch(["Hello", "Good day to you"], response_format=FORMAT, sampling=SAMPLED):
         assert result.reasoning
         assert set(json.loads(result.text)) == {"x"}
 
 
 def test_stop_strings_do_not_apply_to_the_reasoning() -> None:
     llm = reasoning_model(BEGUN)
-    result = llm.chat("Hello", response_format=FORMAT, sampling=WARM.replace(stop=("e", "a", "o", "}")))
+    result = llm.chat("Hello", response_format=FORMAT, sampling=SAMPLED.replace(stop=("e", "a", "o", "}")))
     assert result.reasoning
     assert result.text.startswith('{"x')
     assert result.finish_reason == "stop"
@@ -167,9 +167,9 @@ def test_stop_strings_do_not_apply_to_the_reasoning() -> None:
 def test_a_conversation_continues_whether_or_not_its_reasoning_is_sent_back() -> None:
     for key in ("", "reasoning_content"):
         llm = reasoning_model(BEGUN)
-        messages = said("Hello")
-        first = llm.chat(messages, response_format=FORMAT, sampling=WARM)
+        messages = dialogue("Hello")
+        first = llm.chat(messages, response_format=FORMAT, sampling=SAMPLED)
         reply = {"role": "assistant", "content": first.text, **({key: first.reasoning} if key else {})}
-        second = llm.chat([*messages, reply, *said("And now?")], sampling=WARM.replace(max_tokens=4))
+        second = llm.chat([*messages, reply, *dialogue("And now?")], sampling=SAMPLED.replace(max_tokens=4))
         assert second.usage.reuse == "continued"
         assert second.usage.cached_tokens > first.usage.prompt_tokens

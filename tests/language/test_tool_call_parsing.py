@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.templates import ENDS, FOLDER
+from tests.support.templates import FOLDER, SPECIAL_TOKENS
 from tests.support.tools import CALL, WEATHER, name_and_arguments
 from zsmerge_llm.language.tool_calls import (
     BARE,
@@ -122,7 +122,7 @@ def test_plain_text_is_passed_on_at_once() -> None:
 
 
 def test_the_tool_call_style_is_known_from_the_chat_template() -> None:
-    kinds = {name: tool_call_style((FOLDER / f"{name}.jinja").read_text(encoding="utf-8")) for name in ENDS}
+    kinds = {name: tool_call_style((FOLDER / f"{name}.jinja").read_text(encoding="utf-8")) for name in SPECIAL_TOKENS}
     assert kinds.pop("llama3") == LLAMA
     assert {kinds.pop("mistral-v0.3"), kinds.pop("mistral-nemo")} == {MISTRAL}
     assert set(kinds.values()) == {HERMES}

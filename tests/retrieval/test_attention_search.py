@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.talk import SHORT, Talk
+from tests.support.chat import SHORT, Chat
 from tests.support.templates import template
 from tests.support.tiny_models import FAMILIES, tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig
@@ -187,10 +187,10 @@ def test_a_greeting_reads_nothing_again(llm: LLM) -> None:
 def test_a_later_question_searches_the_document_and_not_what_was_said_since(llm: LLM) -> None:
     document = llm.read_document(text=TOWN, name="town")
     llm.add_session(document.fork("talk"))
-    talk = Talk(llm, session="talk")
-    talk.tell("Hello!")
+    chat = Chat(llm, session="talk")
+    chat.ask("Hello!")
     before = len(llm.session("talk").tokens)
-    answer = talk.tell("How did the convict escape?")
+    answer = chat.ask("How did the convict escape?")
     read = llm.tokenizer.decode(llm.session("talk").tokens[before:])
     assert answer.usage.reuse == "continued"
     assert answer.usage.retrieved_tokens > 0

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.talk import said
+from tests.support.chat import dialogue
 from zsmerge_llm.retrieval import passage_index
 from zsmerge_llm.retrieval.passage_index import MIN_SHARED, TOP, UNKNOWN_WEIGHT, PassageIndex
 from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS, TERM, count_words, query_terms, split, terms
@@ -67,7 +67,7 @@ WORDS = st.sampled_from(
     re.findall(r"\w+", "harbour vault password falcon market bread rain village tower keeper the of is a")
 )
 TEXT = st.lists(WORDS, max_size=60).map(lambda words: " ".join(words) + ".")
-CHAT = st.lists(TEXT, min_size=1, max_size=12).map(lambda texts: said(*texts))
+CHAT = st.lists(TEXT, min_size=1, max_size=12).map(lambda texts: dialogue(*texts))
 
 
 def reference_passages(messages: Sequence[Message], size: int) -> list[str]:
@@ -136,10 +136,10 @@ def test_only_new_messages_are_split(monkeypatch: object) -> None:
         return split(text, size)
 
     monkeypatch.setattr(passage_index, "split", counting)  # type: ignore[attr-defined]
-    index, messages = PassageIndex(), said(*FILLER, FACT)
+    index, messages = PassageIndex(), dialogue(*FILLER, FACT)
     index.find(messages, "password")
     split_texts.clear()
-    later = [*said(*FILLER, FACT), {"role": "assistant", "content": "I see. " * 20}, *said("And the vault?")]
+    later = [*dialogue(*FILLER, FACT), {"role": "assistant", "content": "I see. " * 20}, *dialogue("And the vault?")]
     found, passages = index.find(later, "password")
     assert [passages[number] for number in found] == [FACT]
     assert split_texts == [message["content"] for message in later[3:]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.talk import ROOMY, SHORT, TIGHT, Talk, counted, said, talker
+from tests.support.chat import LARGE_CACHE, SHORT, SMALL_CACHE, Chat, dialogue, make_llm, record_passes
 from tests.support.templates import template
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig
@@ -31,14 +31,16 @@ def search() -> PassageSearch:
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return talker(cache=NOTES, retrieval_tokens=BUDGET)
+    return make_llm(cache=NOTES, retrieval_tokens=BUDGET)
 
 
 # -- where passages go -------------------------------------------------------------------------------------------------
 
 
 def test_passages_stand_before_a_short_message_within_the_budget(search: PassageSearch) -> None:
-    messages = said(*(text for fact in chatter(9) for text in (fact, "I see.")), "What is the password of the vault?")
+    messages = dialogue(
+        *(text for fact in chatter(9) for text in (fact, "I see.")), "What is the password of the vault?"
+    )
     asking = search.augment(messages, budget=1000)
     block = asking[-1]["content"].removesuffix("What is the password of the vault?")
     assert asking[:-1] == messages[:-1]
@@ -58,15 +60,17 @@ def test_the_end_of_a_long_message_asks_for_what_stands_before_it(search: Passag
 
 
 def test_a_short_answer_is_found_by_its_question(search: PassageSearch) -> None:
-    messages = said("How high is the old tower, in feet?", "Ninety.", *FILLER, "Tell me again how high the tower was.")
+    messages = dialogue(
+        "How high is the old tower, in feet?", "Ninety.", *FILLER, "Tell me again how high the tower was."
+    )
     assert "old tower, in feet?\n\nNinety." in search.augment(messages, budget=1000)[-1]["content"]
 
 
 def test_only_users_ask(search: PassageSearch) -> None:
     result = {"role": "tool", "content": FACT, "tool_call_id": "1"}
-    messages = [*said(FACT, "I see."), result]
+    messages = [*dialogue(FACT, "I see."), result]
     assert search.augment(messages, budget=1000) == messages
-    asked = said(FACT, "I see.", "The password?")
+    asked = dialogue(FACT, "I see.", "The password?")
     assert PassageSearch(search.template, 0).augment(asked, budget=1000) == asked
 
 
@@ -74,39 +78,39 @@ def test_a_short_system_message_is_repeated_whatever_is_asked_unless_it_is_among
     search: PassageSearch,
 ) -> None:
     system = {"role": "system", "content": FACT}
-    asked = [system, *said(*chatter(7)[1:], "Good morning to you.")]
+    asked = [system, *dialogue(*chatter(7)[1:], "Good morning to you.")]
     assert search.augment(asked, budget=1000)[-1]["content"] == f"{FACT}\n\nGood morning to you."
     assert search.augment(asked, budget=1000, recent_ids=search.template.encode(f"... {FACT}\nRain fell.")) == asked
     wide = PassageSearch(search.template, 4 * BUDGET)
-    both = wide.augment([system, *said("The market sells no bread.", "I see.", "The market?")], budget=1000)
+    both = wide.augment([system, *dialogue("The market sells no bread.", "I see.", "The market?")], budget=1000)
     assert both[-1]["content"].startswith(f"{FACT}\n\n{INTRODUCTION}\n\nThe market sells no bread.")
 
 
 def test_a_system_message_is_repeated_right_before_a_question_or_not_at_all(search: PassageSearch) -> None:
     system, wide = {"role": "system", "content": FACT}, PassageSearch(search.template, 4 * BUDGET)
     long = f"{FILLER[0]} {FILLER[1]} " * 10
-    assert wide.augment([system, *said(long)], budget=1000) == [system, *said(long)]
+    assert wide.augment([system, *dialogue(long)], budget=1000) == [system, *dialogue(long)]
     question = "Good morning to you."
-    asking = wide.augment([system, *said(f"{long}\n\n{question}")], budget=300)
+    asking = wide.augment([system, *dialogue(f"{long}\n\n{question}")], budget=300)
     assert asking[-1]["content"] == f"{long}\n\n{FACT}\n\n{question}"
 
 
 def test_of_a_long_system_message_only_what_is_asked_for_is_repeated(search: PassageSearch) -> None:
     rules = [f"In room {number} nobody may ever open a window or a door without asking first." for number in range(12)]
     system = {"role": "system", "content": "\n\n".join([*rules[:6], f"{FACT} Tell it to nobody.", *rules[6:]])}
-    again = search.augment([system, *said("The password of the vault?")], budget=1000)[-1]["content"]
+    again = search.augment([system, *dialogue("The password of the vault?")], budget=1000)[-1]["content"]
     assert again == f"{INTRODUCTION}\n\n{FACT} Tell it to nobody.\n\nThe password of the vault?"
 
 
 @pytest.mark.parametrize("asked", ["What is the colour of the captain's hat?", "What about it, then?", "??"])
 def test_what_shares_too_little_with_a_question_is_not_read_again(search: PassageSearch, asked: str) -> None:
-    chat = said(*(text for fact in chatter(14) for text in (fact, "I see.")), asked)
+    chat = dialogue(*(text for fact in chatter(14) for text in (fact, "I see.")), asked)
     assert search.augment(chat, budget=1000) == chat
 
 
 @pytest.mark.parametrize("way", ["{}", "Could you please tell me: {}", "Question: {}\nAnswer:"])
 def test_the_wording_of_a_question_does_not_hide_what_it_is_about(search: PassageSearch, way: str) -> None:
-    chat = said(FACT, "I see.", *FILLER, way.format("What is the password of the vault?"))
+    chat = dialogue(FACT, "I see.", *FILLER, way.format("What is the password of the vault?"))
     assert FACT in search.augment(chat, budget=1000)[-1]["content"]
 
 
@@ -114,27 +118,27 @@ def test_the_wording_of_a_question_does_not_hide_what_it_is_about(search: Passag
 
 
 def test_what_the_cache_evicted_is_read_again_and_the_usage_says_so(llm: LLM) -> None:
-    talk = Talk(llm, "vault")
+    chat = Chat(llm, "vault")
     for text in chatter(14):
-        talk.tell(text)
-    answer = talk.tell("What is the password of the harbour vault?")
+        chat.ask(text)
+    answer = chat.ask("What is the password of the harbour vault?")
     read = llm.tokenizer.decode(llm.session("vault").tokens[answer.usage.cached_tokens :])
 
     assert answer.usage.reuse == "continued"
     assert 0 < answer.usage.retrieved_tokens <= BUDGET + 10
     assert FACT in read
     assert read.index(FACT) < read.index("What is the password of the harbour vault?")
-    assert talk.tell("Thank you.").usage.reuse == "continued"  # what was put into the message is no part of it
+    assert chat.ask("Thank you.").usage.reuse == "continued"  # what was put into the message is no part of it
 
 
 def test_the_same_request_again_finds_the_passages_read(llm: LLM) -> None:
-    talk = Talk(llm, "again")
+    chat = Chat(llm, "again")
     for text in chatter(14):
-        talk.tell(text)
-    first = talk.tell("What is the password of the harbour vault?")
-    talk.messages.pop()
-    with counted() as passes:
-        second = talk.again(sampling=SHORT.replace(lookup=False))  # guesses would be read, too
+        chat.ask(text)
+    first = chat.ask("What is the password of the harbour vault?")
+    chat.messages.pop()
+    with record_passes() as passes:
+        second = chat.reply(sampling=SHORT.replace(lookup=False))  # guesses would be read, too
 
     assert second.text == first.text
     assert second.usage.reuse == "restored"
@@ -142,31 +146,31 @@ def test_the_same_request_again_finds_the_passages_read(llm: LLM) -> None:
 
 
 def test_nothing_is_read_twice_while_the_cache_holds_everything() -> None:
-    talk = Talk(talker(cache=ROOMY))
-    assert {talk.tell(text).usage.retrieved_tokens for text in [*chatter(6), "What is the password?"]} == {0}
-    exact = Talk(talker(cache=CacheConfig.full()))
-    assert {exact.tell(text).usage.retrieved_tokens for text in [*chatter(6), "What is the password?"]} == {0}
+    chat = Chat(make_llm(cache=LARGE_CACHE))
+    assert {chat.ask(text).usage.retrieved_tokens for text in [*chatter(6), "What is the password?"]} == {0}
+    exact = Chat(make_llm(cache=CacheConfig.full()))
+    assert {exact.ask(text).usage.retrieved_tokens for text in [*chatter(6), "What is the password?"]} == {0}
 
 
 def test_a_question_about_a_document_begins_where_the_document_was_read(llm: LLM) -> None:
     text = "\n\n".join(chatter(40, fact_at=20))
     document = llm.read_document(text=text, name="notes")
-    talk = Talk(llm, document)
-    answer = talk.tell("What is the password of the vault?")
+    chat = Chat(llm, document)
+    answer = chat.ask("What is the password of the vault?")
     assert answer.usage.cached_tokens == len(document.tokens)
     assert answer.usage.retrieved_tokens > 0
-    assert talk.tell("What was sold in the market?").usage.retrieved_tokens > 0
+    assert chat.ask("What was sold in the market?").usage.retrieved_tokens > 0
     assert len(llm.session("notes").tokens) == len(document.tokens)
 
 
 def test_what_a_turn_reads_stays_bounded() -> None:
     read = {}
     for tokens_again in (0, BUDGET):
-        talk, sizes = Talk(talker(cache=NOTES, retrieval_tokens=tokens_again)), []
-        with counted() as passes:
+        chat, sizes = Chat(make_llm(cache=NOTES, retrieval_tokens=tokens_again)), []
+        with record_passes() as passes:
             for text in chatter(24):
                 passes.clear()
-                talk.tell(text)
+                chat.ask(text)
                 sizes.append(sum(passes))
         read[tokens_again] = sizes[1:]  # the first message brings the template's own
     # What is said again may be cut otherwise into tokens at its edges.
@@ -175,8 +179,8 @@ def test_what_a_turn_reads_stays_bounded() -> None:
 
 
 def test_batches_and_new_conversations_retrieve_the_same() -> None:
-    long = [*said(*(text for fact in chatter(16) for text in (fact, "I see."))), *said("What is the password?")]
-    alone, together = (talker(cache=NOTES, retrieval_tokens=BUDGET) for _ in range(2))
+    long = [*dialogue(*(text for fact in chatter(16) for text in (fact, "I see."))), *dialogue("What is the password?")]
+    alone, together = (make_llm(cache=NOTES, retrieval_tokens=BUDGET) for _ in range(2))
     one = alone.chat(long, sampling=SHORT)
     (other,) = together.batch([long], sampling=SHORT)
     assert one.usage.retrieved_tokens == other.usage.retrieved_tokens > 0
@@ -185,23 +189,23 @@ def test_batches_and_new_conversations_retrieve_the_same() -> None:
 
 
 def test_retrieved_passages_count_for_no_limit() -> None:
-    long = [*said(*(text for fact in chatter(16) for text in (fact, "I see."))), *said("What is the password?")]
-    plain = talker(cache=NOTES, retrieval_tokens=0).count_prompt_tokens(long)
-    answer = talker(cache=NOTES, retrieval_tokens=BUDGET, max_input_tokens=plain).chat(long, sampling=SHORT)
+    long = [*dialogue(*(text for fact in chatter(16) for text in (fact, "I see."))), *dialogue("What is the password?")]
+    plain = make_llm(cache=NOTES, retrieval_tokens=0).count_prompt_tokens(long)
+    answer = make_llm(cache=NOTES, retrieval_tokens=BUDGET, max_input_tokens=plain).chat(long, sampling=SHORT)
     assert answer.usage.prompt_tokens == plain + answer.usage.retrieved_tokens > plain
 
 
 @pytest.mark.parametrize("wrong", [-1, 2.5, True, "many"])
 def test_a_setting_that_is_no_number_of_tokens_is_refused_at_once(wrong: object) -> None:
     with pytest.raises(ConfigError, match="retrieval_tokens must be a number of tokens"):
-        talker(retrieval_tokens=wrong)
+        make_llm(retrieval_tokens=wrong)
 
 
 # -- what is being read stays ------------------------------------------------------------------------------------------
 
 
 def test_a_turn_that_fits_into_the_newest_share_is_held_whole_while_it_is_read() -> None:
-    config = TIGHT.replace(slots=64, recent=4, stage=8, recent_share=0.5)
+    config = SMALL_CACHE.replace(slots=64, recent=4, stage=8, recent_share=0.5)
     engine = Engine(tiny_model("qwen2"), config)
     cache = engine.new_cache()
     engine.read(cache, tokens(200))
@@ -218,7 +222,7 @@ def test_a_turn_that_fits_into_the_newest_share_is_held_whole_while_it_is_read()
 
 @pytest.mark.parametrize("latest", [0.25, 0.75])
 def test_a_multi_turn_conversation_keeps_its_newest_tokens(latest: float) -> None:
-    config = TIGHT.replace(slots=64, recent=4, stage=8, recent_share=latest)
+    config = SMALL_CACHE.replace(slots=64, recent=4, stage=8, recent_share=latest)
     engine = Engine(tiny_model("qwen2"), config)
     cache = engine.new_cache()
     engine.read(cache, tokens(200), probe=tokens(3, seed=2))

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.talk import ROOMY, SHORT, SYSTEM, Talk, counted, said, talker
-from tests.support.templates import ENDS
+from tests.support.chat import LARGE_CACHE, SHORT, SYSTEM, Chat, dialogue, make_llm, record_passes
+from tests.support.templates import SPECIAL_TOKENS
 from zsmerge_llm import SamplingParams
 
 
 @pytest.mark.parametrize("edited", [False, True])
 def test_side_questions_read_only_themselves_however_many_they_are(edited: bool) -> None:
     """Where the answers are the caller's own words too: what a frame or a guard makes of them."""
-    llm = talker(cache=ROOMY)
-    talk, sizes = Talk(llm, "it"), []
+    llm = make_llm(cache=LARGE_CACHE)
+    chat, sizes = Chat(llm, "it"), []
     for turn in range(8):
-        talk.tell(f"Question {turn}")
+        chat.ask(f"Question {turn}")
         if edited:
-            talk.messages[-1]["content"] = f"Answer {turn}"
+            chat.messages[-1]["content"] = f"Answer {turn}"
     for turn in range(6):
-        aside = llm.chat([*talk.messages, *said(f"Aside {turn}")], sampling=SHORT).usage
+        aside = llm.chat([*chat.messages, *dialogue(f"Aside {turn}")], sampling=SHORT).usage
         sizes.append(aside.prompt_tokens - aside.cached_tokens)
 
     assert max(sizes) <= sizes[0] + 2
@@ -27,11 +27,11 @@ def test_side_questions_read_only_themselves_however_many_they_are(edited: bool)
 
 
 def test_regenerating_an_answer_reads_nothing() -> None:
-    llm = talker()
-    talk = Talk(llm, "it")
-    first = [talk.tell("Hello").text, talk.tell("More").text]
-    with counted() as passes:
-        again = llm.chat(talk.messages[:-1], session="it", sampling=SHORT)
+    llm = make_llm()
+    chat = Chat(llm, "it")
+    first = [chat.ask("Hello").text, chat.ask("More").text]
+    with record_passes() as passes:
+        again = llm.chat(chat.messages[:-1], session="it", sampling=SHORT)
 
     assert again.usage.reuse == "restored"
     assert again.usage.cached_tokens == again.usage.prompt_tokens
@@ -41,27 +41,27 @@ def test_regenerating_an_answer_reads_nothing() -> None:
 
 
 def test_an_answer_that_was_replaced_can_be_continued() -> None:
-    llm = talker()
-    talk = Talk(llm, "it")
-    talk.tell("Hello")
-    old = list(talk.messages)
+    llm = make_llm()
+    chat = Chat(llm, "it")
+    chat.ask("Hello")
+    old = list(chat.messages)
     llm.chat(old[:-1], session="it", sampling=SamplingParams(max_tokens=6, temperature=2.0, seed=1))
-    back = llm.chat([*old, *said("Go on")], session="it", sampling=SHORT)
+    back = llm.chat([*old, *dialogue("Go on")], session="it", sampling=SHORT)
 
     assert back.usage.reuse == "restored"
     assert len(llm.store) == 1
 
 
-@pytest.mark.parametrize("name", [*ENDS])
+@pytest.mark.parametrize("name", [*SPECIAL_TOKENS])
 def test_the_last_message_and_the_answer_before_can_be_edited(name: str) -> None:
-    llm = talker(name, cache=ROOMY)
-    talk = Talk(llm, "it")
+    llm = make_llm(name, cache=LARGE_CACHE)
+    chat = Chat(llm, "it")
     for turn in range(3):
-        talk.tell(f"Question {turn}")
-    messages = talk.messages[:-2]
-    last = llm.chat([*messages, *said("Another question")], session="it", sampling=SHORT)
+        chat.ask(f"Question {turn}")
+    messages = chat.messages[:-2]
+    last = llm.chat([*messages, *dialogue("Another question")], session="it", sampling=SHORT)
     answer = {"role": "assistant", "content": "I was told to say this."}
-    told = llm.chat([*messages[:-1], answer, *said("Was I?")], session="it", sampling=SHORT)
+    told = llm.chat([*messages[:-1], answer, *dialogue("Was I?")], session="it", sampling=SHORT)
     text = llm.tokenizer.decode(llm.session("it").tokens)
 
     assert last.usage.reuse == "restored"
@@ -72,9 +72,9 @@ def test_the_last_message_and_the_answer_before_can_be_edited(name: str) -> None
 
 
 def test_an_edit_of_any_earlier_message_resumes_from_a_snapshot_not_far_before_it() -> None:
-    llm = talker(cache=ROOMY)
-    talk = Talk(llm, "it")
-    sizes = [talk.tell(f"Question {turn}").usage.prompt_tokens for turn in range(40)]
+    llm = make_llm(cache=LARGE_CACHE)
+    chat = Chat(llm, "it")
+    sizes = [chat.ask(f"Question {turn}").usage.prompt_tokens for turn in range(40)]
     session = llm.session("it")
     kinds = [point.kind for point in session.snapshots.values()]
     kept = sorted(point.messages // 2 for point in session.snapshots.values() if point.kind == "answer")
@@ -85,29 +85,29 @@ def test_an_edit_of_any_earlier_message_resumes_from_a_snapshot_not_far_before_i
     for turn in range(kept[0], 40):
         back = max(at for at in kept if at <= turn)
         assert turn - back <= 40 - turn + 2, kept  # never much more to read again than there is behind it
-    edited = llm.chat([*talk.messages[: 2 * kept[1]], *said("Instead")], session="it", sampling=SHORT)
+    edited = llm.chat([*chat.messages[: 2 * kept[1]], *dialogue("Instead")], session="it", sampling=SHORT)
     assert edited.usage.reuse == "restored"
     assert edited.usage.cached_tokens > sizes[kept[1] - 1]
 
 
 def test_an_edit_before_every_snapshot_left_reads_all_again_and_says_why() -> None:
-    llm = talker()
-    talk = Talk(llm, "it")
+    llm = make_llm()
+    chat = Chat(llm, "it")
     for turn in range(9):
-        talk.tell(f"Question {turn}")
-    edited = llm.chat([*talk.messages[:2], *said("Instead")], sampling=SHORT)
+        chat.ask(f"Question {turn}")
+    edited = llm.chat([*chat.messages[:2], *dialogue("Instead")], sampling=SHORT)
 
     assert edited.usage.reuse == "reread: no point of session 'it' before message 3 is left"
     assert edited.usage.cached_tokens == 0
-    assert talk.tell("Are you there?").usage.reuse == "continued"
+    assert chat.ask("Are you there?").usage.reuse == "continued"
 
 
 def test_a_second_request_on_the_same_conversation_becomes_a_branch() -> None:
-    llm = talker()
-    talk = Talk(llm, "it")
-    talk.tell("Hello")
-    messages = list(talk.messages)
-    left, right = (llm.stream([*messages, *said(text)], session="it", sampling=SHORT) for text in ("Left", "Right"))
+    llm = make_llm()
+    chat = Chat(llm, "it")
+    chat.ask("Hello")
+    messages = list(chat.messages)
+    left, right = (llm.stream([*messages, *dialogue(text)], session="it", sampling=SHORT) for text in ("Left", "Right"))
     for _ in range(3):
         next(left), next(right)
     assert [chunk.finish_reason for chunk in left][-1] != "cancelled"  # first come, so it keeps the name
@@ -120,30 +120,30 @@ def test_a_second_request_on_the_same_conversation_becomes_a_branch() -> None:
 
 
 def test_a_fork_continues_by_itself_under_its_name() -> None:
-    llm = talker()
-    talk = Talk(llm, "it")
-    talk.tell("Hello")
+    llm = make_llm()
+    chat = Chat(llm, "it")
+    chat.ask("Hello")
     fork = llm.session("it").fork("branch")
     before = llm.session("it").tokens
     bytes_before = llm.store.nbytes
     llm.add_session(fork)
     assert llm.store.nbytes == bytes_before  # what they share counts once
-    branch = Talk(llm, fork, talk.messages)
+    branch = Chat(llm, fork, chat.messages)
 
-    assert branch.tell("Elsewhere").usage.reuse == "continued"
+    assert branch.ask("Elsewhere").usage.reuse == "continued"
     assert llm.session("it").tokens == before
     assert len(llm.session("branch").tokens) > len(before)
-    assert talk.tell("Here").usage.reuse == "continued"
+    assert chat.ask("Here").usage.reuse == "continued"
     assert len(llm.store) == 2
 
 
 def test_snapshots_are_bounded_however_a_conversation_branches() -> None:
-    llm = talker()
-    talk = Talk(llm, "it", [SYSTEM])
+    llm = make_llm()
+    chat = Chat(llm, "it", [SYSTEM])
     for turn in range(12):
-        talk.tell(f"Question {turn}")
-        llm.chat(talk.messages[:-1], session="it", sampling=SamplingParams(max_tokens=3, temperature=1.5, seed=turn))
-        llm.chat([*talk.messages[:-2], *said("Instead")], session="it", sampling=SHORT)
-        talk.session = "it"
+        chat.ask(f"Question {turn}")
+        llm.chat(chat.messages[:-1], session="it", sampling=SamplingParams(max_tokens=3, temperature=1.5, seed=turn))
+        llm.chat([*chat.messages[:-2], *dialogue("Instead")], session="it", sampling=SHORT)
+        chat.session = "it"
 
     assert max(len(llm.session(info.name).snapshots) for info in llm.store) <= 6

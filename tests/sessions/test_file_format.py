@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.talk import SHORT, TIGHT, Talk, said, talker
+from tests.support.chat import SHORT, SMALL_CACHE, Chat, dialogue, make_llm
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, CacheConfig, Session
 from zsmerge_llm.errors import SessionCorruptError, SessionError, SessionMismatchError, SessionNotFoundError
@@ -41,27 +41,33 @@ def digest(logits: torch.Tensor) -> str:
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return talker("qwen2.5")
+    return make_llm("qwen2.5")
 
 
 @pytest.fixture(scope="module")
 def session(llm: LLM) -> Session:
-    talk = Talk(llm, "it")
+    chat = Chat(llm, "it")
     for turn in range(4):
-        talk.tell(f"Question {turn}?")
+        chat.ask(f"Question {turn}?")
     return llm.session("it")
 
 
 @pytest.mark.parametrize(
     "cache",
-    [TIGHT, CacheConfig.paper(64), CacheConfig.streaming(64), CacheConfig.full(), TIGHT.replace(residual=8)],
+    [
+        SMALL_CACHE,
+        CacheConfig.paper(64),
+        CacheConfig.streaming(64),
+        CacheConfig.full(),
+        SMALL_CACHE.replace(residual=8),
+    ],
     ids=["window", "paper", "streaming", "full", "residual"],
 )
 def test_the_next_logits_are_bit_equal_after_save_and_load(cache: CacheConfig, tmp_path: Path) -> None:
-    llm = talker("gemma3", cache=cache)
-    talk = Talk(llm, "it")
+    llm = make_llm("gemma3", cache=cache)
+    chat = Chat(llm, "it")
     for turn in range(3):
-        talk.tell(f"Question {turn}?")
+        chat.ask(f"Question {turn}?")
     session = llm.session("it")
     again = load_session(session.save(tmp_path / "it"), llm.store.fingerprint)
 
@@ -77,8 +83,8 @@ def test_the_next_logits_are_bit_equal_after_save_and_load(cache: CacheConfig, t
 def test_another_process_continues_bit_for_bit(llm: LLM, session: Session, tmp_path: Path) -> None:
     path = session.save(tmp_path / "it.zsmerge")
     script = f"""
-from tests.sessions.test_file_format import digest, next_logits, talker
-llm = talker("qwen2.5")
+from tests.sessions.test_file_format import digest, make_llm, next_logits
+llm = make_llm("qwen2.5")
 print(digest(next_logits(llm, llm.load_session({str(path)!r}))))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -88,29 +94,29 @@ print(digest(next_logits(llm, llm.load_session({str(path)!r}))))
 
 
 def test_a_loaded_session_is_recognised_by_its_messages(session: Session, llm: LLM, tmp_path: Path) -> None:
-    talk = Talk(llm, "new")
-    talk.tell("Hello")
+    chat = Chat(llm, "new")
+    chat.ask("Hello")
     path = llm.session("new").save(tmp_path / "new")
-    other = Talk(talker("qwen2.5"), None, talk.messages)
+    other = Chat(make_llm("qwen2.5"), None, chat.messages)
     other.llm.load_session(path)
 
-    assert other.tell("Go on").usage.reuse == "continued"
-    assert other.messages[-1]["content"] == talk.tell("Go on").text
+    assert other.ask("Go on").usage.reuse == "continued"
+    assert other.messages[-1]["content"] == chat.ask("Go on").text
 
 
 def test_a_document_is_saved_with_its_text(llm: LLM, tmp_path: Path) -> None:
     document = llm.read_document("Odile keeps the lighthouse: naïve 灯台 🙂.", name="island")
     path = document.fork("copy").save(tmp_path / "copy")
-    again = talker("qwen2.5").load_session(path)
+    again = make_llm("qwen2.5").load_session(path)
 
     assert (again.document, again.head.kind, again.forked) == (document.document, "document", True)
 
 
 def test_a_file_is_not_much_larger_than_the_cache(tmp_path: Path) -> None:
-    llm = talker("qwen2.5", cache=CacheConfig(slots=1024), retrieval_tokens=0)
-    talk = Talk(llm, "it")
+    llm = make_llm("qwen2.5", cache=CacheConfig(slots=1024), retrieval_tokens=0)
+    chat = Chat(llm, "it")
     for turn in range(24):
-        talk.tell(f"Question {turn}? " + "What else is there to say? " * 8)
+        chat.ask(f"Question {turn}? " + "What else is there to say? " * 8)
     session = llm.session("it")
     size = session.save(tmp_path / "it").stat().st_size
 
@@ -189,10 +195,10 @@ def test_bytes_added_at_the_end_are_noticed(session: Session, tmp_path: Path) ->
 def test_a_session_of_something_else_is_refused_by_name(part: str, llm: LLM, session: Session, tmp_path: Path) -> None:
     path = session.save(tmp_path / "it")
     other = {
-        "weights": lambda: talker("qwen2.5", seed=1),
-        "tokenizer": lambda: talker("llama3"),
-        "template": lambda: talker("qwen2.5"),
-        "cache": lambda: talker("qwen2.5", cache=TIGHT.replace(slots=97)),
+        "weights": lambda: make_llm("qwen2.5", seed=1),
+        "tokenizer": lambda: make_llm("llama3"),
+        "template": lambda: make_llm("qwen2.5"),
+        "cache": lambda: make_llm("qwen2.5", cache=SMALL_CACHE.replace(slots=97)),
     }[part]()
     mark = other.store.fingerprint
     mine = {"tokenizer": replace(session.fingerprint, tokenizer=mark.tokenizer)}.get(part, mark)
@@ -300,8 +306,8 @@ def kill_while_saving(folder: Path, sessions: list[Session], kills: int) -> list
 
 @pytest.fixture
 def pair(session: Session, llm: LLM) -> list[Session]:
-    talk = Talk(llm, "other")
-    talk.tell("Quite another conversation.")
+    chat = Chat(llm, "other")
+    chat.ask("Quite another conversation.")
     return [session, llm.session("other")]
 
 
@@ -313,14 +319,14 @@ def test_after_fifty_killed_saves_the_old_or_the_new_session_loads(pair: list[Se
 
 
 def test_what_a_killed_save_left_is_ignored_and_deleted_later(tmp_path: Path) -> None:
-    llm = talker(sessions_dir=tmp_path)
-    Talk(llm, "it").tell("Hello")
+    llm = make_llm(sessions_dir=tmp_path)
+    Chat(llm, "it").ask("Hello")
     start, end = TEMPORARY_PREFIX, TEMPORARY_SUFFIX
     fresh, old = tmp_path / f"{start}1{end}", tmp_path / f"{start}2{end}"
     for path in (fresh, old):
         path.write_bytes(b"part of a file")
     os.utime(old, (0, 0))
-    again = talker(sessions_dir=tmp_path)
+    again = make_llm(sessions_dir=tmp_path)
 
     assert [info.name for info in again.store] == ["it"]
     assert fresh.exists()  # another process may be at it
@@ -341,28 +347,28 @@ def test_the_header_alone_tells_what_a_file_holds(session: Session, tmp_path: Pa
 
 
 def test_a_request_on_a_corrupt_saved_session_reads_anew_and_says_so(tmp_path: Path) -> None:
-    llm = talker(sessions_dir=tmp_path)
-    talk = Talk(llm, "it")
-    talk.tell("Hello")
+    llm = make_llm(sessions_dir=tmp_path)
+    chat = Chat(llm, "it")
+    chat.ask("Hello")
     (path,) = tmp_path.glob("*.zsmerge")
     changed = bytearray(path.read_bytes())
     changed[-1] ^= 1
     path.write_bytes(changed)
-    again = Talk(talker(sessions_dir=tmp_path), "it", talk.messages)
+    again = Chat(make_llm(sessions_dir=tmp_path), "it", chat.messages)
 
-    assert again.tell("Go on").usage.reuse == "reread: the saved session is damaged or gone"
-    assert again.tell("And on").usage.reuse == "continued"
-    assert talker(sessions_dir=tmp_path).session("it").tokens == again.llm.session("it").tokens
+    assert again.ask("Go on").usage.reuse == "reread: the saved session is damaged or gone"
+    assert again.ask("And on").usage.reuse == "continued"
+    assert make_llm(sessions_dir=tmp_path).session("it").tokens == again.llm.session("it").tokens
 
 
 def test_a_corrupt_document_is_an_error_and_can_be_read_again(tmp_path: Path) -> None:
-    llm = talker(sessions_dir=tmp_path)
+    llm = make_llm(sessions_dir=tmp_path)
     llm.read_document("Odile keeps the lighthouse.", name="island")
     (path,) = tmp_path.glob("*.zsmerge")
     os.truncate(path, path.stat().st_size - 1)
-    again = talker(sessions_dir=tmp_path)
+    again = make_llm(sessions_dir=tmp_path)
 
     with pytest.raises(SessionCorruptError, match="read the conversation anew"):
-        again.chat(said("Who?"), session="island", sampling=SHORT)
+        again.chat(dialogue("Who?"), session="island", sampling=SHORT)
     assert again.read_document("Odile keeps the lighthouse.", name="island").tokens
-    assert again.chat(said("Who?"), session="island", sampling=SHORT).usage.reuse == "restored"
+    assert again.chat(dialogue("Who?"), session="island", sampling=SHORT).usage.reuse == "restored"

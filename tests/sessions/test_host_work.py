@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.talk import TIGHT, Talk, talker
-from tests.support.templates import ENDS, TOOLS, byte_level, call, long_chat, template
+from tests.support.chat import SMALL_CACHE, Chat, make_llm
+from tests.support.templates import SPECIAL_TOKENS, TOOLS, byte_level, long_chat, template, tool_call
 from zsmerge_llm.language import digests
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.messages import MessageHistory, normalize_messages
@@ -58,14 +58,16 @@ def counted_work() -> Iterator[dict[str, int]]:
         yield work
 
 
-@pytest.mark.parametrize("name", [name for name in ENDS if name != "gemma2"])
+@pytest.mark.parametrize("name", [name for name in SPECIAL_TOKENS if name != "gemma2"])
 def test_a_turn_renders_tokenises_hashes_and_splits_only_new_text(name: str) -> None:
-    talk = Talk(talker(name, cache=TIGHT, retrieval_tokens=40), "it", [{"role": "system", "content": "Be brief."}])
+    chat = Chat(
+        make_llm(name, cache=SMALL_CACHE, retrieval_tokens=40), "it", [{"role": "system", "content": "Be brief."}]
+    )
     sizes: list[dict[str, int]] = []
     with counted_work() as work:
         for turn in range(60):
             work.update(dict.fromkeys(work, 0))
-            assert talk.tell(f"Is the {turn}th lighthouse of the {turn % 7} islands open?").usage.reuse != "restored"
+            assert chat.ask(f"Is the {turn}th lighthouse of the {turn % 7} islands open?").usage.reuse != "restored"
             sizes.append(dict(work))
 
     for kind in work:
@@ -75,16 +77,16 @@ def test_a_turn_renders_tokenises_hashes_and_splits_only_new_text(name: str) -> 
 
 
 def test_a_restored_session_and_a_branch_go_on_as_cheaply(tmp_path: Any) -> None:
-    llm = talker(cache=TIGHT, sessions_dir=tmp_path)
-    talk = Talk(llm, "it")
+    llm = make_llm(cache=SMALL_CACHE, sessions_dir=tmp_path)
+    chat = Chat(llm, "it")
     for turn in range(30):
-        talk.tell(f"Question {turn}?")
-    again = Talk(talker(cache=TIGHT, sessions_dir=tmp_path), "it", talk.messages)
-    branch = Talk(llm, llm.session("it").fork("branch"), talk.messages)
+        chat.ask(f"Question {turn}?")
+    again = Chat(make_llm(cache=SMALL_CACHE, sessions_dir=tmp_path), "it", chat.messages)
+    branch = Chat(llm, llm.session("it").fork("branch"), chat.messages)
     for other in (again, branch):
-        other.tell("What is kept is made once more.")
+        other.ask("What is kept is made once more.")
         with counted_work() as work:
-            assert other.tell("And now?").usage.reuse == "continued"
+            assert other.ask("And now?").usage.reuse == "continued"
         assert max(work.values()) < 2500
 
 
@@ -98,7 +100,7 @@ def plain_chat(turns: int) -> list[dict[str, Any]]:
     return [*chat, {"role": "user", "content": "the last"}]
 
 
-@pytest.mark.parametrize("name", [name for name in ENDS if name != "gemma2"])
+@pytest.mark.parametrize("name", [name for name in SPECIAL_TOKENS if name != "gemma2"])
 @pytest.mark.parametrize("tools", [None, TOOLS])
 def test_the_delta_of_a_tail_is_that_of_the_whole_conversation(name: str, tools: Any) -> None:
     form, renderer, rendered = template(name), DeltaRenderer(), []
@@ -155,7 +157,7 @@ def test_a_template_that_remembers_an_early_call_gets_all_messages() -> None:
     assert ignores_length(form.source())
     start = [
         {"role": "user", "content": "warm?"},
-        {"role": "assistant", "content": "", "tool_calls": [call("Bern", 1)]},
+        {"role": "assistant", "content": "", "tool_calls": [tool_call("Bern", 1)]},
         {"role": "tool", "content": "12 degrees", "tool_call_id": "abcdefg01"},
         {"role": "assistant", "content": "It is."},
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.talk import SHORT, TIGHT, Talk, talker
+from tests.support.chat import SHORT, SMALL_CACHE, Chat, make_llm
 from zsmerge_llm import LLM
 
 STORY = "Ada lives in the tower. " * 30
@@ -12,30 +12,30 @@ STORY = "Ada lives in the tower. " * 30
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return talker()
+    return make_llm()
 
 
 def test_the_whole_conversation_is_read_again_and_the_usage_says_so(llm: LLM) -> None:
-    talk = Talk(llm, "tower")
-    talk.tell(f"{STORY}\nWho?")
-    second = talk.tell("Where?", reread=True)
+    chat = Chat(llm, "tower")
+    chat.ask(f"{STORY}\nWho?")
+    second = chat.ask("Where?", reread=True)
 
     assert second.usage.cached_tokens == 0
     assert second.usage.reuse == "reread: asked for"
-    third = talk.tell("When?")
+    third = chat.ask("When?")
     assert third.usage.reuse == "continued"
     assert third.usage.cached_tokens > second.usage.prompt_tokens
 
 
 def test_it_is_kept_for_this_question_alone(llm: LLM) -> None:
     """As if it had been asked of a model that never heard the conversation before, and holds nothing in reserve."""
-    talk = Talk(llm, "alone")
-    talk.tell(f"{STORY}\nWho?")
-    talk.tell("Where?", reread=True)
-    fresh = Talk(talker(cache=TIGHT.replace(history_share=0.0)), "alone", talk.messages[:2])
-    fresh.tell("Where?")
+    chat = Chat(llm, "alone")
+    chat.ask(f"{STORY}\nWho?")
+    chat.ask("Where?", reread=True)
+    fresh = Chat(make_llm(cache=SMALL_CACHE.replace(history_share=0.0)), "alone", chat.messages[:2])
+    fresh.ask("Where?")
 
-    mine, theirs = (each.llm.session("alone").snapshots.values() for each in (talk, fresh))
+    mine, theirs = (each.llm.session("alone").snapshots.values() for each in (chat, fresh))
     at_prompt = [next(point for point in points if point.kind == "prompt") for points in (mine, theirs)]
     for a, b in zip(at_prompt[0].cache.layers, at_prompt[1].cache.layers, strict=True):
         assert (a.position == b.position).all()

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.support.talk import SNAPSHOT_NBYTES, TIGHT, Talk, equal_caches, said, talker
+from tests.support.chat import SMALL_CACHE, SNAPSHOT_NBYTES, Chat, dialogue, equal_caches, make_llm
 from zsmerge_llm import SamplingParams, Session
 from zsmerge_llm.errors import SessionNotFoundError, StoreFullError
 
@@ -54,7 +54,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     def start(self) -> None:
         kept = {"sessions_dir": self.folder / "kept"} if self.persistent else {}
-        self.llm = talker(cache=TIGHT, session_memory=3 * SNAPSHOT_NBYTES, **kept)
+        self.llm = make_llm(cache=SMALL_CACHE, session_memory=3 * SNAPSHOT_NBYTES, **kept)
 
     def teardown(self) -> None:
         for name, conversation in getattr(self, "known", {}).items():
@@ -74,21 +74,21 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from("abcdef"))
     def create(self, name: str) -> None:
-        reuse, messages = self.chat(said(self.new_text()), name)
+        reuse, messages = self.chat(dialogue(self.new_text()), name)
         assert reuse == ("new" if name not in self.known else f"reread: the messages and tools are not those of "
                          f"session {name!r}")  # fmt: skip
         self.known[name] = Conversation(messages, self.llm.session(name))
 
     @rule()
     def ask_without_a_name(self) -> None:
-        reuse, _ = self.chat(said(self.new_text()), None)
+        reuse, _ = self.chat(dialogue(self.new_text()), None)
         assert reuse == "new"
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
     def continue_conversation(self, data: st.DataObject) -> None:
         name = self.pick(data)
-        reuse, messages = self.chat([*self.known[name].messages, *said(self.new_text())], name)
+        reuse, messages = self.chat([*self.known[name].messages, *dialogue(self.new_text())], name)
         assert reuse == "continued"
         self.known[name] = Conversation(messages, self.llm.session(name))
 
@@ -104,7 +104,7 @@ class SessionMachine(RuleBasedStateMachine):
     def edit(self, data: st.DataObject) -> None:
         name = self.pick(data)
         old, new = self.known[name].messages, self.new_text()
-        reuse, messages = self.chat([*old[:-2], *said(new)], name)
+        reuse, messages = self.chat([*old[:-2], *dialogue(new)], name)
         assert reuse != "new"
         self.known[name] = Conversation(messages, self.llm.session(name))
         text = self.llm.tokenizer.decode(self.known[name].tokens)
@@ -186,17 +186,17 @@ def test_in_many_orders_of_events_every_conversation_continues_correctly(machine
 
 
 def test_a_limit_too_small_for_one_session_is_refused_with_the_numbers() -> None:
-    llm = talker(session_memory=1000)
+    llm = make_llm(session_memory=1000)
     with pytest.raises(StoreFullError, match=r"needs [\d,]+ bytes and the ceiling for all sessions is 1,000"):
         llm.chat("Hello")
 
 
 def test_a_limit_of_exactly_one_session_is_enough() -> None:
-    llm = talker(session_memory=SNAPSHOT_NBYTES)
-    talks = [Talk(llm, f"talk-{number}") for number in range(3)]
+    llm = make_llm(session_memory=SNAPSHOT_NBYTES)
+    chats = [Chat(llm, f"talk-{number}") for number in range(3)]
     for turn in range(3):
-        for talk in talks:
-            assert talk.tell(f"Question {turn}").usage.reuse == ("continued" if turn else "new")
+        for chat in chats:
+            assert chat.ask(f"Question {turn}").usage.reuse == ("continued" if turn else "new")
             assert llm.store.nbytes <= SNAPSHOT_NBYTES
 
     assert sum(info.in_memory for info in llm.store) <= 1
@@ -204,12 +204,12 @@ def test_a_limit_of_exactly_one_session_is_enough() -> None:
 
 
 def test_old_snapshots_of_idle_conversations_are_dropped_before_any_conversation_is() -> None:
-    llm = talker(session_memory=5 * SNAPSHOT_NBYTES)
-    first, second = Talk(llm, "first"), Talk(llm, "second")
+    llm = make_llm(session_memory=5 * SNAPSHOT_NBYTES)
+    first, second = Chat(llm, "first"), Chat(llm, "second")
     for turn in range(2):
-        first.tell(f"A {turn}")
+        first.ask(f"A {turn}")
     for turn in range(2):
-        second.tell(f"B {turn}")
+        second.ask(f"B {turn}")
 
     assert [info.in_memory for info in llm.store] == [True, True]
     assert len(llm.session("first").snapshots) == 1
@@ -217,9 +217,9 @@ def test_old_snapshots_of_idle_conversations_are_dropped_before_any_conversation
 
 
 def test_a_listing_shows_sizes_and_where_each_session_is() -> None:
-    llm = talker(session_memory=SNAPSHOT_NBYTES)
-    Talk(llm, "one").tell("Hello")
-    Talk(llm, "two").tell("Hello there")
+    llm = make_llm(session_memory=SNAPSHOT_NBYTES)
+    Chat(llm, "one").ask("Hello")
+    Chat(llm, "two").ask("Hello there")
     llm.read_document("Odile keeps the lighthouse.", name="island")
     listed = list(llm.store)
 
@@ -233,8 +233,8 @@ def test_a_listing_shows_sizes_and_where_each_session_is() -> None:
 
 
 def test_a_session_that_is_not_there_is_named_with_those_that_are() -> None:
-    llm = talker()
-    Talk(llm, "alice").tell("Hello")
+    llm = make_llm()
+    Chat(llm, "alice").ask("Hello")
     with pytest.raises(SessionNotFoundError, match="no session 'bob'; there are: alice"):
         llm.session("bob")
     with pytest.raises(SessionNotFoundError, match="'bob'"):
@@ -242,9 +242,9 @@ def test_a_session_that_is_not_there_is_named_with_those_that_are() -> None:
 
 
 def test_without_a_folder_nothing_stays_behind() -> None:
-    llm = talker(session_memory=SNAPSHOT_NBYTES)
+    llm = make_llm(session_memory=SNAPSHOT_NBYTES)
     for number in range(3):
-        Talk(llm, f"talk-{number}").tell("Hello")
+        Chat(llm, f"talk-{number}").ask("Hello")
     folder = llm.store.folder
     assert len(list(folder.iterdir())) >= 2
     del llm
@@ -255,8 +255,8 @@ def test_without_a_folder_nothing_stays_behind() -> None:
 
 
 def test_conversations_without_a_name_take_no_more_disk_than_memory() -> None:
-    llm = talker(session_memory=4 * SNAPSHOT_NBYTES)
-    Talk(llm, "named").tell("Hello")
+    llm = make_llm(session_memory=4 * SNAPSHOT_NBYTES)
+    Chat(llm, "named").ask("Hello")
     for number in range(30):
         llm.chat(f"Question {number}", sampling=BRIEF)
     on_disk = sum(path.stat().st_size for path in llm.store.folder.iterdir())

@@ -1,4 +1,4 @@
-"""Attention in float32, as the kernels are checked against."""
+"""Attention in float32, the reference for the kernels."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Relative error that rounding to a dtype may cause."""
 
 
-def relative_error(given: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return the error's norm relative to that of the expected values."""
-    return float((given.float() - expected).norm() / expected.norm().clamp(min=1e-9))
+    return float((actual.float() - expected).norm() / expected.norm().clamp(min=1e-9))
 
 
 def reference_attention(

@@ -1,4 +1,4 @@
-"""A tiny model that generates the answers of a test, as far as grammars allow."""
+"""Scripted answers: the model generates the texts that a test gives, as far as grammars allow."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from zsmerge_llm import LLM
 
 @contextmanager
 def scripted_answers(llm: LLM, *answers: str) -> Iterator[None]:
-    """The model generates these answers in turn, and from the first one again; each row of a batch takes the next."""
-    turns = iter(range(10**6))
+    """Let the model generate these answers in turn, over and over; each row of a batch takes the next."""
+    requests = iter(range(10**6))
 
     class Script:
         greedy = False  # nothing may be sampled ahead
 
         def __init__(self, *_: Any) -> None:
-            self.set_text(answers[next(turns) % len(answers)])
+            self.set_text(answers[next(requests) % len(answers)])
 
         def set_text(self, text: str) -> None:
             self.remaining = [*llm.tokenizer.encode(text, add_special_tokens=False), llm.tokenizer.eos_token_id]

@@ -14,8 +14,8 @@ from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.testing import byte_level_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "data" / "templates"
-# the token that ends an answer, and the template's other special tokens
-ENDS = {
+# by template: the token that ends an answer, and the other special tokens
+SPECIAL_TOKENS = {
     "smollm2": ("<|im_end|>", ["<|im_start|>"]),
     "qwen2.5": ("<|im_end|>", ["<|im_start|>"]),
     "qwen3": ("<|im_end|>", ["<|im_start|>"]),
@@ -26,7 +26,7 @@ ENDS = {
     "gemma3": ("<end_of_turn>", ["<start_of_turn>"]),
 }
 # templates that render earlier messages as they were first rendered
-STABLE = ("smollm2", "qwen2.5", "llama3", "gemma3")
+STABLE_TEMPLATES = ("smollm2", "qwen2.5", "llama3", "gemma3")
 TOOLS = [
     {
         "type": "function",
@@ -68,19 +68,19 @@ def sentencepiece(prefix_space: bool = True) -> PreTrainedTokenizerFast:
 
 def template(name: str, **settings: Any) -> ChatTemplate:
     """Return the template of that name, with a tokenizer that has its special tokens."""
-    end, others = ENDS[name]
+    end, others = SPECIAL_TOKENS[name]
     text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return ChatTemplate(byte_level(end, tuple(others)), text, **settings)
 
 
-def call(place: str, number: int) -> dict[str, Any]:
-    """A tool call as callers send it: arguments as JSON text, an id of nine characters."""
+def tool_call(place: str, number: int) -> dict[str, Any]:
+    """Return a tool call as callers send it: arguments as JSON text, an id of nine characters."""
     function = {"name": "weather", "arguments": json.dumps({"place": place})}
     return {"id": f"abcdefg{number:02d}", "type": "function", "function": function}
 
 
-def written(name: str, message: dict[str, Any]) -> str:
-    """The text a model of that family generates for an assistant message, without its end token."""
+def generated_text(name: str, message: dict[str, Any]) -> str:
+    """Return the text that a model of that family generates for an assistant message, without its end token."""
     calls = message.get("tool_calls", [])
     if not calls:
         return (" " if name == "mistral-v0.3" else "") + message["content"]
@@ -102,15 +102,15 @@ def written(name: str, message: dict[str, Any]) -> str:
 
 
 def long_chat(turns: int = 12) -> list[list[dict[str, Any]]]:
-    """What is new in each request: system and user first; every third turn goes through a tool call and its result.
+    """Return the new messages of each request: system and user first; every third turn has a tool call and its result.
 
-    Each entry but the last ends with the assistant's message that answered the request before.
+    Each entry but the first begins with the assistant's message that answered the request before.
     """
     steps: list[list[dict[str, Any]]] = [[{"role": "system", "content": "You are terse."}]]
     for turn in range(turns):
         steps[-1].append({"role": "user", "content": f"question-{turn:02d}: is it warm?"})
         if turn % 3 == 1:
-            steps.append([{"role": "assistant", "content": None, "tool_calls": [call(f"place-{turn:02d}", turn)]}])
+            steps.append([{"role": "assistant", "content": None, "tool_calls": [tool_call(f"place-{turn:02d}", turn)]}])
             steps[-1].append({"role": "tool", "content": f"result-{turn:02d}", "tool_call_id": f"abcdefg{turn:02d}"})
         steps.append([{"role": "assistant", "content": f"answer-{turn:02d}, it is."}])
     return steps[:-1]

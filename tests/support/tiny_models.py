@@ -64,9 +64,9 @@ def tiny_model(
     intermediate_size: int = 64,
     **sizes: int,
 ) -> PreTrainedModel:
-    """A random model whose attention is far from uniform, so that what is evicted matters."""
-    wanted = {**COMMON, "vocab_size": vocab, "intermediate_size": intermediate_size, **FAMILIES[family], **sizes}
-    settings = {name: value for name, value in wanted.items() if value is not None}
+    """Return a random model whose attention is far from uniform, so that logits depend on which slots are evicted."""
+    parameters = {**COMMON, "vocab_size": vocab, "intermediate_size": intermediate_size, **FAMILIES[family], **sizes}
+    settings = {name: value for name, value in parameters.items() if value is not None}
     if family.startswith("falcon"):
         settings.pop("num_key_value_heads")
     if FAMILIES[family].get("sliding_window", 0) is None:
@@ -84,6 +84,6 @@ def tiny_model(
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
-    """Random token ids without the special ones."""
+    """Return random token ids without the special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
