@@ -37,6 +37,7 @@ NEITHER = ("engine", "sessions")
 DEVICES = re.compile(
     r"torch\._(inductor|dynamo|C)\b|\bis_(cuda|cpu)\b|\.type [!=]= [\"'](cpu|cuda)|torch\.cuda|CUDAGraph|_mm512"
 )
+DEVICE_NAMES = {"cpu", "cuda", "mps", "xpu"}
 LONGEST_FILE, LONGEST_CLASS, MODULES_AT_THE_ROOT = 400, 250, 8
 
 
@@ -114,6 +115,8 @@ def test_only_the_rooms_of_devices_name_a_device_or_a_compiler() -> None:
             continue
         code = path.read_text(encoding="utf-8")
         assert not DEVICES.search(code), f"{path}: {DEVICES.search(code)}"
+        constants = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        assert not DEVICE_NAMES & {value for value in constants if isinstance(value, str)}, path
 
 
 def test_the_integrations_and_benchmarks_use_public_names_only() -> None:

@@ -126,10 +126,11 @@ def _file(session: str, folder: Path | None) -> Path:
 
 def _open(path: Path) -> Session:
     """Load a saved session into CPU memory. Raises as `load_session`."""
+    from zsmerge_llm.models.device import HOST
     from zsmerge_llm.sessions.file_format import read_metadata
     from zsmerge_llm.sessions.session import load_session
 
-    return load_session(path, devices=["cpu"] * len(read_metadata(path)["cache"]["specs"]))
+    return load_session(path, devices=[HOST] * len(read_metadata(path)["cache"]["specs"]))
 
 
 def _tokenizer(model: str, session: Session) -> PreTrainedTokenizerBase:

@@ -34,7 +34,7 @@ class PositionMap:
         """Map text positions >= 0 (any shape) to RoPE positions: float64 of the same shape, on the CPU."""
         at, to = torch.tensor([(0, 0.0), *self.knots], dtype=torch.float64).T.contiguous()
         slope = torch.cat([to.diff() / at.diff(), torch.ones(1, dtype=torch.float64)])
-        wanted = positions.to("cpu", torch.float64).contiguous()
+        wanted = positions.cpu().double().contiguous()
         knot = (torch.searchsorted(at, wanted, right=True) - 1).clamp(min=0)
         return to[knot] + (wanted - at[knot]) * slope[knot]
 
@@ -68,7 +68,7 @@ class Rotation:
         """Rotate keys [..., D] by so many positions each ([...], broadcastable), in float32; keeps the dtype."""
         if not len(self.frequencies):
             return keys
-        angle = by.to("cpu", torch.float64)[..., None] * self.frequencies
+        angle = by.cpu().double()[..., None] * self.frequencies
         cos, sin = (wave.to(keys.device, torch.float32) for wave in (angle.cos(), angle.sin()))
         first, second = (part.float() for part in self.pairs(keys))
         rotated = first * cos - second * sin, second * cos + first * sin
@@ -100,7 +100,7 @@ def fit_rotation(origin: Tensor, moved: Mapping[int, Tensor], frequencies: Seque
     dim = origin.shape[-1]
     candidates = [Rotation(torch.empty(0, dtype=torch.float64))]
     for given in frequencies:
-        known, size = given.detach().to("cpu", torch.float64).flatten(), 2 * given.numel()
+        known, size = given.detach().cpu().double().flatten(), 2 * given.numel()
         starts = {0, dim - size} if 0 < size <= dim else set()
         candidates += [Rotation(known, start, mixed) for start in sorted(starts) for mixed in (False, True)]
     errors = [_misfit(candidate, origin.float(), moved) for candidate in candidates]

@@ -20,6 +20,8 @@ DTYPES = {
     "float16": "float16",
     "fp16": "float16",
 }
+HOST = "cpu"
+"""The device that every machine has, whatever else computes."""
 QUANTIZATIONS = ("nf4", "int8", "int4")
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 
