@@ -91,10 +91,22 @@ def test_multimodal_rope_is_refused() -> None:
         Engine(model)
 
 
-def test_calling_the_model_directly_raises_and_names_the_remedy() -> None:
-    model = tiny_model("llama")
-    Engine(model)
-    with pytest.raises(InputError, match="set_attn_implementation"):
-        model(torch.tensor([tokens(4)]))
-    model.set_attn_implementation("sdpa")
-    model(torch.tensor([tokens(4)]))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calling_the_model_directly_raises_and_names_a_remedy_that_helps(family: str) -> None:
+    model, untouched, ids = tiny_model(family), tiny_model(family), torch.tensor([tokens(12)])
+    own_attention = model.config._attn_implementation
+    engine = Engine(model)
+    remedy = "load the model once more" if family.startswith("falcon") else "set_attn_implementation"
+    with pytest.raises(InputError, match=remedy), torch.inference_mode():
+        model(ids)
+    if family.startswith("falcon"):
+        return
+
+    model.set_attn_implementation(own_attention)
+
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, untouched(ids).logits)
+    with pytest.raises(InputError, match='"zsmerge"'):
+        engine.read(engine.new_cache(), tokens(4))
+    model.set_attn_implementation("zsmerge")
+    engine.read(engine.new_cache(), tokens(4))

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zsmerge_llm.errors import UnsupportedModelError
+from zsmerge_llm.attention.call import AttentionHandler
+from zsmerge_llm.errors import InputError, UnsupportedModelError
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -83,8 +84,13 @@ class FalconAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
-        query, key, value = (part.transpose(1, 2) for part in self._split(self.original.query_key_value(hidden_states)))
+        if not isinstance(layer_past, AttentionHandler):
+            raise InputError(
+                "This Falcon model belongs to a zsmerge-llm engine. Use the engine, or load the model once more to use "
+                "it on its own."
+            )
         assert position_embeddings is not None  # ALiBi is refused at load
+        query, key, value = (part.transpose(1, 2) for part in self._split(self.original.query_key_value(hidden_states)))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         mixed, _ = self.attention(self, query, key, value, attention_mask, zsmerge=layer_past)
         return self.original.dense(mixed.flatten(2)), None

@@ -91,7 +91,16 @@ class _Keys(AttentionHandler):
 
 
 def forward(model: PreTrainedModel, handler: AttentionHandler, **inputs: Any) -> Tensor:
-    """Run the model with `handler` in every attention layer: logits [B, kept, vocab]."""
+    """Run the model with `handler` in every attention layer: logits [B, kept, vocab].
+
+    Raises:
+        InputError: the model was given another attention since, which would ignore the cache without a word.
+    """
+    if model.config._attn_implementation != NAME:
+        raise InputError(
+            f'{type(model).__name__} was set to attend by "{model.config._attn_implementation}" since. Call '
+            f'model.set_attn_implementation("{NAME}") to use it through the engine again.'
+        )
     keyword = adapters.keyword(model)
     return model(**inputs, use_cache=False, **{keyword: handler}).logits
 
