@@ -53,7 +53,11 @@ def answers_of(llm: LLM, name: str, turns: int, session: str | None = None) -> l
 
 
 def answers_with_cancels(llm: LLM, name: str, turns: int, chance: random.Random, named: bool) -> list[str]:
-    """The same, with requests that are cancelled by event or by closing the stream, and then sent again."""
+    """The same, with requests that are cancelled by event or by closing the stream, and then sent again.
+
+    Ends early where the store had no room for the snapshot to go on from, so that all was read again from its text:
+    such an answer may be another than the sequential one, but is that of an LLM that knows no other conversation.
+    """
     chat, answers = Chat(llm, name if named else None), []
     for turn in range(turns):
         question = {"role": "user", "content": f"{name}, {turn}"}
@@ -66,7 +70,11 @@ def answers_with_cancels(llm: LLM, name: str, turns: int, chance: random.Random,
                         stream.close()
                         break
                     cancel.set()
-        answers.append(chat.ask(question["content"], sampling=PARAMS).text)
+        result = chat.ask(question["content"], sampling=PARAMS)
+        if result.usage.reuse.startswith("reread"):
+            assert result.text == make_llm().chat(chat.messages[:-1], sampling=PARAMS).text
+            break
+        answers.append(result.text)
     return answers
 
 
@@ -92,7 +100,8 @@ def test_threads_with_cancels_do_not_change_each_others_answers(threads: int, ea
     for part in run_concurrently([lambda thread=thread: user(thread) for thread in range(threads)]):
         answers.update(part)
 
-    assert answers == expected
+    assert answers == {name: expected[name][: len(answers[name])] for name in names}
+    assert sum(map(len, answers.values())) > 0.8 * turns * len(names), "most go on from what their sessions hold"
     assert len(llm.store) == len(names)
     assert llm.store.nbytes <= llm.store.limit
     assert set(threading.enumerate()) <= before  # an earlier test's thread may end meanwhile
