@@ -370,7 +370,7 @@ def _stream_turn(runtime: Runtime, turn: Turn | None, attempt: Attempt, options:
 
 
 def _read_prompt(engine: Engine, turn: Turn | None, attempt: Attempt, options: RequestOptions) -> None:
-    """Read what is new of the prompt, and keep the points of the conversation that later requests may resume."""
+    """Read what is new of the prompt, and keep the snapshots of the conversation that later requests may resume."""
     prompt, cache = attempt.request.prompt, attempt.cache
     ids = list(prompt.ids[attempt.request.cached_tokens :])
     read = partial(engine.read, cache, probe=prompt.probe, cancel=options.cancel, progress=options.progress)

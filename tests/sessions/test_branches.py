@@ -76,8 +76,8 @@ def test_an_edit_of_any_earlier_message_resumes_from_a_snapshot_not_far_before_i
     chat = Chat(llm, "it")
     sizes = [chat.ask(f"Question {turn}").usage.prompt_tokens for turn in range(40)]
     session = llm.session("it")
-    kinds = [point.kind for point in session.snapshots.values()]
-    kept = sorted(point.messages // 2 for point in session.snapshots.values() if point.kind == "answer")
+    kinds = [snapshot.kind for snapshot in session.snapshots.values()]
+    kept = sorted(snapshot.messages // 2 for snapshot in session.snapshots.values() if snapshot.kind == "answer")
 
     assert kinds.count("answer") == 4
     assert kinds.count("prompt") == 1
@@ -97,7 +97,7 @@ def test_an_edit_before_every_snapshot_left_reads_all_again_and_says_why() -> No
         chat.ask(f"Question {turn}")
     edited = llm.chat([*chat.messages[:2], *dialogue("Instead")], sampling=SHORT)
 
-    assert edited.usage.reuse == "reread: no point of session 'it' before message 3 is left"
+    assert edited.usage.reuse == "reread: no snapshot of session 'it' before message 3 is left"
     assert edited.usage.cached_tokens == 0
     assert chat.ask("Are you there?").usage.reuse == "continued"
 

@@ -36,7 +36,7 @@ def test_it_is_kept_for_this_question_alone(llm: LLM) -> None:
     fresh.ask("Where?")
 
     mine, theirs = (each.llm.session("alone").snapshots.values() for each in (chat, fresh))
-    at_prompt = [next(point for point in points if point.kind == "prompt") for points in (mine, theirs)]
+    at_prompt = [next(each for each in snapshots if each.kind == "prompt") for snapshots in (mine, theirs)]
     for a, b in zip(at_prompt[0].cache.layers, at_prompt[1].cache.layers, strict=True):
         assert (a.position == b.position).all()
 

@@ -80,7 +80,7 @@ def test_greedy_answers_equal_those_of_a_fresh_read_of_the_same_ids(name: str) -
         prompt = session.tokens[: result.usage.prompt_tokens]
         fresh = llm.engine.new_cache()
         logits = llm.engine.read(fresh, prompt)
-        asked = [point for point in session.snapshots.values() if point.kind == "prompt"][-1]
+        asked = [snapshot for snapshot in session.snapshots.values() if snapshot.kind == "prompt"][-1]
 
         assert list(asked.tokens) == prompt
         torch.testing.assert_close(asked.cache.logits[0].float(), logits, rtol=1e-3, atol=1e-3)

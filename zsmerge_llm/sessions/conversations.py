@@ -199,44 +199,46 @@ class Conversations:
 
         None where the ids that follow it cannot be known, or where its cache is not the one that is wanted.
         """
-        source, point = found.session, found.snapshot
+        source, snapshot = found.session, found.snapshot
         # A prefix is shared only while its date is right.
-        template = self.template.with_date(self.today() if point.kind == "prefix" else source.today)
-        own = name == source.name or (name is None and point.kind in ("prompt", "answer"))
+        template = self.template.with_date(self.today() if snapshot.kind == "prefix" else source.today)
+        own = name == source.name or (name is None and snapshot.kind in ("prompt", "answer"))
         transcript = transcript.of_session(source.transcript if own else None)
         document = transcript.document
         if document is None and source.document is not None:  # the messages repeat it
-            document = DocumentText(source.document, point.digest)
-        continuation = Continuation(template, point, transcript, tools, document)
+            document = DocumentText(source.document, snapshot.digest)
+        continuation = Continuation(template, snapshot, transcript, tools, document)
         following = self.prompts.following_ids(continuation, transcript.messages)
-        if following is None or not self._has_wanted_config(point, len(following)):
+        if following is None or not self._has_wanted_config(snapshot, len(following)):
             return None
         session, expected_head = source, found.head if own else None
         if not own:
-            shared = [each for each in (*source.snapshots.values(), point) if each.kind == "prefix" or each is point]
+            shared = [
+                each for each in (*source.snapshots.values(), snapshot) if each.kind == "prefix" or each is snapshot
+            ]
             snapshots = {each.digest: each for each in shared if each.kind != "document"}
             session, expected_head = self._new_session(name, template.today, source.document, snapshots)
-        cache = point.cache.clone()
+        cache = snapshot.cache.clone()
         turn = Turn(
             transcript,
             session,
             is_new=not own,
             expected_head=expected_head,
             cache=cache,
-            tokens=TokenIds.of(point.tokens),
-            reuse="continued" if point.digest == found.head and point.kind == "answer" else "restored",
-            resumed_from=point if own else None,
+            tokens=TokenIds.of(snapshot.tokens),
+            reuse="continued" if snapshot.digest == found.head and snapshot.kind == "answer" else "restored",
+            resumed_from=snapshot if own else None,
         )
         longer = self.prompts.with_retrieved(continuation, following, cache)
         turn.tokens, turn.retrieved_tokens = turn.tokens + longer, len(longer) - len(following)
         return turn
 
-    def _has_wanted_config(self, point: Snapshot, num_following: int) -> bool:
+    def _has_wanted_config(self, snapshot: Snapshot, num_following: int) -> bool:
         """Return whether a prefix's cache has the configuration that a conversation which begins so would get."""
-        if point.kind != "prefix":
+        if snapshot.kind != "prefix":
             return True
-        system_tokens = len(point.tokens)
-        return point.cache.config == self.prompts.config(system_tokens + num_following, system_tokens)
+        system_tokens = len(snapshot.tokens)
+        return snapshot.cache.config == self.prompts.config(system_tokens + num_following, system_tokens)
 
     # -- starting anew -----------------------------------------------------------------------------------------------
 
@@ -268,7 +270,7 @@ class Conversations:
         first = 2 + (transcript.messages[0]["role"] == "system")
         similar = self.store.longest_shared_prefix(transcript.digests[first:])
         if similar is not None:
-            return f"no point of session {similar[0]!r} before message {similar[1] + first + 1} is left"
+            return f"no snapshot of session {similar[0]!r} before message {similar[1] + first + 1} is left"
         if name is not None and name in self.store:
             return f"the messages and tools are not those of session {name!r}"
         return ""

@@ -66,8 +66,8 @@ class Documents:
                 except SessionError:
                     self.store.forget(candidate)
                     continue
-                point = found.snapshot
-                return DocumentReading(found.session, digest, point.cache, TokenIds.of(point.tokens), [])
+                snapshot = found.snapshot
+                return DocumentReading(found.session, digest, snapshot.cache, TokenIds.of(snapshot.tokens), [])
         ids = template.encode(document_head(template, text))
         if name is None:
             name = title if title not in self.store else f"{title}-{digest[:8]}"
@@ -77,8 +77,8 @@ class Documents:
 
     def keep(self, reading: DocumentReading) -> None:
         """Keep a document that has been read, under its session's name."""
-        point = Snapshot(reading.digest, 0, reading.tokens, reading.cache, "document")
-        self.store.commit(reading.session, [point], [reading.digest])
+        snapshot = Snapshot(reading.digest, 0, reading.tokens, reading.cache, "document")
+        self.store.commit(reading.session, [snapshot], [reading.digest])
 
     def digest(self, text: str) -> str:
         return self.template.digests([], None, {"document": text})[0]

@@ -24,7 +24,7 @@ class Continuation:
     """A conversation that continues a snapshot. template: as it was when the snapshot was read."""
 
     template: ChatTemplate
-    point: Snapshot
+    snapshot: Snapshot
     transcript: Transcript
     tools: Tools
     document: DocumentText | None
@@ -64,26 +64,26 @@ class PromptBuilder:
 
     def following_ids(self, continuation: Continuation, messages: list[Message]) -> list[int] | None:
         """Return the ids that follow a snapshot of a conversation; None where they cannot be known from it."""
-        template, point, tools = continuation.template, continuation.point, continuation.tools
-        deltas, document, n = continuation.transcript.deltas, continuation.document, continuation.point.messages
+        template, snapshot, tools = continuation.template, continuation.snapshot, continuation.tools
+        deltas, document, n = continuation.transcript.deltas, continuation.document, continuation.snapshot.messages
         try:
-            if point.kind == "answer":
+            if snapshot.kind == "answer":
                 return template.encode(deltas.delta(template, messages, n, tools))
-            if point.kind == "prompt" and n == len(messages):
+            if snapshot.kind == "prompt" and n == len(messages):
                 return []
-            if point.kind == "prompt" and messages[n]["role"] != "assistant":
+            if snapshot.kind == "prompt" and messages[n]["role"] != "assistant":
                 return None  # the answer's header has been read already
             whole = template.render(messages, tools)
-            if point.kind == "prefix":
-                ids, known = template.encode(whole), list(point.tokens)
+            if snapshot.kind == "prefix":
+                ids, known = template.encode(whole), list(snapshot.tokens)
                 return ids[len(known) :] if ids[: len(known)] == known else None
-            if point.kind == "document":
+            if snapshot.kind == "document":
                 before = document_head(template, document.text if document is not None else "")
             else:
                 before = template.render(messages[:n], tools)
             if whole.startswith(before):
                 return template.encode(whole[len(before) :])
-            if point.kind == "prompt" and not messages[n].get("tool_calls"):
+            if snapshot.kind == "prompt" and not messages[n].get("tool_calls"):
                 delta = deltas.delta(template, messages, n + 1, tools)
                 return template.encode(messages[n]["content"] + delta)
         except InputError:  # the template may still accept the whole conversation
@@ -96,11 +96,11 @@ class PromptBuilder:
         These are what its cache has lost, or is about to lose, of what the turn asks for. Nothing is read again in a
         turn that was read already.
         """
-        point, transcript = continuation.point, continuation.transcript
-        capacity, slots, length = cache.exact_capacity, cache.config.slots, len(point.tokens) + len(following)
+        snapshot, transcript = continuation.snapshot, continuation.transcript
+        capacity, slots, length = cache.exact_capacity, cache.config.slots, len(snapshot.tokens) + len(following)
         if capacity is None or slots is None or length <= capacity or cache.seen == length:
             return following
-        messages, recent_ids = transcript.messages, [*point.tokens[-slots:], *following][-slots:]
+        messages, recent_ids = transcript.messages, [*snapshot.tokens[-slots:], *following][-slots:]
         fallback = self._document_search(continuation, cache)
         augmented = self.passage_search.augment(messages, slots, recent_ids, fallback, transcript.indexes)
         if augmented is messages:
@@ -117,7 +117,7 @@ class PromptBuilder:
         def search(question: str, max_tokens: int) -> list[str]:
             if document.num_tokens is None:
                 document.num_tokens = len(template.encode(document_head(template, document.text)))
-            read = continuation.point.tokens[: document.num_tokens]
+            read = continuation.snapshot.tokens[: document.num_tokens]
             return self.attention_search.search(cache, read, question, max_tokens)
 
         return search

@@ -77,7 +77,7 @@ class SessionTable:
             sizes: dict[int, int] = {}
             for entry in self._entries.values():
                 if entry.session is not None:
-                    sizes.update((id(point), point.nbytes) for point in entry.session.snapshots.values())
+                    sizes.update((id(snapshot), snapshot.nbytes) for snapshot in entry.session.snapshots.values())
                     if entry.session.document is not None:
                         sizes[id(entry.session.document)] = sys.getsizeof(entry.session.document)
             return sum(sizes.values())

@@ -251,7 +251,7 @@ class Store(SessionTable):
             try:
                 entry.record_save(self._folder.save(entry.session), entry.session.head)
             except OSError as error:
-                effect = "is forgotten" if entry.file is None else "falls back to an earlier point"
+                effect = "is forgotten" if entry.file is None else "falls back to an earlier snapshot"
                 reason = f"memory is full and it cannot be saved ({error})"
                 warnings.warn(f"Session {name!r} {effect}: {reason}.", stacklevel=4)
         entry.session = None
