@@ -204,9 +204,11 @@ class CPUBackend(TorchBackend):
 
     def _load_prefill(self) -> None:
         """Load the prefill kernels, where the model's dtype is one for them."""
-        if self._prefill_tried or not self._fits_prefill or not self._build(native.PREFILL_SOURCES, "Prefill"):
+        if self._prefill_tried or not self._fits_prefill:
             return
         self._prefill_tried = True
+        if not self._build(native.PREFILL_SOURCES, "Prefill"):
+            return
         self.has_prefill_kernels = native.has_bf16_products()
         if native.has_int8_products():
             packed = [module for module in self._model.modules() if isinstance(module, Int4Linear | Int8Linear)]

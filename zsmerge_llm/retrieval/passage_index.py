@@ -41,9 +41,8 @@ class PassageIndex:
         self.size = size
         self.passages: list[str] = []
         self._messages: list[Message] = []
-        self._added: list[
-            tuple[str | None, int]
-        ] = []  # by message: the passage it was joined to, and how many it added
+        # By message: the passage that it was joined to, and how many passages it added.
+        self._added: list[tuple[str | None, int]] = []
         self._lengths = array("i")  # terms of each passage
         self._total = 0
         self._postings: dict[str, tuple[array[int], array[int]]] = {}  # by term: numbers of passages, and frequencies

@@ -52,6 +52,7 @@ def _ends(text: str, size: int) -> Iterator[tuple[int, bool]]:
 
 
 def count_words(text: str) -> int:
+    """Return the number of words, as the search takes them."""
     return len(re.findall(TERM, text))
 
 

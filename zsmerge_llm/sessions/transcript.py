@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from zsmerge_llm.language.digests import DigestChain
@@ -59,14 +59,8 @@ class Transcript:
 
 def find_history(transcripts: Iterable[Transcript], messages: list[Message]) -> tuple[MessageHistory, int]:
     """Return the history that shares most messages, as they were given, with a request, and how many it shares."""
-    best, length = MessageHistory(), 0
-    for transcript in transcripts:
-        shared = transcript.history.shared_prefix(messages)
-        if shared > length:
-            best, length = transcript.history, shared
-        if length and length >= len(messages) - FEW_NEW:
-            break
-    return best, length
+    best, length = _most_shared(transcripts, lambda each: each.history.shared_prefix(messages), len(messages))
+    return (MessageHistory() if best is None else best.history), length
 
 
 def find_transcript(
@@ -79,13 +73,25 @@ def find_transcript(
         start: the digest chain of no messages, with the request's tools.
         document: its document's text.
     """
+
+    def shared(transcript: Transcript) -> int:
+        known = transcript.document.text if transcript.document is not None else None
+        if transcript.chain.states[0] != start.states[0] or known != document:
+            return 0
+        return shared_prefix(transcript.history.messages, messages)
+
+    return _most_shared(transcripts, shared, len(messages))[0]
+
+
+def _most_shared(
+    transcripts: Iterable[Transcript], shared: Callable[[Transcript], int], num_messages: int
+) -> tuple[Transcript | None, int]:
+    """Return the transcript that shares most of a request's messages, and how many; None where none shares any."""
     best, length = None, 0
     for transcript in transcripts:
-        known = transcript.document.text if transcript.document is not None else None
-        if transcript.chain.states[0] == start.states[0] and known == document:
-            shared = shared_prefix(transcript.history.messages, messages)
-            if shared > length:
-                best, length = transcript, shared
-        if length and length >= len(messages) - FEW_NEW:
+        found = shared(transcript)
+        if found > length:
+            best, length = transcript, found
+        if length and length >= num_messages - FEW_NEW:
             break
-    return best
+    return best, length
