@@ -18,6 +18,7 @@ from zsmerge_llm.cpu import native
 from zsmerge_llm.cpu.quantized_linear import quantize_int4, quantize_int8
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import UnsupportedModelError
+from zsmerge_llm.kvcache import equations
 
 DTYPES = list(native.DTYPES)
 
@@ -216,15 +217,33 @@ def test_decode_attention_matches_the_reference(
         assert relative_error(output[row], expected) < TOLERANCE[dtype]
 
 
-def test_pushed_queries_replace_the_oldest() -> None:
-    queries, query_position = torch.arange(2 * 3 * 4 * 2.0).view(2, 3, 4, 2), torch.tensor([[-1, 0, 1, 2]] * 2).int()
-    new_queries, new_position = -torch.ones(2, 2, 3, 2).transpose(1, 2), torch.tensor([[3, 4], [5, 6]]).int()
-    expected = torch.cat([queries[:, :, 2:], new_queries], dim=2)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3), new=st.integers(1, 8), data=st.data(),
+    size=st.integers(1, 9),
+)  # fmt: skip
+def test_pushed_queries_replace_the_oldest(lengths: list[int], new: int, size: int, data: st.DataObject) -> None:
+    counts = torch.tensor([data.draw(st.integers(0, new)) for _ in lengths])
+    history = torch.randn(len(lengths), 3, max(lengths) + new, 2)  # the query of each position
+    seen, steps = torch.tensor(lengths)[:, None], torch.arange(new)
+    positions = (seen + torch.minimum(steps, (counts - 1).clamp(min=0)[:, None])).int()
+    query_positions = positions.masked_fill(steps >= counts[:, None], -1)
+    given = torch.stack([history[row, :, at] for row, at in enumerate(positions)])
+    newest = [list(range(max(0, length - size), length)) for length in lengths]
+    ring, ring_positions = torch.zeros(len(lengths), 3, size, 2), torch.full((len(lengths), size), -1).int()
+    for row, known in enumerate(newest):
+        for position in known:
+            ring[row, :, position % size], ring_positions[row, position % size] = history[row, :, position], position
+    expected = equations.push_ring(ring, ring_positions, given, positions, query_positions)
 
-    native.push_queries(queries, query_position, new_queries, new_position)
+    native.push_queries(ring, ring_positions, given, query_positions)
 
-    assert torch.equal(queries, expected)
-    assert query_position.tolist() == [[1, 2, 3, 4], [1, 2, 5, 6]]
+    assert torch.equal(ring, expected[0])
+    assert torch.equal(ring_positions, expected[1])
+    for row, length in enumerate(lengths):
+        end = length + int(counts[row])
+        known = set(range(max(0, end - size), end))
+        assert set(ring_positions[row].tolist()) - {-1} == known
+        assert all(torch.equal(ring[row, :, position % size], history[row, :, position]) for position in known)
 
 
 @pytest.fixture

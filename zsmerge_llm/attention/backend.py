@@ -66,7 +66,7 @@ class TorchOps(TensorScoring):
         self, layer: LayerCache, call: AttentionCall, inputs: AttentionInputs, layout: PassLayout
     ) -> tuple[KVView, Tensor]:
         """Append the new tokens and attend to the slots and, behind them, the probe's own keys."""
-        view = layer.append(inputs)
+        view = layer.append(inputs, layout.static)
         keys, values = view.keys, view.values
         if call.query.shape[2] > layout.num_new:
             keys = torch.cat([keys, call.key[:, :, layout.num_new :]], dim=2)

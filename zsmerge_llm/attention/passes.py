@@ -73,6 +73,7 @@ class ForwardPass(AttentionHandler):
             positions=marks["new_positions"],
             valid=marks["valid"],
             query_positions=marks["query_positions"],
+            counts=marks["counts"],
             num_new_tokens=self.layout.num_new_tokens,
             seen=marks["seen"],
             ops=ops,
@@ -117,6 +118,7 @@ class VotingPass(ForwardPass):
         if config.slots is None or not policy_of(config).votes or not any(view.layer.rows_due(inputs)):
             eviction.update(view, inputs)
             return
+        eviction.observe(view, inputs)
         vote = policy_of(config).vote(view, inputs) * config.slots**2
         token = view.position.clamp(min=0).flatten().to(self.votes.device)
         self.votes.index_add_(0, token, vote.flatten().to(self.votes.device))
@@ -172,5 +174,5 @@ class SpeculativePass(ForwardPass):
         """Take in the first `count` tokens and forget the others."""
         self.layout.seen = self.layout.seen - (self.layout.num_new - count)
         for view, inputs in self.pending:
-            eviction.update_first(count, view, inputs)
+            eviction.update_first([count], view, inputs)
         self.pending.clear()

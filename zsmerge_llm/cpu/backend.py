@@ -55,11 +55,8 @@ class DecodeOps(TorchOps):
         return layer.view(max(layer.num_filled) + inputs.keys.shape[2]), output
 
     def push_queries(self, queries: Tensor, query_positions: Tensor, inputs: AttentionInputs) -> None:
-        """Push the pass's queries into the newest ones; see `ScoringOps`."""
-        if inputs.queries.shape[2] > queries.shape[2]:
-            super().push_queries(queries, query_positions, inputs)
-        else:
-            native.push_queries(queries, query_positions, inputs.queries, inputs.query_positions)
+        """Write the pass's queries into the ring of the newest ones; see `ScoringOps`."""
+        native.push_queries(queries, query_positions, inputs.queries, inputs.query_positions)
 
 
 class PrefillOps(TorchOps):

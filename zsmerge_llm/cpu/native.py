@@ -155,7 +155,10 @@ def decode_attention(
 
 
 def push_queries(queries: Tensor, query_position: Tensor, new_queries: Tensor, new_position: Tensor) -> None:
-    """Push new_queries [B, Hq, T, D] at int32 [B, T] into the ring queries [B, Hq, W, D] at int32 [B, W], in place."""
+    """Write new_queries [B, Hq, T, D] into the ring queries [B, Hq, W, D], by position mod W, in place.
+
+    new_position: int32 [B, T], -1 for padding. query_position: int32 [B, W], of the ring's entries.
+    """
     torch.ops.zsmerge.push_queries(queries, query_position, new_queries, new_position)
 
 

@@ -209,7 +209,7 @@ def best_marginal_gain(gain: list[list[float]], taken: list[int]) -> int:
 
 def _attention(layer: LayerCache, tokens: int, queries: int) -> Tensor:
     """Return the attention of a layer's newest queries to its first tokens, among these alone: float32 [H, G, n, T]."""
-    keys, newest = layer.keys[:1, :, :tokens].float(), layer.queries[:1, :, -queries:].float()
+    keys, newest = layer.keys[:1, :, :tokens].float(), layer.newest_queries(0, queries)[None].float()
     no_bias = torch.zeros(tokens, device=keys.device)
     return equations.grouped_weights(newest, keys, no_bias, layer.spec.scale, layer.spec.softcap, None)[0]
 

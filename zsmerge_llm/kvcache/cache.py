@@ -15,7 +15,7 @@ from torch import Tensor
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.kvcache import eviction
-from zsmerge_llm.kvcache.layer_cache import TENSORS, LayerCache, layer_configs
+from zsmerge_llm.kvcache.layer_cache import SAVED, TENSORS, LayerCache, layer_configs
 from zsmerge_llm.kvcache.rope import PositionMap, Rotation
 from zsmerge_llm.kvcache.slots import PER_SLOT, LayerSpec
 
@@ -189,9 +189,7 @@ class Cache:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything there is to save: tensors by name (the cache's own), and facts as JSON values."""
-        tensors = {
-            f"{index}.{name}": getattr(layer, name) for index, layer in enumerate(self.layers) for name in TENSORS
-        }
+        tensors = {f"{index}.{name}": getattr(layer, name) for index, layer in enumerate(self.layers) for name in SAVED}
         if self.logits is not None:
             tensors["logits"] = self.logits
         specs = [
@@ -229,7 +227,8 @@ class Cache:
         cache.logits = logits.to(specs[-1].device) if logits is not None and specs else logits
         for index, (layer, num_filled) in enumerate(zip(cache.layers, facts["num_filled"], strict=True)):
             layer.num_filled = list(num_filled)
-            for name in TENSORS:
+            layer.filled = torch.tensor(layer.num_filled, dtype=torch.int32, device=layer.spec.device)
+            for name in SAVED:
                 empty = getattr(layer, name)
                 shape = (cache.rows, *empty.shape[1:])
                 given = tensors.get(f"{index}.{name}")

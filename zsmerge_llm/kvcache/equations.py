@@ -130,17 +130,18 @@ def merge(
     keys, values, multiplicity = residual
     new_keys, new_values, new_multiplicity = evicted
     slots = multiplicity.shape[-1]
-    present = new_multiplicity > 0
+    present, which = new_multiplicity > 0, torch.arange(slots, device=multiplicity.device)
     filled = (multiplicity > 0).sum(-1, keepdim=True)
     free = filled + present.cumsum(-1) - 1  # the empty slot that would be this token's
     seeds = present & (free < slots)
-    seeding = F.one_hot(free.clamp(0, slots - 1), slots).float() * seeds[..., None]  # [B, H, L, R]
+    # `F.one_hot` would check its input on the host.
+    seeding = (free.clamp(0, slots - 1)[..., None] == which).float() * seeds[..., None]  # [B, H, L, R]
     keys, values = (old + seeding.mT @ new for old, new in ((keys, new_keys), (values, new_values)))
     multiplicity = multiplicity + seeding.sum(-2)
 
     likeness = (new_keys @ keys.mT).masked_fill((multiplicity == 0)[..., None, :], NEVER)  # [B, H, L, R]
     chosen = torch.where(seeds, free.clamp(0, slots - 1), likeness.argmax(-1))
-    joining = F.one_hot(chosen, slots).float() * (present & ~seeds)[..., None]
+    joining = (chosen[..., None] == which).float() * (present & ~seeds)[..., None]
     joined = joining.sum(-2)  # [B, H, R], m
     share = (multiplicity + joined).clamp(min=1)[..., None]
     keys = keys + (joining.mT @ new_keys - joined[..., None] * keys) / share
@@ -183,16 +184,42 @@ def grouped_weights(
     return attention_weights(grouped, keys, bias, scaling, softcap, sinks)
 
 
-def causal_bias(filled: Tensor, base: Tensor, new: int, slots: int, dtype: torch.dtype) -> Tensor:
+def causal_bias(filled: Tensor, new: int, slots: int, dtype: torch.dtype) -> Tensor:
     """Return the causal mask of new tokens: 0 where one may attend, else -inf; [B, new, slots].
 
-    New token j of row b stands in slot base[b] + j. It sees the first filled[b] slots, and new tokens up to itself. The
-    slots between filled[b] and base[b] are empty: rows of a batch may have different fills.
+    New token j of row b stands in slot filled[b] + j, int [B]. It sees all slots before its own, and its own.
     """
-    slot = torch.arange(slots, device=base.device)
-    own = base[:, None] + torch.arange(new, device=base.device)
-    hidden = (slot > own[..., None]) | ((slot >= filled[:, None]) & (slot < base[:, None]))[:, None]
-    return torch.zeros(len(base), new, slots, dtype=dtype, device=base.device).masked_fill(hidden, NEVER)
+    slot = torch.arange(slots, device=filled.device)
+    own = filled[:, None] + torch.arange(new, device=filled.device)
+    return torch.zeros(len(filled), new, slots, dtype=dtype, device=filled.device).masked_fill(
+        slot > own[..., None], NEVER
+    )
+
+
+def push_ring(
+    ring: Tensor, ring_positions: Tensor, queries: Tensor, positions: Tensor, query_positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write new queries into a ring, in which the query of position p has entry p mod W.
+
+    Nothing but tensors decides, so that it can be captured: entry r takes the newest position p = r (mod W) among the
+    new ones, if there is one.
+
+    Args:
+        ring: [B, Hq, W, D]. ring_positions: int32 [B, W], -1: none.
+        queries: [B, Hq, n, D], of consecutive positions int32 [B, n], those of padding aside.
+        query_positions: int32 [B, n], -1 for padding.
+
+    Returns:
+        The new ring and its positions.
+    """
+    size = ring.shape[2]
+    last = query_positions.amax(1, keepdim=True)  # -1 for a row without new tokens
+    newest = last - (last - torch.arange(size, device=last.device)) % size  # [B, W]
+    index = newest - positions[:, :1]
+    taken = (index >= 0) & (last >= 0)
+    given = gather_slots(queries, index.clamp(0, queries.shape[2] - 1)[:, None].expand(-1, ring.shape[1], -1))
+    new_positions = torch.where(taken, newest, ring_positions).to(ring_positions.dtype)
+    return torch.where(taken[:, None, :, None], given, ring), new_positions
 
 
 def window_bias(query_position: Tensor, key_position: Tensor, window: int) -> Tensor:

@@ -20,12 +20,14 @@ from zsmerge_llm.kvcache.rope import Rotation
 from zsmerge_llm.kvcache.slots import PER_SLOT, AttentionInputs, LayerSpec, Slots
 
 QUERY_STATE = ("queries", "query_positions")
-TENSORS = (
+SAVED = (
     *PER_SLOT,
     *("residual_keys", "residual_values", "dropped", "multi_turn", "accumulated_until"),
     *QUERY_STATE,
 )
-"""The tensors of a layer: what is saved, copied and stacked."""
+"""The tensors of a layer that are saved."""
+TENSORS = (*SAVED, "filled")
+"""All tensors of a layer: what is copied and stacked."""
 MIN_WINDOW_STAGE = 32
 """Compressing a sliding window at each step gains nothing."""
 
@@ -54,11 +56,11 @@ def _sliding(config: CacheConfig, window: int) -> CacheConfig:
 class LayerCache(Slots):
     """The slots of one layer for several rows, by its own configuration (`layer_configs`).
 
-    Besides `Slots` [B, H, P, ...] it holds: num_filled, the used slots of each row, on the host; residual_keys and
-    residual_values float32 [B, H, R, D]; dropped float32 [B, H], tokens evicted without a trace; the newest queries
-    [B, Hq, W, D] and their positions int32 [B, W] (-1: none), where the policy records them; multi_turn bool [B],
-    whether the conversation has been answered before; accumulated_until int32 [B], the position of the newest query
-    that is part of `cumulative_attention`.
+    Besides `Slots` [B, H, P, ...] it holds: filled int32 [B], the used slots of each row, for what must not wait for
+    the host, and num_filled, the same on the host; residual_keys and residual_values float32 [B, H, R, D]; dropped
+    float32 [B, H], tokens evicted without a trace; a ring of the newest queries [B, Hq, W, D] and their positions int32
+    [B, W] (-1: none), where the policy records them; multi_turn bool [B], whether the conversation has been answered
+    before; accumulated_until int32 [B], the position of the newest query that is part of `cumulative_attention`.
     """
 
     def __init__(self, config: CacheConfig, spec: LayerSpec, rows: int) -> None:
@@ -71,6 +73,7 @@ class LayerCache(Slots):
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
+        self.filled = zeros(dtype=torch.int32) + config.residual
         self.keys = zeros(heads, capacity, spec.key_dim, dtype=spec.dtype)
         self.values = zeros(heads, capacity, spec.value_dim, dtype=spec.dtype)
         self.multiplicity = zeros(heads, capacity)
@@ -119,18 +122,32 @@ class LayerCache(Slots):
         """Return which rows have to compress when these tokens come in."""
         return [self.config.slots is not None and filled >= self.capacity for filled in self.filled_after(inputs)]
 
+    def due(self, inputs: AttentionInputs) -> Tensor:
+        """Return `rows_due` as bool [B] on the layer's device. Not for the exact cache."""
+        return self.filled + inputs.counts >= self.capacity
+
+    def set_filled(self, num_filled: Sequence[int], filled: Tensor) -> None:
+        """Set how many slots each row uses: on the host, and int [B] on the device."""
+        self.num_filled = list(num_filled)
+        self.filled.copy_(filled)
+
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def append(self, inputs: AttentionInputs) -> KVView:
-        """Write the new tokens behind those of each row, or beside copies of them; return what to attend to."""
+    def append(self, inputs: AttentionInputs, static: bool = False) -> KVView:
+        """Write the new tokens behind those of each row, or beside copies of them; return what to attend to.
+
+        static: write them in place and return all P entries, so that nothing depends on numbers of the host.
+        """
+        if static:
+            self._write(self, self._entries(inputs))
+            return self.view(self.capacity)
         new, used = inputs.keys.shape[2], max(self.num_filled)
         if self.config.slots is None:
             self._grow(used + new)
         entries = self._entries(inputs)
         if not self.has_room(new):
-            return self._view(Slots(**self._beside(entries, used)), used + new, in_place=False)
-        for name, entry in entries.items():
-            self._write(getattr(self, name), entry)
+            return self._view(self._beside(entries, used), used + new, in_place=False)
+        self._write(self, entries)
         return self.view(used + new)
 
     def view(self, end: int | None = None) -> KVView:
@@ -140,28 +157,24 @@ class LayerCache(Slots):
     def _view(self, slots: Slots, end: int, in_place: bool) -> KVView:
         return KVView(self, slots, end, self.num_filled, in_place)
 
-    def _beside(self, entries: dict[str, Tensor], used: int) -> dict[str, Tensor]:
+    def _beside(self, entries: dict[str, Tensor], used: int) -> Slots:
         """Copy the first `used` slots, with the new tokens behind those of each row.
 
         No empty slots between: pooling over neighbours would see them, and a row in a batch differ from one alone.
         """
         held = {name: getattr(self, name)[:, :, :used] for name in PER_SLOT}
         if self.uniform:
-            return {name: torch.cat([held[name], entries[name]], dim=2) for name in PER_SLOT}
-        both = {name: torch.cat([held[name], torch.zeros_like(entries[name])], dim=2) for name in PER_SLOT}
-        for name, entry in entries.items():
-            self._write(both[name], entry)
+            return Slots(**{name: torch.cat([held[name], entries[name]], dim=2) for name in PER_SLOT})
+        both = Slots(**{name: torch.cat([held[name], torch.zeros_like(entries[name])], dim=2) for name in PER_SLOT})
+        self._write(both, entries)
         return both
 
-    def _write(self, slots: Tensor, entry: Tensor) -> None:
-        """Write entry [B, H, n, ...] into slots [B, H, P, ...], for each row from its own fill on."""
-        new, start = entry.shape[2], self.num_filled[0]
-        if self.uniform:
-            slots[:, :, start : start + new] = entry
-            return
-        row = torch.arange(len(self.num_filled), device=slots.device)[:, None]
-        first = torch.tensor(self.num_filled, device=slots.device)[:, None]
-        slots[row, :, first + torch.arange(new, device=slots.device)] = entry.transpose(1, 2)
+    def _write(self, slots: Slots, entries: dict[str, Tensor]) -> None:
+        """Write entries [B, H, n, ...] into slots [B, H, P, ...], for each row from its own fill on."""
+        row = torch.arange(len(self.filled), device=self.filled.device)[:, None]
+        place = self.filled[:, None] + torch.arange(entries["keys"].shape[2], device=self.filled.device)
+        for name, entry in entries.items():
+            getattr(slots, name)[row, :, place] = entry.transpose(1, 2)
 
     def _entries(self, inputs: AttentionInputs) -> dict[str, Tensor]:
         """Return the new tokens as slots: multiplicity 1 (0 for padding), scores 0."""
@@ -179,10 +192,26 @@ class LayerCache(Slots):
             old = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_zeros(*old.shape[:2], extra, *old.shape[3:])], dim=2))
 
+    def select_rows(self, rows: Tensor) -> LayerCache:
+        """Return an independent copy of some rows, int [K] on the layer's device. Its host numbers are not set."""
+        some = LayerCache(self.config, self.spec, 0)
+        for name in TENSORS:
+            setattr(some, name, getattr(self, name).index_select(0, rows))
+        return some
+
+    def put_rows(self, rows: Tensor, some: LayerCache) -> None:
+        """Write the tensors of a layer of K rows, of the same shapes, into rows int [K] of this one."""
+        for name in TENSORS:
+            getattr(self, name).index_copy_(0, rows, getattr(some, name))
+
     def grow_to(self, needed: int) -> None:
         """Make room for `needed` entries. Only the exact cache grows."""
         if self.config.slots is None:
             self._grow(needed)
+
+    def newest_queries(self, row: int, count: int) -> Tensor:
+        """Return a row's newest recorded queries in order of position: [Hq, count, D]."""
+        return self.queries[row, :, self.query_positions[row].argsort()[-count:]]
 
     def remap(self, row: int, shift: Callable[[Tensor], Tensor], rotation: Rotation) -> None:
         """Rotate the keys of one row, and its recorded queries, to other RoPE positions.

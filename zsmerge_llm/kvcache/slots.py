@@ -58,7 +58,10 @@ class ScoringOps(Protocol):
         """
 
     def push_queries(self, queries: Tensor, query_positions: Tensor, inputs: AttentionInputs) -> None:
-        """Push a pass's queries into the newest ones [B, Hq, W, D] and their positions int32 [B, W], in place."""
+        """Write a pass's queries into the ring of the newest ones [B, Hq, W, D], in place; see `equations.push_ring`.
+
+        query_positions: int32 [B, W], of the ring's entries.
+        """
 
 
 @dataclass(slots=True)  # not frozen: that would take longer to make, in every layer of every step
@@ -66,9 +69,9 @@ class AttentionInputs:
     """The tokens of one forward pass as one layer receives them.
 
     queries [B, Hq, n, D], keys and values [B, H, n, D]: of the n tokens that enter the cache. positions int32 [B, n];
-    valid bool [B, n], False for padding; query_positions int32 [B, n]: the position, or -1 for padding.
-    num_new_tokens: how many of them are no padding, for each row. seen int [B]: tokens read by each row, these
-    included.
+    valid bool [B, n], False for padding; query_positions int32 [B, n]: the position, or -1 for padding. counts int32
+    [B]: how many of them are no padding; num_new_tokens: the same on the host. seen int [B]: tokens read by each row,
+    these included.
     ops: computes attention masses and keeps the newest queries. probe_queries [B, Hq, m, D], probe_positions int [B,
     m]: queries that decide what is kept and do not enter the cache. sinks [Hq]: learned logits of attention sinks.
     pinned_recent: how many of the newest tokens belong to a turn that is still being read; they are not evicted.
@@ -81,6 +84,7 @@ class AttentionInputs:
     positions: Tensor
     valid: Tensor
     query_positions: Tensor
+    counts: Tensor
     num_new_tokens: list[int]
     seen: Tensor
     ops: ScoringOps
@@ -90,21 +94,16 @@ class AttentionInputs:
     pinned_recent: int = 0
     multi_turn: bool = False
 
-    @property
-    def padded(self) -> bool:
-        """Whether some of the tokens are padding."""
-        return min(self.num_new_tokens) < self.keys.shape[2]
-
     def without_queries(self) -> AttentionInputs:
         """Return the same tokens without queries and probe, once they have been scored."""
         return replace(self, queries=self.queries.new_empty(0), probe_queries=None, probe_positions=None)
 
-    def first(self, count: int) -> AttentionInputs:
-        """Return the first `count` tokens of one row without padding or probe."""
-        tokens = {name: getattr(self, name)[:, :, :count] for name in ("queries", "keys", "values")}
-        marks = {name: getattr(self, name)[:, :count] for name in ("positions", "valid", "query_positions")}
-        seen = self.seen - (self.keys.shape[2] - count)
-        return replace(self, **tokens, **marks, seen=seen, num_new_tokens=[count])
+    def first(self, counts: Tensor, num_new_tokens: list[int]) -> AttentionInputs:
+        """Return the tokens with all but the first `counts` int [B] of each row as padding."""
+        valid = torch.arange(self.keys.shape[2], device=counts.device) < counts[:, None]
+        marks = {"valid": valid, "query_positions": self.positions.masked_fill(~valid, -1)}
+        seen, kept = self.seen - self.counts + counts, counts.to(self.counts.dtype)
+        return replace(self, **marks, counts=kept, num_new_tokens=num_new_tokens, seen=seen)
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 from zsmerge_llm.errors import SessionCorruptError, SessionMismatchError, SessionNotFoundError
 from zsmerge_llm.models.atomic_write import write_atomically
 
-FORMAT = 5
+FORMAT = 6
 MAX_HEADER = 100_000_000
 METADATA, METADATA_DIGEST, CHECKSUM = "about", "check", "sha256"
 """Keys of the header, the same in all formats, so that an older file is refused by its number."""

@@ -321,8 +321,8 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
   return out;
 }
 
-// Push new queries [B, Hq, T, D] and their positions [B, T] into the ring queries [B, Hq, W, D], query_position [B, W],
-// in active rows (null: all). The oldest T drop out.
+// Write new queries [B, Hq, T, D] and their positions [B, T] (-1: padding) into the ring queries [B, Hq, W, D],
+// query_position [B, W], in active rows (null: all). The query of position p has entry p mod W.
 void push_active_queries(Tensor queries, Tensor query_position, const Tensor& new_queries, const Tensor& new_position,
                          const int64_t* active) {
   const int64_t heads = queries.size(1), W = queries.size(2), T = new_queries.size(2);
@@ -330,17 +330,18 @@ void push_active_queries(Tensor queries, Tensor query_position, const Tensor& ne
   const Tensor positions = new_position.contiguous();
   for (int64_t b = 0; b < queries.size(0); ++b) {
     if (active != nullptr && !active[b]) continue;
-    for (int64_t h = 0; h < heads; ++h) {
-      char* to = static_cast<char*>(queries.data_ptr()) + (b * heads + h) * W * row_bytes;
-      std::memmove(to, to + T * row_bytes, (W - T) * row_bytes);
-      const char* from = static_cast<const char*>(new_queries.const_data_ptr()) +
-                         (b * new_queries.stride(0) + h * new_queries.stride(1)) * element_bytes;
-      for (int64_t t = 0; t < T; ++t)
-        std::memcpy(to + (W - T + t) * row_bytes, from + t * new_queries.stride(2) * element_bytes, row_bytes);
+    for (int64_t t = 0; t < T; ++t) {
+      const int32_t position = positions.const_data_ptr<int32_t>()[b * T + t];
+      if (position < 0) continue;
+      const int64_t entry = position % W;
+      query_position.data_ptr<int32_t>()[b * W + entry] = position;
+      for (int64_t h = 0; h < heads; ++h)
+        std::memcpy(static_cast<char*>(queries.data_ptr()) + ((b * heads + h) * W + entry) * row_bytes,
+                    static_cast<const char*>(new_queries.const_data_ptr()) +
+                        (b * new_queries.stride(0) + h * new_queries.stride(1) + t * new_queries.stride(2)) *
+                            element_bytes,
+                    row_bytes);
     }
-    int32_t* at = query_position.data_ptr<int32_t>() + b * W;
-    std::memmove(at, at + T, (W - T) * sizeof(int32_t));
-    std::memcpy(at + W - T, positions.const_data_ptr<int32_t>() + b * T, T * sizeof(int32_t));
   }
 }
 

@@ -39,6 +39,9 @@ class EvictionPolicy(ABC):
         uses_probe: whether the tokens of a prompt's question are run behind each chunk (`inputs.probe_queries`).
         votes: whether all layers vote for passages before any of them evicts (`vote`).
         observes_every_pass: whether `observe` must see decode steps too, also where nothing is compressed.
+        capturable: whether all methods are tensor functions that read nothing from the host (no `.item()`, no
+            `view.layer.num_filled`), so that a GPU can repeat them as a graph. `observe` must then leave what is done
+            only before compressing to `prepare`.
     """
 
     name: str
@@ -46,6 +49,7 @@ class EvictionPolicy(ABC):
     uses_probe = False
     votes = False
     observes_every_pass = True
+    capturable = False
 
     def observe(self, view: KVView, inputs: AttentionInputs) -> None:  # noqa: B027 - nothing to observe by default
         """Look at a forward pass after its attention, and update `view.score` or other tensors of the view in place.
@@ -53,11 +57,17 @@ class EvictionPolicy(ABC):
         `view.layer.rows_due(inputs)` says which rows are compressed next.
         """
 
-    def observe_between_turns(self, view: KVView, due: list[bool]) -> None:  # noqa: B027 - as `observe`
-        """Prepare compressing the rows that are `due` between two turns, when no tokens come in."""
+    def observe_between_turns(self, view: KVView, due: Tensor) -> None:  # noqa: B027 - as `observe`
+        """Note that the rows `due`, bool [B], are compressed between two turns, when no tokens come in."""
+
+    def prepare(self, view: KVView, due: Tensor, inputs: AttentionInputs | None) -> None:  # noqa: B027 - as `observe`
+        """Score the slots of the rows `due`, bool [B], which are ranked next.
+
+        inputs: the tokens of the pass, which `observe` has seen; None where no pass is running.
+        """
 
     def vote(self, view: KVView, inputs: AttentionInputs) -> Tensor:
-        """Observe the pass and return the layer's votes for its slots: float32 [B, H, C]. Only where `votes` is set."""
+        """Score as `prepare`, and return the layer's votes for its slots: float32 [B, H, C]. Where `votes` is set."""
         raise NotImplementedError(f"{type(self).__name__} sets votes and does not define vote.")
 
     @abstractmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zsmerge_llm.kvcache import equations
@@ -15,13 +14,13 @@ class CumulativeAttention(EvictionPolicy):
     """Rank slots by s ← decay · s + a, a the attention from every query of every pass."""
 
     name = "cumulative_attention"
+    capturable = True
 
     def observe(self, view: KVView, inputs: AttentionInputs) -> None:
         """Add the attention of each new token to the scores, in place."""
         bias = equations.slot_bias(view.multiplicity, view.config.alpha)[:, :, None, None, :]
-        base = torch.tensor(view.base, device=view.keys.device)
-        new, slots = inputs.keys.shape[2], view.keys.shape[2]
-        causal = equations.causal_bias(base, base, new, slots, bias.dtype)[:, None, None]
+        causal = equations.causal_bias(view.layer.filled, inputs.keys.shape[2], view.keys.shape[2], bias.dtype)
+        causal = causal[:, None, None]
         spec, keys = view.spec, _centred_keys(view, inputs)
         weights = equations.grouped_weights(inputs.queries, keys, bias + causal, spec.scale, spec.softcap, inputs.sinks)
         view.score.copy_(equations.contribution(view.score, weights, inputs.valid, view.config.decay))

@@ -26,28 +26,33 @@ class ObservationWindow(EvictionPolicy):
     uses_probe = True
     votes = True
     observes_every_pass = False
+    capturable = True
 
     def observe(self, view: KVView, inputs: AttentionInputs) -> None:
-        """Record the pass's queries, and score the slots of rows that are compressed next."""
-        _record_queries(view, inputs)
-        if any(due := view.layer.rows_due(inputs)):
-            _score_slots(view, due, inputs)
+        """Record the pass's queries, add the attention of a long pass to the history, and note that a chat goes on."""
+        layer = view.layer
+        inputs.ops.push_queries(layer.queries, layer.query_positions, inputs)
+        if inputs.multi_turn:
+            layer.multi_turn.fill_(True)
+        if inputs.queries.shape[2] > view.config.history_min_queries:
+            _accumulate(view, torch.ones_like(layer.multi_turn), inputs.ops)
 
-    def observe_between_turns(self, view: KVView, due: list[bool]) -> None:
-        """Score the rows that are due by their newest queries, in plain PyTorch: no pass is running."""
-        rows = torch.tensor(due, device=view.spec.device)
-        view.layer.multi_turn |= rows
-        _accumulate(view, rows, TensorScoring())
-        _score_slots(view, due, None)
+    def observe_between_turns(self, view: KVView, due: Tensor) -> None:
+        """Note that the conversation has been answered, and add its newest queries' attention to the history."""
+        view.layer.multi_turn |= due
+        _accumulate(view, due, TensorScoring())
+
+    def prepare(self, view: KVView, due: Tensor, inputs: AttentionInputs | None) -> None:
+        """Score the slots by the probe, or by the newest queries where there is none."""
+        _score_slots(view, due, inputs)
 
     def vote(self, view: KVView, inputs: AttentionInputs) -> Tensor:
-        """Observe the pass; return the maximum attention of the probe's queries to each slot, float32 [B, H, C].
+        """Score the slots; return the maximum attention of the probe's queries to each, float32 [B, H, C].
 
         Sinks get no votes, for they are attended to whatever is asked, nor do recent tokens: the question may be among
         them.
         """
-        _record_queries(view, inputs)
-        attention = _score_slots(view, view.layer.rows_due(inputs), inputs)
+        attention = _score_slots(view, view.layer.due(inputs), inputs)
         newest = inputs.seen[:, None, None] - view.config.recent
         counts = (view.position >= view.config.sink) & (view.position < newest) & (view.multiplicity > 0)
         return attention * counts
@@ -67,16 +72,6 @@ class ObservationWindow(EvictionPolicy):
         return torch.where(context.multi_turn[:, None, None], both, single)
 
 
-def _record_queries(view: KVView, inputs: AttentionInputs) -> None:
-    """Push the pass's queries, add the attention of a long pass to the history, and note whether the chat goes on."""
-    layer = view.layer
-    inputs.ops.push_queries(layer.queries, layer.query_positions, inputs)
-    if inputs.multi_turn:
-        layer.multi_turn.fill_(True)
-    if inputs.queries.shape[2] > view.config.history_min_queries:
-        _accumulate(view, torch.ones_like(layer.multi_turn), inputs.ops)
-
-
 def _accumulate(view: KVView, rows: Tensor, ops: ScoringOps) -> None:
     """Add the attention of those recorded queries that are not part of the sum yet, in some rows, bool [B].
 
@@ -93,7 +88,7 @@ def _accumulate(view: KVView, rows: Tensor, ops: ScoringOps) -> None:
     layer.accumulated_until.copy_(torch.where(rows, newest, layer.accumulated_until))
 
 
-def _score_slots(view: KVView, due: list[bool], inputs: AttentionInputs | None) -> Tensor:
+def _score_slots(view: KVView, due: Tensor, inputs: AttentionInputs | None) -> Tensor:
     """Score the slots of rows that are due by the probe, or by the newest queries where there is none.
 
     Returns the maximum attention of any of these queries to each slot, float32 [B, H, C].
@@ -104,9 +99,8 @@ def _score_slots(view: KVView, due: list[bool], inputs: AttentionInputs | None) 
         queries, positions, sinks = inputs.probe_queries, inputs.probe_positions, inputs.sinks
     mean, most = _attention_mass(view, queries, positions, sinks, ops)
     now = equations.max_pool(mean, view.config.pool_kernel)
-    rows = torch.tensor(due, device=now.device)[:, None, None]
     best = torch.maximum(view.score * view.config.decay, now)  # a slot keeps the best score it ever got
-    view.score.copy_(torch.where(rows, best, view.score))
+    view.score.copy_(torch.where(due[:, None, None], best, view.score))
     return most
 
 

@@ -13,6 +13,7 @@ class Recency(EvictionPolicy):
 
     name = "recency"
     observes_every_pass = False
+    capturable = True
 
     def rank(self, view: KVView, context: RankingContext) -> Tensor:
         """Return the positions, float32 [B, H, C]."""
