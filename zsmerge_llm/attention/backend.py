@@ -6,6 +6,7 @@ everything else stays PyTorch's (`cpu.backend`, `gpu.backend`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +17,9 @@ from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.kvcache.layer_cache import KVView, LayerCache
 from zsmerge_llm.kvcache.scoring import TensorScoring
 from zsmerge_llm.kvcache.slots import AttentionInputs, ScoringOps
+
+Replay = Callable[[], None]
+"""Repeats work on fixed memory."""
 
 
 class AttentionOps(ScoringOps, Protocol):
@@ -41,6 +45,13 @@ class AttentionBackend(Protocol):
     @property
     def disabled_reason(self) -> str | None:
         """Why the backend does less than it could, for logs; None where nothing is wrong."""
+
+    @property
+    def static_sizes(self) -> Sequence[int] | None:
+        """The rows that steps in fixed memory may have, ascending; None: caches decode in their own memory."""
+
+    def capture(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Replay:
+        """Return what repeats `run`, on fixed memory. `warm_up` does the same work without a trace."""
 
     def ops(self, layer: LayerCache, call: AttentionCall, layout: PassLayout) -> AttentionOps:
         """Choose the operations for one layer's call in one forward pass."""
@@ -83,6 +94,7 @@ class TorchBackend:
 
     max_decode_tokens: int | None = None
     max_decode_rows: int | None = None
+    static_sizes: Sequence[int] | None = None
 
     def __init__(self) -> None:
         self.torch_ops = TorchOps()
@@ -91,6 +103,10 @@ class TorchBackend:
     def disabled_reason(self) -> str | None:
         """Nothing is ever disabled."""
         return None
+
+    def capture(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Replay:
+        """Return `run` itself."""
+        return run
 
     def ops(self, layer: LayerCache, call: AttentionCall, layout: PassLayout) -> AttentionOps:
         """Return PyTorch's operations."""

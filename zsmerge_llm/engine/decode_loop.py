@@ -1,26 +1,48 @@
-"""The decode loop: sample, yield, and read what was sampled, until every sequence has ended.
+"""The decode loop: sample, launch the next step, yield, until every sequence has ended.
 
-One loop for one conversation and for a batch. A conversation alone may share its forward passes with those of other
-threads (`scheduler`), reads the tokens that its grammar forces in one pass, and verifies drafts of several tokens.
+One loop for one conversation and for a batch, whatever runs the steps (`Decoder`). A step is launched before its tokens
+are yielded, so that a device works while the caller uses them; it counts only once they were taken.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from threading import Event
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from zsmerge_llm.engine.model_runner import ModelRunner
-from zsmerge_llm.engine.scheduler import DecodeScheduler, ScheduledRow
 from zsmerge_llm.engine.sequence import DecodeSequence
-from zsmerge_llm.kvcache.cache import Cache
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
     """The caller's event was set. Everything read or generated before stays in the cache."""
+
+
+class Decoder(Protocol):
+    """Runs the decode steps of the rows of one cache."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits after each row's last token, [B, vocab]."""
+
+    def max_draft(self, num_pending: int) -> int:
+        """Return how many tokens of a draft may follow so many tokens: 0 where that would delay other rows."""
+
+    def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
+        """Begin a step with each row's next tokens, and behind those of a single row a draft of more."""
+
+    def finish(self) -> None:
+        """End a step without a draft: its tokens are read."""
+
+    def draft_logits(self) -> Tensor:
+        """Return the logits after each token of a step with a draft, [n, vocab]."""
+
+    def keep(self, count: int) -> None:
+        """End a step with a draft: its first `count` tokens are read."""
 
 
 def check_cancelled(cancel: Event | None) -> None:
@@ -30,82 +52,64 @@ def check_cancelled(cancel: Event | None) -> None:
 
 
 def decode(
-    runner: ModelRunner,
-    scheduler: DecodeScheduler,
-    cache: Cache,
-    sequences: Sequence[DecodeSequence],
-    cancel: Event | None,
+    decoding: AbstractContextManager[Decoder], sequences: Sequence[DecodeSequence], cancel: Event | None
 ) -> Iterator[list[int | None]]:
     """Decode all rows of a cache: yields one list of new ids a step, None for rows that have ended."""
-    with scheduler.join(cache) if len(sequences) == 1 else nullcontext() as row:
+    with decoding as decoder:
         while True:
             check_cancelled(cancel)
-            tokens = _sample(cache, sequences)
+            tokens = _sample(decoder.logits, sequences)
             if all(token is None for token in tokens):
                 return
+            forced = list(sequences[0].forced_tokens()) if len(sequences) == 1 else []
+            pending = [[] if token is None else [token, *forced] for token in tokens]
+            is_running = any(sequence.is_running for sequence in sequences)
+            draft = _propose(decoder, sequences, len(pending[0])) if is_running else []
+            if is_running:
+                ids = [part if row.is_running else [] for part, row in zip(pending, sequences, strict=True)]
+                decoder.launch(ids, draft)
             yield tokens
-            pending = [[0 if token is None else token] for token in tokens]
-            for token in sequences[0].forced_tokens() if row is not None else ():
+            for token in forced:
                 check_cancelled(cancel)
-                pending[0].append(token)
                 yield [token]
+            if is_running and not draft:
+                decoder.finish()
+            elif is_running:
+                yield from _verify_draft(decoder, sequences[0], len(pending[0]), draft)
             if not any(sequence.is_running for sequence in sequences):
                 return
-            if row is None:
-                running = torch.tensor([[sequence.is_running] for sequence in sequences])
-                with scheduler.turn:
-                    runner.run(cache, torch.tensor(pending), None if running.all() else running)
-            elif draft := _propose(runner, scheduler, row, sequences[0], len(pending[0])):
-                for token in _verify_draft(runner, scheduler, cache, sequences[0], pending[0], draft):
-                    yield [token]
-                if not sequences[0].is_running:
-                    return
-            else:
-                scheduler.step(row, pending[0])
 
 
-def _sample(cache: Cache, sequences: Sequence[DecodeSequence]) -> list[int | None]:
+@torch.inference_mode()
+def _sample(logits: Tensor, sequences: Sequence[DecodeSequence]) -> list[int | None]:
     """Sample the next token of every row that is running, with one look at the device."""
-    assert cache.logits is not None
-    logits = cache.logits.float()
-    sampled = torch.stack([each.sample(scores) for each, scores in zip(sequences, logits, strict=True)]).tolist()
+    rows = zip(sequences, logits.float(), strict=True)
+    sampled = torch.stack([each.sample(scores) for each, scores in rows]).tolist()
     return [each.accept(token) if each.is_running else None for each, token in zip(sequences, sampled, strict=True)]
 
 
-def _propose(
-    runner: ModelRunner, scheduler: DecodeScheduler, row: ScheduledRow, sequence: DecodeSequence, num_pending: int
-) -> list[int]:
-    """Return a draft of the next tokens, where it delays no other row and everything fits without compressing."""
-    draft = sequence.propose() if scheduler.is_alone(row) else []
-    if runner.backend.max_decode_tokens is not None:
-        draft = draft[: max(0, runner.backend.max_decode_tokens - num_pending)]
-    if not draft:
-        return []
-    new = num_pending + len(draft)
-    fits = all(layer.fits(new) for layer in row.cache.layers)
-    return draft if fits and new <= runner.remapper.max_pass_tokens(row.cache, new, 0) else []
+def _propose(decoder: Decoder, sequences: Sequence[DecodeSequence], num_pending: int) -> list[int]:
+    """Return a draft of the next tokens, as long as the decoder can verify at once."""
+    draft = sequences[0].propose() if len(sequences) == 1 else []
+    return draft[: decoder.max_draft(num_pending)] if draft else []
 
 
 def _verify_draft(
-    runner: ModelRunner,
-    scheduler: DecodeScheduler,
-    cache: Cache,
-    sequence: DecodeSequence,
-    pending: list[int],
-    draft: list[int],
-) -> Iterator[int]:
-    """Read `pending` and a draft behind it in one pass; keep and yield the tokens that the model samples itself."""
-    with scheduler.turn, torch.inference_mode():
-        step, logits = runner.speculate(cache, [*pending, *draft])
-        scores = logits[len(pending) - 1 : -1].float()
-        sampled = torch.stack([sequence.sample(each) for each in scores]).tolist()
-    kept = len(pending)
+    decoder: Decoder, sequence: DecodeSequence, num_pending: int, draft: list[int]
+) -> Iterator[list[int | None]]:
+    """Keep and yield those tokens of a draft that the model samples itself."""
+    sampled, kept = _sample_draft(decoder.draft_logits()[num_pending - 1 : -1], sequence), num_pending
     try:
         for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, sampled, strict=True)):
             kept += 1
             sequence.accept(token)
-            yield token
+            yield [token]
             if not sequence.is_running:
                 return
     finally:  # also where the caller stops listening: the cache must hold what was yielded
-        runner.keep(cache, step, logits, kept)
+        decoder.keep(kept)
+
+
+@torch.inference_mode()
+def _sample_draft(logits: Tensor, sequence: DecodeSequence) -> list[int]:
+    return torch.stack([sequence.sample(scores) for scores in logits.float()]).tolist()

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from zsmerge_llm.attention.backend import AttentionBackend
 from zsmerge_llm.attention.interface import prepare_model
+from zsmerge_llm.attention.static_batch import StaticBatch
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
@@ -27,6 +29,8 @@ from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.engine.sampler import Sampler
 from zsmerge_llm.engine.scheduler import DecodeScheduler
 from zsmerge_llm.engine.sequence import DecodeSequence
+from zsmerge_llm.engine.static_decoder import StaticDecoder
+from zsmerge_llm.engine.static_scheduler import StaticScheduler
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.gpu.backend import GPUBackend
 from zsmerge_llm.kvcache.cache import Cache
@@ -50,6 +54,7 @@ class Engine:
         chunk: tokens read in one forward pass. Peak memory grows with it.
         compile: whether decode steps run through compiled layers and kernels: at once (True), never (False), or, with
             "auto", once so many tokens have been decoded that it pays.
+        backend: computes attention; None: the one for the model's device.
 
     Raises:
         UnsupportedModelError: an architecture or feature the cache cannot carry.
@@ -61,6 +66,7 @@ class Engine:
         cache: CacheConfig | None = None,
         chunk: int = 512,
         compile: bool | Literal["auto"] = "auto",
+        backend: AttentionBackend | None = None,
     ) -> None:
         if chunk < 1:
             raise ConfigError(f"chunk must be at least 1 token, not {chunk}.")
@@ -71,11 +77,14 @@ class Engine:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.stop_ids = _stop_ids(model)
         kind = CPUBackend if CPUBackend.serves(model) else GPUBackend
-        self.backend = kind(model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS)
+        self.backend: AttentionBackend = backend or kind(model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS)
         remapper = PositionRemapper(model, self.specs, self.context_window)
         self.runner = ModelRunner(model, self.backend, remapper)
         self._turn = FairLock()
-        self._scheduler = DecodeScheduler(self.runner.run, self._turn)
+        self._scheduler: DecodeScheduler | StaticScheduler = DecodeScheduler(self.runner, self._turn)
+        if self.backend.static_sizes is not None:
+            sizes = self.backend.static_sizes
+            self._scheduler = StaticScheduler(self._static_decoder, self._turn, sizes, 1 + MAX_DRAFT_TOKENS)
         if compile is True:
             self.backend.start()
             self.read(self.new_cache(), [0])
@@ -105,6 +114,12 @@ class Engine:
     def new_cache(self, config: CacheConfig | None = None, rows: int = 1) -> Cache:
         """Make an empty cache for `rows` conversations, by default of the engine's configuration."""
         return Cache(config or self.config, self.specs, rows)
+
+    def _static_decoder(self, config: CacheConfig, rows: int, capacity: int) -> StaticDecoder:
+        """Allocate memory in which so many conversations of one configuration decode."""
+        sizes = self.backend.static_sizes or ()
+        batch = StaticBatch(config, self.specs, self.vocab_size, self.model.dtype, rows, 1 + MAX_DRAFT_TOKENS, capacity)
+        return StaticDecoder(self.model, self.backend, self.runner.remapper, batch, sizes)
 
     # -- prefill -----------------------------------------------------------------------------------------------------
 
@@ -272,7 +287,7 @@ class Engine:
             DecodeSequence(Sampler(params, prompt, self.device), params, limit, self.stop_ids, prompt)
             for params, prompt, limit in zip(sampling, prompts, limits, strict=True)
         ]
-        yield from decode_loop.decode(self.runner, self._scheduler, cache, sequences, cancel)
+        yield from decode_loop.decode(self._scheduler.join(cache), sequences, cancel)
 
     def _ids(self, ids: Ids) -> Tensor:
         """Return token ids as a checked CPU tensor int64 [T]."""

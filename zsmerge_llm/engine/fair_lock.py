@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from threading import Lock, get_ident
 from types import TracebackType
 from typing import Any
+
+MAX_WAIT_SECONDS = 0.002
+"""How long a pass waits for rows that took part in the last one: far less than a pass takes."""
 
 
 class Ticket:
@@ -76,6 +80,12 @@ class FairLock:
         """Count the waiting tickets of the wanted work."""
         with self._guard:
             return sum(ticket.work is not None and wanted(ticket.work) for ticket in self._waiting)
+
+    def wait_for_others(self, wanted: Callable[[Any], bool], count: int) -> None:
+        """Wait briefly until so many tickets of the wanted work are waiting. For the holder."""
+        deadline = time.perf_counter() + MAX_WAIT_SECONDS
+        while self.waiting(wanted) < count and time.perf_counter() < deadline:
+            time.sleep(MAX_WAIT_SECONDS / 10)
 
     def serve(self, tickets: Iterable[Ticket]) -> None:
         """Let the threads of these tickets go on, without the lock: their work is done."""

@@ -18,6 +18,7 @@ from zsmerge_llm.attention.interface import forward
 from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.attention.passes import ForwardPass, QueryPass, SpeculativePass, VotingPass
 from zsmerge_llm.engine.position_remapping import PositionRemapper
+from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.kvcache.cache import Cache
 
 
@@ -115,6 +116,17 @@ class ModelRunner:
         layout = PassLayout(len(ids), seen[:, None] + torch.arange(len(ids)), None, [len(ids)], seen + len(ids))
         step = SpeculativePass(cache, layout, self.backend)
         return step, self._forward(step, torch.tensor([list(ids)]), torch.arange(len(ids)))[0]
+
+    def max_draft(self, cache: Cache, num_pending: int) -> int:
+        """Return how many tokens of a draft may be verified behind so many others without compressing a one-row cache.
+
+        All of `MAX_DRAFT_TOKENS` or none, but for the limit of the backend.
+        """
+        room = MAX_DRAFT_TOKENS
+        if self.backend.max_decode_tokens is not None:
+            room = min(room, max(0, self.backend.max_decode_tokens - num_pending))
+        new = num_pending + room
+        return room if cache.fits_all(new) and new <= self.remapper.max_pass_tokens(cache, new, 0) else 0
 
     @torch.inference_mode()
     def keep(self, cache: Cache, step: SpeculativePass, logits: Tensor, count: int) -> None:

@@ -7,60 +7,131 @@ date when the row leaves. A row alone decodes on its own cache, without a batch.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from zsmerge_llm.attention.passes import SpeculativePass
 from zsmerge_llm.engine.fair_lock import FairLock, Ticket
+from zsmerge_llm.engine.model_runner import ModelRunner
 from zsmerge_llm.kvcache.cache import Cache
 
-MAX_WAIT_SECONDS = 0.002
-"""How long a pass waits for rows that took part in the last one: far less than a pass takes."""
 MAX_MISSED_PASSES = 8
 """Passes without a row (its reader has paused) after which it leaves the batch."""
 
-Forward = Callable[[Cache, Tensor, Tensor | None], object]
-"""(cache, ids [B, n], valid [B, n] or None): reads into the cache. Called by the holder of the turn only."""
-
 
 class ScheduledRow:
-    """One conversation while it decodes.
+    """One conversation while it decodes; a `Decoder` of one row.
 
-    ids: what it reads next. done: whether that was read. left: whether it decodes no more. unread_steps: the ids of the
-    steps since it joined the batch, which its own cache does not hold yet.
+    ids: what it reads next, or whether that was read: done. left: whether it decodes no more. unread_steps: the ids of
+    the steps since it joined the batch, which its own cache does not hold yet.
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, scheduler: DecodeScheduler) -> None:
         self.cache = cache
         self.ids: list[int] = []
         self.done = False
         self.left = False
         self.missed_passes = 0
         self.unread_steps: list[list[int]] = []
+        self._scheduler = scheduler
+        self._draft: list[int] = []
+        self._speculative: tuple[SpeculativePass, Tensor] | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits after the last token, [1, vocab]."""
+        assert self.cache.logits is not None
+        return self.cache.logits
+
+    def max_draft(self, num_pending: int) -> int:
+        """Return how many tokens of a draft may follow so many tokens; none where others wait, or none fits."""
+        if not self._scheduler.is_alone(self):
+            return 0
+        return self._scheduler.runner.max_draft(self.cache, num_pending)
+
+    def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
+        """Note what is read next: nothing runs beside the caller here."""
+        (self.ids,), self._draft = [list(part) for part in ids], list(draft)
+
+    def finish(self) -> None:
+        """Read the tokens, in a pass of this thread or another."""
+        self._scheduler.step(self, self.ids)
+
+    def draft_logits(self) -> Tensor:
+        """Run the tokens and the draft without reading them: logits [n, vocab]."""
+        runner = self._scheduler.runner
+        with self._scheduler.turn:
+            self._speculative = runner.speculate(self.cache, [*self.ids, *self._draft])
+        return self._speculative[1]
+
+    def keep(self, count: int) -> None:
+        """Read the first `count` tokens."""
+        assert self._speculative is not None
+        self._scheduler.runner.keep(self.cache, *self._speculative, count)
+        self._speculative = None
+
+
+class BatchDecoder:
+    """Decodes the rows of one cache together, on that cache: a `Decoder` of several rows."""
+
+    def __init__(self, cache: Cache, runner: ModelRunner, turn: FairLock) -> None:
+        self._cache, self._runner, self._turn = cache, runner, turn
+        self._ids: list[list[int]] = []
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits after each row's last token, [B, vocab]."""
+        assert self._cache.logits is not None
+        return self._cache.logits
+
+    def max_draft(self, num_pending: int) -> int:
+        """Return 0: drafts are for one row."""
+        return 0
+
+    def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
+        """Note what is read next."""
+        self._ids = [list(part) for part in ids]
+
+    def finish(self) -> None:
+        """Read one token of each row, none of those that have ended."""
+        running = torch.tensor([[len(part) > 0] for part in self._ids])
+        tokens = torch.tensor([part or [0] for part in self._ids])
+        with self._turn:
+            self._runner.run(self._cache, tokens, None if running.all() else running)
+
+    def draft_logits(self) -> Tensor:
+        """Not for several rows."""
+        raise NotImplementedError
+
+    def keep(self, count: int) -> None:
+        """Not for several rows."""
+        raise NotImplementedError
 
 
 class DecodeScheduler:
     """Runs the decode steps of an engine's threads, several rows in one pass where they wait for each other.
 
     Args:
-        forward: makes one pass.
-        turn: the lock under which passes are made.
+        runner: makes passes. turn: the lock under which they are made.
     """
 
-    def __init__(self, forward: Forward, turn: FairLock) -> None:
-        self._forward = forward
+    def __init__(self, runner: ModelRunner, turn: FairLock) -> None:
+        self.runner = runner
         self.turn = turn
         self._rows: list[ScheduledRow] = []
         self._batch: Cache | None = None
         self._last_rows: list[ScheduledRow] = []
 
     @contextmanager
-    def join(self, cache: Cache) -> Iterator[ScheduledRow]:
-        """Add a conversation as a row that may share passes; when it leaves, `cache` is up to date."""
-        row = ScheduledRow(cache)
+    def join(self, cache: Cache) -> Iterator[ScheduledRow | BatchDecoder]:
+        """Decode a cache; a row alone may share passes with other threads' rows. At the end `cache` is up to date."""
+        if cache.rows > 1:
+            yield BatchDecoder(cache, self.runner, self.turn)
+            return
+        row = ScheduledRow(cache, self)
         try:
             yield row
         finally:
@@ -98,7 +169,7 @@ class DecodeScheduler:
         try:
             self._catch_up(row)
             if len(rows) == 1 and row not in self._rows:
-                self._forward(row.cache, torch.tensor([row.ids]), None)
+                self.runner.run(row.cache, torch.tensor([row.ids]))
             else:
                 self._run_batch(rows)
             for each in rows:
@@ -117,9 +188,7 @@ class DecodeScheduler:
             return other.cache.config == config and (other in self._rows or not other.unread_steps)
 
         expected = sum(not other.left and other is not row and fits(other) for other in self._last_rows)
-        deadline = time.perf_counter() + MAX_WAIT_SECONDS
-        while self.turn.waiting(fits) < expected and time.perf_counter() < deadline:
-            time.sleep(MAX_WAIT_SECONDS / 10)
+        self.turn.wait_for_others(fits, expected)
         return self.turn.take(fits)
 
     def _run_batch(self, rows: list[ScheduledRow]) -> None:
@@ -135,7 +204,7 @@ class DecodeScheduler:
         ids = torch.tensor([[*part, *[0] * (longest - len(part))] for part in wanted])
         valid = torch.tensor([[at < len(part) for at in range(longest)] for part in wanted])
         batch, members, self._batch, self._rows = self._batch, self._rows, None, []
-        self._forward(batch, ids, None if valid.all() else valid)  # a batch that fails here is lost
+        self.runner.run(batch, ids, None if valid.all() else valid)  # a batch that fails here is lost
         self._batch, self._rows = batch, members
         assert self._batch.logits is not None
         for index, row in enumerate(self._rows):
@@ -166,5 +235,5 @@ class DecodeScheduler:
     def _catch_up(self, row: ScheduledRow) -> None:
         """Read the steps that the row's own cache lacks, where the batch that held them was lost in a failed pass."""
         while row.unread_steps and row not in self._rows:
-            self._forward(row.cache, torch.tensor([row.unread_steps[0]]), None)
+            self.runner.run(row.cache, torch.tensor([row.unread_steps[0]]))
             row.unread_steps.pop(0)

@@ -102,6 +102,10 @@ class Cache:
         """Return whether `new` tokens can be read without any full-attention layer compressing."""
         return all(layer.fits(new) for layer in self._full_layers)
 
+    def fits_all(self, new: int) -> bool:
+        """Return whether `new` tokens can be read without any layer compressing."""
+        return all(layer.fits(new) for layer in self.layers)
+
     # -- changing it -------------------------------------------------------------------------------------------------
 
     @property
@@ -143,6 +147,8 @@ class Cache:
     def select_rows(self, rows: Sequence[int]) -> Cache:
         """Return an independent copy of some rows."""
         chosen = list(rows)
+        # A slice needs no list of indices on the device.
+        part = slice(chosen[0], chosen[-1] + 1) if chosen == list(range(chosen[0], chosen[-1] + 1)) else chosen
         some = self._empty_like()
         some.lengths = [self.lengths[row] for row in chosen]
         some.position_maps = [self.position_maps[row] for row in chosen]
@@ -150,7 +156,7 @@ class Cache:
         for layer, own in zip(some.layers, self.layers, strict=True):
             layer.num_filled = [own.num_filled[row] for row in chosen]
             for name in TENSORS:
-                setattr(layer, name, getattr(own, name)[chosen])
+                setattr(layer, name, getattr(own, name)[part].clone())
         return some
 
     def _empty_like(self) -> Cache:

@@ -157,7 +157,7 @@ def attention_weights(
     Args:
         query: [B, H, G, n, D]. key: [B, H, C, D]. bias: added to the logits, broadcastable to [B, H, G, n, C].
         softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
-        sinks: learned logits [H · G] that take part in the softmax and have no value (gpt-oss).
+        sinks: learned logits [H · G], or [B, H · G], that take part in the softmax and have no value (gpt-oss).
 
     Returns:
         [B, H, G, n, C] in the query's dtype. A query that sees no slot gets finite weights without meaning.
@@ -169,7 +169,7 @@ def attention_weights(
         logits = softcap * torch.tanh(logits / softcap)
     logits += bias.clamp(min=torch.finfo(logits.dtype).min).to(logits.dtype)
     if sinks is not None:
-        column = sinks.to(logits.dtype).view(1, heads, group, 1, 1).expand(batch, -1, -1, queries, 1)
+        column = sinks.to(logits.dtype).view(-1, heads, group, 1, 1).expand(batch, -1, -1, queries, 1)
         logits = torch.cat([logits, column], dim=-1)
     weights = logits.softmax(-1)
     return weights[..., :-1] if sinks is not None else weights

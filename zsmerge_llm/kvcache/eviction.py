@@ -45,7 +45,7 @@ def commit(layer: LayerCache, inputs: AttentionInputs) -> None:
 
     Tensors only: the caller counts on the host, and compresses the rows that are full before the next pass.
     """
-    device, new = layer.filled.device, inputs.keys.shape[2]
+    device, new = layer.filled.device, inputs.valid.shape[1]
     row, place = torch.arange(len(layer.filled), device=device)[:, None], torch.arange(new, device=device)
     multiplicity = inputs.valid.float()[..., None].expand(-1, -1, layer.spec.kv_heads)
     layer.multiplicity[row, :, layer.filled[:, None] + place] = multiplicity
@@ -97,14 +97,14 @@ def compress_stage(layer: LayerCache, seen: Tensor) -> None:
     layer.num_filled = [slots if is_due else end for is_due, end in zip(due, layer.num_filled, strict=True)]
 
 
-def compress_rows(layer: LayerCache, rows: Tensor, seen: Tensor) -> None:
-    """Score and compress rows int [K] of a layer, which are full. seen: int [B], tokens read by each row of the layer.
+def compressed_rows(layer: LayerCache, rows: Tensor, seen: Tensor) -> LayerCache:
+    """Score and compress copies of rows int [K] of a layer, which are full: a layer of K rows.
 
-    Tensors only: the caller counts on the host.
+    seen: int [K], tokens read by each of these rows. Tensors only: the caller counts on the host.
     """
     some = layer.select_rows(rows)
-    _score_and_compress(some.view(some.capacity), seen.index_select(0, rows))
-    layer.put_rows(rows, some)
+    _score_and_compress(some.view(some.capacity), seen)
+    return some
 
 
 def only_records(layer: LayerCache, new: int) -> bool:

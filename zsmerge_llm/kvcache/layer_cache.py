@@ -136,10 +136,11 @@ class LayerCache(Slots):
     def append(self, inputs: AttentionInputs, static: bool = False) -> KVView:
         """Write the new tokens behind those of each row, or beside copies of them; return what to attend to.
 
-        static: write them in place and return all P entries, so that nothing depends on numbers of the host.
+        static: write keys and values into entries that `reserve` prepared and return all P entries, so that nothing
+        depends on numbers of the host.
         """
         if static:
-            self._write(self, self._entries(inputs))
+            self._write(self, {"keys": inputs.keys, "values": inputs.values})
             return self.view(self.capacity)
         new, used = inputs.keys.shape[2], max(self.num_filled)
         if self.config.slots is None:
@@ -149,6 +150,14 @@ class LayerCache(Slots):
             return self._view(self._beside(entries, used), used + new, in_place=False)
         self._write(self, entries)
         return self.view(used + new)
+
+    def reserve(self, positions: Tensor, valid: Tensor) -> None:
+        """Prepare the entries behind each row's slots for new tokens: positions int [B, n], valid bool [B, n]."""
+        shape = (len(positions), self.spec.kv_heads, positions.shape[1])
+        zero = self.score.new_zeros(()).expand(shape)
+        multiplicity, position = (each[:, None].expand(shape) for each in (valid.float(), positions.to(torch.int32)))
+        marks = {"multiplicity": multiplicity, "position": position, "score": zero, "cumulative_attention": zero}
+        self._write(self, marks)
 
     def view(self, end: int | None = None) -> KVView:
         """Return the first `end` of the layer's own slots, by default those that some row uses."""
@@ -172,7 +181,8 @@ class LayerCache(Slots):
     def _write(self, slots: Slots, entries: dict[str, Tensor]) -> None:
         """Write entries [B, H, n, ...] into slots [B, H, P, ...], for each row from its own fill on."""
         row = torch.arange(len(self.filled), device=self.filled.device)[:, None]
-        place = self.filled[:, None] + torch.arange(entries["keys"].shape[2], device=self.filled.device)
+        new = next(iter(entries.values())).shape[2]
+        place = self.filled[:, None] + torch.arange(new, device=self.filled.device)
         for name, entry in entries.items():
             getattr(slots, name)[row, :, place] = entry.transpose(1, 2)
 
@@ -192,12 +202,16 @@ class LayerCache(Slots):
             old = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_zeros(*old.shape[:2], extra, *old.shape[3:])], dim=2))
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> LayerCache:
+        """Return a layer whose tensors are `change` of this one's. Its host numbers are not set."""
+        other = LayerCache(self.config, self.spec, 0)
+        for name in TENSORS:
+            setattr(other, name, change(getattr(self, name)))
+        return other
+
     def select_rows(self, rows: Tensor) -> LayerCache:
         """Return an independent copy of some rows, int [K] on the layer's device. Its host numbers are not set."""
-        some = LayerCache(self.config, self.spec, 0)
-        for name in TENSORS:
-            setattr(some, name, getattr(self, name).index_select(0, rows))
-        return some
+        return self.map(lambda tensor: tensor.index_select(0, rows))
 
     def put_rows(self, rows: Tensor, some: LayerCache) -> None:
         """Write the tensors of a layer of K rows, of the same shapes, into rows int [K] of this one."""

@@ -100,10 +100,15 @@ class AttentionInputs:
 
     def first(self, counts: Tensor, num_new_tokens: list[int]) -> AttentionInputs:
         """Return the tokens with all but the first `counts` int [B] of each row as padding."""
-        valid = torch.arange(self.keys.shape[2], device=counts.device) < counts[:, None]
-        marks = {"valid": valid, "query_positions": self.positions.masked_fill(~valid, -1)}
-        seen, kept = self.seen - self.counts + counts, counts.to(self.counts.dtype)
-        return replace(self, **marks, counts=kept, num_new_tokens=num_new_tokens, seen=seen)
+        valid = torch.arange(self.valid.shape[1], device=counts.device) < counts[:, None]
+        return replace(
+            self,
+            valid=valid,
+            query_positions=self.positions.masked_fill(~valid, -1),
+            counts=counts.to(self.counts.dtype),
+            num_new_tokens=num_new_tokens,
+            seen=self.seen - self.counts + counts,
+        )
 
 
 @dataclass(eq=False)

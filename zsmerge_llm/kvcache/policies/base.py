@@ -41,7 +41,7 @@ class EvictionPolicy(ABC):
         observes_every_pass: whether `observe` must see decode steps too, also where nothing is compressed.
         capturable: whether all methods are tensor functions that read nothing from the host (no `.item()`, no
             `view.layer.num_filled`), so that a GPU can repeat them as a graph. `observe` must then leave what is done
-            only before compressing to `prepare`.
+            only before compressing to `prepare`, and gets no keys and values in decode steps (`inputs.keys` is empty).
     """
 
     name: str

@@ -19,7 +19,7 @@ class CumulativeAttention(EvictionPolicy):
     def observe(self, view: KVView, inputs: AttentionInputs) -> None:
         """Add the attention of each new token to the scores, in place."""
         bias = equations.slot_bias(view.multiplicity, view.config.alpha)[:, :, None, None, :]
-        causal = equations.causal_bias(view.layer.filled, inputs.keys.shape[2], view.keys.shape[2], bias.dtype)
+        causal = equations.causal_bias(view.layer.filled, inputs.queries.shape[2], view.keys.shape[2], bias.dtype)
         causal = causal[:, None, None]
         spec, keys = view.spec, _centred_keys(view, inputs)
         weights = equations.grouped_weights(inputs.queries, keys, bias + causal, spec.scale, spec.softcap, inputs.sinks)

@@ -35,7 +35,7 @@ class ObservationWindow(EvictionPolicy):
         if inputs.multi_turn:
             layer.multi_turn.fill_(True)
         if inputs.queries.shape[2] > view.config.history_min_queries:
-            _accumulate(view, torch.ones_like(layer.multi_turn), inputs.ops)
+            _accumulate(view, inputs.counts > view.config.history_min_queries, inputs.ops)
 
     def observe_between_turns(self, view: KVView, due: Tensor) -> None:
         """Note that the conversation has been answered, and add its newest queries' attention to the history."""

@@ -1,0 +1,271 @@
+"""Batch the decode steps of several threads in fixed memory: what `scheduler` does, for a device that repeats graphs.
+
+Conversations are copied into rows of a static batch when they first decode, and back when they leave. A conversation
+alone launches each step before its last token is yielded; several wait for each other, as in `scheduler`, and share a
+step. All work is done by the thread that holds the lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.engine.fair_lock import FairLock, Ticket
+from zsmerge_llm.engine.static_decoder import StaticDecoder
+from zsmerge_llm.kvcache.cache import Cache
+
+MAX_BATCHES = 2
+"""Static batches that are kept, each of one cache configuration: that of a third replaces the oldest."""
+
+MakeDecoder = Callable[[CacheConfig, int, int], StaticDecoder]
+"""(cache configuration, rows, entries of each layer of the exact cache): allocates a static batch."""
+
+
+class StaticRows:
+    """The rows of one cache while they decode in a static batch: a `Decoder`.
+
+    caches: the conversations, one row each. rows: where they are, empty while they are in no batch. ids: what they
+    read next. counted: whether that counts as soon as it has run. done: whether it has run. alone: whether it shares no
+    step, because one failed.
+    """
+
+    def __init__(self, cache: Cache, scheduler: StaticScheduler) -> None:
+        self.caches = [cache] if cache.rows == 1 else [cache.row(row) for row in range(cache.rows)]
+        self.config = cache.config
+        self.rows: list[int] = []
+        self.ids: list[list[int]] = []
+        self.counted = False
+        self.done = True
+        self.alone = False
+        self.pending_logits: Tensor | None = None
+        self._scheduler = scheduler
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits after each row's last token, [B, vocab]."""
+        return torch.cat([cache.logits for cache in self.caches if cache.logits is not None])
+
+    def max_draft(self, num_pending: int) -> int:
+        """Return how many tokens of a draft may follow so many tokens: as many as a step takes, or none."""
+        room = self._scheduler.max_tokens - num_pending
+        alone = len(self.caches) == 1 and self._scheduler.is_alone(self)
+        return room if room > 0 and alone and self._scheduler.fits(self) else 0
+
+    def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
+        """Run a step ahead of the caller where no other conversation decodes; else `finish` runs it with theirs."""
+        self.ids, self.done, self.counted = [list(part) for part in ids], False, False
+        self.ids[0] += draft
+        longest = max(map(len, self.ids))
+        in_one_step = longest == 1 or (longest <= self._scheduler.max_tokens and self._scheduler.fits(self))
+        if draft or (in_one_step and self._scheduler.is_alone(self)):
+            self._scheduler.step(self)
+
+    def finish(self) -> None:
+        """Read the tokens."""
+        if self.done:
+            self._scheduler.count(self, [len(part) for part in self.ids])
+        else:
+            self.counted = True
+            self._scheduler.step(self)
+
+    def draft_logits(self) -> Tensor:
+        """Return the logits after each token of the step, [n, vocab]."""
+        assert self.pending_logits is not None
+        return self.pending_logits
+
+    def keep(self, count: int) -> None:
+        """Read the first `count` tokens."""
+        self._scheduler.count(self, [count])
+
+
+class StaticScheduler:
+    """Runs the decode steps of an engine's threads in static batches.
+
+    Args:
+        make_decoder: allocates the batch of a cache configuration.
+        turn: the lock under which passes are made.
+        sizes: how many rows a batch may have, ascending. max_tokens: the most tokens of a step of one row.
+    """
+
+    def __init__(self, make_decoder: MakeDecoder, turn: FairLock, sizes: Sequence[int], max_tokens: int) -> None:
+        self.turn = turn
+        self.sizes, self.max_tokens = sizes, max_tokens
+        self._make_decoder = make_decoder
+        self._decoders: dict[CacheConfig, StaticDecoder] = {}  # the one used last is the last
+        self._seated: list[StaticRows] = []  # that are in rows of a batch
+        self._decoding: list[StaticRows] = []  # all that have joined
+        self._last: list[StaticRows] = []  # that took part in the last step
+
+    @contextmanager
+    def join(self, cache: Cache) -> Iterator[StaticRows]:
+        """Decode a cache; when it ends, `cache` is up to date."""
+        group = StaticRows(cache, self)
+        self._decoding.append(group)
+        try:
+            yield group
+        finally:
+            self._decoding.remove(group)
+            if not self.turn.mine:  # else a generator is being collected within a step: the next one frees its rows
+                with self.turn:
+                    self._leave([group])
+                if cache.rows > 1:
+                    cache.replace_with(Cache.stack(group.caches))
+
+    def is_alone(self, group: StaticRows) -> bool:
+        """Return whether no other conversation decodes or waits for the device."""
+        return self._decoding == [group] and not self.turn.waiting(lambda _: True)
+
+    def fits(self, group: StaticRows) -> bool:
+        """Return whether a step of `max_tokens` fits into a group's rows without compressing any."""
+        decoder = self._decoders.get(group.config)
+        if not group.rows or decoder is None:
+            return all(cache.fits_all(self.max_tokens) for cache in group.caches)
+        return all(decoder.fits(row, self.max_tokens) for row in group.rows)
+
+    def step(self, group: StaticRows) -> None:
+        """Run the group's next tokens, in a step of this thread or another; they are pending, or counted."""
+        while not group.done:  # a step that failed under another thread is tried again under this one
+            if self.turn.wait(Ticket(group)):
+                try:
+                    self._run(group)
+                finally:
+                    self.turn.release()
+
+    def count(self, group: StaticRows, counts: Sequence[int]) -> None:
+        """Count so many of each row's tokens, which were run ahead."""
+        with self.turn:
+            decoder = self._decoders.get(group.config)
+            is_pending = [len(part) for part in group.ids] == [
+                decoder.num_pending(row) if decoder is not None else 0 for row in group.rows
+            ]
+            if not is_pending:  # another conversation's step came between: run again what was right of them
+                group.ids, group.counted = [part[:kept] for part, kept in zip(group.ids, counts, strict=True)], True
+                self._run_together([group])
+            elif decoder is not None:
+                for row, kept in zip(group.rows, counts, strict=True):
+                    decoder.keep(row, kept)
+
+    # -- under the lock ----------------------------------------------------------------------------------------------
+
+    def _run(self, group: StaticRows) -> None:
+        """Run a step for a group and for all that wait and fit."""
+        joined = self._gather(group)
+        groups: list[StaticRows] = [group, *(ticket.work for ticket in joined)]
+        try:
+            self._run_together(groups)
+        except BaseException:
+            for each in groups:  # whichever it was: each tries alone
+                each.alone = True
+            raise
+        finally:
+            self._last = groups
+            self.turn.serve(joined)
+
+    def _gather(self, group: StaticRows) -> list[Ticket]:
+        """Take the tickets of groups that can share a step; wait briefly for those of the last one."""
+        if group.alone or group.config.slots is None or max(map(len, group.ids)) > 1:
+            return []
+        room = self.sizes[-1] - len(group.caches)
+
+        def alike(other: StaticRows) -> bool:
+            one_token = max(map(len, other.ids), default=0) == 1
+            return other.config == group.config and not other.alone and one_token and len(other.caches) <= room
+
+        def fits(other: StaticRows) -> bool:
+            nonlocal room
+            taken = alike(other)
+            room -= len(other.caches) if taken else 0
+            return taken
+
+        expected = [other for other in self._last if other is not group and other in self._decoding]
+        self.turn.wait_for_others(alike, sum(other.config == group.config for other in expected))
+        return self.turn.take(fits)
+
+    @torch.inference_mode()
+    def _run_together(self, groups: Sequence[StaticRows]) -> None:
+        """Run the next tokens of some groups: one step, or several of a single row with more tokens than fit one."""
+        decoder = self._seat(groups)
+        left = {row: part for group in groups for row, part in zip(group.rows, group.ids, strict=True) if part}
+        logits: dict[int, Tensor] = {}
+        while left:
+            size = decoder.batch.num_tokens if all(decoder.fits(row, self.max_tokens) for row in left) else 1
+            logits = decoder.step({row: part[:size] for row, part in left.items()})
+            left = {row: part[size:] for row, part in left.items() if part[size:]}
+            for row in left:
+                decoder.keep(row)
+        for group in groups:
+            group.pending_logits = logits.get(group.rows[0])
+            for row, part in zip(group.rows, group.ids, strict=True):
+                if part and group.counted:
+                    decoder.keep(row)
+            group.done = True
+
+    def _seat(self, groups: Sequence[StaticRows]) -> StaticDecoder:
+        """Return the decoder of these groups, in which all of them have rows with room for their tokens."""
+        config = groups[0].config
+        self._leave([group for group in self._seated if group not in self._decoding])
+        decoder = self._decoders.pop(config, None)
+        if decoder is not None:
+            self._decoders[config] = decoder  # the one used last
+            self._make_free(decoder, groups)
+        new = sum(len(group.caches) for group in groups if not group.rows)
+        if decoder is None or new > decoder.num_free or self._needs_capacity(decoder, groups):
+            decoder = self._rebuild(groups)
+        for group in groups:
+            if not group.rows:
+                group.rows = [decoder.join(cache) for cache in group.caches]
+                self._seated.append(group)
+        return decoder
+
+    def _make_free(self, decoder: StaticDecoder, groups: Sequence[StaticRows]) -> None:
+        """Free rows of a batch that cannot grow, those that were given last, for groups that have none."""
+        new = sum(len(group.caches) for group in groups if not group.rows)
+        others = [group for group in self._seated if group.config == groups[0].config and group not in groups]
+        while others and decoder.batch.num_rows == self.sizes[-1] and new > decoder.num_free:
+            self._leave([others.pop()])
+
+    def _rebuild(self, groups: Sequence[StaticRows]) -> StaticDecoder:
+        """Allocate a batch with rows for these groups and, as far as possible, for those that decode beside them."""
+        config = groups[0].config
+        seated = [group for group in self._seated if group.config == config]
+        total = sum(len(group.caches) for group in {*seated, *groups})
+        rows = next((size for size in self.sizes if size >= total), self.sizes[-1])
+        self._leave(seated)  # they come back with their next step
+        self._decoders.pop(config, None)  # its memory is needed
+        while len(self._decoders) >= MAX_BATCHES:
+            oldest = next(iter(self._decoders))
+            self._leave([group for group in self._seated if group.config == oldest])
+            del self._decoders[oldest]
+        self._decoders[config] = self._make_decoder(config, rows, max(self._capacity(group) for group in groups))
+        return self._decoders[config]
+
+    def _capacity(self, group: StaticRows) -> int:
+        """Return the entries that each layer of the exact cache needs for a group: twice what it has, in time."""
+        longest = max(map(len, group.ids))
+        if group.config.slots is not None:
+            return 0
+        used = max(max(layer.num_filled) for cache in group.caches for layer in cache.layers)  # those of its batch left
+        return 1 << (used + longest + self.max_tokens).bit_length()
+
+    def _needs_capacity(self, decoder: StaticDecoder, groups: Sequence[StaticRows]) -> bool:
+        """Return whether the exact cache has to grow before the groups' next tokens."""
+        if groups[0].config.slots is not None:
+            return False
+        room = self.max_tokens
+        seated = [(row, part) for group in groups for row, part in zip(group.rows, group.ids, strict=False)]
+        waiting = [cache for group in groups if not group.rows for cache in group.caches]
+        full = any(not decoder.has_room(row, len(part) + room) for row, part in seated)
+        return full or any(not decoder.can_load(cache, max(map(len, groups[0].ids)) + room) for cache in waiting)
+
+    def _leave(self, groups: Sequence[StaticRows]) -> None:
+        """Take groups out of their batch; their caches are up to date then."""
+        for group in groups:
+            if group.rows:
+                for row in group.rows:
+                    self._decoders[group.config].leave(row)
+                group.rows = []
+                self._seated.remove(group)
