@@ -21,6 +21,7 @@ class PassLayout:
     positions: int [B, T], text positions. valid: bool [B, n], False for padding; None: no padding. num_new_tokens: how
     many of the n are no padding, for each row. seen: int [B], tokens read by each row, these included. static: whether
     the pass is repeated as a graph: it attends to all entries of the layers, and no number of the host decides.
+    probe_valid: bool [B, m], False for padding behind the probe; None: no padding.
     """
 
     num_new: int
@@ -29,6 +30,7 @@ class PassLayout:
     num_new_tokens: list[int]
     seen: Tensor
     static: bool = False
+    probe_valid: Tensor | None = None
     _on_device: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict)
     _causal: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
@@ -36,13 +38,15 @@ class PassLayout:
         """Return the pass's small tensors on a layer's device, made once.
 
         new_positions int32 [B, n], valid bool [B, n], query_positions int32 [B, n] (-1: padding), counts int32 [B],
-        positions, seen.
+        probe_positions int [B, m] (-1: padding), positions, seen.
         """
         if device not in self._on_device:
             new = self.positions[:, : self.num_new].to(torch.int32)
             valid = new >= 0 if self.valid is None else self.valid
             made = {"new_positions": new, "valid": valid, "query_positions": new.masked_fill(~valid, -1)}
             made["counts"] = valid.sum(-1, dtype=torch.int32)
+            probe = self.positions[:, self.num_new :]
+            made["probe_positions"] = probe if self.probe_valid is None else probe.masked_fill(~self.probe_valid, -1)
             made |= {"positions": self.positions, "seen": self.seen}
             self._on_device[device] = {name: tensor.to(device) for name, tensor in made.items()}
         return self._on_device[device]

@@ -64,7 +64,7 @@ class ForwardPass(AttentionHandler):
         queries, keys, values = call.query, call.key, call.value
         probe_queries = probe_positions = None
         if queries.shape[2] > new:
-            probe_queries, probe_positions = queries[:, :, new:], marks["positions"][:, new:]
+            probe_queries, probe_positions = queries[:, :, new:], marks["probe_positions"]
             queries, keys, values = (each[:, :, :new] for each in (queries, keys, values))
         return AttentionInputs(
             queries=queries,
@@ -104,14 +104,16 @@ class VotingPass(ForwardPass):
 
     votes: float32 [seen], for each token the attention of the layers' heads. A layer counts by the square of its slots:
     its budget follows how much of what is needed it finds (docs/research/layer-budgets), and the square measured best
-    (docs/research/eviction).
+    (docs/research/eviction). num_votes: its length, where that must not depend on the text's.
     """
 
+    num_votes: int | None = None
     votes: Tensor = field(init=False)
     waiting: list[_Ballot] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.votes = torch.zeros(int(self.layout.seen[0]), device=self.cache.layers[0].spec.device)
+        size = int(self.layout.seen[0]) if self.num_votes is None else self.num_votes
+        self.votes = torch.zeros(size, device=self.cache.layers[0].spec.device)
 
     def _update(self, view: KVView, inputs: AttentionInputs) -> None:
         config = view.config
@@ -127,7 +129,8 @@ class VotingPass(ForwardPass):
 
     def finish(self) -> None:
         """Compress every layer by the votes of all."""
-        votes = equations.smooth_votes(self.votes, PASSAGE_TOKENS)
+        length = None if self.num_votes is None else self.layout.seen[0]
+        votes = equations.smooth_votes(self.votes, PASSAGE_TOKENS, length)
         for ballot in self.waiting:
             # Appended again: copies for all layers at once would be as large as the cache.
             view = ballot.layer.append(ballot.inputs)

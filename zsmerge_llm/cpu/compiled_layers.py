@@ -161,6 +161,8 @@ class CompiledLayers:
         rows, tokens = step.layout.positions.shape
         if rows == 1:
             return (1, tokens) if (1, tokens) in self._shapes else None
+        if step.layout.static:
+            return (rows, tokens) if (rows, tokens) in self._shapes else None
         if not tokens == 1 == step.layout.num_new:
             return None
         for shape, recorder in self.recorders.items():
@@ -219,7 +221,8 @@ class CompiledLayer:
             outputs = None
             if recorder is not None:
                 outputs = recorder.record(step, self.index, code.run, tensors, self.weights)
-            return code.run(*tensors, *self.weights) if outputs is None and shape[0] == 1 else outputs
+            runs = outputs is None and (recorder is None or shape[0] == 1)
+            return code.run(*tensors, *self.weights) if runs else outputs
         finally:
             _CURRENT.reset(current)  # it would keep the step's cache alive
 

@@ -30,6 +30,7 @@ from zsmerge_llm.engine.sampler import Sampler
 from zsmerge_llm.engine.scheduler import DecodeScheduler
 from zsmerge_llm.engine.sequence import DecodeSequence
 from zsmerge_llm.engine.static_decoder import StaticDecoder
+from zsmerge_llm.engine.static_reader import StaticReader
 from zsmerge_llm.engine.static_scheduler import StaticScheduler
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.gpu.backend import GPUBackend
@@ -81,10 +82,12 @@ class Engine:
         remapper = PositionRemapper(model, self.specs, self.context_window)
         self.runner = ModelRunner(model, self.backend, remapper)
         self._turn = FairLock()
+        self._reader: StaticReader | None = None
         self._scheduler: DecodeScheduler | StaticScheduler = DecodeScheduler(self.runner, self._turn)
         if self.backend.static_sizes is not None:
             sizes = self.backend.static_sizes
             self._scheduler = StaticScheduler(self._static_decoder, self._turn, sizes, 1 + MAX_DRAFT_TOKENS)
+            self._reader = StaticReader(self.runner, self.specs)
         if compile is True:
             self.backend.start()
             self.read(self.new_cache(), [0])
@@ -157,18 +160,29 @@ class Engine:
         _check_one_row(cache)
         # The first `unpinned` tokens may be evicted while the text is read.
         done, unpinned = 0, 0 if len(tokens) <= cache.config.num_recent else len(tokens) - pinned_tail
-        for chunk in tokens.split(self.chunk):
-            check_cancelled(cancel)
-            done += len(chunk)
-            chunk_probe = None if cache.fits(len(chunk)) else prompt_probe
-            pinned = max(0, done - unpinned)
-            with self._turn:
-                logits = self.runner.run(
-                    cache, chunk[None], probe=chunk_probe, pinned_recent=pinned, multi_turn=multi_turn
-                )
-            if progress is not None:
-                progress(done, len(tokens))
+        try:
+            for chunk in tokens.split(self.chunk):
+                check_cancelled(cancel)
+                done += len(chunk)
+                chunk_probe = None if cache.fits(len(chunk)) else prompt_probe
+                pinned = max(0, done - unpinned)
+                with self._turn:
+                    logits = self._read_chunk(cache, chunk, chunk_probe, pinned, multi_turn)
+                if progress is not None:
+                    progress(done, len(tokens))
+        finally:
+            if self._reader is not None:
+                with self._turn:
+                    self._reader.release(cache)
         return logits[0, -1].float()
+
+    def _read_chunk(self, cache: Cache, chunk: Tensor, probe: Probe | None, pinned: int, multi_turn: bool) -> Tensor:
+        """Read one chunk, ids [n]: logits [1, 1, vocab]. A full one in fixed memory, where that is possible."""
+        if self._reader is not None:
+            if not pinned and len(chunk) == self.chunk and self._reader.takes(cache, len(chunk), probe):
+                return self._reader.run(cache, chunk, probe, multi_turn)
+            self._reader.release(cache)
+        return self.runner.run(cache, chunk[None], probe=probe, pinned_recent=pinned, multi_turn=multi_turn)
 
     @torch.inference_mode()
     def read_batch(self, cache: Cache, rows: Sequence[Ids], *, cancel: Event | None = None) -> Tensor:

@@ -95,18 +95,29 @@ class PositionRemapper:
         Raises:
             ContextLimitError: the window ends, and the model's positions cannot be remapped. Nothing has changed then.
         """
-        if self.window is None or cache.exact_capacity is None:
-            return
-        ends = [self._end(cache, row, new + num_probe) if new else 0 for row, new in enumerate(num_new_tokens)]
-        exact = [old + new <= cache.exact_capacity for old, new in zip(cache.lengths, num_new_tokens, strict=True)]
-        due = [row for row, end in enumerate(ends) if end > (self.window if exact[row] else self.limit)]
+        due = self._rows_due(cache, num_new_tokens, num_probe)
         rotations = self._known_rotations() if due else None
         if rotations is None:
-            if max(ends) > self.window:
+            if any(self._end(cache, row, num_new_tokens[row] + num_probe) > (self.window or 0) for row in due):
                 raise ContextLimitError(self._refusal())
             return
         for row in due:
             self._remap(cache, row, num_new_tokens[row] + num_probe, rotations)
+
+    def is_due(self, cache: Cache, num_new_tokens: Sequence[int], num_probe: int) -> bool:
+        """Return whether `ensure_positions` would remap a row, or raise."""
+        return bool(self._rows_due(cache, num_new_tokens, num_probe))
+
+    def _rows_due(self, cache: Cache, num_new_tokens: Sequence[int], num_probe: int) -> list[int]:
+        """Return the rows whose last token would be beyond the limit: the window, while nothing has been evicted."""
+        if self.window is None or cache.exact_capacity is None:
+            return []
+        due = []
+        for row, (old, new) in enumerate(zip(cache.lengths, num_new_tokens, strict=True)):
+            limit = self.window if old + new <= cache.exact_capacity else self.limit
+            if new and self._end(cache, row, new + num_probe) > limit:
+                due.append(row)
+        return due
 
     def _remap(self, cache: Cache, row: int, ahead: int, rotations: list[Rotation]) -> None:
         """Give one row new positions, so that `ahead` more tokens end below the limit."""

@@ -1,36 +1,71 @@
-"""The backend for devices other than the CPU: PyTorch's attention, and decode steps through compiled layers."""
+"""The GPU backend: fused attention, decode steps in fixed memory that are repeated as graphs, and compiled layers."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
+import torch
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.backend import TorchBackend
+from zsmerge_llm.attention.backend import Replay, TorchBackend
 from zsmerge_llm.cpu.compiled_layers import CompiledLayers
+from zsmerge_llm.gpu.attention import GPUOps
+from zsmerge_llm.gpu.graphs import GraphCapture, capture_refusal
+
+log = logging.getLogger(__name__)
+
+ROWS = (1, 2, 4, 8, 16, 32)
+"""Conversations of a decode step: each has a graph of its own."""
 
 
 class GPUBackend(TorchBackend):
-    """Compiled layers for decode steps of one conversation.
+    """Graphs of decode steps, over layers that may be compiled.
 
     Args:
         num_layers: decoder layers of the model.
-        automatic: whether layers are compiled once that pays, without `start`.
+        automatic: not used: without `start` nothing is compiled, for a graph needs no compiler and is made in a moment.
         num_draft_tokens: tokens of a speculative pass behind the first.
     """
 
+    max_decode_rows = ROWS[-1]
+    static_sizes = ROWS
+
     def __init__(self, model: PreTrainedModel, num_layers: int, automatic: bool, num_draft_tokens: int) -> None:
         super().__init__()
-        self.compiled = CompiledLayers(model, num_layers, ((1, 1), (1, 1 + num_draft_tokens)), automatic)
+        self.torch_ops = GPUOps()
+        shapes = [(1, 1 + num_draft_tokens), *((rows, 1) for rows in ROWS)]
+        self.compiled = CompiledLayers(model, num_layers, shapes)
+        self._model = model
+        self._capture = GraphCapture()
+        self._checked = False
+        self._not_captured: str | None = None
 
     @property
     def disabled_reason(self) -> str | None:
-        """Why layers are not compiled; None where nothing is wrong."""
-        return self.compiled.disabled_reason
+        """Why steps are not captured, or layers not compiled; None where nothing is wrong."""
+        return self._not_captured or self.compiled.disabled_reason
 
-    def on_pass(self, num_tokens: int) -> None:
-        """Count a decode step, and compile once that pays."""
-        if self.compiled.is_due(num_tokens):
-            self.start()
+    def capture(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Replay:
+        """Return a graph of `run`; `run` itself for a model that cannot be captured, which is logged once."""
+        if not self._checked:
+            self._checked = True
+            if (reason := capture_refusal(self._model)) is not None:
+                self._run_eagerly(f"{type(self._model).__name__}: {reason}")
+        if self._not_captured is not None:
+            return run
+        try:
+            return self._capture(run, warm_up)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._run_eagerly(f"{type(error).__name__}: {error}")
+            return run
+
+    def _run_eagerly(self, reason: str) -> None:
+        self._not_captured = reason
+        log.warning("Decode steps run without graphs, and slower: %s", reason)
 
     def start(self) -> None:
-        """Compile layers from now on."""
+        """Compile layers from now on, with TorchInductor: each step runs them when it is captured."""
         self.compiled.start()

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from zsmerge_llm.attention import adapters
+from zsmerge_llm.attention.call import AttentionCall, AttentionHandler
 
 WARM_UP_RUNS = 2
 """Runs before a capture: libraries choose their kernels and allocate workspaces then, which a capture must not do."""
@@ -35,3 +42,41 @@ class GraphCapture:
             run()
         self._pool = graph.pool()
         return graph.replay
+
+
+@dataclass
+class _NoAttention(AttentionHandler):
+    """Attention that computes nothing, for a pass that only shows what else a model does."""
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        return call.query.new_empty(*call.query.shape[:3], call.value.shape[3])
+
+
+@torch.inference_mode()
+def capture_refusal(model: PreTrainedModel) -> str | None:
+    """Return why a model's forward pass cannot be captured as a graph; None where nothing speaks against it.
+
+    It is run on the meta device, where everything that waits for the device fails: reading a value on the host, shapes
+    that depend on values. A failed capture could leave the device's random generators unusable. Quantized weights are
+    not checked so: they do not exist there.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        return "its layers are on several devices"
+    if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in tensors.values()):
+        return None
+    # In bfloat16, which a GPU computes in: some operators of mixtures of experts take nothing else.
+    on_meta = {name: tensor.to("meta", _computed_dtype(tensor, model.dtype)) for name, tensor in tensors.items()}
+    token = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    inputs = {"input_ids": token, "position_ids": token, "use_cache": False, "logits_to_keep": 1}
+    try:
+        functional_call(model, on_meta, kwargs={**inputs, adapters.keyword(model): _NoAttention()}, tie_weights=False)
+    except Exception as error:  # whatever a model does there, it runs without a graph
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        return f"its forward pass reads values on the host ({type(error).__name__}: {first})"
+    return None
+
+
+def _computed_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return bfloat16 for a weight in the model's dtype; other tensors keep theirs."""
+    return torch.bfloat16 if isinstance(tensor, nn.Parameter) and tensor.dtype == dtype else tensor.dtype

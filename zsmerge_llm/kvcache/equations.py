@@ -58,8 +58,16 @@ def max_pool(score: Tensor, width: int) -> Tensor:
     return F.max_pool1d(score, width, stride=1, padding=width // 2)
 
 
-def smooth_votes(votes: Tensor, width: int) -> Tensor:
-    """Average the votes for the `width` tokens around each token, fewer at both ends: float32 [T] → [T]."""
+def smooth_votes(votes: Tensor, width: int, length: Tensor | None = None) -> Tensor:
+    """Average the votes for the `width` tokens around each token, fewer at both ends: float32 [T] → [T].
+
+    length: int [], where the text ends before T; what is behind it is zero and does not count.
+    """
+    if length is not None:
+        at, half = torch.arange(len(votes), device=votes.device), width // 2
+        counted = torch.minimum(at + half, length - 1) - (at - half).clamp(min=0) + 1
+        total = F.avg_pool1d(votes[None, None], width, stride=1, padding=half)[0, 0] * width
+        return total / counted.clamp(min=1)
     return F.avg_pool1d(votes[None, None], width, stride=1, padding=width // 2, count_include_pad=False)[0, 0]
 
 
