@@ -11,6 +11,7 @@ ZSMergeError
 │   ├── UnsupportedModelError           an architecture or feature that the compressed cache does not support
 │   └── MissingTemplateError            chat with a model that has no chat template
 ├── MissingDependencyError (ImportError)  an optional package is not installed
+├── DeviceMemoryError (MemoryError)     the device has no memory left for what was asked
 └── SessionError                        a session cannot be used
     ├── SessionNotFoundError            no session of that name
     ├── SessionCorruptError             a saved session is truncated or was altered
@@ -61,6 +62,10 @@ class MissingTemplateError(LoadError):
 
 class MissingDependencyError(ZSMergeError, ImportError):
     """An optional package is required and not installed."""
+
+
+class DeviceMemoryError(ZSMergeError, MemoryError):
+    """The device has no memory left for what was asked. Conversations are as they were before."""
 
 
 class SessionError(ZSMergeError):

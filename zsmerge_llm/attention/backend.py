@@ -16,7 +16,10 @@ from zsmerge_llm.attention.call import AttentionCall, dense_attention
 from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.kvcache.layer_cache import KVView, LayerCache
 from zsmerge_llm.kvcache.scoring import TensorScoring
-from zsmerge_llm.kvcache.slots import AttentionInputs, ScoringOps
+from zsmerge_llm.kvcache.slots import AttentionInputs, LayerSpec, ScoringOps
+
+CHUNK_TOKENS = 512
+"""Tokens of a pass: more are not faster on a CPU (docs/research/kernels)."""
 
 Replay = Callable[[], None]
 """Repeats work on fixed memory."""
@@ -45,6 +48,9 @@ class AttentionBackend(Protocol):
     @property
     def disabled_reason(self) -> str | None:
         """Why the backend does less than it could, for logs; None where nothing is wrong."""
+
+    def default_chunk(self, specs: Sequence[LayerSpec]) -> int:
+        """Return how many tokens a pass should read, for a model with such layers."""
 
     @property
     def static_sizes(self) -> Sequence[int] | None:
@@ -103,6 +109,10 @@ class TorchBackend:
     def disabled_reason(self) -> str | None:
         """Nothing is ever disabled."""
         return None
+
+    def default_chunk(self, specs: Sequence[LayerSpec]) -> int:
+        """Return the same for all."""
+        return CHUNK_TOKENS
 
     def capture(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Replay:
         """Return `run` itself."""

@@ -93,8 +93,8 @@ class StepInputs:
     packed: Tensor
 
     @classmethod
-    def empty(cls, rows: int, num_tokens: int, device: torch.device | str) -> StepInputs:
-        """Return inputs of zeros."""
+    def empty(cls, rows: int, num_tokens: int, device: torch.device | None = None) -> StepInputs:
+        """Return inputs of zeros, on the host by default."""
         return cls(torch.zeros(rows, 3 + num_tokens, dtype=torch.long, device=device))
 
     def first(self, rows: int, num_tokens: int) -> StepInputs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from threading import Event
 from typing import Literal
 
@@ -17,25 +18,23 @@ from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.backend import AttentionBackend
 from zsmerge_llm.attention.interface import prepare_model
-from zsmerge_llm.attention.static_batch import StaticBatch
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
 from zsmerge_llm.engine.decode_loop import Cancelled, check_cancelled
 from zsmerge_llm.engine.fair_lock import FairLock
-from zsmerge_llm.engine.model_runner import ModelRunner, Probe
+from zsmerge_llm.engine.model_runner import ModelRunner
 from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
+from zsmerge_llm.engine.prompt_reader import PromptReader, Reading, prompt_probe
 from zsmerge_llm.engine.sampler import Sampler
 from zsmerge_llm.engine.scheduler import DecodeScheduler
 from zsmerge_llm.engine.sequence import DecodeSequence
-from zsmerge_llm.engine.static_decoder import StaticDecoder
-from zsmerge_llm.engine.static_reader import StaticReader
+from zsmerge_llm.engine.static_decoder import STEP_TOKENS, make_decoder
 from zsmerge_llm.engine.static_scheduler import StaticScheduler
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.gpu.backend import GPUBackend
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.kvcache.policies import policy_of
 from zsmerge_llm.language.grammar import Constraint
 from zsmerge_llm.types import Progress
 
@@ -52,7 +51,7 @@ class Engine:
     Args:
         model: a decoder of transformers; from now on it can only be called through this engine.
         cache: configuration of the caches that `new_cache` makes.
-        chunk: tokens read in one forward pass. Peak memory grows with it.
+        chunk: tokens read in one forward pass. Peak memory grows with it. "auto": what suits the device and its memory.
         compile: whether decode steps run through compiled layers and kernels: at once (True), never (False), or, with
             "auto", once so many tokens have been decoded that it pays.
         backend: computes attention; None: the one for the model's device.
@@ -65,29 +64,29 @@ class Engine:
         self,
         model: PreTrainedModel,
         cache: CacheConfig | None = None,
-        chunk: int = 512,
+        chunk: int | Literal["auto"] = "auto",
         compile: bool | Literal["auto"] = "auto",
         backend: AttentionBackend | None = None,
     ) -> None:
-        if chunk < 1:
-            raise ConfigError(f"chunk must be at least 1 token, not {chunk}.")
+        if chunk != "auto" and chunk < 1:
+            raise ConfigError(f"chunk must be at least 1 token, or 'auto', not {chunk}.")
         self.model = model.eval()
         self.config = cache or CacheConfig()
-        self.chunk = chunk
         self.specs = prepare_model(model)
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.stop_ids = _stop_ids(model)
         kind = CPUBackend if CPUBackend.serves(model) else GPUBackend
         self.backend: AttentionBackend = backend or kind(model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS)
+        self.chunk = self.backend.default_chunk(self.specs) if chunk == "auto" else chunk
         remapper = PositionRemapper(model, self.specs, self.context_window)
         self.runner = ModelRunner(model, self.backend, remapper)
         self._turn = FairLock()
-        self._reader: StaticReader | None = None
+        self._reader = PromptReader(self.runner, self.specs, self._turn)
         self._scheduler: DecodeScheduler | StaticScheduler = DecodeScheduler(self.runner, self._turn)
         if self.backend.static_sizes is not None:
             sizes = self.backend.static_sizes
-            self._scheduler = StaticScheduler(self._static_decoder, self._turn, sizes, 1 + MAX_DRAFT_TOKENS)
-            self._reader = StaticReader(self.runner, self.specs)
+            make = partial(make_decoder, self.runner, self.specs, self.vocab_size)
+            self._scheduler = StaticScheduler(make, self._turn, sizes, STEP_TOKENS)
         if compile is True:
             self.backend.start()
             self.read(self.new_cache(), [0])
@@ -114,15 +113,18 @@ class Engine:
         """Tokens after which answers get worse; None where there is no such number: a compressed cache goes on."""
         return self.context_window if self.config.slots is None else None
 
+    def warm_up(self) -> None:
+        """Load what a prompt or an answer would load, and capture the decode step of one conversation."""
+        self.backend.warm_up()
+        if self.backend.static_sizes is not None:
+            cache = self.new_cache()
+            self.read(cache, [0])
+            for _ in self.decode(cache, [SamplingParams(max_tokens=2, ignore_eos=True)], [[0]]):
+                pass
+
     def new_cache(self, config: CacheConfig | None = None, rows: int = 1) -> Cache:
         """Make an empty cache for `rows` conversations, by default of the engine's configuration."""
         return Cache(config or self.config, self.specs, rows)
-
-    def _static_decoder(self, config: CacheConfig, rows: int, capacity: int) -> StaticDecoder:
-        """Allocate memory in which so many conversations of one configuration decode."""
-        sizes = self.backend.static_sizes or ()
-        batch = StaticBatch(config, self.specs, self.vocab_size, self.model.dtype, rows, 1 + MAX_DRAFT_TOKENS, capacity)
-        return StaticDecoder(self.model, self.backend, self.runner.remapper, batch, sizes)
 
     # -- prefill -----------------------------------------------------------------------------------------------------
 
@@ -156,33 +158,11 @@ class Engine:
         """
         tokens = self._ids(ids)
         question = self._ids(probe) if probe is not None and len(probe) else None
-        prompt_probe = _probe(cache.config, question, multi_turn, len(tokens))
         _check_one_row(cache)
-        # The first `unpinned` tokens may be evicted while the text is read.
-        done, unpinned = 0, 0 if len(tokens) <= cache.config.num_recent else len(tokens) - pinned_tail
-        try:
-            for chunk in tokens.split(self.chunk):
-                check_cancelled(cancel)
-                done += len(chunk)
-                chunk_probe = None if cache.fits(len(chunk)) else prompt_probe
-                pinned = max(0, done - unpinned)
-                with self._turn:
-                    logits = self._read_chunk(cache, chunk, chunk_probe, pinned, multi_turn)
-                if progress is not None:
-                    progress(done, len(tokens))
-        finally:
-            if self._reader is not None:
-                with self._turn:
-                    self._reader.release(cache)
-        return logits[0, -1].float()
-
-    def _read_chunk(self, cache: Cache, chunk: Tensor, probe: Probe | None, pinned: int, multi_turn: bool) -> Tensor:
-        """Read one chunk, ids [n]: logits [1, 1, vocab]. A full one in fixed memory, where that is possible."""
-        if self._reader is not None:
-            if not pinned and len(chunk) == self.chunk and self._reader.takes(cache, len(chunk), probe):
-                return self._reader.run(cache, chunk, probe, multi_turn)
-            self._reader.release(cache)
-        return self.runner.run(cache, chunk[None], probe=probe, pinned_recent=pinned, multi_turn=multi_turn)
+        how = Reading(
+            self.chunk, prompt_probe(cache.config, question, multi_turn, len(tokens)), multi_turn, pinned_tail
+        )
+        return self._reader.read(cache, tokens, how, cancel, progress)
 
     @torch.inference_mode()
     def read_batch(self, cache: Cache, rows: Sequence[Ids], *, cancel: Event | None = None) -> Tensor:
@@ -313,15 +293,6 @@ class Engine:
                 f"Token ids must lie between 0 and {self.vocab_size - 1}: is this another model's tokenizer?"
             )
         return tokens
-
-
-def _probe(config: CacheConfig, question: Tensor | None, multi_turn: bool, num_new: int) -> Probe | None:
-    """Return the probe for a prompt of `num_new` tokens, as far as the cache's policy uses one."""
-    if config.slots is None or question is None or not (policy := policy_of(config)).uses_probe:
-        return None
-    # In a chat, whole passages for a short turn's question would cost what earlier turns said (docs/research/eviction).
-    whole_passages = config.passage_share > 0 and (not multi_turn or num_new > config.slots)
-    return Probe(question, voting=policy.votes and whole_passages)
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:

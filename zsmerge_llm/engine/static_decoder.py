@@ -15,8 +15,15 @@ from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.backend import AttentionBackend, Replay
 from zsmerge_llm.attention.static_batch import LayerGroup, StaticBatch, StepInputs
+from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.engine.model_runner import ModelRunner
 from zsmerge_llm.engine.position_remapping import PositionRemapper
+from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.slots import LayerSpec
+
+STEP_TOKENS = 1 + MAX_DRAFT_TOKENS
+"""Most tokens of a step: one, and a draft behind it."""
 
 
 class StaticDecoder:
@@ -43,7 +50,7 @@ class StaticDecoder:
         self._model, self._backend, self._remapper = model, backend, remapper
         self._sizes = [size for size in sizes if size < batch.num_rows] + [batch.num_rows]
         self._replays: dict[tuple[object, ...], Replay] = {}
-        self._host_inputs = StepInputs.empty(batch.num_rows, batch.num_tokens, "cpu")
+        self._host_inputs = StepInputs.empty(batch.num_rows, batch.num_tokens)
         self._row = torch.zeros(1, dtype=torch.long, device=batch.lengths.device)
         self._pending = [0] * batch.num_rows  # tokens of each row that are pending
         self._pending_shape: tuple[int, int] | None = None  # of the step that they come from
@@ -221,3 +228,11 @@ class StaticDecoder:
             run()
 
         return self._backend.capture(run, warm_up)
+
+
+def make_decoder(
+    runner: ModelRunner, specs: Sequence[LayerSpec], vocab_size: int, config: CacheConfig, rows: int, capacity: int
+) -> StaticDecoder:
+    """Allocate memory in which so many conversations of one configuration decode. capacity: see `StaticBatch`."""
+    batch = StaticBatch(config, specs, vocab_size, runner.model.dtype, rows, STEP_TOKENS, capacity)
+    return StaticDecoder(runner.model, runner.backend, runner.remapper, batch, runner.backend.static_sizes or ())

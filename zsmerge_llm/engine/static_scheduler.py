@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.fair_lock import FairLock, Ticket
+from zsmerge_llm.engine.memory_errors import decoding_remedy, name_memory_errors
 from zsmerge_llm.engine.static_decoder import StaticDecoder
 from zsmerge_llm.kvcache.cache import Cache
 
@@ -155,8 +156,11 @@ class StaticScheduler:
         """Run a step for a group and for all that wait and fit."""
         joined = self._gather(group)
         groups: list[StaticRows] = [group, *(ticket.work for ticket in joined)]
+        rows = sum(len(each.caches) for each in groups)
+        remedy = decoding_remedy(group.config, group.caches[0].specs, rows)
         try:
-            self._run_together(groups)
+            with name_memory_errors(f"decoding {rows} conversations", remedy):
+                self._run_together(groups)
         except BaseException:
             for each in groups:  # whichever it was: each tries alone
                 each.alone = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -12,11 +12,27 @@ from zsmerge_llm.attention.backend import Replay, TorchBackend
 from zsmerge_llm.cpu.compiled_layers import CompiledLayers
 from zsmerge_llm.gpu.attention import GPUOps
 from zsmerge_llm.gpu.graphs import GraphCapture, capture_refusal
+from zsmerge_llm.kvcache.slots import LayerSpec
 
 log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32)
 """Conversations of a decode step: each has a graph of its own."""
+
+
+CHUNKS = (2048, 1024, 512, 256)
+"""Tokens of a pass, the first that there is memory for: larger ones were no faster in a prototype on an H100."""
+
+
+def token_bytes(model: PreTrainedModel, specs: Sequence[LayerSpec]) -> int:
+    """Estimate the bytes of temporary tensors for each token of a pass.
+
+    The keys and values of all layers, which wait until all have voted, and the widest layer's activations.
+    """
+    config = model.config.get_text_config()
+    held = sum(spec.kv_heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize for spec in specs)
+    wide = int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return held + (3 * wide + 8 * config.hidden_size) * specs[-1].dtype.itemsize
 
 
 class GPUBackend(TorchBackend):
@@ -40,6 +56,12 @@ class GPUBackend(TorchBackend):
         self._capture = GraphCapture()
         self._checked = False
         self._not_captured: str | None = None
+
+    def default_chunk(self, specs: Sequence[LayerSpec]) -> int:
+        """Return the most tokens, up to 2,048, whose temporary tensors take at most half of the memory that is free."""
+        free, _ = torch.cuda.mem_get_info(specs[-1].device)
+        needed = token_bytes(self._model, specs)
+        return next((chunk for chunk in CHUNKS if chunk * needed <= free // 2), CHUNKS[-1])
 
     @property
     def disabled_reason(self) -> str | None:
