@@ -194,6 +194,15 @@ class StaticBatch:
         for layer, own in zip(self.cache.layers, cache.layers, strict=True):
             layer.num_filled[row] = own.num_filled[0]
 
+    def clear(self, row: int) -> None:
+        """Empty a row, so that whatever a step writes there has room."""
+        for group in self.groups:
+            group.of_row(group.stacked.filled, row).fill_(group.config.residual)
+        self.lengths[row] = 0
+        self.cache.lengths[row], self.cache.position_maps[row] = 0, PositionMap()
+        for layer in self.cache.layers:
+            layer.num_filled[row] = layer.config.residual
+
     def unload(self, row: int) -> Cache:
         """Return an independent copy of a row, as a cache of its own, without logits. Nothing of it is pending."""
         return self.cache.select_rows([row])

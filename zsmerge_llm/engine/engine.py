@@ -31,7 +31,7 @@ from zsmerge_llm.engine.sampler import Sampler
 from zsmerge_llm.engine.scheduler import DecodeScheduler
 from zsmerge_llm.engine.sequence import DecodeSequence
 from zsmerge_llm.engine.static_decoder import STEP_TOKENS, make_decoder
-from zsmerge_llm.engine.static_scheduler import StaticScheduler
+from zsmerge_llm.engine.static_scheduler import StaticScheduler, is_capturable
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.gpu.backend import GPUBackend
 from zsmerge_llm.kvcache.cache import Cache
@@ -82,11 +82,11 @@ class Engine:
         self.runner = ModelRunner(model, self.backend, remapper)
         self._turn = FairLock()
         self._reader = PromptReader(self.runner, self.specs, self._turn)
-        self._scheduler: DecodeScheduler | StaticScheduler = DecodeScheduler(self.runner, self._turn)
+        self._scheduler, self._static_scheduler = DecodeScheduler(self.runner, self._turn), None
         if self.backend.static_sizes is not None:
             sizes = self.backend.static_sizes
             make = partial(make_decoder, self.runner, self.specs, self.vocab_size)
-            self._scheduler = StaticScheduler(make, self._turn, sizes, STEP_TOKENS)
+            self._static_scheduler = StaticScheduler(make, self._turn, sizes, STEP_TOKENS)
         if compile is True:
             self.backend.start()
             self.read(self.new_cache(), [0])
@@ -281,7 +281,8 @@ class Engine:
             DecodeSequence(Sampler(params, prompt, self.device), params, limit, self.stop_ids, prompt)
             for params, prompt, limit in zip(sampling, prompts, limits, strict=True)
         ]
-        yield from decode_loop.decode(self._scheduler.join(cache), sequences, cancel)
+        static = self._static_scheduler if is_capturable(cache) else None
+        yield from decode_loop.decode((static or self._scheduler).join(cache), sequences, cancel)
 
     def _ids(self, ids: Ids) -> Tensor:
         """Return token ids as a checked CPU tensor int64 [T]."""

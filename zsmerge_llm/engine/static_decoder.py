@@ -8,6 +8,8 @@ tokens each row has read, how full its layers are, and so when a row has to be c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +65,7 @@ class StaticDecoder:
         """Rows that no conversation uses."""
         return self.caches.count(None)
 
+    @torch.inference_mode()
     def join(self, cache: Cache) -> int:
         """Copy a one-row cache into a free row, the first one, and return the row."""
         row = self.caches.index(None)
@@ -71,6 +74,7 @@ class StaticDecoder:
         self.caches[row] = cache
         return row
 
+    @torch.inference_mode()
     def leave(self, row: int) -> None:
         """Bring the row's conversation up to date, and free the row. What is pending and not kept is forgotten."""
         self._commit()
@@ -80,11 +84,7 @@ class StaticDecoder:
         cache.replace_with(self.batch.unload(row))
         cache.logits = logits
         self.caches[row] = None
-
-    def drop(self, row: int) -> None:
-        """Free a row; its conversation stays as it was when it joined."""
-        self._commit()
-        self.caches[row] = None
+        self.batch.clear(row)
 
     def num_pending(self, row: int) -> int:
         """Return how many of a row's tokens are pending, and not kept yet."""
@@ -95,10 +95,11 @@ class StaticDecoder:
         layers = self.batch.cache.layers
         return all(layer.num_filled[row] + self._kept[row] + new <= layer.capacity for layer in layers)
 
-    def fits(self, row: int, new: int) -> bool:
-        """Return whether a row can take so many tokens, behind the pending ones that are kept, without compressing."""
-        exact = self.batch.config.slots is None
-        return self.has_room(row, new if exact else new + 1)
+    @property
+    def takes_draft(self) -> bool:
+        """Whether a step of `num_tokens` fits into every row in use without compressing: all write as many."""
+        new = self.batch.num_tokens + (self.batch.config.slots is not None)
+        return all(self.has_room(row, new) for row, cache in enumerate(self.caches) if cache is not None)
 
     def can_load(self, cache: Cache, new: int) -> bool:
         """Return whether a conversation, and so many tokens behind it, have room in a row."""
@@ -112,7 +113,7 @@ class StaticDecoder:
         """Run the next tokens of some rows; they are pending then. Returns the logits after each, [n, vocab], by row.
 
         All pending tokens that were not kept are forgotten. One token each, or of one row alone up to `num_tokens`
-        where they fit (`has_room`). The logits stay valid until the next step.
+        where they fit (`takes_draft`). The logits stay valid until the next step.
         """
         num_tokens = 1 if max(map(len, tokens.values())) == 1 else self.batch.num_tokens
         rows = self._rows()
@@ -159,7 +160,7 @@ class StaticDecoder:
     def _commit(self) -> None:
         """Count what is kept and forget what else is pending; compress the rows that are full then."""
         if self._pending_shape is not None:
-            replay = self._replay("commit", *self._pending_shape)
+            replay = self._small_replay("commit", *self._pending_shape)
             self._host_inputs.packed.zero_()
             self._upload()
             self._count_kept()
@@ -173,13 +174,7 @@ class StaticDecoder:
 
     def _compress(self, group: LayerGroup, row: int) -> None:
         self._row.fill_(row)
-        key = ("compress", id(group))
-        if key not in self._replays:
-            self._replays[key] = self._backend.capture(
-                lambda: self.batch.compress(group, self._row),
-                lambda: self.batch.compress(group, self._row, keep=lambda rows, layer: None),
-            )
-        self._replays[key]()
+        self._small_replay("compress", self.batch.groups.index(group), 0)()
         for index in group.indices:
             layer = self.batch.cache.layers[index]
             layer.num_filled[row] = layer.config.slots or 0
@@ -210,24 +205,40 @@ class StaticDecoder:
         self.batch.inputs.packed.copy_(inputs.packed, non_blocking=True)
 
     def _replay(self, what: str, rows: int, num_tokens: int) -> Replay:
-        """Return what runs a step or a commit of some shape, captured when it first occurs."""
+        """Return what runs a step, a commit or a compression (see `_work`), captured when it first occurs."""
         key = (what, rows, num_tokens)
         if key not in self._replays:
             self._replays[key] = self._captured(what, rows, num_tokens)
         return self._replays[key]
 
-    def _captured(self, what: str, rows: int, num_tokens: int) -> Replay:
-        def run() -> None:
-            if what == "commit":
-                self.batch.commit(rows, num_tokens)
-            else:
-                self.batch.step(self._model, self._backend, rows, num_tokens)
+    def _small_replay(self, *key: Any) -> Replay:
+        """Return what runs a commit or a compression; where no memory is left to capture it, run it as it is.
 
+        A conversation must be able to leave when memory has run out.
+        """
+        try:
+            return self._replay(*key)
+        except torch.OutOfMemoryError:
+            return partial(self._work, *key)
+
+    def _captured(self, what: str, rows: int, num_tokens: int) -> Replay:
         def warm_up() -> None:
             self.batch.inputs.packed[:, 1:3] = 0  # nothing kept, nothing new
-            run()
+            self._work(what, rows, num_tokens, trace=False)
 
-        return self._backend.capture(run, warm_up)
+        return self._backend.capture(partial(self._work, what, rows, num_tokens), warm_up)
+
+    def _work(self, what: str, which: int, num_tokens: int, trace: bool = True) -> None:
+        """Run a step or a commit of the first `which` rows, or compress group `which` in the row of `_row`.
+
+        trace: False to throw away what is compressed.
+        """
+        if what == "step":
+            self.batch.step(self._model, self._backend, which, num_tokens)
+        elif what == "commit":
+            self.batch.commit(which, num_tokens)
+        else:
+            self.batch.compress(self.batch.groups[which], self._row, keep=None if trace else lambda rows, layer: None)
 
 
 def make_decoder(

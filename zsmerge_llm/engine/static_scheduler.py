@@ -18,12 +18,18 @@ from zsmerge_llm.engine.fair_lock import FairLock, Ticket
 from zsmerge_llm.engine.memory_errors import decoding_remedy, name_memory_errors
 from zsmerge_llm.engine.static_decoder import StaticDecoder
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.policies import policy_of
 
 MAX_BATCHES = 2
 """Static batches that are kept, each of one cache configuration: that of a third replaces the oldest."""
 
 MakeDecoder = Callable[[CacheConfig, int, int], StaticDecoder]
 """(cache configuration, rows, entries of each layer of the exact cache): allocates a static batch."""
+
+
+def is_capturable(cache: Cache) -> bool:
+    """Return whether the policies of a cache's layers are tensor functions, which can decode in fixed memory."""
+    return cache.config.slots is None or all(policy_of(layer.config).capturable for layer in cache.layers)
 
 
 class StaticRows:
@@ -125,7 +131,7 @@ class StaticScheduler:
         decoder = self._decoders.get(group.config)
         if not group.rows or decoder is None:
             return all(cache.fits_all(self.max_tokens) for cache in group.caches)
-        return all(decoder.fits(row, self.max_tokens) for row in group.rows)
+        return decoder.takes_draft
 
     def step(self, group: StaticRows) -> None:
         """Run the group's next tokens, in a step of this thread or another; they are pending, or counted."""
@@ -196,7 +202,7 @@ class StaticScheduler:
         left = {row: part for group in groups for row, part in zip(group.rows, group.ids, strict=True) if part}
         logits: dict[int, Tensor] = {}
         while left:
-            size = decoder.batch.num_tokens if all(decoder.fits(row, self.max_tokens) for row in left) else 1
+            size = decoder.batch.num_tokens if len(left) == 1 and decoder.takes_draft else 1
             logits = decoder.step({row: part[:size] for row, part in left.items()})
             left = {row: part[size:] for row, part in left.items() if part[size:]}
             for row in left:
