@@ -118,10 +118,13 @@ class StaticDecoder:
         num_tokens = 1 if max(map(len, tokens.values())) == 1 else self.batch.num_tokens
         rows = self._rows()
         is_new = ("step", rows, num_tokens) not in self._replays  # capturing overwrites the keys of what is pending
-        if is_new or self._pending_shape != (rows, num_tokens) or self._fills_up():
+        new = [len(tokens.get(row, ())) for row in range(self.batch.num_rows)]
+        ahead = [count + kept if count else 0 for count, kept in zip(new, self._kept, strict=True)]
+        is_due = self._remapper.is_due(self.batch.cache, ahead, 0)
+        if is_new or is_due or self._pending_shape != (rows, num_tokens) or self._fills_up():
             self._commit()
         replay = self._replay("step", rows, num_tokens)
-        self._ensure_positions(tokens)
+        self._remapper.ensure_positions(self.batch.cache, new, 0)
         inputs = self._host_inputs
         inputs.packed.zero_()
         for row, ids in tokens.items():
@@ -189,13 +192,6 @@ class StaticDecoder:
                     layer.num_filled[row] += kept
         self._kept = [0] * len(self._kept)
         self._pending = [0] * len(self._pending)
-
-    def _ensure_positions(self, tokens: Mapping[int, Sequence[int]]) -> None:
-        """Remap rows whose next tokens would be beyond the model's window."""
-        new = [0] * self.batch.num_rows
-        for row, ids in tokens.items():
-            new[row] = len(ids) + self._kept[row]
-        self._remapper.ensure_positions(self.batch.cache, new, 0)
 
     def _upload(self) -> None:
         """Send the inputs of the next run to the device, in one copy."""
