@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.support.chat import make_llm
+from tests.support.chat import LARGE_CACHE, SMALL_CACHE, make_llm
 from tests.support.static_backend import StaticBackend
 from tests.support.tools import TOOLS
-from zsmerge_llm import LLM, Grammar, SamplingParams
+from zsmerge_llm import LLM, CacheConfig, Grammar, SamplingParams
 from zsmerge_llm.engine import engine as engine_module
 
 SCHEMA = {
@@ -41,10 +41,20 @@ class _Static(StaticBackend):
 @pytest.fixture
 def llms(monkeypatch: pytest.MonkeyPatch) -> tuple[LLM, LLM]:
     """The same model twice: decoding in fixed memory, and in each cache's own."""
-    plain = make_llm(compile=False)
+    return _both(monkeypatch, SMALL_CACHE)
+
+
+@pytest.fixture
+def roomy_llms(monkeypatch: pytest.MonkeyPatch) -> tuple[LLM, LLM]:
+    """The same, with caches that never compress: several tokens that a grammar forces are read in other pieces."""
+    return _both(monkeypatch, LARGE_CACHE)
+
+
+def _both(monkeypatch: pytest.MonkeyPatch, cache: CacheConfig) -> tuple[LLM, LLM]:
+    plain = make_llm(compile=False, cache=cache)
     plain.count_tokens("load it")
     monkeypatch.setattr(engine_module, "CPUBackend", _Static)
-    static = make_llm(compile=False)
+    static = make_llm(compile=False, cache=cache)
     assert isinstance(static.engine.backend, StaticBackend)
     return static, plain
 
@@ -75,9 +85,9 @@ def test_a_chat_over_several_turns_is_the_same(llms: tuple[LLM, LLM]) -> None:
     ],
     ids=["schema", "grammar", "tools", "sampling"],
 )
-def test_constrained_and_sampled_answers_are_the_same(llms: tuple[LLM, LLM], options: dict[str, Any]) -> None:
+def test_constrained_and_sampled_answers_are_the_same(roomy_llms: tuple[LLM, LLM], options: dict[str, Any]) -> None:
     wanted = {"sampling": SamplingParams(max_tokens=60), **options}
-    one, other = (llm.chat("What is the weather on the island of Skye?", **wanted) for llm in llms)
+    one, other = (llm.chat("What is the weather on the island of Skye?", **wanted) for llm in roomy_llms)
     assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
     assert [call["function"] for call in one.tool_calls] == [call["function"] for call in other.tool_calls]
 
