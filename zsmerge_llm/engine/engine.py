@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.interface import prepare_model
+from zsmerge_llm.attention.model_state import HeldModel
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
@@ -45,7 +46,8 @@ class Engine:
     """A model on the compressed cache.
 
     Args:
-        model: a decoder of transformers; from now on it can only be called through this engine.
+        model: a decoder of transformers. It can only be called through this engine until `close`, or until nothing
+            references the engine any more; then it is as it was.
         cache: configuration of the caches that `new_cache` makes.
         chunk: tokens read in one forward pass. Peak memory grows with it.
         compile: whether decode steps run through compiled layers and kernels: at once (True), never (False), or, with
@@ -64,21 +66,33 @@ class Engine:
     ) -> None:
         if chunk < 1:
             raise ConfigError(f"chunk must be at least 1 token, not {chunk}.")
-        self.model = model.eval()
+        self.model = model
         self.config = cache or CacheConfig()
         self.chunk = chunk
-        self.specs = prepare_model(model)
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.stop_ids = _stop_ids(model)
-        kind = CPUBackend if CPUBackend.serves(model) else GPUBackend
-        self.backend = kind(model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS)
-        remapper = PositionRemapper(model, self.specs, self.context_window)
-        self.runner = ModelRunner(model, self.backend, remapper)
-        self._turn = FairLock()
-        self._scheduler = DecodeScheduler(self.runner.run, self._turn)
-        if compile is True:
-            self.backend.start()
-            self.read(self.new_cache(), [0])
+        self._held = HeldModel(self, model)
+        try:
+            self.specs = prepare_model(model.eval())
+            self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+            self.stop_ids = _stop_ids(model)
+            kind = CPUBackend if CPUBackend.serves(model) else GPUBackend
+            self.backend = kind(model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS)
+            self._held.backends.append(self.backend)
+            remapper = PositionRemapper(model, self.specs, self.context_window)
+            self.runner = ModelRunner(model, self.backend, remapper)
+            self._turn = FairLock()
+            self._scheduler = DecodeScheduler(self.runner.run, self._turn)
+            if compile is True:
+                self.backend.start()
+                self.read(self.new_cache(), [0])
+        except BaseException:
+            self._held.release()
+            raise
+
+    def close(self) -> None:
+        """Give the model back as it was, once no other engine has it; later passes raise InputError."""
+        with self._turn:
+            self.runner.closed = True
+            self._held.release()
 
     # -- what it is --------------------------------------------------------------------------------------------------
 
@@ -275,15 +289,17 @@ class Engine:
         yield from decode_loop.decode(self.runner, self._scheduler, cache, sequences, cancel)
 
     def _ids(self, ids: Ids) -> Tensor:
-        """Return token ids as a checked CPU tensor int64 [T]."""
-        tokens = torch.as_tensor(ids, dtype=torch.long).cpu()
-        if tokens.dim() != 1 or not len(tokens):
-            raise InputError("Give at least one token id, as a flat list or a tensor of shape [T].")
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise InputError(
-                f"Token ids must lie between 0 and {self.vocab_size - 1}: is this another model's tokenizer?"
-            )
-        return tokens
+        return _checked_ids(ids, self.vocab_size)
+
+
+def _checked_ids(ids: Ids, vocab_size: int) -> Tensor:
+    """Return token ids as a checked CPU tensor int64 [T]."""
+    tokens = torch.as_tensor(ids, dtype=torch.long).cpu()
+    if tokens.dim() != 1 or not len(tokens):
+        raise InputError("Give at least one token id, as a flat list or a tensor of shape [T].")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise InputError(f"Token ids must lie between 0 and {vocab_size - 1}: is this another model's tokenizer?")
+    return tokens
 
 
 def _probe(config: CacheConfig, question: Tensor | None, multi_turn: bool, num_new: int) -> Probe | None:

@@ -34,3 +34,7 @@ class GPUBackend(TorchBackend):
     def start(self) -> None:
         """Compile layers from now on."""
         self.compiled.start()
+
+    def close(self) -> None:
+        """Give every layer its own forward back."""
+        self.compiled.close()

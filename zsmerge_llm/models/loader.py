@@ -30,6 +30,7 @@ from zsmerge_llm.models.device import (
 )
 from zsmerge_llm.models.hub import StatusCallback
 from zsmerge_llm.models.log_filters import log_int8_cast_once, quiet_transformers
+from zsmerge_llm.models.lora import without_wrapper
 from zsmerge_llm.paths import cache_folder
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, its name, and its file or folder (None for a model object)."""
+    """A model, its tokenizer, its name, and its file or folder (None for a model object, which is left as it is)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -160,10 +161,18 @@ def _resolve(model: str | Path, cache: Path, report_status: StatusCallback) -> _
         choices = f"a built-in name ({', '.join(hub.BUILTINS)}), a Hub id (owner/name), a folder or a .gguf file"
         raise ModelNotFoundError(f"There is no file or folder {str(model)!r}: check the path, or give {choices}.")
     folder = hub.hub_folder(model, report_status)
+    _check_no_adapter(folder)
     return _Source(model, folder, folder)
 
 
+def _check_no_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter, which transformers applies where peft is installed, and else ignores."""
+    if (folder / hub.ADAPTER_CONFIG).is_file():
+        raise UnsupportedModelError(f"The folder {folder} holds a LoRA adapter: {hub.ADAPTER_REMEDY}.")
+
+
 def _check_folder(folder: Path) -> None:
+    _check_no_adapter(folder)
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.glob("*.gguf"))
         remedy = f"give the path of {files[0]} in it" if files else "give the folder that holds config.json and weights"
@@ -238,6 +247,7 @@ def _from_object(
 ) -> LoadedModel:
     from transformers import PreTrainedModel
 
+    model = without_wrapper(model)
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"model must be a name, a path or a transformers model, not {type(model).__name__}.")
     if given := [name for name, value in changes.items() if value not in (None, "auto")]:
@@ -251,7 +261,7 @@ def _from_object(
         raise ConfigError("A model object without config.name_or_path needs its tokenizer: pass tokenizer=.")
     with quiet_transformers():
         found_tokenizer = _find_tokenizer(tokenizer, origin, report_status)
-    return LoadedModel(model.eval(), _with_template(found_tokenizer, chat_template), name, None)
+    return LoadedModel(model, _with_template(found_tokenizer, chat_template), name, None)
 
 
 def _find_tokenizer(given: Any, origin: str | Path, report_status: StatusCallback) -> PreTrainedTokenizerBase:
