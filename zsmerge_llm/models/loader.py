@@ -20,6 +20,7 @@ from zsmerge_llm.errors import (
     UnsupportedModelError,
 )
 from zsmerge_llm.models import gguf, hub
+from zsmerge_llm.models.checkpoints import check_loadable
 from zsmerge_llm.models.device import (
     packed_bits,
     pick_device,
@@ -92,7 +93,8 @@ def load(
         device: "auto" is cuda, else mps, else cpu. Not together with `device_map`.
         device_map: as in transformers: spreads the layers over several devices.
         quantization: "int4" or "int8" on a CPU uses torch's packed kernels; "nf4", and "int8" on a GPU or with a
-            `device_map`, uses bitsandbytes.
+            `device_map`, uses bitsandbytes; "int4" and "fp8" on an NVIDIA GPU use torchao. Not for a checkpoint that is
+            quantized already (`checkpoints`).
         chat_template: Jinja text, or a file that holds it, in place of the model's own.
         cache_dir: folder of downloaded and converted models. Default: ZSMERGE_CACHE_DIR, else the user's cache folder.
         progress: called with a line of text at each step.
@@ -100,7 +102,7 @@ def load(
     Raises:
         ConfigError: a setting that cannot work.
         ModelNotFoundError, CorruptModelError, UnsupportedModelError: see `errors`.
-        MissingDependencyError: quantization without bitsandbytes.
+        MissingDependencyError: quantization without bitsandbytes or torchao, or a checkpoint without its package.
     """
     report_status = progress or (lambda step: None)
     validate_settings(dtype, device, device_map, quantization)
@@ -110,16 +112,19 @@ def load(
     target = pick_device(device)
     weight_dtype = pick_dtype(dtype, target)
     bits = packed_bits(quantization, target, device_map)
+    quantizer = None if bits is not None else quantization_config(quantization, weight_dtype, target, device_map)
     # in its own dtype a file is mapped into memory, not copied, until each matrix is packed
     options: dict[str, Any] = {"dtype": weight_dtype if bits is None else "auto", "attn_implementation": "eager"}
-    if quantization is not None and bits is None:
-        options["quantization_config"] = quantization_config(quantization, weight_dtype, target)
-        log_int8_cast_once()
-    if (placed := placement(target, device_map, "quantization_config" in options)) is not None:
+    if quantizer is not None:
+        options["quantization_config"] = quantizer
+    if (placed := placement(target, device_map, quantizer is not None)) is not None:
         options["device_map"] = placed
     source = _resolve(model, cache_folder(cache_dir), report_status)
+    log_int8_cast_once()
     with quiet_transformers():
-        _check_causal(_read_config(source), source.name)
+        config = _read_config(source)
+        _check_causal(config, source.name)
+        check_loadable(config, source.name, quantization, placed)
         report_status("Loading weights")
         loaded = _read_weights(source, options)
         found_tokenizer = _find_tokenizer(tokenizer, source.folder, report_status)
