@@ -66,11 +66,12 @@ def test_a_number_format_has_the_logits_and_the_answer_of_transformers(
 ) -> None:
     llm, model = LLM("smollm2", compile=False, cache=CacheConfig(slots=256), **settings), reference(**theirs)
     ids = llm.tokenizer.encode(PROMPT)
+    count = 3 if "quantization" in settings else 8  # bitsandbytes takes seconds a pass on some processors
     for _ in range(2):  # a second time, behind everything that the first request set in motion
         cache = llm.engine.new_cache()
         torch.testing.assert_close(llm.engine.read(cache, ids), logits(model, ids), atol=tolerance, rtol=0)
-        result = llm.complete(PROMPT, sampling=SamplingParams(max_tokens=8, ignore_eos=True))
-        assert result.text == llm.tokenizer.decode(greedy(model, ids, 8))
+        result = llm.complete(PROMPT, sampling=SamplingParams(max_tokens=count, ignore_eos=True))
+        assert result.text == llm.tokenizer.decode(greedy(model, ids, count))
     assert "Paris" in result.text
 
 
@@ -101,11 +102,11 @@ def test_a_quantized_model_object_answers_as_transformers_and_its_owner_as_befor
     model = reference(quantization_config=BitsAndBytesConfig(**settings), device_map=ON_CPU)
     tokenizer = load("smollm2").tokenizer
     ids = tokenizer.encode(PROMPT)
-    before = greedy(model, ids, 8)
+    before = greedy(model, ids, 3)
     with LLM(model, tokenizer=tokenizer, compile=True) as llm:
-        result = llm.complete(PROMPT, sampling=SamplingParams(max_tokens=8, ignore_eos=True))
+        result = llm.complete(PROMPT, sampling=SamplingParams(max_tokens=3, ignore_eos=True))
         assert result.text == tokenizer.decode(before)
-    assert greedy(model, ids, 8) == before
+    assert greedy(model, ids, 3) == before
 
 
 def test_a_lora_adapter_on_a_real_model_has_the_logits_and_the_answer_of_transformers() -> None:
