@@ -85,7 +85,7 @@ class Sizes:
     steps: int = STEPS
 
 
-TINY = Sizes(slots=64, histories=(200,), texts=(400,), chunks=(32, 128), rows=(2,), turn=20, behind=300, steps=8)
+TINY = Sizes(slots=96, histories=(200,), texts=(400,), chunks=(32, 128), rows=(2,), turn=20, behind=300, steps=8)
 
 
 @dataclass

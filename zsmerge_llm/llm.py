@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from threading import Event, RLock
+from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
@@ -32,7 +32,7 @@ from zsmerge_llm.retrieval.query_probe import (
     is_multi_turn,
     message_probe,
 )
-from zsmerge_llm.runtime import Runtime, assemble, validate_runtime_settings
+from zsmerge_llm.runtime import LazyRuntime, Runtime, assemble, validate_runtime_settings
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, Message, Progress, Result
 
@@ -54,11 +54,12 @@ class LLM:
     """A local model on a KV cache of constant size. Cheap to construct: the model loads on first use.
 
     Args:
-        model: a Hub id, a local folder, a .gguf file, the built-in name "smollm2", or a loaded transformers model.
+        model: a Hub id, a local folder, a .gguf file, the built-in name "smollm2", or a loaded transformers model
+            (adapters of peft included), which is as it was after `close`.
         cache: budget and eviction policy of the KV cache.
         dtype: "auto" (bfloat16 where the hardware has it), a name such as "float32", or a torch dtype.
         device: "auto", "cpu", "cuda", ...; device_map: as in transformers, instead of `device`.
-        quantization: "int4" or "int8" on a CPU, "nf4" or "int8" on a GPU (bitsandbytes); None keeps `dtype`.
+        quantization: "int4" or "int8"; "nf4" (bitsandbytes); on a GPU also "fp8" (torchao). None keeps `dtype`.
         tokenizer: for a model object whose tokenizer cannot be found by its name.
         chat_template: Jinja text instead of the model's own.
         template_args: variables for the chat template, such as {"enable_thinking": False}.
@@ -105,28 +106,17 @@ class LLM:
         self.chunk = chunk
         self.compile = compile
         self.max_input_tokens = max_input_tokens
-        loading = {
-            "tokenizer": tokenizer,
-            "dtype": dtype,
-            "device": device,
-            "device_map": device_map,
-            "quantization": quantization,
-            "chat_template": chat_template,
-            "progress": progress,
-        }
-        memory = parse_bytes(session_memory)
-        self._assemble = partial(
-            assemble, model, self.cache, chunk, compile, loading, template_args, retrieval_tokens, sessions_dir, memory
-        )
-        self._lock = RLock()
-        self._runtime: Runtime | None = None
+        loading = {"tokenizer": tokenizer, "dtype": dtype, "device": device, "device_map": device_map}
+        loading |= {"quantization": quantization, "chat_template": chat_template, "progress": progress}
+        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory))
+        self._runtime = LazyRuntime(partial(assemble, model, self.cache, chunk, compile, loading, *settings))
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
     @property
     def loaded(self) -> bool:
         """Whether the model is in memory."""
-        return self._runtime is not None
+        return self._runtime.current is not None
 
     @property
     def name(self) -> str:
@@ -167,11 +157,21 @@ class LLM:
         self.engine.backend.warm_up()
         self.complete("a", grammar=Grammar.choice("a"), sampling=SamplingParams(max_tokens=1))
 
+    def close(self) -> None:
+        """Give a model object back as it was, or release the memory of another model. Conversations in memory are lost.
+
+        A request that runs, and every later one, raises InputError. Once nothing references the LLM it closes itself.
+        """
+        self._runtime.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def _load(self) -> Runtime:
-        with self._lock:
-            if self._runtime is None:
-                self._runtime = self._assemble()
-            return self._runtime
+        return self._runtime.load()
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class LLM:
             TypeError: an unknown keyword argument.
         """
         wanted = RequestOptions.parse(ChatOptions, options)
-        history, runtime = _check(messages, wanted.session, self._runtime), self._load()
+        history, runtime = _check(messages, wanted.session, self._runtime.current), self._load()
         turn, attempt = _begin_turn(runtime, history, wanted, self.max_input_tokens)
         return _stream_turn(runtime, turn, attempt, wanted)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.errors import ConfigError
+from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.grammar import GrammarCompiler
 from zsmerge_llm.language.output_format import OutputFormats
@@ -31,6 +34,37 @@ class Runtime:
     output_formats: OutputFormats
     conversations: Conversations
     layer_budgets: LayerBudgets
+
+
+class LazyRuntime:
+    """The runtime of an `LLM`: assembled at its first use, by one thread, and never again once it is closed."""
+
+    def __init__(self, assemble: Callable[[], Runtime]) -> None:
+        self.current: Runtime | None = None
+        self._assemble = assemble
+        self._closed = False
+        self._lock = RLock()
+
+    def load(self) -> Runtime:
+        """Return the runtime, assembled if it is not.
+
+        Raises:
+            InputError: it was closed. LoadError: the model cannot be loaded.
+        """
+        with self._lock:
+            if self._closed:
+                raise InputError("This LLM is closed: make another one.")
+            if self.current is None:
+                self.current = self._assemble()
+            return self.current
+
+    def close(self) -> None:
+        """Give a model object back as it was, and release the memory of any other model."""
+        with self._lock:
+            self._closed = True
+            runtime, self.current = self.current, None
+        if runtime is not None:
+            runtime.engine.close()
 
 
 def validate_runtime_settings(cache: Any, compile: Any, retrieval_tokens: Any) -> None:
@@ -79,17 +113,20 @@ def assemble(
     tokenizer = loaded.tokenizer
     template = ChatTemplate(tokenizer, args=template_args)
     engine = Engine(loaded.model, cache, chunk, compile)
-    source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
-    mark = fingerprint(loaded.model, tokenizer, source, cache)
-    devices = [str(spec.device) for spec in engine.specs]
-    policy = None if isinstance(cache.policy, str) else cache.policy
-    store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices, policy)
-    output_formats = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
-    report_status = loading.get("progress")
-    layer_budgets = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), report_status)
-    configs = (layer_budgets.prompt_config, layer_budgets.document_config)
-    documents = Documents(store, template, engine.new_cache, *configs)
-    searches = (PassageSearch(template, retrieval_tokens), AttentionSearch(engine.query_attention, template))
-    prompts = PromptBuilder(template, layer_budgets.prompt_config, *searches)
-    conversations = Conversations(store, template, engine.new_cache, prompts, documents)
-    return Runtime(loaded.name, tokenizer, engine, template, output_formats, conversations, layer_budgets)
+    with ExitStack() as undo:  # a model object is its owner's: where anything fails, it is given back
+        undo.callback(engine.close)
+        source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
+        mark = fingerprint(loaded.model, tokenizer, source, cache)
+        devices = [str(spec.device) for spec in engine.specs]
+        policy = None if isinstance(cache.policy, str) else cache.policy
+        store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices, policy)
+        output_formats = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
+        report_status = loading.get("progress")
+        layer_budgets = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), report_status)
+        configs = (layer_budgets.prompt_config, layer_budgets.document_config)
+        documents = Documents(store, template, engine.new_cache, *configs)
+        searches = (PassageSearch(template, retrieval_tokens), AttentionSearch(engine.query_attention, template))
+        prompts = PromptBuilder(template, layer_budgets.prompt_config, *searches)
+        conversations = Conversations(store, template, engine.new_cache, prompts, documents)
+        undo.pop_all()
+        return Runtime(loaded.name, tokenizer, engine, template, output_formats, conversations, layer_budgets)

@@ -96,7 +96,7 @@ def test_calling_the_model_directly_raises_and_names_a_remedy_that_helps(family:
     model, untouched, ids = tiny_model(family), tiny_model(family), torch.tensor([tokens(12)])
     own_attention = model.config._attn_implementation
     engine = Engine(model)
-    remedy = "load the model once more" if family.startswith("falcon") else "set_attn_implementation"
+    remedy = r"close\(\) of the LLM" if family.startswith("falcon") else "set_attn_implementation"
     with pytest.raises(InputError, match=remedy), torch.inference_mode():
         model(ids)
     if family.startswith("falcon"):

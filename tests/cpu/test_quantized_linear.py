@@ -27,7 +27,7 @@ from zsmerge_llm.cpu.quantized_linear import (
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError, SessionMismatchError
 from zsmerge_llm.models import gguf
-from zsmerge_llm.models.device import packed_bits
+from zsmerge_llm.models.device import packed_bits, quantization_config
 from zsmerge_llm.models.loader import load
 from zsmerge_llm.sessions.fingerprint import fingerprint
 
@@ -246,10 +246,10 @@ def test_sessions_of_other_weights_do_not_load(folder: Path, tmp_path: Path) -> 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_int4_off_the_cpu_is_refused_and_nf4_named(device: str) -> None:
+@pytest.mark.parametrize("device", ["xpu", "mps"])
+def test_int4_on_neither_a_cpu_nor_an_nvidia_gpu_is_refused_and_nf4_named(device: str) -> None:
     with pytest.raises(ConfigError, match=f"not on {device}: set device='cpu', or use 'nf4'"):
-        packed_bits("int4", torch.device(device), None)
+        quantization_config("int4", torch.bfloat16, torch.device(device), None)
 
 
 def test_int4_with_a_device_map_is_refused_before_anything_is_read(folder: Path) -> None:
@@ -265,7 +265,7 @@ def test_int8_uses_bitsandbytes_on_a_gpu_and_the_kernel_of_pytorch_on_a_cpu() ->
 
 
 def test_an_unknown_quantization_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'int8' or 'int4'"):
+    with pytest.raises(ConfigError, match="'int4' or 'fp8'"):
         LLM("smollm2", quantization="int3")
 
 

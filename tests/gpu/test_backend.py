@@ -79,9 +79,8 @@ def test_it_answers_as_the_reference_does(family: str, compile: bool) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_supported_family_can_be_captured(family: str) -> None:
-    model = tiny_model(family)
-    Engine(model, compile=False)
-    assert capture_refusal(model) is None
+    engine = Engine(tiny_model(family), compile=False)
+    assert capture_refusal(engine.model) is None
 
 
 def dynamic_ntk() -> PreTrainedModel:
@@ -120,6 +119,7 @@ def test_a_capture_that_fails_is_not_tried_again(caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.parametrize("free", [10**6, 10**7, 10**9])
 def test_the_chunk_follows_the_free_memory(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**10))
     model = tiny_model()
     backend = GPUBackend(model, 2, False, MAX_DRAFT_TOKENS)

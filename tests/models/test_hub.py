@@ -87,6 +87,13 @@ def test_a_hub_repository_of_gguf_files_only_says_what_to_do(monkeypatch: pytest
         load("owner/tiny-GGUF")
 
 
+def test_a_hub_repository_of_an_adapter_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = _Info("adapter_config.json", "adapter_model.safetensors")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+    with pytest.raises(ModelNotFoundError, match=r"holds a LoRA adapter: .*PeftModel\.from_pretrained"):
+        load("owner/tiny-lora")
+
+
 def test_a_cached_hub_model_is_used_without_the_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked the Hub"))

@@ -58,6 +58,15 @@ def install(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]
             layer.self_attention = FalconAttention(layer.self_attention, attention)
 
 
+def uninstall(model: PreTrainedModel) -> None:
+    """Give the layers of a model the attention modules back that `install` replaced."""
+    if _is_falcon(model):
+        decoder: Any = model.transformer
+        for layer in decoder.h:
+            if isinstance(layer.self_attention, FalconAttention):
+                layer.self_attention = layer.self_attention.original
+
+
 def _is_falcon(model: PreTrainedModel) -> bool:
     return model.config.model_type == "falcon"
 
@@ -86,8 +95,8 @@ class FalconAttention(nn.Module):
 
         if not isinstance(layer_past, AttentionHandler):
             raise InputError(
-                "This Falcon model belongs to a zsmerge-llm engine. Use the engine, or load the model once more to use "
-                "it on its own."
+                "This Falcon model belongs to a zsmerge-llm engine. Use the engine, or close it (close() of the LLM or "
+                "the engine) to use the model on its own again."
             )
         assert position_embeddings is not None  # ALiBi is refused at load
         query, key, value = (part.transpose(1, 2) for part in self._split(self.original.query_key_value(hidden_states)))

@@ -75,6 +75,9 @@ class AttentionBackend(Protocol):
     def on_pass(self, num_tokens: int) -> None:
         """Take note of a forward pass of so many tokens, before it runs."""
 
+    def close(self) -> None:
+        """Give every module of the model its own forward back. No pass comes after that."""
+
 
 class TorchOps(TensorScoring):
     """Attention in plain PyTorch, for any pass and any device."""
@@ -135,3 +138,6 @@ class TorchBackend:
 
     def on_pass(self, num_tokens: int) -> None:
         """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing: the model was not changed."""

@@ -51,8 +51,8 @@ def zsmerge_attention(
     kind = type(module).__name__
     if zsmerge is None:
         raise InputError(
-            "This model belongs to a zsmerge-llm engine. Use the engine, or call "
-            'model.set_attn_implementation("sdpa") to use the model on its own again.'
+            "This model belongs to a zsmerge-llm engine. Use the engine, or close it (close() of the LLM or the "
+            'engine) to use the model on its own again; for a while, model.set_attn_implementation("sdpa") does it too.'
         )
     unknown = [name for name, given in others.items() if isinstance(given, Tensor) and name not in IGNORED_KEYWORDS]
     if unknown or attention_mask is not None:

@@ -71,7 +71,9 @@ MaxTokens = Annotated[int, typer.Option(help="Maximum tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(help="0: greedy.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")]
-QUANTIZATION_HELP = "int4 or int8: torch's kernels on a CPU; nf4, and int8 on a GPU: bitsandbytes."
+QUANTIZATION_HELP = (
+    "int4, int8: torch's kernels on a CPU; nf4, int8 on a GPU: bitsandbytes; int4, fp8 on a GPU: torchao."
+)
 Quantization = Annotated[str | None, typer.Option(help=QUANTIZATION_HELP, show_default="none")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the answers only.")]
 

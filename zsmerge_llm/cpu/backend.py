@@ -182,7 +182,7 @@ class CPUBackend(TorchBackend):
 
     def close(self) -> None:
         """Give every module its own forward back."""
-        self.compiled.patches.restore()
+        self.compiled.close()
         self.patches.restore()
 
     @property

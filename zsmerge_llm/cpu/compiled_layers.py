@@ -144,6 +144,10 @@ class CompiledLayers:
         self.patches.restore()
         log.warning("Decoding goes on without compiled layers: %s", self.disabled_reason)
 
+    def close(self) -> None:
+        """Give every layer its own forward back."""
+        self.patches.restore()
+
     def compile(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Compiled:
         """Return the code for a graph, compiled once however many layers have it with weights of the same shapes."""
         constants = [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
@@ -312,6 +316,8 @@ def _decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
     for layer in layers:
         if any(hasattr(module, "_hf_hook") for module in layer.modules()):
             raise UnsupportedModelError("Layers that accelerate moves between devices are not compiled.")
+        if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules() if module is not layer):
+            raise UnsupportedModelError("Layers with forward hooks are not compiled.")
         kinds = {type(weight) for weight in (*layer.parameters(), *layer.buffers())} - {nn.Parameter, Tensor}
         if kinds:
             raise UnsupportedModelError(f"Weights of type {kinds.pop().__name__} are not compiled.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
@@ -20,39 +21,67 @@ from zsmerge_llm.cpu.quantized_linear import Int4Linear, Int8Linear
 Forward = Callable[..., Any]
 
 
-class ForwardPatches:
-    """Replace the forward of modules, one over another, and restore them all in the opposite order.
+@dataclass(eq=False)
+class _Patch:
+    """A stand-in for the forward of a module."""
 
-    As a context manager it restores them at its end.
+    module: nn.Module
+    forward: Forward
+
+
+class _Stack(list[_Patch]):
+    """The stand-ins of one module, the uppermost last, whoever put them there. The module itself keeps it.
+
+    Attributes:
+        original: the forward that the instance had before the first; None: its class's own.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.original: Forward | None = vars(module).get("forward")
+
+
+_STACK = "_zsmerge_stand_ins"
+
+
+class ForwardPatches:
+    """Replace the forward of modules, one over another, and restore them all.
+
+    Several of these may share a module (engines on one model), and are restored in any order. As a context manager it
+    restores at its end.
     """
 
     def __init__(self) -> None:
-        self._before: list[tuple[nn.Module, Forward | None]] = []  # None: the class's own forward
+        self._patches: list[_Patch] = []
 
     def __len__(self) -> int:
-        return len(self._before)
+        return len(self._patches)
 
     def replace(self, module: nn.Module, forward: Forward) -> None:
         """Let `module` call `forward` from now on."""
-        self._before.append((module, module.__dict__.get("forward")))
+        patch = _Patch(module, forward)
+        vars(module).setdefault(_STACK, _Stack(module)).append(patch)
+        self._patches.append(patch)
         module.forward = forward
 
     @contextmanager
     def suspended(self, module: nn.Module) -> Iterator[None]:
-        """Let `module` call its class's own forward for a while."""
-        patched = module.__dict__.pop("forward")
+        """Let `module` call the forward that it came with for a while."""
+        _set_forward(module, original_forward(module))
         try:
             yield
         finally:
-            module.forward = patched
+            _show_uppermost(module)
 
     def restore(self) -> None:
-        """Take all stand-ins away."""
-        while self._before:
-            module, forward = self._before.pop()
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+        """Take all stand-ins away. Those of others stay, and so does a forward that somebody else set since."""
+        while self._patches:
+            patch = self._patches.pop()
+            stack = vars(patch.module)[_STACK]
+            stack.remove(patch)
+            if vars(patch.module).get("forward") is patch.forward:
+                _show_uppermost(patch.module)
+            if not stack:
+                del vars(patch.module)[_STACK]
 
     def __enter__(self) -> ForwardPatches:
         return self
@@ -61,6 +90,24 @@ class ForwardPatches:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
+
+
+def original_forward(module: nn.Module) -> Forward | None:
+    """Return the forward that the instance had before any stand-in; None: its class's own."""
+    stack = vars(module).get(_STACK)
+    return vars(module).get("forward") if stack is None else stack.original
+
+
+def _show_uppermost(module: nn.Module) -> None:
+    """Let a module call its uppermost stand-in; without one, the forward that it came with."""
+    stack = vars(module)[_STACK]
+    _set_forward(module, stack[-1].forward if stack else stack.original)
+
+
+def _set_forward(module: nn.Module, forward: Forward | None) -> None:
+    vars(module).pop("forward", None)
+    if forward is not None:
+        module.forward = forward
 
 
 class GemvLinear:
@@ -96,9 +143,15 @@ class GemmLinear:
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Return whether a module is a plain linear layer that `GemvLinear` can stand in for."""
-    plain = type(module) in (nn.Linear, Int8Linear, Int4Linear) and not hasattr(module, "_hf_hook")
-    return plain and type(module.weight) in (nn.Parameter, torch.Tensor)
+    """Return whether a module is a plain linear layer that `GemvLinear` can stand in for.
+
+    Not one that computes something else than its weight says: with a forward of its own, or with codes as its weight.
+    """
+    if type(module) not in (nn.Linear, Int8Linear, Int4Linear) or original_forward(module) is not None:
+        return False
+    weight = getattr(module, "weight", None)
+    codes = type(module) is nn.Linear and isinstance(weight, Tensor) and not weight.is_floating_point()
+    return type(weight) in (nn.Parameter, torch.Tensor) and not codes
 
 
 def _optional(tensor: Any) -> list[Tensor]:

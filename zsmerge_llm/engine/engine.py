@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.backend import AttentionBackend
 from zsmerge_llm.attention.interface import prepare_model
+from zsmerge_llm.attention.model_state import HeldModel
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
@@ -35,6 +36,7 @@ from zsmerge_llm.engine.static_scheduler import StaticScheduler, is_capturable
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.gpu.backend import GPUBackend
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.slots import LayerSpec
 from zsmerge_llm.language.grammar import Constraint
 from zsmerge_llm.types import Progress
 
@@ -49,7 +51,8 @@ class Engine:
     """A model on the compressed cache.
 
     Args:
-        model: a decoder of transformers; from now on it can only be called through this engine.
+        model: a decoder of transformers. It can only be called through this engine until `close`, or until nothing
+            references the engine any more; then it is as it was.
         cache: configuration of the caches that `new_cache` makes.
         chunk: tokens read in one forward pass. Peak memory grows with it. "auto": what suits the device and its memory.
         compile: whether decode steps run through compiled layers and kernels: at once (True), never (False), or, with
@@ -70,26 +73,37 @@ class Engine:
     ) -> None:
         if chunk != "auto" and chunk < 1:
             raise ConfigError(f"chunk must be at least 1 token, or 'auto', not {chunk}.")
-        self.model = model.eval()
+        self.model = model
         self.config = cache or CacheConfig()
-        self.specs = prepare_model(model)
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.stop_ids = _stop_ids(model)
-        kind = CPUBackend if CPUBackend.serves(model) else GPUBackend
-        self.backend: AttentionBackend = backend or kind(model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS)
-        self.chunk = self.backend.default_chunk(self.specs) if chunk == "auto" else chunk
-        remapper = PositionRemapper(model, self.specs, self.context_window)
-        self.runner = ModelRunner(model, self.backend, remapper)
-        self._turn = FairLock()
-        self._reader = PromptReader(self.runner, self.specs, self._turn)
-        self._scheduler, self._static_scheduler = DecodeScheduler(self.runner, self._turn), None
-        if self.backend.static_sizes is not None:
-            sizes = self.backend.static_sizes
-            make = partial(make_decoder, self.runner, self.specs, self.vocab_size)
-            self._static_scheduler = StaticScheduler(make, self._turn, sizes, STEP_TOKENS)
-        if compile is True:
-            self.backend.start()
-            self.read(self.new_cache(), [0])
+        self._held = HeldModel(self, model)
+        try:
+            self.specs = prepare_model(model.eval())
+            self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+            self.stop_ids = _stop_ids(model)
+            kind = CPUBackend if CPUBackend.serves(model) else GPUBackend
+            self.backend: AttentionBackend = backend or kind(
+                model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS
+            )
+            self._held.backends.append(self.backend)
+            self.chunk = self.backend.default_chunk(self.specs) if chunk == "auto" else chunk
+            remapper = PositionRemapper(model, self.specs, self.context_window)
+            self.runner = ModelRunner(model, self.backend, remapper)
+            self._turn = FairLock()
+            self._reader = PromptReader(self.runner, self.specs, self._turn)
+            self._scheduler = DecodeScheduler(self.runner, self._turn)
+            self._static_scheduler = _static_scheduler(self.runner, self._turn, self.specs, self.vocab_size)
+            if compile is True:
+                self.backend.start()
+                self.read(self.new_cache(), [0])
+        except BaseException:
+            self._held.release()
+            raise
+
+    def close(self) -> None:
+        """Give the model back as it was, once no other engine has it; later passes raise InputError."""
+        with self._turn:
+            self.runner.closed = True
+            self._held.release()
 
     # -- what it is --------------------------------------------------------------------------------------------------
 
@@ -285,15 +299,27 @@ class Engine:
         yield from decode_loop.decode((static or self._scheduler).join(cache), sequences, cancel)
 
     def _ids(self, ids: Ids) -> Tensor:
-        """Return token ids as a checked CPU tensor int64 [T]."""
-        tokens = torch.as_tensor(ids, dtype=torch.long).cpu()
-        if tokens.dim() != 1 or not len(tokens):
-            raise InputError("Give at least one token id, as a flat list or a tensor of shape [T].")
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise InputError(
-                f"Token ids must lie between 0 and {self.vocab_size - 1}: is this another model's tokenizer?"
-            )
-        return tokens
+        return _checked_ids(ids, self.vocab_size)
+
+
+def _checked_ids(ids: Ids, vocab_size: int) -> Tensor:
+    """Return token ids as a checked CPU tensor int64 [T]."""
+    tokens = torch.as_tensor(ids, dtype=torch.long).cpu()
+    if tokens.dim() != 1 or not len(tokens):
+        raise InputError("Give at least one token id, as a flat list or a tensor of shape [T].")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise InputError(f"Token ids must lie between 0 and {vocab_size - 1}: is this another model's tokenizer?")
+    return tokens
+
+
+def _static_scheduler(
+    runner: ModelRunner, turn: FairLock, specs: tuple[LayerSpec, ...], vocab_size: int
+) -> StaticScheduler | None:
+    """Return what decodes in fixed memory, where the backend does."""
+    sizes = runner.backend.static_sizes
+    if sizes is None:
+        return None
+    return StaticScheduler(partial(make_decoder, runner, specs, vocab_size), turn, sizes, STEP_TOKENS)
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -19,7 +19,9 @@ from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.attention.passes import ForwardPass, QueryPass, SpeculativePass, VotingPass
 from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
+from zsmerge_llm.errors import InputError
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.models.lora import AdapterState
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,17 @@ class ModelRunner:
     Args:
         backend: computes attention.
         remapper: keeps positions within the model's window.
+
+    Attributes:
+        closed: whether the model was given back. Passes raise InputError from then on.
     """
 
     def __init__(self, model: PreTrainedModel, backend: AttentionBackend, remapper: PositionRemapper) -> None:
         self.model = model
         self.backend = backend
         self.remapper = remapper
+        self.closed = False
+        self._adapters = AdapterState(model)
 
     @property
     def device(self) -> torch.device:
@@ -69,6 +76,7 @@ class ModelRunner:
             vocab].
             pinned_recent, multi_turn: see `AttentionInputs`.
         """
+        self.check_usable()
         batch, new = ids.shape
         num_probe = 0 if probe is None else len(probe.tokens)
         limit = self.remapper.max_pass_tokens(cache, new, num_probe)
@@ -101,6 +109,7 @@ class ModelRunner:
     @torch.inference_mode()
     def query_attention(self, cache: Cache, ids: Tensor) -> list[Tensor]:
         """Run ids [m] behind a one-row cache without reading them: each full layer's attention, float32 [H, C]."""
+        self.check_usable()
         self.remapper.ensure_positions(cache, [0], len(ids))
         seen = torch.tensor(cache.lengths)
         layout = PassLayout(0, seen[:, None] + torch.arange(len(ids)), None, [0], seen)
@@ -111,6 +120,7 @@ class ModelRunner:
     @torch.inference_mode()
     def speculate(self, cache: Cache, ids: Sequence[int]) -> tuple[SpeculativePass, Tensor]:
         """Run ids behind a one-row cache without taking them in: the pass, and logits [n, vocab] after each of them."""
+        self.check_usable()
         self.remapper.ensure_positions(cache, [len(ids)], 0)
         seen = torch.tensor(cache.lengths)
         layout = PassLayout(len(ids), seen[:, None] + torch.arange(len(ids)), None, [len(ids)], seen + len(ids))
@@ -134,6 +144,12 @@ class ModelRunner:
         step.keep(count)
         cache.lengths = step.layout.seen.tolist()
         cache.logits = logits[count - 1 : count].clone()
+
+    def check_usable(self) -> None:
+        """Raise InputError if the model was given back, or has other adapters than it had."""
+        if self.closed:
+            raise InputError("This engine is closed, and its model was given back: make another LLM or engine.")
+        self._adapters.check()
 
     def _forward(self, step: ForwardPass, ids: Tensor, wanted: Tensor) -> Tensor:
         """Run the model over ids [B, T]: logits [B, K, vocab] after the K tokens at `wanted`."""

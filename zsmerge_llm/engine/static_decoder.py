@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.backend import AttentionBackend, Replay
+from zsmerge_llm.attention.backend import Replay
 from zsmerge_llm.attention.static_batch import LayerGroup, StaticBatch, StepInputs
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.model_runner import ModelRunner
-from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.slots import LayerSpec
@@ -41,15 +39,13 @@ class StaticDecoder:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        backend: AttentionBackend,
-        remapper: PositionRemapper,
+        runner: ModelRunner,
         batch: StaticBatch,
         sizes: Sequence[int],
     ) -> None:
         self.batch = batch
         self.caches: list[Cache | None] = [None] * batch.num_rows
-        self._model, self._backend, self._remapper = model, backend, remapper
+        self._runner, self._remapper = runner, runner.remapper
         self._sizes = [size for size in sizes if size < batch.num_rows] + [batch.num_rows]
         self._replays: dict[tuple[object, ...], Replay] = {}
         self._host_inputs = StepInputs.empty(batch.num_rows, batch.num_tokens)
@@ -115,6 +111,7 @@ class StaticDecoder:
         All pending tokens that were not kept are forgotten. One token each, or of one row alone up to `num_tokens`
         where they fit (`takes_draft`). The logits stay valid until the next step.
         """
+        self._runner.check_usable()
         num_tokens = 1 if max(map(len, tokens.values())) == 1 else self.batch.num_tokens
         rows = self._rows()
         is_new = ("step", rows, num_tokens) not in self._replays  # capturing overwrites the keys of what is pending
@@ -222,7 +219,7 @@ class StaticDecoder:
             self.batch.inputs.packed[:, 1:3] = 0  # nothing kept, nothing new
             self._work(what, rows, num_tokens, trace=False)
 
-        return self._backend.capture(partial(self._work, what, rows, num_tokens), warm_up)
+        return self._runner.backend.capture(partial(self._work, what, rows, num_tokens), warm_up)
 
     def _work(self, what: str, which: int, num_tokens: int, trace: bool = True) -> None:
         """Run a step or a commit of the first `which` rows, or compress group `which` in the row of `_row`.
@@ -230,7 +227,7 @@ class StaticDecoder:
         trace: False to throw away what is compressed.
         """
         if what == "step":
-            self.batch.step(self._model, self._backend, which, num_tokens)
+            self.batch.step(self._runner.model, self._runner.backend, which, num_tokens)
         elif what == "commit":
             self.batch.commit(which, num_tokens)
         else:
@@ -242,4 +239,4 @@ def make_decoder(
 ) -> StaticDecoder:
     """Allocate memory in which so many conversations of one configuration decode. capacity: see `StaticBatch`."""
     batch = StaticBatch(config, specs, vocab_size, runner.model.dtype, rows, STEP_TOKENS, capacity)
-    return StaticDecoder(runner.model, runner.backend, runner.remapper, batch, runner.backend.static_sizes or ())
+    return StaticDecoder(runner, batch, runner.backend.static_sizes or ())

@@ -74,6 +74,7 @@ class StaticReader:
     @torch.inference_mode()
     def run(self, cache: Cache, chunk: Tensor, probe: Probe | None, multi_turn: bool) -> Tensor:
         """Read ids [n] into the cache: logits [1, 1, vocab] after the last. Sets `cache.logits`; see `release`."""
+        self._runner.check_usable()
         seen = cache.lengths[0] + len(chunk)
         num_probe = 0 if probe is None else len(probe.tokens)
         padded = -(-num_probe // PROBE_MULTIPLE) * PROBE_MULTIPLE

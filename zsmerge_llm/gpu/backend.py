@@ -59,6 +59,8 @@ class GPUBackend(TorchBackend):
 
     def default_chunk(self, specs: Sequence[LayerSpec]) -> int:
         """Return the most tokens, up to 2,048, whose temporary tensors take at most half of the memory that is free."""
+        if not torch.cuda.is_available():
+            return super().default_chunk(specs)
         free, _ = torch.cuda.mem_get_info(specs[-1].device)
         needed = token_bytes(self._model, specs)
         return next((chunk for chunk in CHUNKS if chunk * needed <= free // 2), CHUNKS[-1])
@@ -91,3 +93,7 @@ class GPUBackend(TorchBackend):
     def start(self) -> None:
         """Compile layers from now on, with TorchInductor: each step runs them when it is captured."""
         self.compiled.start()
+
+    def close(self) -> None:
+        """Give every layer its own forward back."""
+        self.compiled.close()

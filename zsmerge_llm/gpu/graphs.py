@@ -29,6 +29,8 @@ class GraphCapture:
 
         Raises whatever a capture raises: host reads, copies between devices, no memory.
         """
+        if not torch.cuda.is_available():
+            raise RuntimeError("graphs need a CUDA device")
         current = torch.cuda.current_stream()
         side = torch.cuda.Stream()
         side.wait_stream(current)

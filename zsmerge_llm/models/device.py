@@ -22,7 +22,9 @@ DTYPES = {
 }
 HOST = "cpu"
 """The device that every machine has, whatever else computes."""
-QUANTIZATIONS = ("nf4", "int8", "int4")
+QUANTIZATIONS = ("nf4", "int8", "int4", "fp8")
+TORCHAO = {"int4": (8, 0), "fp8": (8, 9)}
+"""What torchao quantizes to on a GPU, and the compute capability that its kernels need."""
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 
 
@@ -109,39 +111,33 @@ def _gpu_computes_in_bf16(device: torch.device) -> bool:
 
 
 def packed_bits(quantization: str | None, device: torch.device, device_map: Any) -> int | None:
-    """Return 4 or 8 if torch's packed kernels hold the weights (on one CPU), None for bitsandbytes or no quantization.
-
-    Raises:
-        ConfigError: "int4" on another device, or with a `device_map`.
-    """
+    """Return 4 or 8 if torch's packed kernels hold the weights (on one CPU), else None."""
     on_one_cpu = device.type == "cpu" and device_map is None
-    if quantization == "int4" and not on_one_cpu:
-        where = "spread by device_map" if device_map is not None else f"on {device.type}"
-        raise ConfigError(f"quantization='int4' needs one CPU, not {where}: set device='cpu', or use 'nf4'.")
     return {"int4": 4, "int8": 8}.get(quantization or "") if on_one_cpu else None
 
 
-def placement(device: torch.device, device_map: Any, uses_bitsandbytes: bool) -> Any:
+def placement(device: torch.device, device_map: Any, quantizes: bool) -> Any:
     """Return the `device_map` for transformers; None on a CPU, where it maps the weight files into memory instead.
 
     bitsandbytes needs one on a CPU too.
     """
     if device_map is not None:
         return device_map
-    return {"": device} if uses_bitsandbytes or device.type != "cpu" else None
+    return {"": device} if quantizes or device.type != "cpu" else None
 
 
-def quantization_config(quantization: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return the bitsandbytes settings for transformers.
+def quantization_config(quantization: str | None, dtype: torch.dtype, device: torch.device, device_map: Any) -> Any:
+    """Return the settings with which transformers quantizes while loading: of bitsandbytes or torchao; None for none.
 
     Raises:
-        MissingDependencyError: bitsandbytes is not installed.
-        ConfigError: a device that bitsandbytes does not support.
+        MissingDependencyError: the package is not installed.
+        ConfigError: a device or dtype that it does not support.
     """
-    from importlib.util import find_spec
-
-    if find_spec("bitsandbytes") is None:
-        raise MissingDependencyError(f"quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes")
+    if quantization is None:
+        return None
+    if quantization in TORCHAO:
+        return _torchao_config(quantization, dtype, device, device_map)
+    _need_package("bitsandbytes", quantization)
     if device.type == "mps":
         raise ConfigError("quantization needs a CPU or a CUDA device: set device='cpu' or quantization=None.")
     from transformers import BitsAndBytesConfig
@@ -149,6 +145,69 @@ def quantization_config(quantization: str, dtype: torch.dtype, device: torch.dev
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _torchao_config(quantization: str, dtype: torch.dtype, device: torch.device, device_map: Any) -> Any:
+    """Return torchao's settings. "int4": weights in groups of 32, as on a CPU; "fp8": weights and inputs, by row.
+
+    Raises:
+        MissingDependencyError, ConfigError: as `quantization_config`.
+    """
+    import torch
+
+    _check_torchao_device(quantization, device, device_map)
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"quantization={quantization!r} on a GPU computes in bfloat16, not {dtype}: set dtype='auto'."
+        )
+    _need_package("torchao", quantization)
+    from transformers import TorchAoConfig
+
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int4WeightOnlyConfig, PerRow
+
+        # set_inductor_config would change TorchInductor's settings and float32's precision for the whole process
+        if quantization == "fp8":
+            return TorchAoConfig(
+                Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+            )
+        packing: Any = "tile_packed_to_4d"
+        return TorchAoConfig(
+            Int4WeightOnlyConfig(group_size=32, int4_packing_format=packing, set_inductor_config=False)
+        )
+    except (ImportError, TypeError, ValueError) as error:  # a version that transformers or these settings do not take
+        raise MissingDependencyError(
+            f"quantization={quantization!r} needs torchao 0.15 or newer ({error}): pip install --upgrade torchao"
+        ) from error
+
+
+def _check_torchao_device(quantization: str, device: torch.device, device_map: Any) -> None:
+    import torch
+
+    needed = TORCHAO[quantization]
+    instead = "use 'int8' or 'int4' on device='cpu'" if quantization == "fp8" else "set device='cpu', or use 'nf4'"
+    if device.type != "cuda" or torch.version.hip is not None:
+        here = "spread by device_map without one" if device_map is not None else f"on {device.type}"
+        one_cpu = "" if quantization == "fp8" else "one CPU or "
+        raise ConfigError(f"quantization={quantization!r} needs {one_cpu}an NVIDIA GPU, not {here}: {instead}.")
+    if isinstance(device_map, dict) and {"cpu", "disk"} & {str(place) for place in device_map.values()}:
+        raise ConfigError(
+            f"quantization={quantization!r} needs all layers on GPUs: leave cpu and disk out of device_map."
+        )
+    devices = [device] if device_map is None else [torch.device("cuda", at) for at in range(torch.cuda.device_count())]
+    for each in devices:
+        if (found := torch.cuda.get_device_capability(each)) < needed:
+            raise ConfigError(
+                f"quantization={quantization!r} needs a GPU of compute capability {needed[0]}.{needed[1]} or more, and "
+                f"{each} has {found[0]}.{found[1]}: use 'nf4' or 'int8'."
+            )
+
+
+def _need_package(package: str, quantization: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise MissingDependencyError(f"quantization={quantization!r} needs {package}: pip install {package}")
 
 
 def _either(names: Any) -> str:

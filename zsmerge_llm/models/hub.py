@@ -28,6 +28,12 @@ HUB_SECONDS = 5.0
 FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 """Files downloaded from a Hub repository; `*.bin` too where it has no safetensors."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_REMEDY = (
+    "load its base model with transformers, apply it with PeftModel.from_pretrained(base, folder) of peft, and give "
+    "that model object; or give the folder of the merged model (merge_and_unload, save_pretrained)"
+)
+
 
 @dataclass(frozen=True)
 class Builtin:
@@ -92,6 +98,7 @@ def hub_folder(hub_id: str, report_status: StatusCallback) -> Path:
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     if "config.json" not in sizes:
         hint = "download one of its .gguf files and give its path" if any(n.endswith(".gguf") for n in sizes) else ""
+        hint = f"it holds a LoRA adapter: {ADAPTER_REMEDY}" if ADAPTER_CONFIG in sizes else hint
         raise ModelNotFoundError(f"{hub_id} on the Hub has no config.json: {hint or 'it holds no transformers model'}.")
     weights = ".safetensors" if any(name.endswith(".safetensors") for name in sizes) else ".bin"
     size = sum(nbytes for name, nbytes in sizes.items() if name.endswith(weights) and "/" not in name)

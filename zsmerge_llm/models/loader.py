@@ -20,6 +20,7 @@ from zsmerge_llm.errors import (
     UnsupportedModelError,
 )
 from zsmerge_llm.models import gguf, hub
+from zsmerge_llm.models.checkpoints import check_loadable
 from zsmerge_llm.models.device import (
     packed_bits,
     pick_device,
@@ -30,6 +31,7 @@ from zsmerge_llm.models.device import (
 )
 from zsmerge_llm.models.hub import StatusCallback
 from zsmerge_llm.models.log_filters import log_int8_cast_once, quiet_transformers
+from zsmerge_llm.models.lora import without_wrapper
 from zsmerge_llm.paths import cache_folder
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, its name, and its file or folder (None for a model object)."""
+    """A model, its tokenizer, its name, and its file or folder (None for a model object, which is left as it is)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -91,7 +93,8 @@ def load(
         device: "auto" is cuda, else mps, else cpu. Not together with `device_map`.
         device_map: as in transformers: spreads the layers over several devices.
         quantization: "int4" or "int8" on a CPU uses torch's packed kernels; "nf4", and "int8" on a GPU or with a
-            `device_map`, uses bitsandbytes.
+            `device_map`, uses bitsandbytes; "int4" and "fp8" on an NVIDIA GPU use torchao. Not for a checkpoint that is
+            quantized already (`checkpoints`).
         chat_template: Jinja text, or a file that holds it, in place of the model's own.
         cache_dir: folder of downloaded and converted models. Default: ZSMERGE_CACHE_DIR, else the user's cache folder.
         progress: called with a line of text at each step.
@@ -99,7 +102,7 @@ def load(
     Raises:
         ConfigError: a setting that cannot work.
         ModelNotFoundError, CorruptModelError, UnsupportedModelError: see `errors`.
-        MissingDependencyError: quantization without bitsandbytes.
+        MissingDependencyError: quantization without bitsandbytes or torchao, or a checkpoint without its package.
     """
     report_status = progress or (lambda step: None)
     validate_settings(dtype, device, device_map, quantization)
@@ -109,16 +112,19 @@ def load(
     target = pick_device(device)
     weight_dtype = pick_dtype(dtype, target)
     bits = packed_bits(quantization, target, device_map)
+    quantizer = None if bits is not None else quantization_config(quantization, weight_dtype, target, device_map)
     # in its own dtype a file is mapped into memory, not copied, until each matrix is packed
     options: dict[str, Any] = {"dtype": weight_dtype if bits is None else "auto", "attn_implementation": "eager"}
-    if quantization is not None and bits is None:
-        options["quantization_config"] = quantization_config(quantization, weight_dtype, target)
-        log_int8_cast_once()
-    if (placed := placement(target, device_map, "quantization_config" in options)) is not None:
+    if quantizer is not None:
+        options["quantization_config"] = quantizer
+    if (placed := placement(target, device_map, quantizer is not None)) is not None:
         options["device_map"] = placed
     source = _resolve(model, cache_folder(cache_dir), report_status)
+    log_int8_cast_once()
     with quiet_transformers():
-        _check_causal(_read_config(source), source.name)
+        config = _read_config(source)
+        _check_causal(config, source.name)
+        check_loadable(config, source.name, quantization, placed)
         report_status("Loading weights")
         loaded = _read_weights(source, options)
         found_tokenizer = _find_tokenizer(tokenizer, source.folder, report_status)
@@ -160,10 +166,18 @@ def _resolve(model: str | Path, cache: Path, report_status: StatusCallback) -> _
         choices = f"a built-in name ({', '.join(hub.BUILTINS)}), a Hub id (owner/name), a folder or a .gguf file"
         raise ModelNotFoundError(f"There is no file or folder {str(model)!r}: check the path, or give {choices}.")
     folder = hub.hub_folder(model, report_status)
+    _check_no_adapter(folder)
     return _Source(model, folder, folder)
 
 
+def _check_no_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter, which transformers applies where peft is installed, and else ignores."""
+    if (folder / hub.ADAPTER_CONFIG).is_file():
+        raise UnsupportedModelError(f"The folder {folder} holds a LoRA adapter: {hub.ADAPTER_REMEDY}.")
+
+
 def _check_folder(folder: Path) -> None:
+    _check_no_adapter(folder)
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.glob("*.gguf"))
         remedy = f"give the path of {files[0]} in it" if files else "give the folder that holds config.json and weights"
@@ -238,6 +252,7 @@ def _from_object(
 ) -> LoadedModel:
     from transformers import PreTrainedModel
 
+    model = without_wrapper(model)
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"model must be a name, a path or a transformers model, not {type(model).__name__}.")
     if given := [name for name, value in changes.items() if value not in (None, "auto")]:
@@ -251,7 +266,7 @@ def _from_object(
         raise ConfigError("A model object without config.name_or_path needs its tokenizer: pass tokenizer=.")
     with quiet_transformers():
         found_tokenizer = _find_tokenizer(tokenizer, origin, report_status)
-    return LoadedModel(model.eval(), _with_template(found_tokenizer, chat_template), name, None)
+    return LoadedModel(model, _with_template(found_tokenizer, chat_template), name, None)
 
 
 def _find_tokenizer(given: Any, origin: str | Path, report_status: StatusCallback) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.models.lora import AdapterState
 from zsmerge_llm.sessions.session import Fingerprint
 
 if TYPE_CHECKING:
@@ -22,13 +23,18 @@ SAMPLED_VALUES = 64
 def fingerprint(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str | None, cache: CacheConfig
 ) -> Fingerprint:
-    """Return digests of a model's weights (sampled), tokenizer and chat template, and the cache's configuration."""
+    """Return digests of a model's weights (sampled), tokenizer and chat template, and the cache's configuration.
+
+    Adapters count as weights, and so does which of them are active, merged or disabled, and how they are scaled.
+    """
     weights = hashlib.sha256()
     # Not state_dict(): bitsandbytes 0.50 unpacks its 4-bit weights on a CPU for it, and they are unusable afterwards.
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in sorted(tensors.items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        weights.update(_sample(tensor))
+        for part in _parts(tensor):
+            weights.update(_sample(part))
+    weights.update(AdapterState(model).text().encode())
     return Fingerprint(
         weights=weights.hexdigest(),
         tokenizer=tokenizer_digest(tokenizer),
@@ -51,6 +57,14 @@ def _tokenizer_data(tokenizer: PreTrainedTokenizerBase) -> Any:
     if backend is None:
         return sorted(tokenizer.get_vocab().items())
     return {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors of a weight: those inside a tensor subclass, such as torchao's codes and scales."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in _parts(getattr(tensor, name))]
 
 
 def _sample(tensor: Tensor) -> bytes:

@@ -72,7 +72,7 @@ class ZSMergeSettings(BaseModel):
     dtype: str = Field(default="auto", frozen=True)
     device: str = Field(default_factory=from_env("ZSMERGE_DEVICE", default="auto"), frozen=True)
     device_map: str | dict[str, Any] | None = Field(default=None, frozen=True)
-    quantization: Literal["nf4", "int8", "int4"] | None = Field(default=None, frozen=True)
+    quantization: Literal["nf4", "int8", "int4", "fp8"] | None = Field(default=None, frozen=True)
     compile: bool | Literal["auto"] = Field(default="auto", frozen=True)
     """Whether decode steps run through compiled layers. `"auto"` compiles once enough was decoded to pay for it."""
     chat_template: str | None = Field(default=None, frozen=True)

@@ -90,7 +90,7 @@ class ZSMergeLLM(StructuredPrediction):
     dtype: str = Field(default="auto", description="Type of the weights, such as 'bfloat16'.")
     device: str = Field(default="auto", description="Device of the model, such as 'cpu' or 'cuda:0'.")
     device_map: str | dict[str, Any] | None = Field(default=None, description="Placement as accelerate takes it.")
-    quantization: str | None = Field(default=None, description="None, 'nf4', 'int8' or 'int4'.")
+    quantization: str | None = Field(default=None, description="None, 'nf4', 'int8', 'int4' or 'fp8'.")
     compile: bool | str = Field(default="auto", description="Compiled decode steps: True, False or 'auto'.")
     chat_template: str | None = Field(default=None, description="Chat template in place of the model's own.")
     template_args: dict[str, Any] | None = Field(
