@@ -21,7 +21,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,53 +196,48 @@ def decode_rate(engine: Engine, cache: Cache, steps: int) -> float:
 
 def ours(report: Report, model: PreTrainedModel, sizes: Sizes) -> None:
     """Decoding, batches, reading and the first token of a turn."""
-    engine = engine_of(model, sizes, chunk=sizes.chunks[-1])
-    caches = {}
-    for history in sizes.histories:
-        caches[history] = engine.new_cache()
-        engine.read(caches[history], ids(model, history))
-    for history, cache in caches.items():
+    with closing(engine_of(model, sizes, chunk=sizes.chunks[-1])) as engine:
+        first = engine.new_cache()
+        for history in sizes.histories:
+            cache = engine.new_cache()
+            engine.read(cache, ids(model, history))
+            decoding(report, engine, cache, sizes, f"behind {history}, graphs")
+            first = cache if history == sizes.histories[0] else first
+        batches(report, engine, first, sizes, "graphs")
+        turn, behind = ids(model, sizes.turn, seed=1), engine.new_cache()
+        engine.read(behind, ids(model, sizes.behind))
         report.add(
-            f"decode, one conversation behind {history}, graphs",
-            "tokens/s",
-            lambda: decode_rate(engine, cache, sizes.steps),  # noqa: B023
+            f"first token of a {sizes.turn}-token turn behind {sizes.behind}",
+            "ms",
+            lambda: 1000 * median_seconds(lambda: first_token(engine, behind.clone(), turn), 5, warmup=2),
         )
-    first = caches[sizes.histories[0]]
-    for rows in sizes.rows:
-        batch = Cache.stack([first] * rows)
-        report.add(f"decode, batch of {rows}, graphs", "tokens/s", lambda: decode_rate(engine, batch, sizes.steps))  # noqa: B023
-    plain = engine_of(model, sizes, graphs=False)
-    report.add(
-        "decode, one conversation, step by step",
-        "tokens/s",
-        lambda: decode_rate(plain, first.clone(), sizes.steps // 4),
-    )
+        print("not captured because:", engine.backend.disabled_reason)
+    with closing(engine_of(model, sizes, graphs=False)) as plain:
+        decoding(report, plain, first, sizes, "step by step")
     for chunk in sizes.chunks:
-        reading = engine_of(model, sizes, chunk=chunk)
-        for length in sizes.texts:
-            text = ids(model, length)
-            report.add(
-                f"read {length}, chunks of {chunk}", "tokens/s",
-                lambda: length / median_seconds(lambda: read(reading, text), 2),  # noqa: B023
-            )  # fmt: skip
-    behind = engine.new_cache()
-    engine.read(behind, ids(model, sizes.behind))
-    turn = ids(model, sizes.turn, seed=1)
-    report.add(
-        f"first token of a {sizes.turn}-token turn behind {sizes.behind}", "ms",
-        lambda: 1000 * median_seconds(lambda: first_token(engine, behind.clone(), turn), 5, warmup=2),
-    )  # fmt: skip
-    compiled = engine_of(model, sizes)
-    compiled.backend.start()
-    report.add("decode, one conversation, graphs over compiled layers", "tokens/s",
-               lambda: decode_rate(compiled, first.clone(), sizes.steps))  # fmt: skip
+        with closing(engine_of(model, sizes, chunk=chunk)) as reading:
+            for length in sizes.texts:
+                report.add(f"read {length}, chunks of {chunk}", "tokens/s", partial(read_rate, reading, length))
+    with closing(engine_of(model, sizes)) as compiled:
+        compiled.backend.start()
+        decoding(report, compiled, first, sizes, "graphs over compiled layers")
+        batches(report, compiled, first, sizes, "graphs over compiled layers")
+        print("not compiled because:", compiled.backend.disabled_reason)
+
+
+def decoding(report: Report, engine: Engine, cache: Cache, sizes: Sizes, how: str) -> None:
+    report.add(f"decode, one conversation, {how}", "tokens/s", lambda: decode_rate(engine, cache.clone(), sizes.steps))
+
+
+def batches(report: Report, engine: Engine, cache: Cache, sizes: Sizes, how: str) -> None:
     for rows in sizes.rows:
-        batch = Cache.stack([first] * rows)
-        report.add(f"decode, batch of {rows}, graphs over compiled layers", "tokens/s",
-                   lambda: decode_rate(compiled, batch, sizes.steps))  # fmt: skip  # noqa: B023
-    print(
-        "without graphs or compiled layers because:", engine.backend.disabled_reason, compiled.backend.disabled_reason
-    )
+        batch = Cache.stack([cache] * rows)
+        report.add(f"decode, batch of {rows}, {how}", "tokens/s", partial(decode_rate, engine, batch, sizes.steps))
+
+
+def read_rate(engine: Engine, length: int) -> float:
+    text = ids(engine.model, length)
+    return length / median_seconds(lambda: read(engine, text), 2)
 
 
 def read(engine: Engine, text: list[int]) -> None:
@@ -321,19 +318,17 @@ def continuous_rate(model: PreTrainedModel, history: int, rows: int, steps: int)
 def peers(report: Report, model: PreTrainedModel, sizes: Sizes) -> None:
     """transformers on the same model."""
     model.set_attn_implementation("sdpa")
-    history, few = sizes.histories[0], max(8, sizes.steps // 4)
-    report.add(
-        f"transformers, DynamicCache, behind {history}", "tokens/s", lambda: dynamic_rate(model, history, 1, few)
-    )
-    report.add(f"transformers, DynamicCache, batch of {sizes.rows[0]}", "tokens/s",
-               lambda: dynamic_rate(model, history, sizes.rows[0], few))  # fmt: skip
+    history, rows, few = sizes.histories[0], sizes.rows[0], max(8, sizes.steps // 4)
+    name = "transformers, DynamicCache"
+    report.add(f"{name}, behind {history}", "tokens/s", lambda: dynamic_rate(model, history, 1, few))
+    report.add(f"{name}, batch of {rows}", "tokens/s", lambda: dynamic_rate(model, history, rows, few))
     for length in sizes.texts:
-        report.add(f"transformers, read {length}", "tokens/s", lambda: transformers_reading(model, length))  # noqa: B023
-    report.add(f"transformers, StaticCache + reduce-overhead, behind {history}", "tokens/s",
-               lambda: static_rate(model, history, few))  # fmt: skip
+        report.add(f"{name}, read {length}", "tokens/s", partial(transformers_reading, model, length))
+    name = "transformers, StaticCache + reduce-overhead"
+    report.add(f"{name}, behind {history}", "tokens/s", lambda: static_rate(model, history, few))
     if torch.cuda.is_available():
-        report.add(f"transformers, continuous batching, {sizes.rows[0]}", "tokens/s",
-                   lambda: continuous_rate(model, history, sizes.rows[0], few))  # fmt: skip
+        name = "transformers, continuous batching"
+        report.add(f"{name}, {rows}", "tokens/s", lambda: continuous_rate(model, history, rows, few))
 
 
 # -- a real model ------------------------------------------------------------------------------------------------------
