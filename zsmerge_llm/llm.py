@@ -32,7 +32,7 @@ from zsmerge_llm.retrieval.query_probe import (
     is_multi_turn,
     message_probe,
 )
-from zsmerge_llm.runtime import Runtime, assemble, validate_runtime_settings
+from zsmerge_llm.runtime import Runtime, assemble, explain, validate_runtime_settings
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, Message, Progress, Result
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from zsmerge_llm.engine.engine import Engine
+    from zsmerge_llm.planning.explanation import Explanation
     from zsmerge_llm.sessions.conversations import Turn
     from zsmerge_llm.sessions.session import Session
     from zsmerge_llm.sessions.store import Store
@@ -105,16 +106,10 @@ class LLM:
         self.chunk = chunk
         self.compile = compile
         self.max_input_tokens = max_input_tokens
-        loading = {
-            "tokenizer": tokenizer,
-            "dtype": dtype,
-            "device": device,
-            "device_map": device_map,
-            "quantization": quantization,
-            "chat_template": chat_template,
-            "progress": progress,
-        }
+        weights = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
+        loading = {**weights, "tokenizer": tokenizer, "chat_template": chat_template, "progress": progress}
         memory = parse_bytes(session_memory)
+        self._explain = partial(explain, model, loading, self.cache, chunk, compile)
         self._assemble = partial(
             assemble, model, self.cache, chunk, compile, loading, template_args, retrieval_tokens, sessions_dir, memory
         )
@@ -158,6 +153,10 @@ class LLM:
         Parts of a conversation can be counted too, such as one that ends with an answer. Raises InputError as `stream`.
         """
         return self._load().template.count(normalize_messages(messages, partial=True), tools)
+
+    def explain(self) -> Explanation:
+        """Return what this model takes of memory and how it decodes: planned, or as it is once the model is loaded."""
+        return self._explain(self._runtime)
 
     def warm_up(self) -> None:
         """Load the model, the tokenizer for grammars and the kernels for prefill now rather than at the first use.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from zsmerge_llm.engine.engine import Engine
     from zsmerge_llm.engine.layer_budgets import LayerBudgets
+    from zsmerge_llm.planning.explanation import Explanation
     from zsmerge_llm.sessions.conversations import Conversations
 
 
@@ -93,3 +94,24 @@ def assemble(
     prompts = PromptBuilder(template, layer_budgets.prompt_config, *searches)
     conversations = Conversations(store, template, engine.new_cache, prompts, documents)
     return Runtime(loaded.name, tokenizer, engine, template, output_formats, conversations, layer_budgets)
+
+
+def explain(
+    model: str | Path | PreTrainedModel,
+    loading: dict[str, Any],
+    cache: CacheConfig,
+    chunk: int,
+    compile: bool | Literal["auto"],
+    runtime: Runtime | None,
+) -> Explanation:
+    """Explain what an `LLM` of these settings takes of memory: planned, or with its runtime as it is.
+
+    Raises:
+        LoadError: no such model, or none that the cache can carry.
+    """
+    from zsmerge_llm.planning.explanation import explain_loaded, explain_planned
+
+    if runtime is None:
+        return explain_planned(model, loading, cache, chunk, compile)
+    store = runtime.conversations.store
+    return explain_loaded(runtime.name, runtime.engine, store, loading["quantization"], compile)

@@ -6,7 +6,7 @@ everything else stays PyTorch's (`cpu.backend`, `gpu.backend`).
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.kvcache.layer_cache import KVView, LayerCache
 from zsmerge_llm.kvcache.scoring import TensorScoring
 from zsmerge_llm.kvcache.slots import AttentionInputs, ScoringOps
+
+DecodeStep = Literal["captured", "compiled", "eager"]
+"""How a decode step runs: as a captured graph of the device, through compiled layers, or as transformers wrote it."""
 
 
 class AttentionOps(ScoringOps, Protocol):
@@ -41,6 +44,18 @@ class AttentionBackend(Protocol):
     @property
     def disabled_reason(self) -> str | None:
         """Why the backend does less than it could, for logs; None where nothing is wrong."""
+
+    @property
+    def decode_step(self) -> DecodeStep:
+        """How decode steps run now; "eager" also where something faster is not yet due."""
+
+    @property
+    def fastest_step(self) -> DecodeStep:
+        """How decode steps run once `start` has worked."""
+
+    @property
+    def steps_until_start(self) -> int | None:
+        """Decode steps after which the backend starts of its own accord; None: never, or it has."""
 
     def ops(self, layer: LayerCache, call: AttentionCall, layout: PassLayout) -> AttentionOps:
         """Choose the operations for one layer's call in one forward pass."""
@@ -83,6 +98,7 @@ class TorchBackend:
 
     max_decode_tokens: int | None = None
     max_decode_rows: int | None = None
+    fastest_step: DecodeStep = "eager"
 
     def __init__(self) -> None:
         self.torch_ops = TorchOps()
@@ -90,6 +106,16 @@ class TorchBackend:
     @property
     def disabled_reason(self) -> str | None:
         """Nothing is ever disabled."""
+        return None
+
+    @property
+    def decode_step(self) -> DecodeStep:
+        """Every layer runs as transformers wrote it."""
+        return "eager"
+
+    @property
+    def steps_until_start(self) -> int | None:
+        """There is nothing to start."""
         return None
 
     def ops(self, layer: LayerCache, call: AttentionCall, layout: PassLayout) -> AttentionOps:

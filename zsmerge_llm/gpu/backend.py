@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.backend import TorchBackend
+from zsmerge_llm.attention.backend import DecodeStep, TorchBackend
 from zsmerge_llm.cpu.compiled_layers import CompiledLayers
 
 
@@ -17,6 +17,8 @@ class GPUBackend(TorchBackend):
         num_draft_tokens: tokens of a speculative pass behind the first.
     """
 
+    fastest_step: DecodeStep = "compiled"
+
     def __init__(self, model: PreTrainedModel, num_layers: int, automatic: bool, num_draft_tokens: int) -> None:
         super().__init__()
         self.compiled = CompiledLayers(model, num_layers, ((1, 1), (1, 1 + num_draft_tokens)), automatic)
@@ -25,6 +27,16 @@ class GPUBackend(TorchBackend):
     def disabled_reason(self) -> str | None:
         """Why layers are not compiled; None where nothing is wrong."""
         return self.compiled.disabled_reason
+
+    @property
+    def decode_step(self) -> DecodeStep:
+        """How decode steps run now: through compiled layers once they are enabled."""
+        return "compiled" if self.compiled.enabled and self.disabled_reason is None else "eager"
+
+    @property
+    def steps_until_start(self) -> int | None:
+        """Decode steps after which layers are compiled of their own accord; None: never, or they have been."""
+        return self.compiled.steps_left
 
     def on_pass(self, num_tokens: int) -> None:
         """Count a decode step, and compile once that pays."""
