@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from zsmerge_llm.planning.explanation import Explanation
-from zsmerge_llm.planning.plan import Plan, plan
+from zsmerge_llm.planning.planner import Plan, plan
 
 __all__ = ["Explanation", "Plan", "plan"]

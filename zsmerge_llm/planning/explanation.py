@@ -12,7 +12,7 @@ from zsmerge_llm.models.device import is_host
 from zsmerge_llm.models.device_memory import device_memory
 from zsmerge_llm.models.footprint import weight_nbytes
 from zsmerge_llm.planning.decode_step import Compile, running_step
-from zsmerge_llm.planning.plan import dequantized_weights, plan
+from zsmerge_llm.planning.planner import dequantized_weights, plan
 from zsmerge_llm.planning.shape import shape_of
 from zsmerge_llm.planning.sizes import format_bytes, format_table
 from zsmerge_llm.planning.workspace import workspace_nbytes
