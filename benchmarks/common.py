@@ -106,7 +106,16 @@ def reset_peak_rss() -> None:
 
 def peak_rss() -> int:
     """Return the peak resident bytes of this process since `reset_peak_rss` (Linux)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return _status("VmHWM")
+
+
+def resident() -> int:
+    """Return the resident bytes of this process (Linux)."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 

@@ -128,6 +128,13 @@ def memory(result: Result) -> Iterator[Row]:
             yield model_name(result), kind, number(int(length)), *(number(row[k] / 1e6, 1) for k in ("peak", "cache"))
 
 
+def planned_memory(result: Result) -> Iterator[Row]:
+    for row in result["rows"]:
+        kind = ", ".join([row["dtype"], *filter(None, [row["quantization"]]), *["compiled"] * row["compile"]])
+        sizes = (number(row[name] / 1e6, 1) for name in ("planned", "measured", "workspace", "loading"))
+        yield row["model"], kind, row["slots"], row["chunk"], *sizes, f"{row['planned'] / row['measured']:.3f}"
+
+
 def restart(result: Result) -> Iterator[Row]:
     seconds = [f"{result[key]:.2f}" for key in ("reading_seconds", "first_load_seconds", "loading_seconds")]
     equal = "yes" if result["logits_bit_equal"] else "no"
@@ -223,6 +230,9 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
      ("case", "turn", "tokens of history", "CPU time", "wall time", "largest CPU time before"), host_work),
     ("Peak memory of prefill above the loaded model", "memory",
      ("model", "system", "tokens", "peak, MB", "cache, MB"), memory),
+    ("Planned memory against the measured peak of a process", "planned-memory",
+     ("model", "weights", "slots", "chunk", "planned, MB", "measured, MB", "workspace of it, MB", "while loading, MB",
+      "planned over measured"), planned_memory),
     ("Saved sessions: prefill against loading, seconds", "restart",
      ("model", "tokens", "prefill", "first load", "later loads", "file, MB", "logits bit-equal"), restart),
     ("A book beyond the trained window: NLL of the block that ends at", "endurance",

@@ -128,6 +128,8 @@ def test_the_commands_of_a_page_exist(page: Path) -> None:
             assert words[1] in targets, words
         elif words[0] == "zsmerge-llm":
             parse(words[1:])
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), words
         else:
             assert words[:3] == ["pip", "install", "-e"], words
             for project in (word for word in words[2:] if word != "-e"):

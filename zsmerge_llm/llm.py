@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -32,7 +33,7 @@ from zsmerge_llm.retrieval.query_probe import (
     is_multi_turn,
     message_probe,
 )
-from zsmerge_llm.runtime import LazyRuntime, Runtime, assemble, validate_runtime_settings
+from zsmerge_llm.runtime import LazyRuntime, Runtime, assemble, explain, validate_runtime_settings
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, Message, Progress, Result
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from zsmerge_llm.engine.engine import Engine
+    from zsmerge_llm.planning.explanation import Explanation
     from zsmerge_llm.sessions.conversations import Turn
     from zsmerge_llm.sessions.session import Session
     from zsmerge_llm.sessions.store import Store
@@ -50,7 +52,7 @@ Messages = str | Sequence[Message]
 """One user message as text, or a list of dicts in the OpenAI format."""
 
 
-class LLM:
+class LLM(AbstractContextManager["LLM"]):
     """A local model on a KV cache of constant size. Cheap to construct: the model loads on first use.
 
     Args:
@@ -63,7 +65,7 @@ class LLM:
         tokenizer: for a model object whose tokenizer cannot be found by its name.
         chat_template: Jinja text instead of the model's own.
         template_args: variables for the chat template, such as {"enable_thinking": False}.
-        chunk: tokens read in one forward pass.
+        chunk: tokens read in one forward pass; "auto": 512 on a CPU, up to 2,048 on a GPU.
         compile: whether decode steps run through compiled layers: True compiles while loading; "auto" later, once
             enough was decoded to pay for it; False never. Where it is impossible, that is logged, and nothing else.
         retrieval_tokens: most tokens of earlier text that match a question and are read again before it, where the
@@ -91,7 +93,7 @@ class LLM:
         tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         template_args: dict[str, Any] | None = None,
-        chunk: int = 512,
+        chunk: int | Literal["auto"] = "auto",
         compile: bool | Literal["auto"] = "auto",
         retrieval_tokens: int = DEFAULT_TOKENS,
         max_input_tokens: int | None = None,
@@ -106,9 +108,10 @@ class LLM:
         self.chunk = chunk
         self.compile = compile
         self.max_input_tokens = max_input_tokens
-        loading = {"tokenizer": tokenizer, "dtype": dtype, "device": device, "device_map": device_map}
-        loading |= {"quantization": quantization, "chat_template": chat_template, "progress": progress}
+        weights = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
+        loading = {**weights, "tokenizer": tokenizer, "chat_template": chat_template, "progress": progress}
         settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory))
+        self._explain = partial(explain, model, loading, self.cache, chunk, compile)
         self._runtime = LazyRuntime(partial(assemble, model, self.cache, chunk, compile, loading, *settings))
 
     # -- the model ---------------------------------------------------------------------------------------------------
@@ -143,18 +146,19 @@ class LLM:
         return len(self._load().template.encode(text))
 
     def count_prompt_tokens(self, messages: Messages, tools: Sequence[dict[str, Any]] | None = None) -> int:
-        """Return the tokens of a prompt made of these messages: `usage.prompt_tokens` of a new conversation.
-
-        Parts of a conversation can be counted too, such as one that ends with an answer. Raises InputError as `stream`.
-        """
+        """Return `usage.prompt_tokens` of a new conversation of these messages, or parts of one. Raises InputError."""
         return self._load().template.count(normalize_messages(messages, partial=True), tools)
 
+    def explain(self) -> Explanation:
+        """Return what this model takes of memory and how it decodes: planned, or as it is once the model is loaded."""
+        return self._explain(self._runtime.current)
+
     def warm_up(self) -> None:
-        """Load the model, the tokenizer for grammars and the kernels for prefill now rather than at the first use.
+        """Load the model, the tokenizer for grammars and kernels, and capture graphs, now rather than at the first use.
 
         Native code blocks all threads for up to half a second at a time: call it before an event loop serves others.
         """
-        self.engine.backend.warm_up()
+        self.engine.warm_up()
         self.complete("a", grammar=Grammar.choice("a"), sampling=SamplingParams(max_tokens=1))
 
     def close(self) -> None:
@@ -163,9 +167,6 @@ class LLM:
         A request that runs, and every later one, raises InputError. Once nothing references the LLM it closes itself.
         """
         self._runtime.close()
-
-    def __enter__(self) -> LLM:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

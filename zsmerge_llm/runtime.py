@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from zsmerge_llm.engine.engine import Engine
     from zsmerge_llm.engine.layer_budgets import LayerBudgets
+    from zsmerge_llm.planning.explanation import Explanation
     from zsmerge_llm.sessions.conversations import Conversations
 
 
@@ -84,7 +85,7 @@ def validate_runtime_settings(cache: Any, compile: Any, retrieval_tokens: Any) -
 def assemble(
     model: str | Path | PreTrainedModel,
     cache: CacheConfig,
-    chunk: int,
+    chunk: int | Literal["auto"],
     compile: bool | Literal["auto"],
     loading: dict[str, Any],
     template_args: dict[str, Any] | None,
@@ -130,3 +131,24 @@ def assemble(
         conversations = Conversations(store, template, engine.new_cache, prompts, documents)
         undo.pop_all()
         return Runtime(loaded.name, tokenizer, engine, template, output_formats, conversations, layer_budgets)
+
+
+def explain(
+    model: str | Path | PreTrainedModel,
+    loading: dict[str, Any],
+    cache: CacheConfig,
+    chunk: int | Literal["auto"],
+    compile: bool | Literal["auto"],
+    runtime: Runtime | None,
+) -> Explanation:
+    """Explain what an `LLM` of these settings takes of memory: planned, or with its runtime as it is.
+
+    Raises:
+        LoadError: no such model, or none that the cache can carry.
+    """
+    from zsmerge_llm.planning.explanation import explain_loaded, explain_planned
+
+    if runtime is None:
+        return explain_planned(model, loading, cache, chunk, compile)
+    store = runtime.conversations.store
+    return explain_loaded(runtime.name, runtime.engine, store, loading["quantization"], compile)

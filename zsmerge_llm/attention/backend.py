@@ -7,7 +7,7 @@ everything else stays PyTorch's (`cpu.backend`, `gpu.backend`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ CHUNK_TOKENS = 512
 
 Replay = Callable[[], None]
 """Repeats work on fixed memory."""
+
+DecodeStep = Literal["captured", "compiled", "eager"]
+"""How a decode step runs: as a captured graph of the device, through compiled layers, or as transformers wrote it."""
 
 
 class AttentionOps(ScoringOps, Protocol):
@@ -58,6 +61,18 @@ class AttentionBackend(Protocol):
 
     def capture(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Replay:
         """Return what repeats `run`, on fixed memory. `warm_up` does the same work without a trace."""
+
+    @property
+    def decode_step(self) -> DecodeStep:
+        """How decode steps run now; "eager" also where something faster is not yet due."""
+
+    @property
+    def fastest_step(self) -> DecodeStep:
+        """How decode steps run once `start` has worked."""
+
+    @property
+    def steps_until_start(self) -> int | None:
+        """Decode steps after which the backend starts of its own accord; None: never, or it has."""
 
     def ops(self, layer: LayerCache, call: AttentionCall, layout: PassLayout) -> AttentionOps:
         """Choose the operations for one layer's call in one forward pass."""
@@ -104,6 +119,7 @@ class TorchBackend:
     max_decode_tokens: int | None = None
     max_decode_rows: int | None = None
     static_sizes: Sequence[int] | None = None
+    fastest_step: DecodeStep = "eager"
 
     def __init__(self) -> None:
         self.torch_ops = TorchOps()
@@ -120,6 +136,16 @@ class TorchBackend:
     def capture(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Replay:
         """Return `run` itself."""
         return run
+
+    @property
+    def decode_step(self) -> DecodeStep:
+        """Every layer runs as transformers wrote it."""
+        return "eager"
+
+    @property
+    def steps_until_start(self) -> int | None:
+        """There is nothing to start."""
+        return None
 
     def ops(self, layer: LayerCache, call: AttentionCall, layout: PassLayout) -> AttentionOps:
         """Return PyTorch's operations."""

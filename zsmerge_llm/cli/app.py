@@ -1,4 +1,4 @@
-"""The command line: `zsmerge-llm demo | ask | chat | sessions | inspect | models`.
+"""The command line: `zsmerge-llm demo | ask | chat | sessions | inspect | plan | models`.
 
 Answers and usage go to stdout; progress, warnings and errors go to stderr (see `console`).
 """
@@ -19,6 +19,7 @@ import typer
 
 from zsmerge_llm import __version__
 from zsmerge_llm.cli.console import CommandGroup, Terminal
+from zsmerge_llm.cli.plan import plan
 from zsmerge_llm.cli.sessions import inspect_session, sessions, sessions_folder
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
@@ -151,6 +152,7 @@ def ask(
 
 app.add_typer(sessions, name="sessions")
 app.command("inspect")(inspect_session)
+app.command("plan")(plan)
 
 
 @app.command()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.backend import AttentionOps, TorchBackend, TorchOps
+from zsmerge_llm.attention.backend import AttentionOps, DecodeStep, TorchBackend, TorchOps
 from zsmerge_llm.attention.call import AttentionCall
 from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.cpu import native
@@ -108,6 +108,7 @@ class CPUBackend(TorchBackend):
 
     max_decode_tokens = native.MAX_ROWS
     max_decode_rows = native.MAX_ROWS
+    fastest_step: DecodeStep = "compiled"
 
     def __init__(self, model: PreTrainedModel, num_layers: int, automatic: bool, num_draft_tokens: int) -> None:
         super().__init__()
@@ -179,6 +180,16 @@ class CPUBackend(TorchBackend):
     def disabled_reason(self) -> str | None:
         """Why layers are not compiled; None where nothing is wrong."""
         return self.compiled.disabled_reason
+
+    @property
+    def decode_step(self) -> DecodeStep:
+        """How decode steps run now: through compiled layers once they are enabled."""
+        return "compiled" if self.compiled.enabled and self.disabled_reason is None else "eager"
+
+    @property
+    def steps_until_start(self) -> int | None:
+        """Decode steps after which layers are compiled of their own accord; None: never, or they have been."""
+        return self.compiled.steps_left
 
     def close(self) -> None:
         """Give every module its own forward back."""

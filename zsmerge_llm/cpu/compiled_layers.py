@@ -115,6 +115,11 @@ class CompiledLayers:
         """Whether decode steps go through compiled layers."""
         return len(self.patches) > 0
 
+    @property
+    def steps_left(self) -> int | None:
+        """Decode steps after which layers are compiled of their own accord; None: never, or that has been tried."""
+        return None if self.enabled or self.disabled_reason is not None else self._steps_left
+
     def is_due(self, num_tokens: int) -> bool:
         """Count a pass of so many tokens; return True once, when compiling has come to pay."""
         if self._steps_left is None or all(num_tokens != tokens for rows, tokens in self._shapes if rows == 1):
@@ -131,7 +136,7 @@ class CompiledLayers:
         if self.enabled or self.disabled_reason is not None:
             return
         try:
-            layers = _decoder_layers(self._model, self._num_layers)
+            layers = decoder_layers(self._model, self._num_layers)
         except UnsupportedModelError as error:
             self.disable(error)
             return
@@ -302,7 +307,7 @@ def _is_tensors(value: Any) -> bool:
     return isinstance(value, tuple) and bool(value) and all(isinstance(each, Tensor) for each in value)
 
 
-def _decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
     """Return the model's decoder layers, in order.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,11 @@ def build(sources: Sequence[str] = DECODE_SOURCES) -> None:
     if sources == DECODE_SOURCES:
         torch.library.register_fake("zsmerge::gemv", _fake_gemv)
         _has_int4_products()  # cached here: it cannot run while a graph is traced
+
+
+def find_compiler() -> str | None:
+    """Return the path of the C++ compiler that kernels and layers are compiled with; None where there is none."""
+    return shutil.which((os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")).split()[0])
 
 
 def is_built(sources: Sequence[str]) -> bool:

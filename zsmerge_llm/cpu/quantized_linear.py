@@ -155,7 +155,7 @@ def quantize_model(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> Non
     head, embedding = cast(Any, model.get_output_embeddings()), cast(Any, model.get_input_embeddings())
     names = {id(module): name for name, module in model.named_modules()}
     tied = head.weight is embedding.weight
-    for name in [name for name, module in model.named_modules() if _is_linear(module)]:
+    for name in [name for name, module in model.named_modules() if is_linear(module)]:
         layer = cast(nn.Linear, model.get_submodule(name))
         model.set_submodule(name, quantize_linear(layer, 8 if layer is head else bits, dtype))
     factor = _embedding_factor(embedding, dtype)
@@ -259,18 +259,21 @@ def _add_bias(out: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _is_linear(module: nn.Module | None) -> bool:
+def is_linear(module: nn.Module | None) -> bool:
     """Return whether a module is a plain linear layer; of its subclasses, only Falcon's computes the same."""
     return type(module) is nn.Linear or type(module).__name__ == "FalconLinear"
 
 
+def is_embedding(module: nn.Module) -> bool:
+    """Return whether a module is a plain embedding layer, or one that multiplies its rows by a factor."""
+    return type(module) is nn.Embedding or type(module).__name__.endswith("TextScaledWordEmbedding")
+
+
 def _embedding_factor(embedding: nn.Module, dtype: torch.dtype) -> float | None:
     """Return the factor that an embedding layer multiplies its rows by; None for an unknown kind of layer."""
-    if type(embedding) is nn.Embedding:
-        return 1.0
-    if type(embedding).__name__.endswith("TextScaledWordEmbedding"):
-        return float(cast(Tensor, embedding.embed_scale).to(dtype))
-    return None
+    if not is_embedding(embedding):
+        return None
+    return 1.0 if type(embedding) is nn.Embedding else float(cast(Tensor, embedding.embed_scale).to(dtype))
 
 
 def _min_scale(dtype: torch.dtype) -> float:

@@ -81,9 +81,8 @@ class Engine:
             self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
             self.stop_ids = _stop_ids(model)
             kind = CPUBackend if CPUBackend.serves(model) else GPUBackend
-            self.backend: AttentionBackend = backend or kind(
-                model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS
-            )
+            own = kind(model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS) if backend is None else backend
+            self.backend: AttentionBackend = own
             self._held.backends.append(self.backend)
             self.chunk = self.backend.default_chunk(self.specs) if chunk == "auto" else chunk
             remapper = PositionRemapper(model, self.specs, self.context_window)
@@ -170,8 +169,8 @@ class Engine:
             InputError: no ids, ids outside the vocabulary, or a cache of several rows.
             Cancelled: `cancel` was set.
         """
-        tokens = self._ids(ids)
-        question = self._ids(probe) if probe is not None and len(probe) else None
+        tokens = _checked_ids(self.vocab_size, ids)
+        question = _checked_ids(self.vocab_size, probe) if probe is not None and len(probe) else None
         _check_one_row(cache)
         how = Reading(
             self.chunk, prompt_probe(cache.config, question, multi_turn, len(tokens)), multi_turn, pinned_tail
@@ -188,7 +187,7 @@ class Engine:
             InputError: as `read`, or another number of rows than the cache has.
             Cancelled: `cancel` was set.
         """
-        tokens = [self._ids(row) for row in rows]
+        tokens = [_checked_ids(self.vocab_size, row) for row in rows]
         if len(tokens) != cache.rows:
             raise InputError(f"{len(tokens)} prompts for a cache of {cache.rows} rows: give one prompt a row.")
         empty = tokens[0][:0]
@@ -213,7 +212,7 @@ class Engine:
             InputError: as `read`.
         """
         _check_one_row(cache)
-        tokens = self._ids(ids)
+        tokens = _checked_ids(self.vocab_size, ids)
         with self._turn:
             return self.runner.query_attention(cache, tokens)
 
@@ -224,7 +223,7 @@ class Engine:
         Nothing predicts the first token of an empty cache: its entry is 0. Raises as `read`.
         """
         _check_one_row(cache)
-        tokens, parts = self._ids(ids).to(self.device), []
+        tokens, parts = _checked_ids(self.vocab_size, ids).to(self.device), []
         for start in range(0, len(tokens), self.chunk):
             check_cancelled(cancel)
             chunk = tokens[start : start + self.chunk]
@@ -258,7 +257,7 @@ class Engine:
         Raises:
             InputError: as `read`. Cancelled: `cancel` was set.
         """
-        params, tokens = sampling or SamplingParams(), self._ids(ids)
+        params, tokens = sampling or SamplingParams(), _checked_ids(self.vocab_size, ids)
         self.read(cache, tokens, probe=probe, cancel=cancel, progress=progress)
         for (token,) in self.decode(cache, [params], [tokens.tolist()], cancel=cancel):
             assert token is not None
@@ -298,11 +297,8 @@ class Engine:
         static = self._static_scheduler if is_capturable(cache) else None
         yield from decode_loop.decode((static or self._scheduler).join(cache), sequences, cancel)
 
-    def _ids(self, ids: Ids) -> Tensor:
-        return _checked_ids(ids, self.vocab_size)
 
-
-def _checked_ids(ids: Ids, vocab_size: int) -> Tensor:
+def _checked_ids(vocab_size: int, ids: Ids) -> Tensor:
     """Return token ids as a checked CPU tensor int64 [T]."""
     tokens = torch.as_tensor(ids, dtype=torch.long).cpu()
     if tokens.dim() != 1 or not len(tokens):

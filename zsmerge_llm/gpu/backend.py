@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.backend import Replay, TorchBackend
+from zsmerge_llm.attention.backend import DecodeStep, Replay, TorchBackend
 from zsmerge_llm.cpu.compiled_layers import CompiledLayers
 from zsmerge_llm.gpu.attention import GPUOps
 from zsmerge_llm.gpu.graphs import GraphCapture, capture_refusal
@@ -46,6 +46,7 @@ class GPUBackend(TorchBackend):
 
     max_decode_rows = ROWS[-1]
     static_sizes = ROWS
+    fastest_step: DecodeStep = "captured"
 
     def __init__(self, model: PreTrainedModel, num_layers: int, automatic: bool, num_draft_tokens: int) -> None:
         super().__init__()
@@ -89,6 +90,13 @@ class GPUBackend(TorchBackend):
     def _run_eagerly(self, reason: str) -> None:
         self._not_captured = reason
         log.warning("Decode steps run without graphs, and slower: %s", reason)
+
+    @property
+    def decode_step(self) -> DecodeStep:
+        """How decode steps run: as graphs, unless the model cannot be captured."""
+        if self._not_captured is None:
+            return "captured"
+        return "compiled" if self.compiled.enabled and self.compiled.disabled_reason is None else "eager"
 
     def start(self) -> None:
         """Compile layers from now on, with TorchInductor: each step runs them when it is captured."""

@@ -210,6 +210,51 @@ def _need_package(package: str, quantization: str) -> None:
         raise MissingDependencyError(f"quantization={quantization!r} needs {package}: pip install {package}")
 
 
+def planned_placement(device: Any, dtype: Any, elsewhere: bool) -> tuple[torch.device, torch.dtype]:
+    """Return the device and dtype of weights that are not loaded here.
+
+    Args:
+        elsewhere: plan for another machine: a device that this one lacks is taken too, and said to compute in bfloat16.
+
+    Raises:
+        ConfigError: as `pick_device` and `pick_dtype`.
+    """
+    import torch
+
+    try:
+        target = pick_device(device)
+    except ConfigError:
+        if not elsewhere:
+            raise
+        target = torch.device(device)
+        return target, pick_dtype("bfloat16" if dtype == "auto" else dtype, target)
+    return target, pick_dtype(dtype, target)
+
+
+def is_host(device: torch.device) -> bool:
+    """Return whether a device computes in the host's memory, on its processor."""
+    return device.type == HOST
+
+
+def accelerator_memory(device: torch.device) -> tuple[int, int] | None:
+    """Return the free and the total bytes of a device other than the host; None where it cannot be told."""
+    import torch
+
+    try:
+        if device.type == "mps":
+            total = torch.mps.recommended_max_memory()
+            return total - torch.mps.driver_allocated_memory(), total
+        backend = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
+        return None if backend is None or not backend.is_available() else backend.mem_get_info(device)
+    except (RuntimeError, AttributeError, AssertionError):  # no such device here, or an older torch
+        return None
+
+
+def quantizations_on(device: torch.device) -> tuple[str, ...]:
+    """Return the quantizations that a device takes, the most exact first."""
+    return {HOST: ("int8", "int4"), "cuda": ("int8", "fp8", "int4", "nf4"), "xpu": ("int8", "nf4")}.get(device.type, ())
+
+
 def _either(names: Any) -> str:
     *others, last = (repr(name) for name in names)
     return f"{', '.join(others)} or {last}" if others else last

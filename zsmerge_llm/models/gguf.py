@@ -26,6 +26,7 @@ from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, ModelN
 from zsmerge_llm.models.log_filters import quiet_transformers
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -181,21 +182,54 @@ def _isolate(path: Path, folder: Path) -> Path:
     return path
 
 
-def _load_dequantized(header: Header, file: Path) -> PreTrainedModel:
+def read_config(path: Path) -> Any:
+    """Return the transformers config of a file that is not converted yet. Its `dtype` is that of the conversion.
+
+    Whether a file that holds an output layer is tied is not known before it is converted: it counts as not tied.
+
+    Raises:
+        LoadError: as `read_header`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    header = read_header(path)
+    with quiet_transformers(), redirect_stderr(StringIO()):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    for name, value in _overrides(header).items():
+        setattr(config, name, value)
+    config.tie_word_embeddings = "output.weight" not in header.tensors
+    config.dtype = _converted_dtype(header)
+    kinds: Any = AutoModelForCausalLM._model_mapping
+    config.architectures = [kinds[type(config)].__name__]
+    _set_window(config, header)
+    return config
+
+
+def _converted_dtype(header: Header) -> torch.dtype:
     import torch
-    from transformers import AutoModelForCausalLM
 
     types = {t.tensor_type.name for t in header.tensors.values() if len(t.shape) > 1}
-    dtype = torch.float32 if "F32" in types else torch.bfloat16 if types == {"BF16"} else torch.float16
+    return torch.float32 if "F32" in types else torch.bfloat16 if types == {"BF16"} else torch.float16
+
+
+def _overrides(header: Header) -> dict[str, Any]:
+    """Return settings of the config that transformers reads wrongly."""
     overrides: dict[str, Any] = {}
     if header.architecture in ("llama", "qwen3") and header.get("attention.key_length"):
         overrides["head_dim"] = header.get("attention.key_length")  # transformers uses its own default for Qwen3
     if header.architecture == "llama" and "blk.0.attn_q.bias" in header.tensors:
         overrides["attention_bias"] = True  # else transformers ignores these biases
-    for attempt in dict.fromkeys((dtype, torch.float32)):
+    return overrides
+
+
+def _load_dequantized(header: Header, file: Path) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for attempt in dict.fromkeys((_converted_dtype(header), torch.float32)):
         with redirect_stderr(StringIO()):  # hides a progress bar that no setting turns off
             model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=attempt, local_files_only=True, **overrides
+                file.parent, gguf_file=file.name, dtype=attempt, local_files_only=True, **_overrides(header)
             )
         if all(torch.isfinite(p).all() for p in model.parameters()):  # else a value overflows float16: load in float32
             return model

@@ -85,6 +85,30 @@ def builtin_folder(model: Builtin, cache: Path, report_status: StatusCallback) -
     return gguf.convert_once(copy, converted, report_status)
 
 
+def builtin_local(model: Builtin, cache: Path) -> Path | None:
+    """Return the folder or the GGUF file of a built-in model on this machine; None where it is not here."""
+    copy, converted = _gguf_copy(model, cache), _converted_folder(model, cache)
+    return converted if converted.is_dir() else copy if copy.is_file() else _hub_copy(model.hub_id)
+
+
+def config_folder(hub_id: str, report_status: StatusCallback) -> Path:
+    """Return a folder with a Hub model's config: the model's own where it is cached, else without its weights.
+
+    Raises:
+        ModelNotFoundError, LoadError: as `hub_folder`.
+    """
+    if cached := _hub_copy(hub_id):
+        return cached
+    _ask_hub(hub_id)
+    report_status(f"Fetching the config of {hub_id}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json"], ignore_patterns=["*/*"]))
+    except Exception as error:  # huggingface_hub raises many unrelated types, depending on its version
+        raise LoadError(f"The config of {hub_id} could not be fetched ({error}): run it again.") from error
+
+
 def hub_folder(hub_id: str, report_status: StatusCallback) -> Path:
     """Return the local folder of a Hub model; downloads it unless it is cached.
 

@@ -32,6 +32,7 @@ from zsmerge_llm.models.device import (
 from zsmerge_llm.models.hub import StatusCallback
 from zsmerge_llm.models.log_filters import log_int8_cast_once, quiet_transformers
 from zsmerge_llm.models.lora import without_wrapper
+from zsmerge_llm.models.weight_files import check_fits
 from zsmerge_llm.paths import cache_folder
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def load(
         ConfigError: a setting that cannot work.
         ModelNotFoundError, CorruptModelError, UnsupportedModelError: see `errors`.
         MissingDependencyError: quantization without bitsandbytes or torchao, or a checkpoint without its package.
+        LoadError: the weights alone are more than the device's memory; nothing has been read then.
     """
     report_status = progress or (lambda step: None)
     validate_settings(dtype, device, device_map, quantization)
@@ -122,9 +124,10 @@ def load(
     source = _resolve(model, cache_folder(cache_dir), report_status)
     log_int8_cast_once()
     with quiet_transformers():
-        config = _read_config(source)
-        _check_causal(config, source.name)
+        config = read_config(source.folder, source.name)
         check_loadable(config, source.name, quantization, placed)
+        if device_map is None:
+            check_fits(source.folder, source.name, config, target, weight_dtype, quantization)
         report_status("Loading weights")
         loaded = _read_weights(source, options)
         found_tokenizer = _find_tokenizer(tokenizer, source.folder, report_status)
@@ -154,20 +157,34 @@ def _resolve(model: str | Path, cache: Path, report_status: StatusCallback) -> _
     if isinstance(model, str) and model in hub.BUILTINS:
         folder = hub.builtin_folder(hub.BUILTINS[model], cache, report_status)
         return _Source(model, folder, folder)
+    path = local_path(model)
+    if path is None:
+        folder = hub.hub_folder(str(model), report_status)
+        _check_no_adapter(folder)
+        return _Source(str(model), folder, folder)
+    if path.is_dir():
+        return _Source(path.resolve().name, path, path)
+    return _Source(path.stem, gguf.convert_once(path, gguf.folder_for(path, cache), report_status), path)
+
+
+def local_path(model: str | Path) -> Path | None:
+    """Return the folder with weights, or the file, that `model` names; None for a Hub id.
+
+    Raises:
+        ModelNotFoundError: no such file or folder, a folder without a model, or a name of no kind.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         _check_folder(path)
-        return _Source(path.resolve().name, path, path)
+        return path
     if path.is_file() or path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelNotFoundError(f"There is no file {path}: check the path.")
-        return _Source(path.stem, gguf.convert_once(path, gguf.folder_for(path, cache), report_status), path)
+        return path
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         choices = f"a built-in name ({', '.join(hub.BUILTINS)}), a Hub id (owner/name), a folder or a .gguf file"
         raise ModelNotFoundError(f"There is no file or folder {str(model)!r}: check the path, or give {choices}.")
-    folder = hub.hub_folder(model, report_status)
-    _check_no_adapter(folder)
-    return _Source(model, folder, folder)
+    return None
 
 
 def _check_no_adapter(folder: Path) -> None:
@@ -186,17 +203,24 @@ def _check_folder(folder: Path) -> None:
         raise ModelNotFoundError(f"The folder {folder} lacks its weights, or some of them: download it again.")
 
 
-def _read_config(source: _Source) -> Any:
+def read_config(folder: Path, name: str) -> Any:
+    """Return the transformers config of a causal language model's folder.
+
+    Raises:
+        CorruptModelError: a config that cannot be read. UnsupportedModelError: another kind of model.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except OSError as error:
-        raise CorruptModelError(f"The config.json of {source.name} cannot be read ({error}).") from error
+        raise CorruptModelError(f"The config.json of {name} cannot be read ({error}).") from error
     except (ValueError, KeyError) as error:  # an unknown model_type, or one that needs its own code
         raise UnsupportedModelError(
-            f"{source.name} is not a model that this version of transformers knows ({_first_line(error)})."
+            f"{name} is not a model that this version of transformers knows ({_first_line(error)})."
         ) from error
+    _check_causal(config, name)
+    return config
 
 
 def _check_causal(config: Any, name: str) -> None:
