@@ -171,10 +171,7 @@ class StepRecorder:
             calls.append([call if plain[at] or len(groups) == 1 else _copy(call) for at, call in enumerate(found)])
         for at, layer in enumerate(layers):
             if plain[at]:
-                layer.set_filled(
-                    [filled + new for filled, new in zip(layer.num_filled, step.layout.num_new_tokens, strict=True)],
-                    layer.filled + step.layout.on(layer.filled.device)["counts"],
-                )
+                layer.count(step.layout.num_new_tokens, step.layout.on(layer.spec.device)["counts"])
             else:
                 step.after_attention(_joined([group[at] for group in calls]))
         if last == self.num_layers:

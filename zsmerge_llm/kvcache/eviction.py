@@ -59,14 +59,14 @@ def compress_if_full(view: KVView, inputs: AttentionInputs, votes: Tensor | None
     votes: float32 [T], what all layers together make of the surroundings of each token read (`ObservationWindow`).
     """
     layer, slots = view.layer, view.config.slots or 0
-    filled, due, counted = layer.filled_after(inputs), layer.rows_due(inputs), layer.filled + inputs.counts
+    filled, due = layer.filled_after(inputs), layer.rows_due(inputs)
     if view.in_place and not any(due):
-        layer.set_filled(filled, counted)
+        layer.count(inputs.num_new_tokens, inputs.counts)
         return
     evicts = layer.due(inputs)
     layer.set_filled(
         [slots if is_due else end for is_due, end in zip(due, filled, strict=True)],
-        torch.where(evicts, slots, counted),
+        torch.where(evicts, slots, layer.filled + inputs.counts),
     )
     if not view.in_place or all(due):
         _compress(view, evicts, RankingContext(inputs.seen, layer.multi_turn, votes, inputs.pinned_recent))

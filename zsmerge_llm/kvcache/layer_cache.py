@@ -126,6 +126,11 @@ class LayerCache(Slots):
         """Return `rows_due` as bool [B] on the layer's device. Not for the exact cache."""
         return self.filled + inputs.counts >= self.capacity
 
+    def count(self, num_new_tokens: Sequence[int], counts: Tensor) -> None:
+        """Count tokens that stand in their slots already: of each row, on the host, and int32 [B] on the device."""
+        self.num_filled = [filled + new for filled, new in zip(self.num_filled, num_new_tokens, strict=True)]
+        self.filled.add_(counts)
+
     def set_filled(self, num_filled: Sequence[int], filled: Tensor) -> None:
         """Set how many slots each row uses: on the host, and int [B] on the device."""
         self.num_filled = list(num_filled)
@@ -148,7 +153,11 @@ class LayerCache(Slots):
         entries = self._entries(inputs)
         if not self.has_room(new):
             return self._view(self._beside(entries, used), used + new, in_place=False)
-        self._write(self, entries)
+        if self.uniform:  # slices are faster than indices for many tokens
+            for name, entry in entries.items():
+                getattr(self, name)[:, :, used : used + new] = entry
+        else:
+            self._write(self, entries)
         return self.view(used + new)
 
     def reserve(self, positions: Tensor, valid: Tensor) -> None:
