@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.support.presets import SMALL_PRESETS
@@ -75,6 +76,18 @@ def test_it_answers_as_the_reference_does(family: str, compile: bool) -> None:
     backend: Any = engine.backend
     assert backend.compiled.enabled == compile
     assert backend._capture.count >= 4  # steps of one row and of four, drafts, compressing
+
+
+def test_compiled_layers_are_kept_on_disk_for_later_processes() -> None:
+    def cached() -> tuple[int, int]:
+        return counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_bypass"]
+
+    for _ in range(2):
+        hits, bypassed = cached()
+        engine = engine_with(tiny_model("qwen2"), SMALL_PRESETS["default"])
+        engine.backend.start()
+        engine.warm_up()
+    assert cached() == (hits + 1, bypassed)  # both layers have one graph
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -87,7 +87,7 @@ class CompiledLayers:
 
     Attributes:
         recorders: by shape, what records compiled steps and repeats them; a shape without one takes one row.
-        optimize: changes a traced graph before it is compiled.
+        optimize: changes a traced graph before it is compiled. compiler: compiles it.
         graphs: the compiled code, by the text of its graph.
         seconds: spent on compiling.
     """
@@ -104,6 +104,7 @@ class CompiledLayers:
         self.graphs: dict[str, Compiled] = {}
         self.recorders: dict[PassShape, StepRecorder] = {}
         self.optimize: Callable[[GraphModule], None] | None = None
+        self.compiler: Callable[[GraphModule, Sequence[Tensor]], Compiled] = compile_graph
         self.patches = ForwardPatches()
         self._shapes = frozenset(shapes)
         self._steps_left = COMPILE_AFTER if automatic else None
@@ -159,7 +160,7 @@ class CompiledLayers:
         shapes = [(*each.shape, *each.stride(), each.dtype, each.device) for each in inputs]
         key = "\n".join([graph.code, str(shapes), *(str(each.tolist()) for each in constants)])
         if key not in self.graphs:
-            self.graphs[key] = torch._inductor.compile(graph, list(inputs), options=OPTIONS)
+            self.graphs[key] = self.compiler(graph, inputs)
         return self.graphs[key]
 
     def shape_of(self, step: ForwardPass) -> PassShape | None:
@@ -178,6 +179,11 @@ class CompiledLayers:
             if shape[0] > 1 and recorder.disabled_reason is None and (recorder.ready or rows <= recorder.rows):
                 return shape
         return None
+
+
+def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Compiled:
+    """Return the compiled code of a graph."""
+    return torch._inductor.compile(graph, list(inputs), options=OPTIONS)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from zsmerge_llm.attention.backend import DecodeStep, Replay, TorchBackend
 from zsmerge_llm.cpu.compiled_layers import CompiledLayers
 from zsmerge_llm.gpu.attention import GPUOps
+from zsmerge_llm.gpu.compiler import compile_and_keep
 from zsmerge_llm.gpu.graphs import GraphCapture, capture_refusal
 from zsmerge_llm.kvcache.slots import LayerSpec
 
@@ -53,6 +54,7 @@ class GPUBackend(TorchBackend):
         self.torch_ops = GPUOps()
         shapes = [(1, 1 + num_draft_tokens), *((rows, 1) for rows in ROWS)]
         self.compiled = CompiledLayers(model, num_layers, shapes)
+        self.compiled.compiler = compile_and_keep
         self._model = model
         self._capture = GraphCapture()
         self._checked = False
