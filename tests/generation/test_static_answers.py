@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.resources import files
 from threading import Event, Thread
 from typing import Any
 
@@ -12,6 +14,7 @@ from tests.support.static_backend import StaticBackend
 from tests.support.tools import TOOLS
 from zsmerge_llm import LLM, CacheConfig, Grammar, SamplingParams
 from zsmerge_llm.engine import engine as engine_module
+from zsmerge_llm.gpu.backend import GPUBackend
 
 SCHEMA = {
     "type": "json_schema",
@@ -158,3 +161,37 @@ def test_warming_up_captures_the_step_of_one_conversation(llms: tuple[LLM, LLM])
     assert captured
     llms[0].chat("Hi", sampling=SHORT.replace(max_tokens=3, lookup=False))
     assert backend.captured == captured
+
+
+class _GPUOnHost(GPUBackend):
+    """The GPU's backend where there is none: steps run instead of being repeated as graphs."""
+
+    @staticmethod
+    def serves(model: Any) -> bool:
+        return True
+
+    def capture(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Callable[[], None]:
+        warm_up()
+        return run
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_the_same_through_the_gpus_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(llm: LLM) -> list[Any]:
+        text = (files("zsmerge_llm") / "data" / "marigold.txt").read_text(encoding="utf-8")[:6000]
+        document = llm.read_document(text=text)
+        found: list[Any] = [llm.chat("Who is the captain?", session=document, sampling=SHORT).text]
+        messages: list[dict[str, Any]] = []
+        for question in ("Name a fish.", "And a bird.", "Which of them can fly?"):
+            messages.append({"role": "user", "content": question})
+            result = llm.chat(messages, sampling=SHORT)
+            messages.append({"role": "assistant", "content": result.text})
+            found.append((result.text, result.usage.cached_tokens))
+        return [*found, *(each.text for each in llm.batch(["Count to five.", "Say hello."], sampling=SHORT))]
+
+    settings: dict[str, Any] = {"dtype": "float32", "cache": CacheConfig(slots=256), "compile": False, "chunk": 512}
+    expected = answers(LLM("smollm2", **settings))
+    monkeypatch.setattr(engine_module, "CPUBackend", _GPUOnHost)
+    static = LLM("smollm2", **settings)
+    assert answers(static) == expected
+    assert static.explain().decode_step == "captured"
