@@ -120,6 +120,15 @@ def test_a_model_that_reads_values_on_the_host_runs_without_graphs_and_says_why(
     assert said == answers(Engine(model, config, chunk=40, compile=False))
 
 
+def test_layers_on_several_devices_decode_in_each_caches_own_memory() -> None:
+    model = tiny_model()
+    model.lm_head.to("meta")
+    backend = GPUBackend(model, 2, False, MAX_DRAFT_TOKENS)
+    assert backend.static_sizes is None
+    assert backend.decode_step == "eager"
+    assert "several devices" in str(backend.disabled_reason)
+
+
 def test_a_capture_that_fails_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
     failing = RuntimeError("operation not permitted when stream is capturing")
     engine = engine_with(tiny_model(), SMALL_PRESETS["default"], failing)

@@ -295,9 +295,7 @@ def _alike(layers: Sequence[LayerCache]) -> list[list[int]]:
     """Return the indices of layers in groups of one specification and configuration."""
     kinds: dict[object, list[int]] = {}
     for index, layer in enumerate(layers):
-        kinds.setdefault((layer.spec, layer.config.replace(policy="recency"), id(layer.config.policy)), []).append(
-            index
-        )
+        kinds.setdefault((layer.spec, layer.config), []).append(index)
     return list(kinds.values())
 
 

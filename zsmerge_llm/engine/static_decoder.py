@@ -30,19 +30,14 @@ class StaticDecoder:
     """Rows of conversations of one cache configuration that decode in fixed memory.
 
     Args:
+        batch: the memory. Steps have one token, or as many as it is made for.
         sizes: how many rows a step may have, ascending; it has the least that holds all rows in use.
-        num_tokens: most tokens of a step. Steps have one token or as many.
 
     Attributes:
         caches: of each row, the conversation that decodes there; None for a free row.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        batch: StaticBatch,
-        sizes: Sequence[int],
-    ) -> None:
+    def __init__(self, runner: ModelRunner, batch: StaticBatch, sizes: Sequence[int]) -> None:
         self.batch = batch
         self.caches: list[Cache | None] = [None] * batch.num_rows
         self._runner, self._remapper = runner, runner.remapper

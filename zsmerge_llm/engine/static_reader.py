@@ -8,6 +8,7 @@ back afterwards. Everything else, the last part of a text for one, is read by `M
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ class StaticReader:
         self._allocate(shape)
         if shape not in self._replays:
             self.release()  # capturing runs on whatever is in the memory
-            work = lambda: self._read(shape)  # noqa: E731 - twice the same
+            work = partial(self._read, shape)
             self._replays[shape] = self._runner.backend.capture(work, work)
         return self._replays[shape]
 

@@ -12,7 +12,7 @@ from zsmerge_llm.attention.backend import DecodeStep, Replay, TorchBackend
 from zsmerge_llm.cpu.compiled_layers import CompiledLayers
 from zsmerge_llm.gpu.attention import GPUOps
 from zsmerge_llm.gpu.compiler import compile_and_keep
-from zsmerge_llm.gpu.graphs import GraphCapture, capture_refusal
+from zsmerge_llm.gpu.graphs import SEVERAL_DEVICES, GraphCapture, capture_refusal
 from zsmerge_llm.kvcache.slots import LayerSpec
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ class GPUBackend(TorchBackend):
     """
 
     max_decode_rows = ROWS[-1]
-    static_sizes = ROWS
     fastest_step: DecodeStep = "captured"
 
     def __init__(self, model: PreTrainedModel, num_layers: int, automatic: bool, num_draft_tokens: int) -> None:
@@ -59,6 +58,9 @@ class GPUBackend(TorchBackend):
         self._capture = GraphCapture()
         self._checked = False
         self._not_captured: str | None = None
+        self.static_sizes: Sequence[int] | None = ROWS
+        if len({weight.device for weight in model.parameters()}) > 1:  # fixed memory is on one
+            self.static_sizes, self._not_captured = None, SEVERAL_DEVICES
 
     def default_chunk(self, specs: Sequence[LayerSpec]) -> int:
         """Return the most tokens, up to 2,048, whose temporary tensors take at most half of the memory that is free."""

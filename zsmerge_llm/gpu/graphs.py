@@ -16,6 +16,8 @@ from zsmerge_llm.attention.call import AttentionCall, AttentionHandler
 
 WARM_UP_RUNS = 2
 """Runs before a capture: libraries choose their kernels and allocate workspaces then, which a capture must not do."""
+SEVERAL_DEVICES = "its layers are on several devices"
+"""Why steps are not captured."""
 
 
 class GraphCapture:
@@ -64,7 +66,7 @@ def capture_refusal(model: PreTrainedModel) -> str | None:
     """
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     if len({tensor.device for tensor in tensors.values()}) > 1:
-        return "its layers are on several devices"
+        return SEVERAL_DEVICES
     if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in tensors.values()):
         return None
     # In bfloat16, which a GPU computes in: some operators of mixtures of experts take nothing else.
