@@ -105,7 +105,8 @@ class Report:
             return
         row: dict[str, Any] = {"what": what, "unit": unit}
         try:
-            reset_peak()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             before = allocated()
             row |= {"value": round(measure(), 2), "peak_mb": round((peak() - before) / 1e6), **more}
         except Exception as error:
@@ -116,11 +117,6 @@ class Report:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
 
 
 def allocated() -> int:

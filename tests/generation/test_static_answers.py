@@ -85,8 +85,9 @@ def test_a_chat_over_several_turns_is_the_same(llms: tuple[LLM, LLM]) -> None:
         {"grammar": Grammar.regex("(yes|no|perhaps), [a-z]{3,9}")},
         {"tools": TOOLS, "tool_choice": "required"},
         {"sampling": SHORT.replace(temperature=0.8, seed=3, top_p=0.9, repetition_penalty=1.2)},
+        {"response_format": SCHEMA, "sampling": SamplingParams(max_tokens=60, repetition_penalty=1.3)},
     ],
-    ids=["schema", "grammar", "tools", "sampling"],
+    ids=["schema", "grammar", "tools", "sampling", "schema-and-penalty"],
 )
 def test_constrained_and_sampled_answers_are_the_same(roomy_llms: tuple[LLM, LLM], options: dict[str, Any]) -> None:
     wanted = {"sampling": SamplingParams(max_tokens=60), **options}

@@ -29,14 +29,22 @@ class Decoder(Protocol):
     def logits(self) -> Tensor:
         """The logits after each row's last token, [B, vocab]."""
 
-    def max_draft(self, num_pending: int) -> int:
-        """Return how many tokens of a draft may follow so many tokens: 0 where that would delay other rows."""
+    @property
+    def drafting(self) -> Drafting | None:
+        """What verifies drafts; None for several rows."""
 
     def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
         """Begin a step with each row's next tokens, and behind those of a single row a draft of more."""
 
     def finish(self) -> None:
         """End a step without a draft: its tokens are read."""
+
+
+class Drafting(Protocol):
+    """Verifies the drafts of a single row."""
+
+    def max_draft(self, num_pending: int) -> int:
+        """Return how many tokens of a draft may follow so many tokens: 0 where that would delay other rows."""
 
     def draft_logits(self) -> Tensor:
         """Return the logits after each token of a step with a draft, [n, vocab]."""
@@ -64,7 +72,8 @@ def decode(
             forced = list(sequences[0].forced_tokens()) if len(sequences) == 1 else []
             pending = [[] if token is None else [token, *forced] for token in tokens]
             is_running = any(sequence.is_running for sequence in sequences)
-            draft = _propose(decoder, sequences, len(pending[0])) if is_running else []
+            drafting = decoder.drafting if is_running else None
+            draft = [] if drafting is None else _propose(drafting, sequences[0], len(pending[0]))
             if is_running:
                 ids = [part if row.is_running else [] for part, row in zip(pending, sequences, strict=True)]
                 decoder.launch(ids, draft)
@@ -72,15 +81,14 @@ def decode(
             for token in forced:
                 check_cancelled(cancel)
                 yield [token]
-            if is_running and not draft:
-                decoder.finish()
+            if drafting is not None and draft:
+                yield from _verify_draft(drafting, sequences[0], len(pending[0]), draft)
             elif is_running:
-                yield from _verify_draft(decoder, sequences[0], len(pending[0]), draft)
+                decoder.finish()
             if not any(sequence.is_running for sequence in sequences):
                 return
 
 
-@torch.inference_mode()
 def _sample(logits: Tensor, sequences: Sequence[DecodeSequence]) -> list[int | None]:
     """Sample the next token of every row that is running, with one look at the device."""
     rows = zip(sequences, logits.float(), strict=True)
@@ -88,17 +96,17 @@ def _sample(logits: Tensor, sequences: Sequence[DecodeSequence]) -> list[int | N
     return [each.accept(token) if each.is_running else None for each, token in zip(sequences, sampled, strict=True)]
 
 
-def _propose(decoder: Decoder, sequences: Sequence[DecodeSequence], num_pending: int) -> list[int]:
-    """Return a draft of the next tokens, as long as the decoder can verify at once."""
-    draft = sequences[0].propose() if len(sequences) == 1 else []
-    return draft[: decoder.max_draft(num_pending)] if draft else []
+def _propose(drafting: Drafting, sequence: DecodeSequence, num_pending: int) -> list[int]:
+    """Return a draft of the next tokens, as long as can be verified at once."""
+    draft = sequence.propose()
+    return draft[: drafting.max_draft(num_pending)] if draft else []
 
 
 def _verify_draft(
-    decoder: Decoder, sequence: DecodeSequence, num_pending: int, draft: list[int]
+    drafting: Drafting, sequence: DecodeSequence, num_pending: int, draft: list[int]
 ) -> Iterator[list[int | None]]:
     """Keep and yield those tokens of a draft that the model samples itself."""
-    sampled, kept = _sample_draft(decoder.draft_logits()[num_pending - 1 : -1], sequence), num_pending
+    sampled, kept = _sample_draft(drafting.draft_logits()[num_pending - 1 : -1], sequence), num_pending
     try:
         for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, sampled, strict=True)):
             kept += 1
@@ -107,9 +115,8 @@ def _verify_draft(
             if not sequence.is_running:
                 return
     finally:  # also where the caller stops listening: the cache must hold what was yielded
-        decoder.keep(kept)
+        drafting.keep(kept)
 
 
-@torch.inference_mode()
 def _sample_draft(logits: Tensor, sequence: DecodeSequence) -> list[int]:
     return torch.stack([sequence.sample(scores) for scores in logits.float()]).tolist()

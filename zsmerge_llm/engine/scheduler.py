@@ -46,6 +46,11 @@ class ScheduledRow:
         assert self.cache.logits is not None
         return self.cache.logits
 
+    @property
+    def drafting(self) -> ScheduledRow:
+        """The row itself verifies drafts."""
+        return self
+
     def max_draft(self, num_pending: int) -> int:
         """Return how many tokens of a draft may follow so many tokens; none where others wait, or none fits."""
         if not self._scheduler.is_alone(self):
@@ -77,6 +82,8 @@ class ScheduledRow:
 class BatchDecoder:
     """Decodes the rows of one cache together, on that cache: a `Decoder` of several rows."""
 
+    drafting = None
+
     def __init__(self, cache: Cache, runner: ModelRunner, turn: FairLock) -> None:
         self._cache, self._runner, self._turn = cache, runner, turn
         self._ids: list[list[int]] = []
@@ -86,10 +93,6 @@ class BatchDecoder:
         """The logits after each row's last token, [B, vocab]."""
         assert self._cache.logits is not None
         return self._cache.logits
-
-    def max_draft(self, num_pending: int) -> int:
-        """Return 0: drafts are for one row."""
-        return 0
 
     def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
         """Note what is read next."""
@@ -101,14 +104,6 @@ class BatchDecoder:
         tokens = torch.tensor([part or [0] for part in self._ids])
         with self._turn:
             self._runner.run(self._cache, tokens, None if running.all() else running)
-
-    def draft_logits(self) -> Tensor:
-        """Not for several rows."""
-        raise NotImplementedError
-
-    def keep(self, count: int) -> None:
-        """Not for several rows."""
-        raise NotImplementedError
 
 
 class DecodeScheduler:

@@ -56,11 +56,15 @@ class StaticRows:
         """The logits after each row's last token, [B, vocab]."""
         return torch.cat([cache.logits for cache in self.caches if cache.logits is not None])
 
+    @property
+    def drafting(self) -> StaticRows | None:
+        """A single row verifies drafts itself."""
+        return self if len(self.caches) == 1 else None
+
     def max_draft(self, num_pending: int) -> int:
         """Return how many tokens of a draft may follow so many tokens: as many as a step takes, or none."""
         room = self._scheduler.max_tokens - num_pending
-        alone = len(self.caches) == 1 and self._scheduler.is_alone(self)
-        return room if room > 0 and alone and self._scheduler.fits(self) else 0
+        return room if room > 0 and self._scheduler.is_alone(self) and self._scheduler.fits(self) else 0
 
     def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
         """Run a step ahead of the caller where no other conversation decodes; else `finish` runs it with theirs."""
