@@ -1,9 +1,9 @@
 """A batch of conversations in fixed memory, and its decode step as tensor functions that can be captured as a graph.
 
-The tensors of all layers of one shape and budget are stacked, [rows, layers, ...]: what is small is done for all of
-them in one kernel, and a conversation is copied in and out in a few copies. Nothing in a step depends on a number of
-the host or waits for it: no list, no copy between devices, no new host tensor. The host foresees how full each row is,
-and decides between steps when one has to be compressed.
+The tensors of all layers of one shape and budget are stacked, [rows, layers, ...], so that what is small is done for
+all of them in one kernel. Nothing in a step depends on a number of the host or waits for it: no list, no copy between
+devices, no new host tensor. The host foresees how full each row is, and decides between steps when one has to be
+compressed.
 
 A step's tokens are *pending* when it has run: attended to, and not counted. The next step, or `commit`, counts as many
 of them as were right. So a rejected draft, an answer that was closed or a cancelled step leaves no trace.

@@ -57,6 +57,18 @@ class FairLock:
         self._holder = get_ident()
         return True
 
+    def run_until_done(self, work: Any, run: Callable[[Any], None]) -> None:
+        """Run `work` under the lock, unless another holder does it first: until `work.done` is set.
+
+        Work that fails under another thread is tried again under this one, which raises what it raises.
+        """
+        while not work.done:
+            if self.wait(Ticket(work)):
+                try:
+                    run(work)
+                finally:
+                    self.release()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -148,12 +148,7 @@ class DecodeScheduler:
         Raises whatever the pass raises; `row.cache` is as it was then.
         """
         row.ids, row.done = list(ids), False
-        while not row.done:  # a pass that failed under another thread is tried again under this one
-            if self.turn.wait(Ticket(row)):
-                try:
-                    self._run_pass(row)
-                finally:
-                    self.turn.release()
+        self.turn.run_until_done(row, self._run_pass)
 
     @torch.inference_mode()
     def _run_pass(self, row: ScheduledRow) -> None:

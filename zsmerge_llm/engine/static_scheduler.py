@@ -139,12 +139,7 @@ class StaticScheduler:
 
     def step(self, group: StaticRows) -> None:
         """Run the group's next tokens, in a step of this thread or another; they are pending, or counted."""
-        while not group.done:  # a step that failed under another thread is tried again under this one
-            if self.turn.wait(Ticket(group)):
-                try:
-                    self._run(group)
-                finally:
-                    self.turn.release()
+        self.turn.run_until_done(group, self._run)
 
     def count(self, group: StaticRows, counts: Sequence[int]) -> None:
         """Count so many of each row's tokens, which were run ahead."""
