@@ -102,7 +102,8 @@ def test_threads_with_cancels_do_not_change_each_others_answers(threads: int, ea
 
     assert answers == {name: expected[name][: len(answers[name])] for name in names}
     assert sum(map(len, answers.values())) > 0.8 * turns * len(names), "most go on from what their sessions hold"
-    assert len(llm.store) == len(names)
+    read_again = sum(len(given) < turns for given in answers.values())  # as branches beside what was there
+    assert len(names) <= len(llm.store) <= len(names) + read_again
     assert llm.store.nbytes <= llm.store.limit
     assert set(threading.enumerate()) <= before  # an earlier test's thread may end meanwhile
 

@@ -110,19 +110,19 @@ def test_a_quantized_model_object_answers_as_transformers_and_its_owner_as_befor
 
 
 def test_a_lora_adapter_on_a_real_model_has_the_logits_and_the_answer_of_transformers() -> None:
-    """Compiled, and with an adapter large enough to change the answer."""
+    """Compiled, and with an adapter that changes the logits by far more than the tolerance."""
+    torch.manual_seed(0)
     base = reference(torch.float32)
     tokenizer = load("smollm2").tokenizer
     ids = tokenizer.encode(PROMPT)
-    plain = greedy(base, ids, 8)
+    plain = logits(base, ids)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")).eval()
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
+                weight.normal_(std=0.02)
     expected, answer = logits(model.get_base_model(), ids), greedy(model.get_base_model(), ids, 8)
-    assert answer != plain
+    assert (expected - plain).abs().max() > 1
     with LLM(model, tokenizer=tokenizer, compile=True) as llm:
         assert llm.engine.backend.disabled_reason is None
         given = llm.engine.read(llm.engine.new_cache(), ids)
