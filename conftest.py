@@ -14,6 +14,7 @@ from hypothesis import settings
 from platformdirs import user_cache_dir
 
 from zsmerge_llm import LLM
+from zsmerge_llm.cpu.compiled_steps import CompiledSteps
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers compete for cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,6 +48,14 @@ def _temporary_layer_budgets(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zsmerge_llm.engine.layer_budgets.cache_folder", lambda: folder)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_packages_of_their_own_accord() -> Iterator[None]:
+    """Let no engine compile, or use what was compiled, unless its test says so: else rounding depends on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledSteps, "watch", lambda self: setattr(self, "_steps_left", 100_000))
         yield
 
 

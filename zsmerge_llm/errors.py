@@ -11,6 +11,7 @@ ZSMergeError
 │   ├── UnsupportedModelError           an architecture or feature that the compressed cache does not support
 │   └── MissingTemplateError            chat with a model that has no chat template
 ├── MissingDependencyError (ImportError)  an optional package is not installed
+├── PackageError                        compiled code on disk that is not used
 ├── DeviceMemoryError (MemoryError)     the device has no memory left for what was asked
 └── SessionError                        a session cannot be used
     ├── SessionNotFoundError            no session of that name
@@ -62,6 +63,10 @@ class MissingTemplateError(LoadError):
 
 class MissingDependencyError(ZSMergeError, ImportError):
     """An optional package is required and not installed."""
+
+
+class PackageError(ZSMergeError):
+    """Compiled code on disk is damaged, made for something else, or not the user's own. Decoding goes on without it."""
 
 
 class DeviceMemoryError(ZSMergeError, MemoryError):

@@ -12,7 +12,6 @@ from tests.support.chat import SHORT, SMALL_CACHE, make_llm
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM
 from zsmerge_llm.attention.backend import TorchBackend
-from zsmerge_llm.cpu.compiled_layers import COMPILE_AFTER
 from zsmerge_llm.errors import UnsupportedModelError
 
 
@@ -61,7 +60,8 @@ def test_it_names_the_decode_step_and_why() -> None:
     for llm in steps.values():
         assert llm.engine.backend.decode_step == "eager"
     assert steps[False].explain().reason == "compile=False"
-    assert steps["auto"].explain().reason == f"compiled after {COMPILE_AFTER} more tokens"
+    left = steps["auto"].engine.backend.steps_until_start
+    assert steps["auto"].explain().reason == f"compiled after {left} more tokens"
 
 
 def test_it_quotes_why_layers_could_not_be_compiled() -> None:

@@ -1,6 +1,7 @@
-"""The CPU backend: C++ kernels for decode steps, for prefill and for matrices, and compiled decoder layers.
+"""The CPU backend: C++ kernels for decode steps, for prefill and for matrices, and compiled decode steps.
 
-Kernels are built and layers compiled at once (`start`), never, or once so many tokens have gone through that it pays.
+Kernels are built and steps compiled at once (`start`), never, or once so many tokens have gone through that it pays.
+What an earlier process has compiled is used from the first token on.
 None of it changes an answer, but for rounding. Where there is no compiler, PyTorch does everything, and a warning says
 so.
 """
@@ -19,11 +20,9 @@ from zsmerge_llm.attention.backend import AttentionOps, DecodeStep, TorchBackend
 from zsmerge_llm.attention.call import AttentionCall
 from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.cpu import native
-from zsmerge_llm.cpu.compiled_layers import COMPILER, CompiledLayers
-from zsmerge_llm.cpu.graph_passes import fuse_gemvs
+from zsmerge_llm.cpu.compiled_steps import CompiledSteps
 from zsmerge_llm.cpu.patches import ForwardPatches, GemmLinear, GemvLinear, is_matrix
 from zsmerge_llm.cpu.quantized_linear import Int4Linear, Int8Linear
-from zsmerge_llm.cpu.step_recorder import StepRecorder
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.kvcache.layer_cache import KVView, LayerCache
 from zsmerge_llm.kvcache.slots import PER_SLOT, AttentionInputs, LayerSpec
@@ -116,13 +115,13 @@ class CPUBackend(TorchBackend):
         self.has_prefill_kernels = False
         self.patches = ForwardPatches()
         self._model = model
-        self._num_layers = num_layers
-        self._shapes = ((1, 1), (1, 1 + num_draft_tokens), (native.MAX_ROWS, 1))
-        self.compiled = CompiledLayers(model, num_layers, self._shapes, automatic)
         self._prefill_left = BUILD_PREFILL_AFTER if automatic else None
         self._prefill_tried = False
         self._build_seconds = 0.0
         self._decode_ops, self._prefill_ops = DecodeOps(), PrefillOps()
+        self.compiled = CompiledSteps(model, num_layers, num_draft_tokens, self._load_decode)
+        if automatic:
+            self.compiled.watch()
 
     @staticmethod
     def serves(model: PreTrainedModel) -> bool:
@@ -152,8 +151,7 @@ class CPUBackend(TorchBackend):
             self._prefill_left -= num_tokens
             if self._prefill_left <= 0 or native.is_built(native.PREFILL_SOURCES):
                 self.warm_up()
-        if self.compiled.is_due(num_tokens):
-            self.start()
+        self.compiled.on_step(num_tokens)
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +167,7 @@ class CPUBackend(TorchBackend):
             self._load_prefill()
 
     def start(self) -> None:
-        """Load all kernels and compile layers from now on; `disabled_reason` says what does not work."""
+        """Load all kernels and compiled steps, made first if need be; `disabled_reason` says what does not work."""
         if self.compiled.enabled or self.disabled_reason is not None:
             return
         self._load_prefill()
@@ -183,12 +181,12 @@ class CPUBackend(TorchBackend):
 
     @property
     def decode_step(self) -> DecodeStep:
-        """How decode steps run now: through compiled layers once they are enabled."""
-        return "compiled" if self.compiled.enabled and self.disabled_reason is None else "eager"
+        """How decode steps run now: through a package once there is one."""
+        return "compiled" if self.compiled.enabled else "eager"
 
     @property
     def steps_until_start(self) -> int | None:
-        """Decode steps after which layers are compiled of their own accord; None: never, or they have been."""
+        """Decode steps after which a package is made of its own accord; None: never, or that has been tried."""
         return self.compiled.steps_left
 
     def close(self) -> None:
@@ -200,15 +198,13 @@ class CPUBackend(TorchBackend):
     def _fits_prefill(self) -> bool:
         return self._model.dtype == torch.bfloat16
 
-    def _load_decode(self) -> None:
+    def _load_decode(self) -> bool:
         """Load the decode kernels and let the matrices use them; models that cannot be compiled gain too."""
-        if not self._build(native.DECODE_SOURCES, "Decoding"):
-            return
-        for module in [module for module in self._model.modules() if is_matrix(module)]:
-            self.patches.replace(module, GemvLinear(module))
-        self.has_decode_kernels = True
-        self.compiled.recorders = {shape: StepRecorder(self._num_layers, shape[1], shape[0]) for shape in self._shapes}
-        self.compiled.optimize = fuse_gemvs
+        if not self.has_decode_kernels and self._build(native.DECODE_SOURCES, "Decoding"):
+            for module in [module for module in self._model.modules() if is_matrix(module)]:
+                self.patches.replace(module, GemvLinear(module))
+            self.has_decode_kernels = True
+        return self.has_decode_kernels
 
     def _load_prefill(self) -> None:
         """Load the prefill kernels, where the model's dtype is one for them."""
@@ -227,8 +223,7 @@ class CPUBackend(TorchBackend):
         """Build or load kernels; where that does not work, log it."""
         started = time.perf_counter()
         try:
-            with COMPILER:
-                native.build(parts)
+            native.build(parts)
         except UnsupportedModelError as error:
             log.warning("%s goes on without kernels of its own: %s", what, error)
             return False

@@ -1,4 +1,4 @@
-"""Passes over the fx graph of a decoder layer, before TorchInductor compiles it."""
+"""Passes over the fx graph of a decoder layer, before AOTInductor compiles it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def fuse_gemvs(module: GraphModule) -> None:
     groups: dict[tuple[object, ...], list[Node]] = {}
     for node in module.graph.nodes:
         if node.target is torch.ops.zsmerge.gemv.default:
-            x, (weight,), _, biases = cast("tuple[Node, list[Node], list[Node], list[Node]]", node.args)
-            kind = _source(x), weight.meta["val"].dtype, len(biases)
+            x, operands, _ = cast("tuple[Node, list[Node], int]", node.args)
+            kind = _source(x), operands[0].meta["val"].dtype, len(operands)
             groups.setdefault(kind, []).append(node)
     for group in groups.values():
         _merge(module.graph, group)
@@ -30,12 +30,12 @@ def fuse_gemvs(module: GraphModule) -> None:
 
 
 def _merge(graph: Graph, group: Sequence[Node]) -> None:
+    """Merge calls of one matrix each: their matrices, then their scales, then their biases."""
     x = group[0].args[0]
-    weights, scales, biases = (
-        [each for node in group for each in cast("list[Node]", node.args[at])] for at in (1, 2, 3)
-    )
+    of_each = [cast("list[Node]", node.args[1]) for node in group]
+    operands = [each for alike in zip(*of_each, strict=True) for each in alike]
     with graph.inserting_before(group[0]):
-        merged = graph.call_function(torch.ops.zsmerge.gemv.default, (x, weights, scales, biases))
+        merged = graph.call_function(torch.ops.zsmerge.gemv.default, (x, operands, len(group)))
         for index, node in enumerate(group):
             for output in list(node.users):  # the only item of its list
                 output.replace_all_uses_with(graph.call_function(operator.getitem, (merged, index)))

@@ -25,7 +25,7 @@ from zsmerge_llm.cpu.quantized_linear import int4_layout
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.paths import cache_folder
 
-DECODE_SOURCES = ("simd", "quantization", "gemv", "decode_attention", "step_program")
+DECODE_SOURCES = ("simd", "quantization", "gemv", "decode_attention", "packaged_step")
 PREFILL_SOURCES = ("simd", "quantization", "quantized_gemm", "prefill_attention")
 """Files of `csrc/` that are compiled together, in this order."""
 MAX_ROWS = 8
@@ -57,12 +57,18 @@ def build(sources: Sequence[str] = DECODE_SOURCES) -> None:
         raise UnsupportedModelError(f"The C++ kernels could not be built: {str(reason).strip()[-1000:]}") from error
     if sources == DECODE_SOURCES:
         torch.library.register_fake("zsmerge::gemv", _fake_gemv)
+        torch.library.register_fake("zsmerge::attend_slots", _fake_attend_slots)
         _has_int4_products()  # cached here: it cannot run while a graph is traced
 
 
 def find_compiler() -> str | None:
     """Return the path of the C++ compiler that kernels and layers are compiled with; None where there is none."""
     return shutil.which((os.environ.get("CXX") or ("cl" if sys.platform == "win32" else "c++")).split()[0])
+
+
+def library_name(sources: Sequence[str]) -> str:
+    """Return a name for compiled sources: another for each version of torch, processor, flags and text."""
+    return _library_path(sources).name
 
 
 def is_built(sources: Sequence[str]) -> bool:
@@ -185,14 +191,18 @@ def gemv(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases:
     A matrix is [N, K] in x's dtype without scales; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's int4
     packing for AVX-512 with scales and zeros [K / group, N, 2]. All are of one kind.
     """
-    result: list[Tensor] = torch.ops.zsmerge.gemv(x, weights, scales, biases)
+    result: list[Tensor] = torch.ops.zsmerge.gemv(x, [*weights, *scales, *biases], len(weights))
     return result
 
 
-def _fake_gemv(
-    x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor]
-) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+def _fake_gemv(x: Tensor, operands: Sequence[Tensor], num_matrices: int) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in operands[:num_matrices]]
+
+
+def _fake_attend_slots(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
 
 
 @cache

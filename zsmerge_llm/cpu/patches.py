@@ -98,6 +98,11 @@ def original_forward(module: nn.Module) -> Forward | None:
     return vars(module).get("forward") if stack is None else stack.original
 
 
+def is_patch_attribute(name: str) -> bool:
+    """Return whether stand-ins set such an attribute of a module."""
+    return name in ("forward", _STACK)
+
+
 def _show_uppermost(module: nn.Module) -> None:
     """Let a module call its uppermost stand-in; without one, the forward that it came with."""
     stack = vars(module)[_STACK]

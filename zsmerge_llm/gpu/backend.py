@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.backend import DecodeStep, Replay, TorchBackend
-from zsmerge_llm.cpu.compiled_layers import CompiledLayers
 from zsmerge_llm.gpu.attention import GPUOps
+from zsmerge_llm.gpu.compiled_layers import CompiledLayers
 from zsmerge_llm.gpu.compiler import compile_and_keep
 from zsmerge_llm.gpu.graphs import SEVERAL_DEVICES, GraphCapture, capture_refusal
 from zsmerge_llm.kvcache.slots import LayerSpec
@@ -52,8 +52,7 @@ class GPUBackend(TorchBackend):
         super().__init__()
         self.torch_ops = GPUOps()
         shapes = [(1, 1 + num_draft_tokens), *((rows, 1) for rows in ROWS)]
-        self.compiled = CompiledLayers(model, num_layers, shapes)
-        self.compiled.compiler = compile_and_keep
+        self.compiled = CompiledLayers(model, num_layers, shapes, compile_and_keep)
         self._model = model
         self._capture = GraphCapture()
         self._checked = False

@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from zsmerge_llm.cpu.compiled_layers import OPTIONS, compile_graph
+OPTIONS = {"size_asserts": False, "allow_buffer_reuse": False, "inplace_buffers": False}
+"""TorchInductor's. The inputs of attention stay as they are until later layers have run: the cache may need them."""
+
+Compiled = Callable[..., Sequence[Tensor]]
 
 
-def compile_and_keep(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def compile_and_keep(graph: GraphModule, inputs: Sequence[Tensor]) -> Compiled:
     """Return the compiled code of a graph, from TorchInductor's cache on disk where it is there.
 
     Before torch 2.8 nothing can be kept: each process compiles.
     """
     inductor: Any = torch._inductor
     if not hasattr(inductor, "standalone_compile"):
-        return compile_graph(graph, inputs)
+        alone: Compiled = inductor.compile(graph, list(inputs), options=OPTIONS)
+        return alone
     options = {"config_patches": OPTIONS}
-    compiled: Callable[..., Sequence[Tensor]] = inductor.standalone_compile(
+    compiled: Compiled = inductor.standalone_compile(
         graph, list(inputs), dynamic_shapes="from_example_inputs", options=options
     )
     return compiled

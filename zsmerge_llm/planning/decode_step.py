@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.backend import AttentionBackend, DecodeStep
 from zsmerge_llm.cpu.backend import CPUBackend
-from zsmerge_llm.cpu.compiled_layers import COMPILE_AFTER, decoder_layers
+from zsmerge_llm.cpu.compiled_steps import COMPILE_AFTER
+from zsmerge_llm.cpu.decoder_layers import decoder_layers
 from zsmerge_llm.cpu.native import find_compiler
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.gpu.graphs import capture_refusal

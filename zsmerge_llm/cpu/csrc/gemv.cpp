@@ -352,9 +352,19 @@ void gemv_out(const Tensor& x, at::TensorList weights, at::TensorList scales, at
   }
 }
 
-// x [M, K] times matrices that share it -> [M, N] each, + bias [N]. A matrix is [N, K] in x's dtype; int8 [N, K] with
-// scales [N]; or uint8 [N, K / 2] in torch's AVX-512 int4 packing with scales and zeros [G, N, 2].
-std::vector<Tensor> gemv(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases) {
+// x [M, K] times matrices that share it -> [M, N] each, + bias [N]. operands: all matrices, then all scales if there are
+// any, then all biases if there are any: one list, since AOTInductor passes no empty ones. A matrix is [N, K] in x's
+// dtype; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's AVX-512 int4 packing with scales and zeros
+// [G, N, 2].
+std::vector<Tensor> gemv(const Tensor& x, at::TensorList operands, int64_t num_matrices) {
+  const size_t count = num_matrices;
+  TORCH_CHECK(num_matrices > 0 && operands.size() >= count && operands.size() % count == 0,
+              "zsmerge::gemv takes as many scales and biases as matrices");
+  const at::TensorList weights = operands.slice(0, count);
+  const bool scaled = !weights[0].is_floating_point();
+  TORCH_CHECK(operands.size() == count * (1 + scaled) || operands.size() == count * (2 + scaled),
+              "zsmerge::gemv takes scales for integers only");
+  const at::TensorList scales = operands.slice(count, scaled ? count : 0), biases = operands.slice(count * (1 + scaled));
   std::vector<Tensor> out;
   for (const Tensor& weight : weights) {
     const int64_t inputs = weight.scalar_type() == at::kByte ? 2 * weight.size(1) : weight.size(1);

@@ -1,0 +1,188 @@
+"""Decode steps through a package give the logits and caches of the layers of transformers."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.tiny_models import FAMILIES, tiny_model
+from zsmerge_llm import CacheConfig, SamplingParams
+from zsmerge_llm.cpu import native, quantized_linear
+from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
+from zsmerge_llm.kvcache.cache import Cache
+
+WIDTHS = (1, 1 + MAX_DRAFT_TOKENS)
+CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, observation_window=4)
+PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
+STEPS = 24
+IN_EVERY_RUN = ("llama", "gemma3", "gpt_oss-sinks", "falcon-new")
+
+
+def started(family: str = "llama") -> Engine:
+    """Return an engine whose steps are compiled."""
+    engine = Engine(tiny_model(family), CONFIG, compile=False)
+    engine.backend.start()
+    return engine
+
+
+def trusted(engine: Engine) -> set[str]:
+    """Return which forms of step have run through the package."""
+    backend: Any = engine.backend
+    return {name for name, step in backend.compiled.layers.steps.items() if step.trusted}
+
+
+def decode(engine: Engine, config: CacheConfig = CONFIG) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the logits of steps of one or more tokens over several compressions, and the tensors of the cache."""
+    cache = engine.new_cache(config)
+    engine.read(cache, PROMPT)
+    logits = [engine.read(cache, list(range(at, at + WIDTHS[at % 4 == 3]))) for at in range(STEPS)]
+    tensors = [
+        getattr(layer, name)[:, :, : layer.num_filled[0]] for layer in cache.layers for name in ("keys", "score")
+    ]
+    return torch.stack(logits), [*tensors, *(layer.queries for layer in cache.layers)]
+
+
+def assert_same_steps(engine: Engine, plain: Engine, config: CacheConfig = CONFIG, atol: float = 1e-4) -> None:
+    (logits, tensors), (expected, expected_tensors) = decode(engine, config), decode(plain, config)
+    assert torch.allclose(logits, expected, atol=atol)
+    assert all(torch.allclose(a, b, atol=atol) for a, b in zip(tensors, expected_tensors, strict=True))
+
+
+@pytest.mark.parametrize(
+    "family", [each if each in IN_EVERY_RUN else pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES]
+)
+def test_steps_of_a_package_give_the_same_logits_and_caches_in_every_family(family: str) -> None:
+    engine = started(family)
+    assert_same_steps(engine, Engine(tiny_model(family), CONFIG, compile=False))
+
+    if family == "gpt_oss-sinks":  # its experts are chosen by the data
+        assert engine.backend.disabled_reason is not None
+    else:
+        assert trusted(engine) >= {"single", "draft"}, engine.backend.disabled_reason
+
+
+@pytest.mark.parametrize(
+    "config", [CacheConfig.paper(16), CacheConfig.h2o(16), CacheConfig.streaming(16), CacheConfig.full()]
+)
+def test_a_package_works_with_every_eviction_policy(config: CacheConfig) -> None:
+    engine = started()
+    assert_same_steps(engine, Engine(tiny_model(), CONFIG, compile=False), config)
+    assert trusted(engine) >= {"single", "draft"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_package_works_with_quantized_weights(bits: int) -> None:
+    engines = []
+    for _ in range(2):
+        model = tiny_model(hidden_size=128, intermediate_size=192)
+        quantized_linear.quantize_model(model, bits, torch.float32)
+        engines.append(Engine(model, CONFIG, compile=False))
+    engines[0].backend.start()
+
+    assert torch.allclose(decode(engines[0])[0], decode(engines[1])[0], atol=2e-2)  # inputs are rounded to 16 bits
+    assert trusted(engines[0]) == {"single", "draft"}, engines[0].backend.disabled_reason
+
+
+def test_layers_of_other_sizes_have_code_of_their_own() -> None:
+    engines = []
+    for _ in range(2):
+        model = tiny_model()
+        model.model.layers[1].mlp = tiny_model(seed=1, intermediate_size=96).model.layers[1].mlp
+        engines.append(Engine(model, CONFIG, compile=False))
+    engines[0].backend.start()
+
+    assert_same_steps(*engines)
+    assert trusted(engines[0]) == {"single", "draft"}
+
+
+def test_a_package_keeps_no_reference_to_a_cache() -> None:
+    engine = started()
+    cache = engine.new_cache()
+    for step in range(6):
+        engine.read(cache, [step])
+    reference = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert reference() is None
+
+
+def test_conversations_alternate_in_the_same_package() -> None:
+    engine, plain = started(), Engine(tiny_model(), CONFIG, compile=False)
+    caches = {each: [each.new_cache() for _ in range(2)] for each in (engine, plain)}
+    for step in range(STEPS):
+        logits = [each.read(caches[each][step % 2], [step + 1]) for each in (engine, plain)]
+        assert torch.allclose(*logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("rows", [2, 3, 8, 9, 19])
+def test_batches_of_conversations_are_decoded_through_a_package(family: str, rows: int) -> None:
+    """Of different lengths, over compressions, and with steps in which some rows are inactive."""
+    engine = started(family)
+    logits, cache = decode_batch(engine, rows)
+
+    expected, expected_cache = decode_batch(Engine(tiny_model(family), CONFIG, compile=False), rows)
+    assert "batch" in trusted(engine)
+    assert torch.allclose(logits, expected, atol=1e-4)
+    for layer, other in zip(cache.layers, expected_cache.layers, strict=True):
+        assert layer.num_filled == other.num_filled
+        used = max(layer.num_filled)
+        assert torch.equal(
+            layer.position[:, :, :used] * (layer.multiplicity > 0)[:, :, :used],
+            other.position[:, :, :used] * (other.multiplicity > 0)[:, :, :used],
+        )
+        assert torch.allclose(layer.queries, other.queries, atol=1e-4)
+
+
+def decode_batch(reader: Engine, rows: int) -> tuple[torch.Tensor, Cache]:
+    """Return the logits of every row after each step, and the cache."""
+    cache = reader.new_cache(rows=rows)
+    reader.read_batch(cache, [PROMPT[: 3 + row] for row in range(rows)])
+    logits = []
+    with torch.inference_mode():
+        for step in range(STEPS):
+            active = None if step % 3 else torch.tensor([[(row + step) % 4 != 0] for row in range(rows)])
+            reader.runner.run(cache, torch.full((rows, 1), step + 1), active)
+            assert cache.logits is not None
+            logits.append(cache.logits.clone())
+    return torch.stack(logits), cache
+
+
+def test_a_batch_is_told_what_its_rows_are_told_alone() -> None:
+    engine = started()
+    cache = engine.new_cache(CONFIG, rows=2)
+    engine.read_batch(cache, [PROMPT, PROMPT[:5]])
+    params = [SamplingParams(max_tokens=20, ignore_eos=True)] * 2
+
+    answers = [list(row) for row in zip(*engine.decode(cache, params, [[], []]), strict=True)]
+
+    for prompt, answer in zip([PROMPT, PROMPT[:5]], answers, strict=True):
+        assert list(engine.stream(engine.new_cache(CONFIG), prompt, params[0])) == answer
+
+
+def test_drafts_are_verified_through_a_package() -> None:
+    engine = started()
+    greedy = SamplingParams(max_tokens=40, ignore_eos=True)
+    prompt = PROMPT * 3
+    exact = engine.new_cache(CacheConfig.full())
+    plain = list(engine.stream(exact, prompt, greedy.replace(lookup=False)))
+
+    for _ in range(2):
+        cache = engine.new_cache(CacheConfig(slots=200))
+        assert list(engine.stream(cache, prompt, greedy)) == plain
+    assert "draft" in trusted(engine)
+
+
+def test_rows_go_in_groups_of_nearly_equal_size() -> None:
+    from zsmerge_llm.cpu.packaged_step import _groups
+
+    for rows in range(1, 40):
+        sizes = [each.stop - each.start for each in _groups(rows)]
+        assert sum(sizes) == rows
+        assert max(sizes) <= native.MAX_ROWS
+        assert max(sizes) - min(sizes) <= 1
