@@ -53,7 +53,7 @@ def _temporary_layer_budgets(tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_packages_of_their_own_accord() -> Iterator[None]:
-    """Let no engine compile, or use what was compiled, unless its test says so: else rounding depends on the machine."""
+    """Let no engine compile, or use what was compiled, unless its test says so: rounding may depend on the machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CompiledSteps, "watch", lambda self: setattr(self, "_steps_left", 100_000))
         yield

@@ -66,8 +66,9 @@ class LLM(AbstractContextManager["LLM"]):
         chat_template: Jinja text instead of the model's own.
         template_args: variables for the chat template, such as {"enable_thinking": False}.
         chunk: tokens read in one forward pass; "auto": 512 on a CPU, up to 2,048 on a GPU.
-        compile: whether decode steps run through compiled layers: True compiles while loading; "auto" later, once
-            enough was decoded to pay for it; False never. Where it is impossible, that is logged, and nothing else.
+        compile: whether decode steps run through compiled layers: True compiles while loading; "auto" in the
+            background; False never. Once compiled on a machine, both use them from the first token on. Where it is
+            impossible, that is logged, and nothing else.
         retrieval_tokens: most tokens of earlier text that match a question and are read again before it, where the
             cache has dropped some; at most half of its slots. 0: none.
         max_input_tokens: a longer prompt raises ContextLimitError; None: no limit. Nothing is ever truncated.

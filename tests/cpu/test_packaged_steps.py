@@ -60,7 +60,7 @@ def test_steps_of_a_package_give_the_same_logits_and_caches_in_every_family(fami
     engine = started(family)
     assert_same_steps(engine, Engine(tiny_model(family), CONFIG, compile=False))
 
-    if family == "gpt_oss-sinks":  # its experts are chosen by the data
+    if family == "gpt_oss-sinks":
         assert engine.backend.disabled_reason is not None
     else:
         assert trusted(engine) >= {"single", "draft"}, engine.backend.disabled_reason
@@ -72,7 +72,7 @@ def test_steps_of_a_package_give_the_same_logits_and_caches_in_every_family(fami
 def test_a_package_works_with_every_eviction_policy(config: CacheConfig) -> None:
     engine = started()
     assert_same_steps(engine, Engine(tiny_model(), CONFIG, compile=False), config)
-    assert trusted(engine) >= {"single", "draft"}
+    assert "single" in trusted(engine)  # where each step compresses there is no room for more tokens
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,1 +1,1 @@
-"""Everything for a CPU: C++ kernels, weights of 4 and 8 bits, compiled layers, recorded steps."""
+"""Everything for a CPU: C++ kernels, weights of 4 and 8 bits, compiled decode steps."""

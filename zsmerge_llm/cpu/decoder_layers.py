@@ -18,6 +18,8 @@ def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
     Raises:
         UnsupportedModelError: layers that cannot be told, or whose weights are not all plain tensors in their place.
     """
+    if getattr(model.config.get_text_config(), "num_experts_per_tok", None):
+        raise UnsupportedModelError("Layers whose experts are chosen by the data are not compiled.")
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     stacks = [stack for stack in stacks if all(_attends(layer) for layer in stack)]
     if len(stacks) != 1:

@@ -56,7 +56,7 @@ class Engine:
         cache: configuration of the caches that `new_cache` makes.
         chunk: tokens read in one forward pass. Peak memory grows with it. "auto": what suits the device and its memory.
         compile: whether decode steps run through compiled layers and kernels: at once (True), never (False), or, with
-            "auto", once so many tokens have been decoded that it pays.
+            "auto", in the background; once that is done on a machine, from the first token.
         backend: computes attention; None: the one for the model's device.
 
     Raises:

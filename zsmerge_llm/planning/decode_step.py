@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.backend import AttentionBackend, DecodeStep
 from zsmerge_llm.cpu.backend import CPUBackend
-from zsmerge_llm.cpu.compiled_steps import COMPILE_AFTER
 from zsmerge_llm.cpu.decoder_layers import decoder_layers
 from zsmerge_llm.cpu.native import find_compiler
 from zsmerge_llm.errors import UnsupportedModelError
@@ -54,7 +53,7 @@ def planned_step(
     if (reason := _obstacle(model, device, device_map, quantization)) is not None:
         return StepChoice("eager", reason)
     step = CPUBackend.fastest_step
-    when = "while loading" if compile is True else f"after {COMPILE_AFTER} tokens, eager until then"
+    when = "while loading" if compile is True else "once compiled for this machine, eager until then"
     return StepChoice(step, f"compile={compile!r}: {when}")
 
 
@@ -71,13 +70,10 @@ def _obstacle(model: PreTrainedModel, device: torch.device, device_map: Any, qua
         return "layers that accelerate moves between devices are not compiled"
     if quantization is not None and packed_bits(quantization, device, None) is None:
         return "weights of bitsandbytes are not compiled"
-    config = model.config.get_text_config()
-    if getattr(config, "num_experts_per_tok", None):
-        return "experts are chosen by the data, which a compiled layer cannot do"
     if find_compiler() is None:
         return "there is no C++ compiler: install g++ or clang"
     try:
-        decoder_layers(model, config.num_hidden_layers)
+        decoder_layers(model, model.config.get_text_config().num_hidden_layers)
     except UnsupportedModelError as error:
         return str(error)
     return None
