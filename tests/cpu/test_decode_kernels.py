@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -292,3 +293,18 @@ def test_a_compiler_error_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         native.build(("none",))
     assert not list((tmp_path / "kernels").iterdir())
     assert (tmp_path / "kernels").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_kernel_library_is_loaded_only_as_it_was_written(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    folder.mkdir(mode=0o700)
+    library = folder / "kernels.so"
+    library.write_bytes(b"code")
+    assert not native._is_trusted(library)  # nothing says what it was
+    library.with_suffix(".sha256").write_text(hashlib.sha256(b"code").hexdigest())
+    assert native._is_trusted(library)
+    folder.chmod(0o777)
+    assert not native._is_trusted(library)
+    folder.chmod(0o700)
+    library.write_bytes(b"other code")
+    assert not native._is_trusted(library)

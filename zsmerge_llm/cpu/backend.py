@@ -171,8 +171,10 @@ class CPUBackend(TorchBackend):
         if self.compiled.enabled or self.disabled_reason is not None:
             return
         self._load_prefill()
-        self._load_decode()
-        self.compiled.start()
+        if self._load_decode():
+            self.compiled.start()
+        else:
+            self.compiled.disable(UnsupportedModelError("Compiled steps need the C++ kernels."))
 
     @property
     def disabled_reason(self) -> str | None:

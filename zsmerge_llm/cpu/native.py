@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from zsmerge_llm.cpu.quantized_linear import int4_layout
-from zsmerge_llm.errors import UnsupportedModelError
+from zsmerge_llm.cpu.trusted_files import check_folder, digest, private_folder
+from zsmerge_llm.errors import PackageError, UnsupportedModelError
 from zsmerge_llm.paths import cache_folder
 
 DECODE_SOURCES = ("simd", "quantization", "gemv", "decode_attention", "packaged_step")
@@ -48,7 +49,7 @@ def build(sources: Sequence[str] = DECODE_SOURCES) -> None:
     """
     library = _library_path(sources)
     try:
-        if library.exists():
+        if _is_trusted(library):
             torch.ops.load_library(library)
         else:
             _compile_and_load(_source(sources), library)
@@ -73,18 +74,37 @@ def library_name(sources: Sequence[str]) -> str:
 
 def is_built(sources: Sequence[str]) -> bool:
     """Return whether this machine has compiled these sources, so that `build` only loads them."""
-    return _library_path(sources).exists()
+    library = _library_path(sources)
+    return library.exists() and _digest_path(library).exists()
+
+
+def _is_trusted(library: Path) -> bool:
+    """Return whether a library is there as it was written, in a folder that only the user may write to."""
+    try:
+        check_folder(library.parent)
+        return _digest_path(library).read_text(encoding="utf-8") == digest(library)
+    except (OSError, PackageError):
+        return False
+
+
+def _digest_path(library: Path) -> Path:
+    return library.with_suffix(".sha256")
 
 
 def _compile_and_load(source: str, library: Path) -> None:
     """Compile in a private folder and move the result to its place at once: other processes never see half a file."""
-    with suppress(OSError):
-        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    writable = os.access(library.parent, os.W_OK)
-    with tempfile.TemporaryDirectory(dir=library.parent if writable else None) as folder:
+    parent: Path | None = None  # each process compiles again
+    with suppress(OSError, PackageError):
+        parent = private_folder(library.parent)
+    if parent is not None and not os.access(parent, os.W_OK):
+        parent = None
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
         compiled = _compile(source, Path(folder))
-        if writable:  # else each process compiles again
+        if parent is not None:
+            written = _digest_path(compiled)
+            written.write_text(digest(compiled), encoding="utf-8")
             compiled = compiled.replace(library)
+            written.replace(_digest_path(library))
         torch.ops.load_library(compiled)
 
 

@@ -12,7 +12,7 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,7 +164,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def main(arguments: Sequence[str] = ()) -> None:
+def main() -> None:
     """Build the package whose job is on the standard input."""
     job: PackageJob = pickle.load(sys.stdin.buffer)
     if hasattr(os, "nice"):
@@ -173,6 +173,4 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 if __name__ == "__main__":
-    from zsmerge_llm.cpu import package_builder
-
-    package_builder.main()
+    main()
