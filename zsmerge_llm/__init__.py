@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zsmerge_llm.config import CacheConfig, SamplingParams
+    from zsmerge_llm.config import CacheConfig, SamplingParams, SchedulingConfig
     from zsmerge_llm.engine.engine import Engine
     from zsmerge_llm.inspection.html import write_html
     from zsmerge_llm.inspection.memory_map import MemoryMap, memory_map
@@ -26,6 +26,7 @@ _HOMES = {
     "Cache": "kvcache.cache",
     "CacheConfig": "config",
     "SamplingParams": "config",
+    "SchedulingConfig": "config",
     "Engine": "engine.engine",
     "Grammar": "language.grammar",
     "LLM": "llm",
@@ -51,6 +52,7 @@ __all__ = [
     "Message",
     "Result",
     "SamplingParams",
+    "SchedulingConfig",
     "Session",
     "Store",
     "Usage",

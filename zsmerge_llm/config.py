@@ -1,4 +1,4 @@
-"""What a user may set: the cache (`CacheConfig`) and one generation (`SamplingParams`). Imports nothing heavy."""
+"""What a user may set: the cache, one generation, and how requests share the device. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -339,6 +339,27 @@ def apportion(total: int, weights: Sequence[float], least: int) -> list[int]:
     for at in most_cut[: total - sum(parts)]:
         parts[at] += 1
     return parts
+
+
+@dataclass(frozen=True)
+class SchedulingConfig:
+    """How requests that run at the same time share the device.
+
+    Args:
+        max_requests: a request beyond so many that wait, are read or answered raises QueueFullError.
+        reading_share: how much of the time the reading of prompts gets while answers are decoded, above 0, at most 1.
+            A stream waits for one chunk (`LLM(chunk=...)`) at most, whatever the share: with 1, after each token.
+
+    Raises:
+        ConfigError: a setting out of its range.
+    """
+
+    max_requests: int = 256
+    reading_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _integer("max_requests", self.max_requests, 1)
+        _number("reading_share", self.reading_share, 0.01, 1.0)
 
 
 def parse_bytes(size: int | str) -> int:

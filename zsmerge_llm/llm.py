@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
-from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
+from zsmerge_llm.config import CacheConfig, SamplingParams, SchedulingConfig, parse_bytes
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.generation.answer import Answer, Attempt, Request
 from zsmerge_llm.generation.loops import check_length, collect, generate, generate_batch
@@ -74,6 +74,7 @@ class LLM(AbstractContextManager["LLM"]):
         sessions_dir: folder that keeps conversations across restarts; None keeps them for this process.
         session_memory: bytes that all conversations together may hold in memory, such as "4GiB"; the least recently
             used ones go to disk. Too few for one conversation raise StoreFullError when the model loads.
+        scheduling: how requests of several threads share the device, and how many there may be.
         progress: called with a line of text at each step of loading and of measuring the layer budgets.
 
     Raises:
@@ -99,10 +100,11 @@ class LLM(AbstractContextManager["LLM"]):
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",
+        scheduling: SchedulingConfig | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         validate_settings(dtype, device, device_map, quantization)
-        validate_runtime_settings(cache, compile, retrieval_tokens)
+        validate_runtime_settings(cache, compile, retrieval_tokens, scheduling)
         self.model = model
         self.cache = cache or CacheConfig()
         self.chunk = chunk
@@ -110,7 +112,7 @@ class LLM(AbstractContextManager["LLM"]):
         self.max_input_tokens = max_input_tokens
         weights = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
         loading = {**weights, "tokenizer": tokenizer, "chat_template": chat_template, "progress": progress}
-        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory))
+        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory), scheduling)
         self._explain = partial(explain, model, loading, self.cache, chunk, compile)
         self._runtime = LazyRuntime(partial(assemble, model, self.cache, chunk, compile, loading, *settings))
 
@@ -205,11 +207,15 @@ class LLM(AbstractContextManager["LLM"]):
                 that earlier ones did not need. It costs what a new conversation costs.
             cancel: an event that stops prefill after the current chunk and decoding within one token. Closing the
                 iterator does the same.
+            timeout: seconds for the whole answer, from now on.
+            priority: where several requests wait for the device, the lowest number goes first.
             progress: called with (tokens read, tokens to read) during prefill.
 
         Raises:
             InputError: invalid messages, tools, response format or grammar, before anything is read.
             MissingTemplateError: no chat template. ContextLimitError: more than `max_input_tokens`.
+            QueueFullError: too many requests at once (`SchedulingConfig`). DeadlineExceededError: `timeout` has passed.
+                Both leave the conversation as it was.
             TypeError: an unknown keyword argument.
         """
         wanted = RequestOptions.parse(ChatOptions, options)
@@ -223,7 +229,7 @@ class LLM(AbstractContextManager["LLM"]):
         wanted = RequestOptions.parse(BatchOptions, options)
         checked, runtime = [normalize_messages(messages) for messages in conversations], self._load()
         requests = [_batch_request(runtime, messages, wanted) for messages in checked]
-        return generate_batch(runtime.engine, runtime.tokenizer, requests, self.max_input_tokens, wanted.cancel)
+        return _generate_batch(runtime, requests, wanted, self.max_input_tokens)
 
     # -- sessions and documents --------------------------------------------------------------------------------------
 
@@ -273,7 +279,8 @@ class LLM(AbstractContextManager["LLM"]):
         if reading.new_ids:
             check_length(len(reading.tokens), SamplingParams(), self.max_input_tokens, runtime.engine.exact_limit)
             probe_ids = chat_probe(runtime.template, probe or GENERIC_QUESTION)
-            runtime.engine.read(reading.cache, reading.new_ids, probe=probe_ids, cancel=cancel, progress=progress)
+            with runtime.engine.requests.admit():
+                runtime.engine.read(reading.cache, reading.new_ids, probe=probe_ids, cancel=cancel, progress=progress)
             documents.keep(reading)
         return reading.session
 
@@ -300,7 +307,7 @@ class LLM(AbstractContextManager["LLM"]):
         wanted = RequestOptions.parse(BatchCompletionOptions, options)
         texts, runtime = [_checked_prompt(prompt) for prompt in prompts], self._load()
         requests = [_completion_request(runtime, text, wanted) for text in texts]
-        return generate_batch(runtime.engine, runtime.tokenizer, requests, self.max_input_tokens, wanted.cancel)
+        return _generate_batch(runtime, requests, wanted, self.max_input_tokens)
 
 
 def _check(messages: Messages, session: str | Session | None, runtime: Runtime | None) -> MessageHistory:
@@ -327,15 +334,25 @@ def _begin_turn(
         system_tokens=turn.system_tokens,
         retrieved_tokens=turn.retrieved_tokens,
     )
-    request = Request(prompt, options.sampling, output_format, turn.cache.seen, turn.reuse)
-    return turn, Attempt(request, turn.cache, runtime.tokenizer)
+    settings = (options.sampling, output_format, turn.cache.seen, turn.reuse)
+    return turn, Attempt(Request(prompt, *settings, priority=options.priority), turn.cache, runtime.tokenizer)
 
 
 def _batch_request(runtime: Runtime, messages: list[Message], options: RequestOptions) -> Request:
     """Return the request for one conversation of a batch, which is read from its beginning."""
     output_format = options.output_format(runtime.output_formats, messages)
     prompt = runtime.conversations.prompts.build(output_format.with_instruction(messages), options.tools)
-    return Request(prompt, options.sampling, output_format)
+    return Request(prompt, options.sampling, output_format, priority=options.priority)
+
+
+def _generate_batch(
+    runtime: Runtime, requests: Sequence[Request], options: RequestOptions, max_input_tokens: int | None
+) -> list[Result]:
+    with runtime.engine.requests.admit():
+        results = generate_batch(runtime.engine, runtime.tokenizer, requests, max_input_tokens, options.cancel)
+    if any(result.finish_reason == "cancelled" for result in results):
+        options.check_deadline()
+    return results
 
 
 def _checked_prompt(prompt: Any) -> str:
@@ -350,7 +367,7 @@ def _completion_request(runtime: Runtime, text: str, options: RequestOptions) ->
     config = runtime.layer_budgets.prompt_config(len(ids))
     prompt = Prompt(ids, config, completion_probe(runtime.template, ids, text))
     output_format = runtime.output_formats.completion(options.response_format, options.grammar)
-    return Request(prompt, options.sampling, output_format, continues_prompt=True)
+    return Request(prompt, options.sampling, output_format, continues_prompt=True, priority=options.priority)
 
 
 def _stream_turn(runtime: Runtime, turn: Turn | None, attempt: Attempt, options: RequestOptions) -> Iterator[Chunk]:
@@ -359,14 +376,17 @@ def _stream_turn(runtime: Runtime, turn: Turn | None, attempt: Attempt, options:
     However it ends, the conversation is at a point from which it can be resumed.
     """
     answer: Answer | None = None
-    try:
-        read = partial(_read_prompt, runtime.engine, turn, attempt, options)
-        answer = yield from generate(runtime.engine, attempt, read, options.cancel)
-    finally:
-        if turn is not None:
-            complete = answer is not None and answer.result.finish_reason != "cancelled"
-            message, tokens = (answer.message, answer.tokens) if answer is not None and complete else (None, ())
-            runtime.conversations.commit(turn, message, tokens)
+    with runtime.engine.requests.admit():
+        try:
+            read = partial(_read_prompt, runtime.engine, turn, attempt, options)
+            answer = yield from generate(runtime.engine, attempt, read, options.cancel)
+        finally:
+            if turn is not None:
+                complete = answer is not None and answer.result.finish_reason != "cancelled"
+                message, tokens = (answer.message, answer.tokens) if answer is not None and complete else (None, ())
+                runtime.conversations.commit(turn, message, tokens)
+    if answer.result.finish_reason == "cancelled":
+        options.check_deadline()
     yield answer.last_chunk
 
 
@@ -374,7 +394,14 @@ def _read_prompt(engine: Engine, turn: Turn | None, attempt: Attempt, options: R
     """Read what is new of the prompt, and keep the snapshots of the conversation that later requests may resume."""
     prompt, cache = attempt.request.prompt, attempt.cache
     ids = list(prompt.ids[attempt.request.cached_tokens :])
-    read = partial(engine.read, cache, probe=prompt.probe, cancel=options.cancel, progress=options.progress)
+    read = partial(
+        engine.read,
+        cache,
+        probe=prompt.probe,
+        cancel=options.cancel,
+        progress=options.progress,
+        priority=options.priority,
+    )
     first = prompt.system_tokens if turn is not None else 0
     if not cache.fits(first):
         first = 0  # compressed for this question, a prefix would be worth little to other conversations

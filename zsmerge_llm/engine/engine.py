@@ -1,7 +1,7 @@
 """Token ids in, token ids out: prefill of any length in chunks, and decoding. Knows no text and no session.
 
-Memory during prefill is a function of budget and chunk size, never of length. Threads may share an engine: their
-forward passes take turns, first come first served.
+Memory during prefill is a function of budget and chunk size, never of length. Threads may share an engine: all forward
+passes run in a thread of its own (`device_thread`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from zsmerge_llm.attention.backend import AttentionBackend
 from zsmerge_llm.attention.interface import prepare_model
 from zsmerge_llm.attention.model_state import HeldModel
-from zsmerge_llm.config import CacheConfig, SamplingParams
+from zsmerge_llm.config import CacheConfig, SamplingParams, SchedulingConfig
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
-from zsmerge_llm.engine.decode_loop import Cancelled, check_cancelled
-from zsmerge_llm.engine.fair_lock import FairLock
+from zsmerge_llm.engine.cancellation import Cancelled, RequestLimit, check_cancelled
+from zsmerge_llm.engine.device_thread import DeviceThread, Kind
 from zsmerge_llm.engine.model_runner import ModelRunner
 from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
@@ -58,6 +58,10 @@ class Engine:
         compile: whether decode steps run through compiled layers and kernels: at once (True), never (False), or, with
             "auto", once so many tokens have been decoded that it pays.
         backend: computes attention; None: the one for the model's device.
+        scheduling: how requests share the device.
+
+    Attributes:
+        requests: counts the requests of callers, for the limit of `scheduling`.
 
     Raises:
         UnsupportedModelError: an architecture or feature the cache cannot carry.
@@ -70,11 +74,14 @@ class Engine:
         chunk: int | Literal["auto"] = "auto",
         compile: bool | Literal["auto"] = "auto",
         backend: AttentionBackend | None = None,
+        scheduling: SchedulingConfig | None = None,
     ) -> None:
         if chunk != "auto" and chunk < 1:
             raise ConfigError(f"chunk must be at least 1 token, or 'auto', not {chunk}.")
         self.model = model
         self.config = cache or CacheConfig()
+        scheduling = scheduling or SchedulingConfig()
+        self.requests = RequestLimit(scheduling.max_requests)
         self._held = HeldModel(self, model)
         try:
             self.specs = prepare_model(model.eval())
@@ -87,10 +94,10 @@ class Engine:
             self.chunk = self.backend.default_chunk(self.specs) if chunk == "auto" else chunk
             remapper = PositionRemapper(model, self.specs, self.context_window)
             self.runner = ModelRunner(model, self.backend, remapper)
-            self._turn = FairLock()
-            self._reader = PromptReader(self.runner, self.specs, self._turn)
-            self._scheduler = DecodeScheduler(self.runner, self._turn)
-            self._static_scheduler = _static_scheduler(self.runner, self._turn, self.specs, self.vocab_size)
+            self._device = DeviceThread(scheduling.reading_share)
+            self._reader = PromptReader(self.runner, self.specs, self._device)
+            self._scheduler = DecodeScheduler(self.runner, self._device)
+            self._static_scheduler = _static_scheduler(self.runner, self._device, self.specs, self.vocab_size)
             if compile is True:
                 self.backend.start()
                 self.read(self.new_cache(), [0])
@@ -100,9 +107,11 @@ class Engine:
 
     def close(self) -> None:
         """Give the model back as it was, once no other engine has it; later passes raise InputError."""
-        with self._turn:
-            self.runner.closed = True
-            self._held.release()
+        self._device.call(self._close)
+
+    def _close(self) -> None:
+        self.runner.closed = True
+        self._held.release()
 
     # -- what it is --------------------------------------------------------------------------------------------------
 
@@ -152,6 +161,7 @@ class Engine:
         pinned_tail: int = 0,
         cancel: Event | None = None,
         progress: Progress | None = None,
+        priority: int = 0,
     ) -> Tensor:
         """Read `ids` into a one-row cache; float32 logits [vocab] after the last of them.
 
@@ -164,6 +174,7 @@ class Engine:
                 share of the newest tokens (`CacheConfig.recent_share`).
             cancel: stops after the current chunk.
             progress: called with (tokens read, tokens to read) after each chunk.
+            priority: where several requests wait for the device, the lowest number goes first.
 
         Raises:
             InputError: no ids, ids outside the vocabulary, or a cache of several rows.
@@ -172,9 +183,8 @@ class Engine:
         tokens = _checked_ids(self.vocab_size, ids)
         question = _checked_ids(self.vocab_size, probe) if probe is not None and len(probe) else None
         _check_one_row(cache)
-        how = Reading(
-            self.chunk, prompt_probe(cache.config, question, multi_turn, len(tokens)), multi_turn, pinned_tail
-        )
+        chosen = prompt_probe(cache.config, question, multi_turn, len(tokens))
+        how = Reading(self.chunk, chosen, multi_turn, pinned_tail, priority)
         return self._reader.read(cache, tokens, how, cancel, progress)
 
     @torch.inference_mode()
@@ -196,8 +206,8 @@ class Engine:
             size = max(len(part) for part in parts)
             valid = torch.tensor([[at < len(part) for at in range(size)] for part in parts])
             padded = torch.stack([torch.nn.functional.pad(part, (0, size - len(part))) for part in parts])
-            with self._turn:
-                self.runner.run(cache, padded, None if valid.all() else valid)
+            run = partial(self.runner.run, cache, padded, None if valid.all() else valid)
+            self._device.call(run, Kind.CHUNK, cancel=cancel)
         assert cache.logits is not None
         return cache.logits.float()
 
@@ -213,8 +223,7 @@ class Engine:
         """
         _check_one_row(cache)
         tokens = _checked_ids(self.vocab_size, ids)
-        with self._turn:
-            return self.runner.query_attention(cache, tokens)
+        return self._device.call(partial(self.runner.query_attention, cache, tokens), Kind.CHUNK)
 
     @torch.inference_mode()
     def logprobs(self, cache: Cache, ids: Ids, *, cancel: Event | None = None) -> Tensor:
@@ -223,20 +232,22 @@ class Engine:
         Nothing predicts the first token of an empty cache: its entry is 0. Raises as `read`.
         """
         _check_one_row(cache)
-        tokens, parts = _checked_ids(self.vocab_size, ids).to(self.device), []
-        for start in range(0, len(tokens), self.chunk):
+        parts = []
+        for chunk in _checked_ids(self.vocab_size, ids).to(self.device).split(self.chunk):
             check_cancelled(cancel)
-            chunk = tokens[start : start + self.chunk]
-            before = cache.logits
-            with self._turn:
-                logits = self.runner.run(cache, chunk[None], all_logits=True)[0]
-            rows = torch.cat([logits[:1] if before is None else before, logits[:-1]])
-            targets = zip(rows.split(LOGPROB_ROWS), chunk.split(LOGPROB_ROWS), strict=True)
-            picked = [part.float().log_softmax(-1).gather(-1, target[:, None])[:, 0] for part, target in targets]
-            if before is None:
-                picked[0][0] = 0.0
-            parts += picked
+            parts.append(self._device.call(partial(self._chunk_logprobs, cache, chunk), Kind.CHUNK, cancel=cancel))
         return torch.cat(parts)
+
+    def _chunk_logprobs(self, cache: Cache, chunk: Tensor) -> Tensor:
+        """Read ids [n]: float32 [n], the log-probability of each."""
+        before = cache.logits
+        logits = self.runner.run(cache, chunk[None], all_logits=True)[0]
+        rows = torch.cat([logits[:1] if before is None else before, logits[:-1]])
+        targets = zip(rows.split(LOGPROB_ROWS), chunk.split(LOGPROB_ROWS), strict=True)
+        picked = [part.float().log_softmax(-1).gather(-1, target[:, None])[:, 0] for part, target in targets]
+        if before is None:
+            picked[0][0] = 0.0
+        return torch.cat(picked)
 
     # -- decoding ----------------------------------------------------------------------------------------------------
 
@@ -271,6 +282,7 @@ class Engine:
         *,
         constraints: Sequence[Constraint | None] = (),
         cancel: Event | None = None,
+        priority: int = 0,
     ) -> Iterator[list[int | None]]:
         """Go on from what the cache has read: yields one list of new ids a step, None for rows that have ended.
 
@@ -283,6 +295,7 @@ class Engine:
             sampling: one for each row.
             prompts: the ids that a repetition penalty counts as said, and drafts are found in, for each row.
             constraints: what each row may say, fresh ones made with its `max_tokens`; () for no row.
+            priority: see `read`. Steps of different priorities share a pass all the same.
 
         Raises:
             InputError: the cache has read nothing, or the rows do not match. Cancelled: `cancel` was set.
@@ -295,7 +308,8 @@ class Engine:
             for params, prompt, limit in zip(sampling, prompts, limits, strict=True)
         ]
         static = self._static_scheduler if is_capturable(cache) else None
-        yield from decode_loop.decode((static or self._scheduler).join(cache), sequences, cancel)
+        decoding = (static or self._scheduler).join(cache, sequences, priority)
+        yield from decode_loop.decode(decoding, sequences, cancel)
 
 
 def _checked_ids(vocab_size: int, ids: Ids) -> Tensor:
@@ -309,13 +323,13 @@ def _checked_ids(vocab_size: int, ids: Ids) -> Tensor:
 
 
 def _static_scheduler(
-    runner: ModelRunner, turn: FairLock, specs: tuple[LayerSpec, ...], vocab_size: int
+    runner: ModelRunner, device: DeviceThread, specs: tuple[LayerSpec, ...], vocab_size: int
 ) -> StaticScheduler | None:
     """Return what decodes in fixed memory, where the backend does."""
     sizes = runner.backend.static_sizes
     if sizes is None:
         return None
-    return StaticScheduler(partial(make_decoder, runner, specs, vocab_size), turn, sizes, STEP_TOKENS)
+    return StaticScheduler(partial(make_decoder, runner, specs, vocab_size), device, sizes, STEP_TOKENS)
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
