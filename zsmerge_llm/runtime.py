@@ -9,7 +9,8 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
-from zsmerge_llm.config import CacheConfig, SchedulingConfig
+from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.engine.scheduling import SchedulingConfig
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.grammar import GrammarCompiler
@@ -138,10 +139,10 @@ def assemble(
 
 def explain(
     model: str | Path | PreTrainedModel,
-    loading: dict[str, Any],
     cache: CacheConfig,
     chunk: int | Literal["auto"],
     compile: bool | Literal["auto"],
+    loading: dict[str, Any],
     runtime: Runtime | None,
 ) -> Explanation:
     """Explain what an `LLM` of these settings takes of memory: planned, or with its runtime as it is.

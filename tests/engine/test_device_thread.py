@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from zsmerge_llm.engine.cancellation import Cancelled, Deadline, RequestLimit
 from zsmerge_llm.engine.device_thread import DeviceThread, Job, Kind
+from zsmerge_llm.engine.scheduling import Cancelled, Deadline, RequestLimit
 from zsmerge_llm.errors import DeadlineExceededError, QueueFullError
 
 LIMIT = 60

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zsmerge_llm.engine.cancellation import check_cancelled
+from zsmerge_llm.engine.scheduling import check_cancelled
 from zsmerge_llm.engine.sequence import DecodeSequence
 
 

@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from threading import Event, Lock, RLock, Thread, get_ident
 from typing import Any, Generic, TypeVar
 
-from zsmerge_llm.engine.cancellation import Cancelled
+from zsmerge_llm.engine.scheduling import Cancelled
 
 T = TypeVar("T")
 

@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 from zsmerge_llm.attention.backend import AttentionBackend
 from zsmerge_llm.attention.interface import prepare_model
 from zsmerge_llm.attention.model_state import HeldModel
-from zsmerge_llm.config import CacheConfig, SamplingParams, SchedulingConfig
+from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
-from zsmerge_llm.engine.cancellation import Cancelled, RequestLimit, check_cancelled
 from zsmerge_llm.engine.device_thread import DeviceThread, Kind
 from zsmerge_llm.engine.model_runner import ModelRunner
 from zsmerge_llm.engine.position_remapping import PositionRemapper
@@ -30,6 +29,7 @@ from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.engine.prompt_reader import PromptReader, Reading, prompt_probe
 from zsmerge_llm.engine.sampler import Sampler
 from zsmerge_llm.engine.scheduler import DecodeScheduler
+from zsmerge_llm.engine.scheduling import Cancelled, RequestLimit, SchedulingConfig, check_cancelled
 from zsmerge_llm.engine.sequence import DecodeSequence
 from zsmerge_llm.engine.static_decoder import STEP_TOKENS, make_decoder
 from zsmerge_llm.engine.static_scheduler import StaticScheduler, is_capturable

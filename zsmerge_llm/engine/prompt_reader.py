@@ -9,10 +9,10 @@ from threading import Event
 from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.engine.cancellation import check_cancelled
 from zsmerge_llm.engine.device_thread import DeviceThread, Kind
 from zsmerge_llm.engine.memory_errors import name_memory_errors
 from zsmerge_llm.engine.model_runner import ModelRunner, Probe
+from zsmerge_llm.engine.scheduling import check_cancelled
 from zsmerge_llm.engine.static_reader import StaticReader
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.policies import policy_of

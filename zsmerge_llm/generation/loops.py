@@ -31,7 +31,7 @@ def generate(
         read: reads the request's prompt into the attempt's cache.
         cancel: an event that stops it within one token; the answer says so in its finish reason.
     """
-    from zsmerge_llm.engine.cancellation import Cancelled
+    from zsmerge_llm.engine.scheduling import Cancelled
 
     try:
         attempt.prefill_seconds = _seconds(read)
@@ -59,7 +59,7 @@ def generate_batch(
 
     Raises as `Attempt` and `check_length`, before anything is read.
     """
-    from zsmerge_llm.engine.cancellation import Cancelled
+    from zsmerge_llm.engine.scheduling import Cancelled
 
     if not requests:
         return []

@@ -9,7 +9,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from zsmerge_llm.config import SamplingParams
-from zsmerge_llm.engine.cancellation import Deadline
+from zsmerge_llm.engine.scheduling import Deadline
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.grammar import Grammar
 from zsmerge_llm.language.output_format import OutputFormat, OutputFormats

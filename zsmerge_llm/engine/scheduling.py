@@ -1,13 +1,36 @@
-"""How a request is stopped (by its caller's event, or because its time is up), and how many there may be at once."""
+"""How requests share a device: settings, a limit of their number, deadlines and cancelling. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Event, Lock
 
+from zsmerge_llm.config import check_integer, check_number
 from zsmerge_llm.errors import DeadlineExceededError, QueueFullError
+
+
+@dataclass(frozen=True)
+class SchedulingConfig:
+    """How requests that run at the same time share the device.
+
+    Args:
+        max_requests: a request beyond so many that wait, are read or answered raises QueueFullError.
+        reading_share: how much of the time the reading of prompts gets while answers are decoded, above 0, at most 1.
+            A stream waits for one chunk (`LLM(chunk=...)`) at most, whatever the share: with 1, after each token.
+
+    Raises:
+        ConfigError: a setting out of its range.
+    """
+
+    max_requests: int = 256
+    reading_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_integer("max_requests", self.max_requests, 1)
+        check_number("reading_share", self.reading_share, 0.01, 1.0)
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
