@@ -333,7 +333,7 @@ def _begin_turn(
 
 def _read_document(
     runtime: Runtime,
-    document: tuple[str, str | None],
+    document: tuple[str, str],
     name: str | None,
     probe: str | None,
     max_input_tokens: int | None,

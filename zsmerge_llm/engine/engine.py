@@ -235,19 +235,10 @@ class Engine:
         parts = []
         for chunk in _checked_ids(self.vocab_size, ids).to(self.device).split(self.chunk):
             check_cancelled(cancel)
-            parts.append(self._device.call(partial(self._chunk_logprobs, cache, chunk), Kind.CHUNK, cancel=cancel))
+            parts.append(
+                self._device.call(partial(_chunk_logprobs, self.runner, cache, chunk), Kind.CHUNK, cancel=cancel)
+            )
         return torch.cat(parts)
-
-    def _chunk_logprobs(self, cache: Cache, chunk: Tensor) -> Tensor:
-        """Read ids [n]: float32 [n], the log-probability of each."""
-        before = cache.logits
-        logits = self.runner.run(cache, chunk[None], all_logits=True)[0]
-        rows = torch.cat([logits[:1] if before is None else before, logits[:-1]])
-        targets = zip(rows.split(LOGPROB_ROWS), chunk.split(LOGPROB_ROWS), strict=True)
-        picked = [part.float().log_softmax(-1).gather(-1, target[:, None])[:, 0] for part, target in targets]
-        if before is None:
-            picked[0][0] = 0.0
-        return torch.cat(picked)
 
     # -- decoding ----------------------------------------------------------------------------------------------------
 
@@ -310,6 +301,18 @@ class Engine:
         static = self._static_scheduler if is_capturable(cache) else None
         decoding = (static or self._scheduler).join(cache, sequences, priority)
         yield from decode_loop.decode(decoding, sequences, cancel)
+
+
+def _chunk_logprobs(runner: ModelRunner, cache: Cache, chunk: Tensor) -> Tensor:
+    """Read ids [n]: float32 [n], the log-probability of each."""
+    before = cache.logits
+    logits = runner.run(cache, chunk[None], all_logits=True)[0]
+    rows = torch.cat([logits[:1] if before is None else before, logits[:-1]])
+    targets = zip(rows.split(LOGPROB_ROWS), chunk.split(LOGPROB_ROWS), strict=True)
+    picked = [part.float().log_softmax(-1).gather(-1, target[:, None])[:, 0] for part, target in targets]
+    if before is None:
+        picked[0][0] = 0.0
+    return torch.cat(picked)
 
 
 def _checked_ids(vocab_size: int, ids: Ids) -> Tensor:
