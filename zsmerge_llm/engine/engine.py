@@ -107,10 +107,7 @@ class Engine:
 
     def close(self) -> None:
         """Give the model back as it was, once no other engine has it; later passes raise InputError."""
-        self._device.call(self._close)
-
-    def _close(self) -> None:
-        self.runner.closed = True
+        self._device.call(partial(setattr, self.runner, "closed", True))
         self._held.release()
 
     # -- what it is --------------------------------------------------------------------------------------------------
