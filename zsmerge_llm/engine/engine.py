@@ -80,21 +80,20 @@ class Engine:
             raise ConfigError(f"chunk must be at least 1 token, or 'auto', not {chunk}.")
         self.model = model
         self.config = cache or CacheConfig()
-        scheduling = scheduling or SchedulingConfig()
-        self.requests = RequestLimit(scheduling.max_requests)
+        how = scheduling or SchedulingConfig()
+        self.requests = RequestLimit(how.max_requests)
         self._held = HeldModel(self, model)
         try:
             self.specs = prepare_model(model.eval())
             self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
             self.stop_ids = _stop_ids(model)
             kind = CPUBackend if CPUBackend.serves(model) else GPUBackend
-            own = kind(model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS) if backend is None else backend
-            self.backend: AttentionBackend = own
+            own = (model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS)
+            self.backend: AttentionBackend = backend or kind(*own)
             self._held.backends.append(self.backend)
             self.chunk = self.backend.default_chunk(self.specs) if chunk == "auto" else chunk
-            remapper = PositionRemapper(model, self.specs, self.context_window)
-            self.runner = ModelRunner(model, self.backend, remapper)
-            self._device = DeviceThread(scheduling.reading_share)
+            self.runner = ModelRunner(model, self.backend, PositionRemapper(model, self.specs, self.context_window))
+            self._device = DeviceThread(how.reading_share)
             self._reader = PromptReader(self.runner, self.specs, self._device)
             self._scheduler = DecodeScheduler(self.runner, self._device)
             self._static_scheduler = _static_scheduler(self.runner, self._device, self.specs, self.vocab_size)
