@@ -7,7 +7,7 @@ are yielded, so that a device works while the caller uses them; it counts only o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from threading import Event
 from typing import Protocol
@@ -60,13 +60,21 @@ def check_cancelled(cancel: Event | None) -> None:
 
 
 def decode(
-    decoding: AbstractContextManager[Decoder], sequences: Sequence[DecodeSequence], cancel: Event | None
+    decoding: AbstractContextManager[Decoder],
+    sequences: Sequence[DecodeSequence],
+    cancel: Event | None,
+    running: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[list[int | None]]:
-    """Decode all rows of a cache: yields one list of new ids a step, None for rows that have ended."""
+    """Decode all rows of a cache: yields one list of new ids a step, None for rows that have ended.
+
+    Args:
+        running: what tokens are sampled within, see `AttentionBackend`.
+    """
     with decoding as decoder:
         while True:
             check_cancelled(cancel)
-            tokens = _sample(decoder.logits, sequences)
+            with running():
+                tokens = _sample(decoder.logits, sequences)
             if all(token is None for token in tokens):
                 return
             forced = list(sequences[0].forced_tokens()) if len(sequences) == 1 else []
@@ -82,7 +90,7 @@ def decode(
                 check_cancelled(cancel)
                 yield [token]
             if drafting is not None and draft:
-                yield from _verify_draft(drafting, sequences[0], len(pending[0]), draft)
+                yield from _verify_draft(drafting, sequences[0], len(pending[0]), draft, running)
             elif is_running:
                 decoder.finish()
             if not any(sequence.is_running for sequence in sequences):
@@ -103,10 +111,16 @@ def _propose(drafting: Drafting, sequence: DecodeSequence, num_pending: int) -> 
 
 
 def _verify_draft(
-    drafting: Drafting, sequence: DecodeSequence, num_pending: int, draft: list[int]
+    drafting: Drafting,
+    sequence: DecodeSequence,
+    num_pending: int,
+    draft: list[int],
+    running: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[list[int | None]]:
     """Keep and yield those tokens of a draft that the model samples itself."""
-    sampled, kept = _sample_draft(drafting.draft_logits()[num_pending - 1 : -1], sequence), num_pending
+    logits, kept = drafting.draft_logits()[num_pending - 1 : -1], num_pending
+    with running():
+        sampled = _sample_draft(logits, sequence)
     try:
         for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, sampled, strict=True)):
             kept += 1

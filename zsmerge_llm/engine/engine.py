@@ -295,7 +295,7 @@ class Engine:
             for params, prompt, limit in zip(sampling, prompts, limits, strict=True)
         ]
         static = self._static_scheduler if is_capturable(cache) else None
-        yield from decode_loop.decode((static or self._scheduler).join(cache), sequences, cancel)
+        yield from decode_loop.decode((static or self._scheduler).join(cache), sequences, cancel, self.backend.running)
 
 
 def _checked_ids(vocab_size: int, ids: Ids) -> Tensor:

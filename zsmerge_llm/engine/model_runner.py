@@ -5,9 +5,10 @@ The caller holds the engine's lock: passes on one model take turns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from zsmerge_llm.errors import InputError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.models.lora import AdapterState
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -30,6 +34,22 @@ class Probe:
 
     tokens: Tensor
     voting: bool
+
+
+def _on_chosen_threads(
+    method: Callable[Concatenate[ModelRunner, P], Result],
+) -> Callable[Concatenate[ModelRunner, P], Result]:
+    """Run a method on the number of threads that the backend chooses, what it does around the model included.
+
+    A thread that has helped once waits actively for a while, which takes the core of something else.
+    """
+
+    @wraps(method)
+    def run(self: ModelRunner, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        with self.backend.running():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class ModelRunner:
@@ -56,6 +76,7 @@ class ModelRunner:
         embedding: Any = self.model.get_input_embeddings()
         return embedding.weight.device
 
+    @_on_chosen_threads
     @torch.inference_mode()
     def run(
         self,
@@ -106,6 +127,7 @@ class ModelRunner:
         cache.logits = last
         return logits if all_logits else last[:, None]
 
+    @_on_chosen_threads
     @torch.inference_mode()
     def query_attention(self, cache: Cache, ids: Tensor) -> list[Tensor]:
         """Run ids [m] behind a one-row cache without reading them: each full layer's attention, float32 [H, C]."""
@@ -117,6 +139,7 @@ class ModelRunner:
         self._forward(step, ids[None], torch.tensor([len(ids) - 1]))
         return step.attention
 
+    @_on_chosen_threads
     @torch.inference_mode()
     def speculate(self, cache: Cache, ids: Sequence[int]) -> tuple[SpeculativePass, Tensor]:
         """Run ids behind a one-row cache without taking them in: the pass, and logits [n, vocab] after each of them."""
@@ -138,6 +161,7 @@ class ModelRunner:
         new = num_pending + room
         return room if cache.fits_all(new) and new <= self.remapper.max_pass_tokens(cache, new, 0) else 0
 
+    @_on_chosen_threads
     @torch.inference_mode()
     def keep(self, cache: Cache, step: SpeculativePass, logits: Tensor, count: int) -> None:
         """Take in the first `count` tokens of a speculative pass, whose logits are [n, vocab]."""

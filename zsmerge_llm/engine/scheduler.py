@@ -150,9 +150,13 @@ class DecodeScheduler:
         row.ids, row.done = list(ids), False
         self.turn.run_until_done(row, self._run_pass)
 
-    @torch.inference_mode()
     def _run_pass(self, row: ScheduledRow) -> None:
-        """Run one pass for `row` and for all waiting rows that fit."""
+        """Run one pass for `row` and for all waiting rows that fit, on the backend's number of threads."""
+        with self.runner.backend.running():
+            self._run_rows(row)
+
+    @torch.inference_mode()
+    def _run_rows(self, row: ScheduledRow) -> None:
         self._remove([other for other in self._rows if other.left])
         joined = self._gather(row)
         rows: list[ScheduledRow] = [row, *(ticket.work for ticket in joined)]
