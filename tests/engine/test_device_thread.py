@@ -14,6 +14,7 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
+import torch
 
 from zsmerge_llm.engine.device_thread import DeviceThread, Job, Kind
 from zsmerge_llm.engine.scheduling import Cancelled, Deadline, RequestLimit
@@ -227,3 +228,17 @@ def test_requests_beyond_the_limit_are_refused_and_those_that_end_make_room() ->
             raise ZeroDivisionError
         with limit.admit():
             pass
+
+
+def test_jobs_run_within_what_the_backend_makes_for_the_callers_number_of_threads() -> None:
+    seen = []
+
+    @contextmanager
+    def within(threads: int) -> Iterator[None]:
+        seen.append(threads)
+        yield
+        seen.append("ended")
+
+    device = DeviceThread(within=within)
+    assert device.call(lambda: list(seen)) == [torch.get_num_threads()]
+    assert seen == [torch.get_num_threads(), "ended"]

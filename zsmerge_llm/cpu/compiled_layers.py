@@ -31,8 +31,14 @@ from zsmerge_llm.errors import UnsupportedModelError
 
 log = logging.getLogger(__name__)
 
-OPTIONS = {"size_asserts": False, "allow_buffer_reuse": False, "inplace_buffers": False}
-"""TorchInductor's. The inputs of attention stay as they are until later layers have run: the cache may need them."""
+OPTIONS = {
+    "size_asserts": False,
+    "allow_buffer_reuse": False,
+    "inplace_buffers": False,
+    "cpp.min_chunk_size": 1 << 20,
+}
+"""TorchInductor's. The inputs of attention stay as they are until later layers have run: the cache may need them.
+Loops over a step's few values run on one thread: others would have their number written into the code."""
 
 PassShape = tuple[int, int]
 """Rows and tokens of a decode step."""

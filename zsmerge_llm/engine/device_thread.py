@@ -10,10 +10,13 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, RLock, Thread, get_ident
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from zsmerge_llm.engine.scheduling import Cancelled
 
@@ -21,6 +24,7 @@ T = TypeVar("T")
 
 MAX_WAIT_SECONDS = 0.002
 """How long a pass waits for rows that took part in the last one: far less than a pass takes."""
+Within = Callable[[int], AbstractContextManager[None]]
 POLL_SECONDS = 0.05
 """How often a waiting request looks whether it was cancelled."""
 
@@ -40,10 +44,14 @@ class Job(Generic[T]):
         run: does the work.
         priority: jobs of a lower number go first.
         row: what a step is for, where another step may do it along with its own (`DeviceThread.take`).
+
+    Attributes:
+        most_threads: how many threads the caller lets PyTorch use.
     """
 
     def __init__(self, run: Callable[[], T], kind: Kind, priority: int = 0, row: Any = None) -> None:
         self.kind, self.priority, self.row = kind, priority, row
+        self.most_threads = torch.get_num_threads()
         self._run: Callable[[], T] | None = run
         self._claimed = Lock()
         self._done = Event()
@@ -109,11 +117,12 @@ class DeviceThread:
 
     Args:
         reading_share: how much of the time the chunks of prompts get while streams wait for decode steps, 0 to 1.
+        within: makes what a job runs within, from the number of threads that its caller lets PyTorch use.
     """
 
-    def __init__(self, reading_share: float = 0.5) -> None:
+    def __init__(self, reading_share: float = 0.5, within: Within = lambda threads: nullcontext()) -> None:
         self._inbox: SimpleQueue[Job[Any] | None] = SimpleQueue()  # reentrant: a finalizer may submit at any time
-        self._agenda = _Agenda(self._inbox, reading_share)
+        self._agenda = _Agenda(self._inbox, reading_share, within)
         self._thread: Thread | None = None
         self._starting = RLock()
 
@@ -172,10 +181,11 @@ class DeviceThread:
 class _Agenda:
     """The jobs that wait, and which comes next. It does not reference the thread's owner."""
 
-    def __init__(self, inbox: SimpleQueue[Job[Any] | None], reading_share: float) -> None:
+    def __init__(self, inbox: SimpleQueue[Job[Any] | None], reading_share: float, within: Within) -> None:
         self.waiting: list[Job[Any]] = []  # in order of arrival
         self._inbox = inbox
         self._share = reading_share
+        self._within = within
         self._seconds = {Kind.CHUNK: 0.0, Kind.STEP: 0.0}  # since streams and prompts have both been waiting
         self._last = Kind.SHORT  # chunk or step that ran last
         self._ending = False
@@ -195,7 +205,8 @@ class _Agenda:
         while (job := self._next()) is not None:
             started = time.perf_counter()
             if job.claim():
-                job.execute()
+                with self._within(job.most_threads):
+                    job.execute()
                 if job.kind is not Kind.SHORT:
                     self._seconds[job.kind] += time.perf_counter() - started
                     self._last = job.kind

@@ -7,7 +7,8 @@ passes run in a thread of its own (`device_thread`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from threading import Event
 from typing import Literal
@@ -93,7 +94,7 @@ class Engine:
             self._held.backends.append(self.backend)
             self.chunk = self.backend.default_chunk(self.specs) if chunk == "auto" else chunk
             self.runner = ModelRunner(model, self.backend, PositionRemapper(model, self.specs, self.context_window))
-            self._device = DeviceThread(how.reading_share)
+            self._device = DeviceThread(how.reading_share, _running(self.backend))
             self._reader = PromptReader(self.runner, self.specs, self._device)
             self._scheduler = DecodeScheduler(self.runner, self._device)
             self._static_scheduler = _static_scheduler(self.runner, self._device, self.specs, self.vocab_size)
@@ -319,6 +320,11 @@ def _checked_ids(vocab_size: int, ids: Ids) -> Tensor:
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise InputError(f"Token ids must lie between 0 and {vocab_size - 1}: is this another model's tokenizer?")
     return tokens
+
+
+def _running(backend: AttentionBackend) -> Callable[[int], AbstractContextManager[None]]:
+    """Return what jobs run within; it does not reference the engine."""
+    return lambda threads: backend.running(threads)
 
 
 def _static_scheduler(
