@@ -113,6 +113,12 @@ def grammars(result: Result) -> Iterator[Row]:
             )
 
 
+def under_load(result: Result) -> Iterator[Row]:
+    for condition, row in result["conditions"].items():
+        shares = row["share_of_one_quiet_thread"]
+        yield condition, *(number(shares[way], 2) for way in ("as chosen", "one thread", "all threads"))
+
+
 def turns(result: Result) -> Iterator[Row]:
     theirs = {row["turn"]: row for row in result["transformers"]}
     for row in result["zsmerge"]:
@@ -224,6 +230,8 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
      weights),
     ("Grammar-constrained decoding", "grammar-overhead",
      ("model", "grammar", "share of a step, %", "ms a token", "first answer, ms", "later answers, ms"), grammars),
+    ("SmolLM2-135M decoding beside other programs and in a CPU quota, as a share of one quiet thread", "under-load",
+     ("condition", "threads as chosen", "one thread", "as many as PyTorch"), under_load),
     ("A chat of 100 turns: seconds to the first token", "turns",
      ("model", "turn", "zsmerge", "transformers", "prompt tokens", "cache, MB", "RSS, MB"), turns),
     ("Host work of a turn without the model, ms", "host-work",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zsmerge_llm.config import CacheConfig, SamplingParams
     from zsmerge_llm.engine.engine import Engine
+    from zsmerge_llm.engine.scheduling import SchedulingConfig
     from zsmerge_llm.inspection.html import write_html
     from zsmerge_llm.inspection.memory_map import MemoryMap, memory_map
     from zsmerge_llm.kvcache.cache import Cache
@@ -26,6 +27,7 @@ _HOMES = {
     "Cache": "kvcache.cache",
     "CacheConfig": "config",
     "SamplingParams": "config",
+    "SchedulingConfig": "engine.scheduling",
     "Engine": "engine.engine",
     "Grammar": "language.grammar",
     "LLM": "llm",
@@ -51,6 +53,7 @@ __all__ = [
     "Message",
     "Result",
     "SamplingParams",
+    "SchedulingConfig",
     "Session",
     "Store",
     "Usage",

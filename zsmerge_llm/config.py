@@ -21,12 +21,14 @@ POLICIES = (OBSERVATION_WINDOW, "cumulative_attention", "recency")
 """Names of the built-in eviction policies; `kvcache.policies` has one file for each."""
 
 
-def _integer(name: str, value: Any, low: int) -> None:
+def check_integer(name: str, value: Any, low: int) -> None:
+    """Raise ConfigError unless a setting is a whole number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}.")
 
 
-def _number(name: str, value: Any, low: float, high: float) -> None:
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raise ConfigError unless a setting is a finite number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{name} must be a finite number, not {value!r}.")
     if not low <= value <= high:
@@ -92,11 +94,11 @@ class CacheConfig:
     def __post_init__(self) -> None:
         lows = {"sink": 0, "recent": 1, "residual": 0, "stage": 1, "observation_window": 1, "pool_kernel": 1}
         for name, low in {**lows, "history_min_queries": 0}.items():
-            _integer(name, getattr(self, name), low)
+            check_integer(name, getattr(self, name), low)
         for name in ("alpha", "decay", "history_share", "passage_share", "recent_share"):  # Theorem 3.1: alpha <= 1
-            _number(name, getattr(self, name), 0.0, 1.0)
+            check_number(name, getattr(self, name), 0.0, 1.0)
         if self.score_floor is not None:
-            _number("score_floor", self.score_floor, 0.0, 1.0)
+            check_number("score_floor", self.score_floor, 0.0, 1.0)
         _check_policy(self.policy)
         if self.pool_kernel % 2 == 0:
             raise ConfigError(
@@ -108,7 +110,7 @@ class CacheConfig:
             if self.layer_budgets is not None:
                 raise ConfigError("The exact cache has no budget to share out: set slots, or leave out layer_budgets.")
             return
-        _integer("slots", self.slots, 1)
+        check_integer("slots", self.slots, 1)
         if self.slots < self._min_slots:
             raise ConfigError(
                 f"slots={self.slots} is too small for sink={self.sink} + recent={self.recent} + "
@@ -221,7 +223,7 @@ class CacheConfig:
 
         The paper gives no split of the budget; Figure 2 draws 3 : 4 : 2. A few sinks are kept, which it does not do.
         """
-        _integer("slots", slots, 8)
+        check_integer("slots", slots, 8)
         sink = min(4, slots // 8)
         return cls(
             slots=slots,
@@ -236,20 +238,20 @@ class CacheConfig:
     @classmethod
     def h2o(cls, slots: int = 1024) -> CacheConfig:
         """Heavy hitters (arXiv 2306.14048): cumulative attention, half of the budget recent, no merging."""
-        _integer("slots", slots, 8)
+        check_integer("slots", slots, 8)
         return cls(slots=slots, sink=min(4, slots // 8), recent=slots // 2, policy="cumulative_attention", stage=1)
 
     @classmethod
     def streaming(cls, slots: int = 1024) -> CacheConfig:
         """Sinks and the newest tokens (StreamingLLM, arXiv 2309.17453)."""
-        _integer("slots", slots, 2)
+        check_integer("slots", slots, 2)
         sink = min(4, slots // 2)
         return cls(slots=slots, sink=sink, recent=max(1, slots - sink - 1), policy="recency")
 
     @classmethod
     def pyramid(cls, slots: int = 1024, *, layers: int) -> CacheConfig:
         """Slots that fall linearly from 1.9 to 0.1 times the mean over `layers` (PyramidKV, arXiv 2406.02069)."""
-        _integer("layers", layers, 2)
+        check_integer("layers", layers, 2)
         return cls(slots=slots, layer_budgets=tuple(1.9 - 1.8 * layer / (layers - 1) for layer in range(layers)))
 
     # -- copies and dicts --------------------------------------------------------------------------------------------
@@ -301,16 +303,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _number("top_p", self.top_p, 0.0, 1.0)
+            check_integer("max_tokens", self.max_tokens, 1)
+        check_number("temperature", self.temperature, 0.0, 100.0)
+        check_number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise ConfigError("top_p must be above 0; temperature=0 gives the greedy answer.")
-        _integer("top_k", self.top_k, 0)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        check_integer("top_k", self.top_k, 0)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.seed is not None:
-            _integer("seed", self.seed, 0)
+            check_integer("seed", self.seed, 0)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
@@ -375,7 +377,7 @@ def _mean_one(weights: Any) -> tuple[float, ...]:
     if not isinstance(weights, (list, tuple)) or not weights:
         raise ConfigError(f"layer_budgets must be one weight for each full-attention layer, not {weights!r}.")
     for weight in weights:
-        _number("Each of layer_budgets", weight, 0.0, math.inf)
+        check_number("Each of layer_budgets", weight, 0.0, math.inf)
     mean = sum(weights) / len(weights)
     if abs(mean - 1) > 1e-3:
         raise ConfigError(f"layer_budgets must have mean 1, not {mean:g}: divide each of them by their mean.")

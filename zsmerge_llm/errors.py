@@ -13,6 +13,8 @@ ZSMergeError
 ├── MissingDependencyError (ImportError)  an optional package is not installed
 ├── PackageError                        compiled code on disk that is not used
 ├── DeviceMemoryError (MemoryError)     the device has no memory left for what was asked
+├── QueueFullError                      as many requests as allowed are waiting or being answered
+├── DeadlineExceededError (TimeoutError)  a request's time was up before its answer was complete
 └── SessionError                        a session cannot be used
     ├── SessionNotFoundError            no session of that name
     ├── SessionCorruptError             a saved session is truncated or was altered
@@ -71,6 +73,14 @@ class PackageError(ZSMergeError):
 
 class DeviceMemoryError(ZSMergeError, MemoryError):
     """The device has no memory left for what was asked. Conversations are as they were before."""
+
+
+class QueueFullError(ZSMergeError):
+    """As many requests as allowed are waiting or being answered. Nothing was read: send the request again later."""
+
+
+class DeadlineExceededError(ZSMergeError, TimeoutError):
+    """A request's time was up before its answer was complete. Its conversation is as it was before."""
 
 
 class SessionError(ZSMergeError):

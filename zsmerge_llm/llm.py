@@ -10,9 +10,10 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
+from zsmerge_llm.engine.scheduling import SchedulingConfig
 from zsmerge_llm.errors import InputError
-from zsmerge_llm.generation.answer import Answer, Attempt, Request
-from zsmerge_llm.generation.loops import check_length, collect, generate, generate_batch
+from zsmerge_llm.generation.answer import Attempt, Request
+from zsmerge_llm.generation.loops import check_length, collect, generate_batch
 from zsmerge_llm.generation.options import (
     BatchCompletionOptions,
     BatchOptions,
@@ -21,11 +22,12 @@ from zsmerge_llm.generation.options import (
     RequestOptions,
     with_options,
 )
+from zsmerge_llm.generation.turns import stream_turn
 from zsmerge_llm.language.grammar import Grammar
 from zsmerge_llm.language.messages import MessageHistory, normalize_messages
 from zsmerge_llm.models.device import validate_settings
 from zsmerge_llm.retrieval.documents import read_text
-from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS, pinned_tail_tokens
+from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS
 from zsmerge_llm.retrieval.query_probe import (
     GENERIC_QUESTION,
     chat_probe,
@@ -75,6 +77,7 @@ class LLM(AbstractContextManager["LLM"]):
         sessions_dir: folder that keeps conversations across restarts; None keeps them for this process.
         session_memory: bytes that all conversations together may hold in memory, such as "4GiB"; the least recently
             used ones go to disk. Too few for one conversation raise StoreFullError when the model loads.
+        scheduling: how requests of several threads share the device, and how many there may be.
         progress: called with a line of text at each step of loading and of measuring the layer budgets.
 
     Raises:
@@ -100,10 +103,11 @@ class LLM(AbstractContextManager["LLM"]):
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",
+        scheduling: SchedulingConfig | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         validate_settings(dtype, device, device_map, quantization)
-        validate_runtime_settings(cache, compile, retrieval_tokens)
+        validate_runtime_settings(cache, compile, retrieval_tokens, scheduling)
         self.model = model
         self.cache = cache or CacheConfig()
         self.chunk = chunk
@@ -111,9 +115,10 @@ class LLM(AbstractContextManager["LLM"]):
         self.max_input_tokens = max_input_tokens
         weights = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
         loading = {**weights, "tokenizer": tokenizer, "chat_template": chat_template, "progress": progress}
-        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory))
-        self._explain = partial(explain, model, loading, self.cache, chunk, compile)
-        self._runtime = LazyRuntime(partial(assemble, model, self.cache, chunk, compile, loading, *settings))
+        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory), scheduling)
+        how = (model, self.cache, chunk, compile, loading)
+        self._explain = partial(explain, *how)
+        self._runtime = LazyRuntime(partial(assemble, *how, *settings))
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -151,7 +156,7 @@ class LLM(AbstractContextManager["LLM"]):
         return self._load().template.count(normalize_messages(messages, partial=True), tools)
 
     def explain(self) -> Explanation:
-        """Return what this model takes of memory and how it decodes: planned, or as it is once the model is loaded."""
+        """Return what this model takes of memory and how it decodes: planned, or as it is once it is loaded."""
         return self._explain(self._runtime.current)
 
     def warm_up(self) -> None:
@@ -206,17 +211,19 @@ class LLM(AbstractContextManager["LLM"]):
                 that earlier ones did not need. It costs what a new conversation costs.
             cancel: an event that stops prefill after the current chunk and decoding within one token. Closing the
                 iterator does the same.
+            timeout: seconds for the answer. priority: of requests that wait for the device, the lowest goes first.
             progress: called with (tokens read, tokens to read) during prefill.
 
         Raises:
             InputError: invalid messages, tools, response format or grammar, before anything is read.
             MissingTemplateError: no chat template. ContextLimitError: more than `max_input_tokens`.
+            QueueFullError, DeadlineExceededError: too many requests, `timeout` has passed; nothing of the turn is kept.
             TypeError: an unknown keyword argument.
         """
         wanted = RequestOptions.parse(ChatOptions, options)
         history, runtime = _check(messages, wanted.session, self._runtime.current), self._load()
         turn, attempt = _begin_turn(runtime, history, wanted, self.max_input_tokens)
-        return _stream_turn(runtime, turn, attempt, wanted)
+        return stream_turn(runtime.engine, runtime.conversations, turn, attempt, wanted)
 
     @with_options(BatchOptions)
     def batch(self, conversations: Sequence[Messages], **options: Unpack[BatchOptions]) -> list[Result]:
@@ -224,7 +231,7 @@ class LLM(AbstractContextManager["LLM"]):
         wanted = RequestOptions.parse(BatchOptions, options)
         checked, runtime = [normalize_messages(messages) for messages in conversations], self._load()
         requests = [_batch_request(runtime, messages, wanted) for messages in checked]
-        return generate_batch(runtime.engine, runtime.tokenizer, requests, self.max_input_tokens, wanted.cancel)
+        return _generate_batch(runtime, requests, wanted, self.max_input_tokens)
 
     # -- sessions and documents --------------------------------------------------------------------------------------
 
@@ -267,16 +274,9 @@ class LLM(AbstractContextManager["LLM"]):
         Raises:
             InputError: no text, or a file that is not text. Cancelled: `cancel` was set; nothing is kept.
         """
-        content, title = read_text(document, text)
-        runtime = self._load()
-        documents = runtime.conversations.documents
-        reading = documents.open(content, name, title, question_known=probe is not None)
-        if reading.new_ids:
-            check_length(len(reading.tokens), SamplingParams(), self.max_input_tokens, runtime.engine.exact_limit)
-            probe_ids = chat_probe(runtime.template, probe or GENERIC_QUESTION)
-            runtime.engine.read(reading.cache, reading.new_ids, probe=probe_ids, cancel=cancel, progress=progress)
-            documents.keep(reading)
-        return reading.session
+        return _read_document(
+            self._load(), read_text(document, text), name, probe, self.max_input_tokens, cancel, progress
+        )
 
     # -- plain completion --------------------------------------------------------------------------------------------
 
@@ -293,7 +293,7 @@ class LLM(AbstractContextManager["LLM"]):
         request = _completion_request(runtime, text, wanted)
         check_length(len(request.prompt.ids), wanted.sampling, self.max_input_tokens, runtime.engine.exact_limit)
         attempt = Attempt(request, runtime.engine.new_cache(request.prompt.config), runtime.tokenizer)
-        return _stream_turn(runtime, None, attempt, wanted)
+        return stream_turn(runtime.engine, runtime.conversations, None, attempt, wanted)
 
     @with_options(BatchCompletionOptions)
     def batch_complete(self, prompts: Sequence[str], **options: Unpack[BatchCompletionOptions]) -> list[Result]:
@@ -301,7 +301,7 @@ class LLM(AbstractContextManager["LLM"]):
         wanted = RequestOptions.parse(BatchCompletionOptions, options)
         texts, runtime = [_checked_prompt(prompt) for prompt in prompts], self._load()
         requests = [_completion_request(runtime, text, wanted) for text in texts]
-        return generate_batch(runtime.engine, runtime.tokenizer, requests, self.max_input_tokens, wanted.cancel)
+        return _generate_batch(runtime, requests, wanted, self.max_input_tokens)
 
 
 def _check(messages: Messages, session: str | Session | None, runtime: Runtime | None) -> MessageHistory:
@@ -328,15 +328,47 @@ def _begin_turn(
         system_tokens=turn.system_tokens,
         retrieved_tokens=turn.retrieved_tokens,
     )
-    request = Request(prompt, options.sampling, output_format, turn.cache.seen, turn.reuse)
-    return turn, Attempt(request, turn.cache, runtime.tokenizer)
+    settings = (options.sampling, output_format, turn.cache.seen, turn.reuse)
+    return turn, Attempt(Request(prompt, *settings, priority=options.priority), turn.cache, runtime.tokenizer)
+
+
+def _read_document(
+    runtime: Runtime,
+    document: tuple[str, str],
+    name: str | None,
+    probe: str | None,
+    max_input_tokens: int | None,
+    cancel: Event | None,
+    progress: Progress | None,
+) -> Session:
+    """Read a document (its text and title), unless it has been read under that name. As `LLM.read_document`."""
+    engine, documents = runtime.engine, runtime.conversations.documents
+    content, title = document
+    reading = documents.open(content, name, title, question_known=probe is not None)
+    if reading.new_ids:
+        check_length(len(reading.tokens), SamplingParams(), max_input_tokens, engine.exact_limit, stacklevel=5)
+        probe_ids = chat_probe(runtime.template, probe or GENERIC_QUESTION)
+        with engine.requests.admit():
+            engine.read(reading.cache, reading.new_ids, probe=probe_ids, cancel=cancel, progress=progress)
+        documents.keep(reading)
+    return reading.session
 
 
 def _batch_request(runtime: Runtime, messages: list[Message], options: RequestOptions) -> Request:
     """Return the request for one conversation of a batch, which is read from its beginning."""
     output_format = options.output_format(runtime.output_formats, messages)
     prompt = runtime.conversations.prompts.build(output_format.with_instruction(messages), options.tools)
-    return Request(prompt, options.sampling, output_format)
+    return Request(prompt, options.sampling, output_format, priority=options.priority)
+
+
+def _generate_batch(
+    runtime: Runtime, requests: Sequence[Request], options: RequestOptions, max_input_tokens: int | None
+) -> list[Result]:
+    with runtime.engine.requests.admit():
+        results = generate_batch(runtime.engine, runtime.tokenizer, requests, max_input_tokens, options.cancel)
+    if any(result.finish_reason == "cancelled" for result in results):
+        options.check_deadline()
+    return results
 
 
 def _checked_prompt(prompt: Any) -> str:
@@ -351,39 +383,4 @@ def _completion_request(runtime: Runtime, text: str, options: RequestOptions) ->
     config = runtime.layer_budgets.prompt_config(len(ids))
     prompt = Prompt(ids, config, completion_probe(runtime.template, ids, text))
     output_format = runtime.output_formats.completion(options.response_format, options.grammar)
-    return Request(prompt, options.sampling, output_format, continues_prompt=True)
-
-
-def _stream_turn(runtime: Runtime, turn: Turn | None, attempt: Attempt, options: RequestOptions) -> Iterator[Chunk]:
-    """Read the prompt, generate the answer and commit the turn of a conversation; None: there is none.
-
-    However it ends, the conversation is at a point from which it can be resumed.
-    """
-    answer: Answer | None = None
-    try:
-        read = partial(_read_prompt, runtime.engine, turn, attempt, options)
-        answer = yield from generate(runtime.engine, attempt, read, options.cancel)
-    finally:
-        if turn is not None:
-            complete = answer is not None and answer.result.finish_reason != "cancelled"
-            message, tokens = (answer.message, answer.tokens) if answer is not None and complete else (None, ())
-            runtime.conversations.commit(turn, message, tokens)
-    yield answer.last_chunk
-
-
-def _read_prompt(engine: Engine, turn: Turn | None, attempt: Attempt, options: RequestOptions) -> None:
-    """Read what is new of the prompt, and keep the snapshots of the conversation that later requests may resume."""
-    prompt, cache = attempt.request.prompt, attempt.cache
-    ids = list(prompt.ids[attempt.request.cached_tokens :])
-    read = partial(engine.read, cache, probe=prompt.probe, cancel=options.cancel, progress=options.progress)
-    first = prompt.system_tokens if turn is not None else 0
-    if not cache.fits(first):
-        first = 0  # compressed for this question, a prefix would be worth little to other conversations
-    if turn is not None and first:
-        read(ids[:first])
-        turn.add_snapshot("prefix", int(turn.messages[0]["role"] == "system"), first)
-    if ids[first:]:
-        pinned_tail = pinned_tail_tokens(prompt.retrieved_tokens)
-        read(ids[first:], multi_turn=prompt.multi_turn, pinned_tail=pinned_tail)
-    if turn is not None:
-        turn.add_snapshot("prompt", len(turn.messages), len(turn.tokens))
+    return Request(prompt, options.sampling, output_format, continues_prompt=True, priority=options.priority)

@@ -10,6 +10,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.engine.scheduling import SchedulingConfig
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.grammar import GrammarCompiler
@@ -68,12 +69,14 @@ class LazyRuntime:
             runtime.engine.close()
 
 
-def validate_runtime_settings(cache: Any, compile: Any, retrieval_tokens: Any) -> None:
+def validate_runtime_settings(cache: Any, compile: Any, retrieval_tokens: Any, scheduling: Any) -> None:
     """Refuse settings of `LLM` that cannot work, before anything is loaded.
 
     Raises:
         ConfigError: a cache that is no CacheConfig, an unknown value of `compile`, or a bad number of tokens.
     """
+    if scheduling is not None and not isinstance(scheduling, SchedulingConfig):
+        raise ConfigError(f"scheduling must be a SchedulingConfig, not a {type(scheduling).__name__}.")
     if cache is not None and not isinstance(cache, CacheConfig):
         raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
     if compile not in (True, False, "auto"):
@@ -92,6 +95,7 @@ def assemble(
     retrieval_tokens: int,
     sessions_dir: str | Path | None,
     session_memory: int,
+    scheduling: SchedulingConfig | None,
 ) -> Runtime:
     """Load the model and build what works on it. `loading` goes to `loader.load`; the rest is as for `LLM`.
 
@@ -113,7 +117,7 @@ def assemble(
     loaded = load(model, **loading)
     tokenizer = loaded.tokenizer
     template = ChatTemplate(tokenizer, args=template_args)
-    engine = Engine(loaded.model, cache, chunk, compile)
+    engine = Engine(loaded.model, cache, chunk, compile, scheduling=scheduling)
     with ExitStack() as undo:  # a model object is its owner's: where anything fails, it is given back
         undo.callback(engine.close)
         source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
@@ -135,10 +139,10 @@ def assemble(
 
 def explain(
     model: str | Path | PreTrainedModel,
-    loading: dict[str, Any],
     cache: CacheConfig,
     chunk: int | Literal["auto"],
     compile: bool | Literal["auto"],
+    loading: dict[str, Any],
     runtime: Runtime | None,
 ) -> Explanation:
     """Explain what an `LLM` of these settings takes of memory: planned, or with its runtime as it is.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import random
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +17,6 @@ import pytest
 
 from tests.support.chat import SHORT, Chat, dialogue, make_llm
 from zsmerge_llm import LLM, SamplingParams
-from zsmerge_llm.engine.fair_lock import FairLock
 from zsmerge_llm.errors import SessionNotFoundError
 
 LIMIT = 120
@@ -86,7 +83,7 @@ def test_threads_with_cancels_do_not_change_each_others_answers(threads: int, ea
     expected = sequential_answers(names, turns)
     memory = 50_000 * len(names)  # a quarter of what all need: snapshots are dropped and sessions spilled
     llm = make_llm(session_memory=memory)
-    llm.engine  # noqa: B018 - loaded before the threads are counted
+    llm.engine.read(llm.engine.new_cache(), [1])  # its own thread has started before the threads are counted
     before = set(threading.enumerate())
 
     def user(thread: int) -> dict[str, list[str]]:
@@ -186,86 +183,3 @@ def test_a_short_request_does_not_wait_for_a_long_document() -> None:
     reader.join(LIMIT)
 
     assert order == ["question", "document"]
-
-
-def wait_until_queued(lock: FairLock, waiting: int) -> None:
-    deadline = time.monotonic() + LIMIT
-    while len(lock._waiting) < waiting:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def test_the_lock_is_granted_in_the_order_of_requests() -> None:
-    lock, order = FairLock(), []
-
-    def enter(number: int) -> None:
-        with lock:
-            order.append(number)
-
-    threads = [Thread(target=enter, args=(number,)) for number in range(20)]
-    with lock:
-        for number, thread in enumerate(threads):
-            thread.start()
-            wait_until_queued(lock, number + 1)
-    for thread in threads:
-        thread.join(LIMIT)
-
-    assert order == list(range(20))
-
-
-def test_one_thread_holds_the_lock_at_a_time_and_waiting_threads_come_first() -> None:
-    lock, holders, turns = FairLock(), [], [(-1, False)]  # turns: the thread, and whether others waited
-
-    def work(number: int) -> None:
-        for _ in range(100):
-            with lock:
-                holders.append(number)
-                time.sleep(0.0002)
-                assert holders == [number]
-                assert turns[-1] != (number, True)
-                holders.pop()
-                turns.append((number, bool(lock._waiting)))
-
-    run_concurrently([lambda number=number: work(number) for number in range(4)])
-    assert len(turns) == 401
-    assert sum(waited for _, waited in turns) > 100
-
-
-def test_an_error_while_the_lock_is_held_releases_it() -> None:
-    lock = FairLock()
-    with pytest.raises(ZeroDivisionError), lock:
-        raise ZeroDivisionError
-
-    assert run_concurrently([lock.__enter__]) == [None]
-
-
-def test_an_interrupt_while_waiting_passes_the_lock_to_the_next_thread() -> None:
-    lock, done = FairLock(), Event()
-
-    def hold() -> None:
-        with lock:
-            wait_until_queued(lock, 1)
-            _thread.interrupt_main()
-            time.sleep(0.2)
-
-    def follow() -> None:
-        with lock:
-            done.set()
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores SIGINT
-    try:
-        holder = Thread(target=hold)
-        holder.start()
-        while lock._holder is None:
-            time.sleep(0.001)
-        with pytest.raises(KeyboardInterrupt), lock:
-            pass
-    finally:
-        signal.signal(signal.SIGINT, before)
-    follower = Thread(target=follow)
-    follower.start()
-
-    assert done.wait(LIMIT)
-    holder.join(LIMIT)
-    follower.join(LIMIT)
-    assert lock._holder is None

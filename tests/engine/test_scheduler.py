@@ -159,20 +159,27 @@ def test_a_stream_closed_within_a_batch_leaves_the_other_rows_and_its_own_cache_
     torch.testing.assert_close(caches[0].logits[0], logits, atol=1e-4, rtol=1e-4)
 
 
-def test_when_a_pass_of_a_batch_fails_one_thread_raises_and_the_others_continue() -> None:
+def test_when_a_pass_of_a_batch_fails_every_conversation_goes_on_alone() -> None:
     engine = RecordingEngine(SMALL)
-    caches, engine.config = conversations(engine), SMALL
-    failed = []
-
-    def once(rows: int, passes: int) -> bool:
-        if rows > 1 and passes > 6 and not failed:
-            failed.append(rows)
-            return True
-        return False
-
     expected, _ = decode_sequentially(engine)
-    engine.passes.clear()
-    engine.failing = once
+    engine.failing = lambda rows, passes: rows > 1 and passes > 6
+    answers, _ = decode_concurrently(engine)
+
+    assert max(rows for rows, _ in engine.passes) > 1
+    assert answers == expected
+
+
+def test_a_conversation_whose_own_pass_fails_raises_and_the_others_continue() -> None:
+    engine = RecordingEngine(SMALL)
+    expected, _ = decode_sequentially(engine)
+    caches = conversations(engine)
+    bad = caches[2]
+    run = engine.runner.run
+
+    def failing(cache: Cache, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if cache.rows > 1 or cache is bad:
+            raise MemoryError("no room")
+        return run(cache, *args, **kwargs)
 
     def attempt(number: int) -> list[int] | str:
         try:
@@ -180,10 +187,9 @@ def test_when_a_pass_of_a_batch_fails_one_thread_raises_and_the_others_continue(
         except MemoryError:
             return "failed"
 
-    answers = run_concurrently([lambda number=number: attempt(number) for number in range(5)])
-    assert failed
-    assert answers.count("failed") == 1  # the one whose thread ran the pass
-    assert all(answer in ("failed", right) for answer, right in zip(answers, expected, strict=True))
+    with mock.patch.object(engine.runner, "run", failing):
+        answers = run_concurrently([lambda number=number: attempt(number) for number in range(5)])
+    assert answers == ["failed" if number == 2 else expected[number] for number in range(5)]
 
 
 def test_caches_of_other_configurations_decode_beside_a_batch() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.chat import SHORT, SMALL_CACHE, make_llm
 from tests.support.tiny_models import tiny_model
@@ -53,6 +54,14 @@ def test_it_is_frozen_and_readable() -> None:
     assert "not loaded yet" in text
     assert f"{SMALL_CACHE.slots} slots" in text
     assert "decode step" in text
+
+
+def test_it_names_the_threads_of_a_pass_once_the_model_is_loaded() -> None:
+    llm = make_llm()
+    assert llm.explain().threads is None
+    llm.chat("Hello", sampling=SHORT)
+    assert llm.explain().threads in range(1, torch.get_num_threads() + 1)
+    assert "\nthreads" in str(llm.explain())
 
 
 def test_it_names_the_decode_step_and_why() -> None:

@@ -47,9 +47,11 @@ def peak(engine: Engine, length: int, probe: bool) -> int:
     ids, cache = tokens(length), engine.new_cache()
     own = [getattr(layer, name) for layer in cache.layers for name in TENSORS]
     weights = [*engine.model.parameters(), *engine.model.buffers()]
-    with LiveBytes([*own, *weights]) as live:
-        engine.read(cache, ids, probe=tokens(MAX_QUESTION_TOKENS) if probe else None)
-        list(engine.decode(cache, [SamplingParams(max_tokens=8, ignore_eos=True)], [ids]))
+    live = LiveBytes([*own, *weights])
+    engine._device.call(live.__enter__)  # a dispatch mode is its thread's own
+    engine.read(cache, ids, probe=tokens(MAX_QUESTION_TOKENS) if probe else None)
+    list(engine.decode(cache, [SamplingParams(max_tokens=8, ignore_eos=True)], [ids]))
+    engine._device.call(lambda: live.__exit__(None, None, None))
     return live.peak
 
 

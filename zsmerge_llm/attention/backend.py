@@ -7,6 +7,7 @@ everything else stays PyTorch's (`cpu.backend`, `gpu.backend`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
 import torch
@@ -90,6 +91,12 @@ class AttentionBackend(Protocol):
     def on_pass(self, num_tokens: int) -> None:
         """Take note of a forward pass of so many tokens, before it runs."""
 
+    def running(self, most_threads: int) -> AbstractContextManager[None]:
+        """Return what passes and sampling run within: it chooses the number of threads that they run on."""
+
+    def thread_choice(self) -> tuple[int, str] | None:
+        """Return how many threads a pass of the calling thread uses, and why not more; None: not the backend's."""
+
     def close(self) -> None:
         """Give every module of the model its own forward back. No pass comes after that."""
 
@@ -164,6 +171,14 @@ class TorchBackend:
 
     def on_pass(self, num_tokens: int) -> None:
         """Do nothing."""
+
+    def running(self, most_threads: int) -> AbstractContextManager[None]:
+        """Change nothing."""
+        return nullcontext()
+
+    def thread_choice(self) -> tuple[int, str] | None:
+        """Threads are left to PyTorch."""
+        return None
 
     def close(self) -> None:
         """Do nothing: the model was not changed."""

@@ -48,7 +48,7 @@ class ForwardPass(AttentionHandler):
         return output
 
     def after_attention(self, call: AttentionCall) -> None:
-        """Do what `attend` does behind attention, where the tokens stand in their slots already (a recorded step)."""
+        """Do what `attend` does behind attention, where the tokens stand in their slots already (a packaged step)."""
         layer = self.cache.layers[call.layer]
         view = layer.view(max(layer.num_filled) + self.layout.num_new)
         self._update(view, self._inputs(call, self.backend.ops(layer, call, self.layout)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from zsmerge_llm.cpu import native
 from zsmerge_llm.cpu.compiled_steps import CompiledSteps
 from zsmerge_llm.cpu.patches import ForwardPatches, GemmLinear, GemvLinear, is_matrix
 from zsmerge_llm.cpu.quantized_linear import Int4Linear, Int8Linear
+from zsmerge_llm.cpu.threads import PassThreads
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.kvcache.layer_cache import KVView, LayerCache
 from zsmerge_llm.kvcache.slots import PER_SLOT, AttentionInputs, LayerSpec
@@ -118,6 +120,7 @@ class CPUBackend(TorchBackend):
         self._prefill_left = BUILD_PREFILL_AFTER if automatic else None
         self._prefill_tried = False
         self._build_seconds = 0.0
+        self._threads = PassThreads()
         self._decode_ops, self._prefill_ops = DecodeOps(), PrefillOps()
         self.compiled = CompiledSteps(model, num_layers, num_draft_tokens, self._load_decode)
         if automatic:
@@ -152,6 +155,14 @@ class CPUBackend(TorchBackend):
             if self._prefill_left <= 0 or native.is_built(native.PREFILL_SOURCES):
                 self.warm_up()
         self.compiled.on_step(num_tokens)
+
+    def running(self, most_threads: int) -> AbstractContextManager[None]:
+        """Run a pass on as many threads as there are cores for; see `AttentionBackend`."""
+        return self._threads.running(most_threads)
+
+    def thread_choice(self) -> tuple[int, str]:
+        """Return how many threads a pass uses, and why; see `AttentionBackend`."""
+        return self._threads.choice()
 
     # -- building ----------------------------------------------------------------------------------------------------
 

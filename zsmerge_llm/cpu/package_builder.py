@@ -32,8 +32,9 @@ from zsmerge_llm.cpu.step_package import Manifest, PackagedForm, file_name, remo
 from zsmerge_llm.cpu.trusted_files import digest, temporary_folder
 from zsmerge_llm.errors import UnsupportedModelError
 
-OPTIONS: dict[str, Any] = {"allow_buffer_reuse": False, "inplace_buffers": False}
-"""AOTInductor's. The inputs of attention stay as they are until all layers have run: the cache may need them."""
+OPTIONS: dict[str, Any] = {"allow_buffer_reuse": False, "inplace_buffers": False, "cpp.min_chunk_size": 1 << 20}
+"""AOTInductor's. The inputs of attention stay as they are until all layers have run: the cache may need them.
+Loops over a step's few values run on one thread: others would have their number written into the code."""
 BUILDING = ".building-"
 STALE_SECONDS = 3600
 """Age at which an unfinished package is removed: its process was ended."""

@@ -15,19 +15,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from zsmerge_llm.engine.scheduling import check_cancelled
 from zsmerge_llm.engine.sequence import DecodeSequence
-
-
-class Cancelled(Exception):  # noqa: N818 - not an error: the caller asked for it
-    """The caller's event was set. Everything read or generated before stays in the cache."""
 
 
 class Decoder(Protocol):
     """Runs the decode steps of the rows of one cache."""
 
-    @property
-    def logits(self) -> Tensor:
-        """The logits after each row's last token, [B, vocab]."""
+    def sample(self) -> list[int]:
+        """Return what the model says next in each row."""
 
     @property
     def drafting(self) -> Drafting | None:
@@ -36,8 +32,8 @@ class Decoder(Protocol):
     def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
         """Begin a step with each row's next tokens, and behind those of a single row a draft of more."""
 
-    def finish(self) -> None:
-        """End a step without a draft: its tokens are read."""
+    def finish(self) -> list[int]:
+        """End a step without a draft: its tokens are read. Returns what the model says next in each row."""
 
 
 class Drafting(Protocol):
@@ -46,17 +42,11 @@ class Drafting(Protocol):
     def max_draft(self, num_pending: int) -> int:
         """Return how many tokens of a draft may follow so many tokens: 0 where that would delay other rows."""
 
-    def draft_logits(self) -> Tensor:
-        """Return the logits after each token of a step with a draft, [n, vocab]."""
+    def sample_draft(self, num_pending: int) -> list[int]:
+        """Run the step with its draft, behind so many tokens: what the model says in place of each of the draft's."""
 
     def keep(self, count: int) -> None:
         """End a step with a draft: its first `count` tokens are read."""
-
-
-def check_cancelled(cancel: Event | None) -> None:
-    """Raise Cancelled where the caller's event is set."""
-    if cancel is not None and cancel.is_set():
-        raise Cancelled
 
 
 def decode(
@@ -64,9 +54,11 @@ def decode(
 ) -> Iterator[list[int | None]]:
     """Decode all rows of a cache: yields one list of new ids a step, None for rows that have ended."""
     with decoding as decoder:
+        check_cancelled(cancel)
+        sampled = decoder.sample()
         while True:
-            check_cancelled(cancel)
-            tokens = _sample(decoder.logits, sequences)
+            said = zip(sequences, sampled, strict=True)
+            tokens = [row.accept(token) if row.is_running else None for row, token in said]
             if all(token is None for token in tokens):
                 return
             forced = list(sequences[0].forced_tokens()) if len(sequences) == 1 else []
@@ -83,17 +75,10 @@ def decode(
                 yield [token]
             if drafting is not None and draft:
                 yield from _verify_draft(drafting, sequences[0], len(pending[0]), draft)
-            elif is_running:
-                decoder.finish()
             if not any(sequence.is_running for sequence in sequences):
                 return
-
-
-def _sample(logits: Tensor, sequences: Sequence[DecodeSequence]) -> list[int | None]:
-    """Sample the next token of every row that is running, with one look at the device."""
-    rows = zip(sequences, logits.float(), strict=True)
-    sampled = torch.stack([each.sample(scores) for each, scores in rows]).tolist()
-    return [each.accept(token) if each.is_running else None for each, token in zip(sequences, sampled, strict=True)]
+            sampled = decoder.sample() if draft else decoder.finish()
+            check_cancelled(cancel)
 
 
 def _propose(drafting: Drafting, sequence: DecodeSequence, num_pending: int) -> list[int]:
@@ -106,7 +91,7 @@ def _verify_draft(
     drafting: Drafting, sequence: DecodeSequence, num_pending: int, draft: list[int]
 ) -> Iterator[list[int | None]]:
     """Keep and yield those tokens of a draft that the model samples itself."""
-    sampled, kept = _sample_draft(drafting.draft_logits()[num_pending - 1 : -1], sequence), num_pending
+    sampled, kept = drafting.sample_draft(num_pending), num_pending
     try:
         for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, sampled, strict=True)):
             kept += 1
@@ -118,5 +103,7 @@ def _verify_draft(
         drafting.keep(kept)
 
 
-def _sample_draft(logits: Tensor, sequence: DecodeSequence) -> list[int]:
-    return torch.stack([sequence.sample(scores) for scores in logits.float()]).tolist()
+def sample_rows(logits: Tensor, sequences: Sequence[DecodeSequence]) -> list[int]:
+    """Sample the next token of each row from logits [B, vocab], with one look at the device."""
+    rows = zip(sequences, logits.float(), strict=True)
+    return torch.stack([each.sample(scores) for each, scores in rows]).tolist()

@@ -1,13 +1,14 @@
 """Token ids in, token ids out: prefill of any length in chunks, and decoding. Knows no text and no session.
 
-Memory during prefill is a function of budget and chunk size, never of length. Threads may share an engine: their
-forward passes take turns, first come first served.
+Memory during prefill is a function of budget and chunk size, never of length. Threads may share an engine: all forward
+passes run in a thread of its own (`device_thread`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from threading import Event
 from typing import Literal
@@ -22,14 +23,14 @@ from zsmerge_llm.attention.model_state import HeldModel
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
-from zsmerge_llm.engine.decode_loop import Cancelled, check_cancelled
-from zsmerge_llm.engine.fair_lock import FairLock
+from zsmerge_llm.engine.device_thread import DeviceThread, Kind
 from zsmerge_llm.engine.model_runner import ModelRunner
 from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.engine.prompt_reader import PromptReader, Reading, prompt_probe
 from zsmerge_llm.engine.sampler import Sampler
 from zsmerge_llm.engine.scheduler import DecodeScheduler
+from zsmerge_llm.engine.scheduling import Cancelled, RequestLimit, SchedulingConfig, check_cancelled
 from zsmerge_llm.engine.sequence import DecodeSequence
 from zsmerge_llm.engine.static_decoder import STEP_TOKENS, make_decoder
 from zsmerge_llm.engine.static_scheduler import StaticScheduler, is_capturable
@@ -58,6 +59,10 @@ class Engine:
         compile: whether decode steps run through compiled layers and kernels: at once (True), never (False), or, with
             "auto", in the background; once that is done on a machine, from the first token.
         backend: computes attention; None: the one for the model's device.
+        scheduling: how requests share the device.
+
+    Attributes:
+        requests: counts the requests of callers, for the limit of `scheduling`.
 
     Raises:
         UnsupportedModelError: an architecture or feature the cache cannot carry.
@@ -70,27 +75,29 @@ class Engine:
         chunk: int | Literal["auto"] = "auto",
         compile: bool | Literal["auto"] = "auto",
         backend: AttentionBackend | None = None,
+        scheduling: SchedulingConfig | None = None,
     ) -> None:
         if chunk != "auto" and chunk < 1:
             raise ConfigError(f"chunk must be at least 1 token, or 'auto', not {chunk}.")
         self.model = model
         self.config = cache or CacheConfig()
+        how = scheduling or SchedulingConfig()
+        self.requests = RequestLimit(how.max_requests)
         self._held = HeldModel(self, model)
         try:
             self.specs = prepare_model(model.eval())
             self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
             self.stop_ids = _stop_ids(model)
             kind = CPUBackend if CPUBackend.serves(model) else GPUBackend
-            own = kind(model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS) if backend is None else backend
-            self.backend: AttentionBackend = own
+            own = (model, len(self.specs), compile == "auto", MAX_DRAFT_TOKENS)
+            self.backend: AttentionBackend = backend or kind(*own)
             self._held.backends.append(self.backend)
             self.chunk = self.backend.default_chunk(self.specs) if chunk == "auto" else chunk
-            remapper = PositionRemapper(model, self.specs, self.context_window)
-            self.runner = ModelRunner(model, self.backend, remapper)
-            self._turn = FairLock()
-            self._reader = PromptReader(self.runner, self.specs, self._turn)
-            self._scheduler = DecodeScheduler(self.runner, self._turn)
-            self._static_scheduler = _static_scheduler(self.runner, self._turn, self.specs, self.vocab_size)
+            self.runner = ModelRunner(model, self.backend, PositionRemapper(model, self.specs, self.context_window))
+            self._device = DeviceThread(how.reading_share, _running(self.backend))
+            self._reader = PromptReader(self.runner, self.specs, self._device)
+            self._scheduler = DecodeScheduler(self.runner, self._device)
+            self._static_scheduler = _static_scheduler(self.runner, self._device, self.specs, self.vocab_size)
             if compile is True:
                 self.backend.start()
                 self.read(self.new_cache(), [0])
@@ -100,9 +107,8 @@ class Engine:
 
     def close(self) -> None:
         """Give the model back as it was, once no other engine has it; later passes raise InputError."""
-        with self._turn:
-            self.runner.closed = True
-            self._held.release()
+        self._device.call(partial(setattr, self.runner, "closed", True))
+        self._held.release()
 
     # -- what it is --------------------------------------------------------------------------------------------------
 
@@ -152,6 +158,7 @@ class Engine:
         pinned_tail: int = 0,
         cancel: Event | None = None,
         progress: Progress | None = None,
+        priority: int = 0,
     ) -> Tensor:
         """Read `ids` into a one-row cache; float32 logits [vocab] after the last of them.
 
@@ -164,6 +171,7 @@ class Engine:
                 share of the newest tokens (`CacheConfig.recent_share`).
             cancel: stops after the current chunk.
             progress: called with (tokens read, tokens to read) after each chunk.
+            priority: where several requests wait for the device, the lowest number goes first.
 
         Raises:
             InputError: no ids, ids outside the vocabulary, or a cache of several rows.
@@ -172,9 +180,8 @@ class Engine:
         tokens = _checked_ids(self.vocab_size, ids)
         question = _checked_ids(self.vocab_size, probe) if probe is not None and len(probe) else None
         _check_one_row(cache)
-        how = Reading(
-            self.chunk, prompt_probe(cache.config, question, multi_turn, len(tokens)), multi_turn, pinned_tail
-        )
+        chosen = prompt_probe(cache.config, question, multi_turn, len(tokens))
+        how = Reading(self.chunk, chosen, multi_turn, pinned_tail, priority)
         return self._reader.read(cache, tokens, how, cancel, progress)
 
     @torch.inference_mode()
@@ -196,8 +203,8 @@ class Engine:
             size = max(len(part) for part in parts)
             valid = torch.tensor([[at < len(part) for at in range(size)] for part in parts])
             padded = torch.stack([torch.nn.functional.pad(part, (0, size - len(part))) for part in parts])
-            with self._turn:
-                self.runner.run(cache, padded, None if valid.all() else valid)
+            run = partial(self.runner.run, cache, padded, None if valid.all() else valid)
+            self._device.call(run, Kind.CHUNK, cancel=cancel)
         assert cache.logits is not None
         return cache.logits.float()
 
@@ -213,8 +220,7 @@ class Engine:
         """
         _check_one_row(cache)
         tokens = _checked_ids(self.vocab_size, ids)
-        with self._turn:
-            return self.runner.query_attention(cache, tokens)
+        return self._device.call(partial(self.runner.query_attention, cache, tokens), Kind.CHUNK)
 
     @torch.inference_mode()
     def logprobs(self, cache: Cache, ids: Ids, *, cancel: Event | None = None) -> Tensor:
@@ -223,19 +229,12 @@ class Engine:
         Nothing predicts the first token of an empty cache: its entry is 0. Raises as `read`.
         """
         _check_one_row(cache)
-        tokens, parts = _checked_ids(self.vocab_size, ids).to(self.device), []
-        for start in range(0, len(tokens), self.chunk):
+        parts = []
+        for chunk in _checked_ids(self.vocab_size, ids).to(self.device).split(self.chunk):
             check_cancelled(cancel)
-            chunk = tokens[start : start + self.chunk]
-            before = cache.logits
-            with self._turn:
-                logits = self.runner.run(cache, chunk[None], all_logits=True)[0]
-            rows = torch.cat([logits[:1] if before is None else before, logits[:-1]])
-            targets = zip(rows.split(LOGPROB_ROWS), chunk.split(LOGPROB_ROWS), strict=True)
-            picked = [part.float().log_softmax(-1).gather(-1, target[:, None])[:, 0] for part, target in targets]
-            if before is None:
-                picked[0][0] = 0.0
-            parts += picked
+            parts.append(
+                self._device.call(partial(_chunk_logprobs, self.runner, cache, chunk), Kind.CHUNK, cancel=cancel)
+            )
         return torch.cat(parts)
 
     # -- decoding ----------------------------------------------------------------------------------------------------
@@ -271,6 +270,7 @@ class Engine:
         *,
         constraints: Sequence[Constraint | None] = (),
         cancel: Event | None = None,
+        priority: int = 0,
     ) -> Iterator[list[int | None]]:
         """Go on from what the cache has read: yields one list of new ids a step, None for rows that have ended.
 
@@ -283,6 +283,7 @@ class Engine:
             sampling: one for each row.
             prompts: the ids that a repetition penalty counts as said, and drafts are found in, for each row.
             constraints: what each row may say, fresh ones made with its `max_tokens`; () for no row.
+            priority: see `read`. Steps of different priorities share a pass all the same.
 
         Raises:
             InputError: the cache has read nothing, or the rows do not match. Cancelled: `cancel` was set.
@@ -295,7 +296,20 @@ class Engine:
             for params, prompt, limit in zip(sampling, prompts, limits, strict=True)
         ]
         static = self._static_scheduler if is_capturable(cache) else None
-        yield from decode_loop.decode((static or self._scheduler).join(cache), sequences, cancel)
+        decoding = (static or self._scheduler).join(cache, sequences, priority)
+        yield from decode_loop.decode(decoding, sequences, cancel)
+
+
+def _chunk_logprobs(runner: ModelRunner, cache: Cache, chunk: Tensor) -> Tensor:
+    """Read ids [n]: float32 [n], the log-probability of each."""
+    before = cache.logits
+    logits = runner.run(cache, chunk[None], all_logits=True)[0]
+    rows = torch.cat([logits[:1] if before is None else before, logits[:-1]])
+    targets = zip(rows.split(LOGPROB_ROWS), chunk.split(LOGPROB_ROWS), strict=True)
+    picked = [part.float().log_softmax(-1).gather(-1, target[:, None])[:, 0] for part, target in targets]
+    if before is None:
+        picked[0][0] = 0.0
+    return torch.cat(picked)
 
 
 def _checked_ids(vocab_size: int, ids: Ids) -> Tensor:
@@ -308,14 +322,19 @@ def _checked_ids(vocab_size: int, ids: Ids) -> Tensor:
     return tokens
 
 
+def _running(backend: AttentionBackend) -> Callable[[int], AbstractContextManager[None]]:
+    """Return what jobs run within; it does not reference the engine."""
+    return lambda threads: backend.running(threads)
+
+
 def _static_scheduler(
-    runner: ModelRunner, turn: FairLock, specs: tuple[LayerSpec, ...], vocab_size: int
+    runner: ModelRunner, device: DeviceThread, specs: tuple[LayerSpec, ...], vocab_size: int
 ) -> StaticScheduler | None:
     """Return what decodes in fixed memory, where the backend does."""
     sizes = runner.backend.static_sizes
     if sizes is None:
         return None
-    return StaticScheduler(partial(make_decoder, runner, specs, vocab_size), turn, sizes, STEP_TOKENS)
+    return StaticScheduler(partial(make_decoder, runner, specs, vocab_size), device, sizes, STEP_TOKENS)
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:

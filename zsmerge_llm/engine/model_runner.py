@@ -1,6 +1,6 @@
 """Run one forward pass of the model over a cache: positions, padding, logits, and passes that the window makes smaller.
 
-The caller holds the engine's lock: passes on one model take turns.
+Passes run one after another, in the engine's device thread.
 """
 
 from __future__ import annotations

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from threading import Event
 
 from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.engine.decode_loop import check_cancelled
-from zsmerge_llm.engine.fair_lock import FairLock
+from zsmerge_llm.engine.device_thread import DeviceThread, Kind
 from zsmerge_llm.engine.memory_errors import name_memory_errors
 from zsmerge_llm.engine.model_runner import ModelRunner, Probe
+from zsmerge_llm.engine.scheduling import check_cancelled
 from zsmerge_llm.engine.static_reader import StaticReader
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.policies import policy_of
@@ -21,19 +22,20 @@ from zsmerge_llm.types import Progress
 
 @dataclass(frozen=True)
 class Reading:
-    """How a prompt is read. chunk: tokens of a pass. probe, multi_turn, pinned_tail: see `Engine.read`."""
+    """How a prompt is read. chunk: tokens of a pass. The others: see `Engine.read`."""
 
     chunk: int
     probe: Probe | None
     multi_turn: bool
     pinned_tail: int
+    priority: int
 
 
 class PromptReader:
-    """Reads prompts of any length. Threads take turns between chunks."""
+    """Reads prompts of any length. Between two chunks other requests may have their turn."""
 
-    def __init__(self, runner: ModelRunner, specs: tuple[LayerSpec, ...], turn: FairLock) -> None:
-        self._runner, self._turn = runner, turn
+    def __init__(self, runner: ModelRunner, specs: tuple[LayerSpec, ...], device: DeviceThread) -> None:
+        self._runner, self._device = runner, device
         self._static = StaticReader(runner, specs) if runner.backend.static_sizes is not None else None
 
     def read(
@@ -50,26 +52,26 @@ class PromptReader:
             for chunk in tokens.split(how.chunk):
                 check_cancelled(cancel)
                 done += len(chunk)
-                with self._turn:
-                    logits = self._read_chunk(cache, chunk, how, pinned=max(0, done - unpinned))
+                run = partial(self._read_chunk, cache, chunk, how, pinned=max(0, done - unpinned))
+                logits = self._device.call(run, Kind.CHUNK, priority=how.priority, cancel=cancel)
                 if progress is not None:
                     progress(done, len(tokens))
         finally:
             if self._static is not None:
-                with self._turn:
-                    self._static.release(cache)
-        return logits[0, -1].float()
+                self._device.call(partial(self._static.release, cache))
+        return logits
 
     def _read_chunk(self, cache: Cache, chunk: Tensor, how: Reading, pinned: int) -> Tensor:
-        """Read one chunk, ids [n]: logits [1, 1, vocab]. A full one in fixed memory, where that is possible."""
+        """Read one chunk, ids [n]: float32 logits [vocab] after the last. A full one in fixed memory, if possible."""
         probe = None if cache.fits(len(chunk)) else how.probe
         smaller = f"use chunk={max(1, how.chunk // 2)} or fewer slots"
         with name_memory_errors(f"reading a chunk of {len(chunk)} tokens", smaller):
             if self._static is not None:
                 if not pinned and len(chunk) == how.chunk and self._static.takes(cache, len(chunk), probe):
-                    return self._static.run(cache, chunk, probe, how.multi_turn)
+                    return self._static.run(cache, chunk, probe, how.multi_turn)[0, -1].float()
                 self._static.release(cache)
-            return self._runner.run(cache, chunk[None], probe=probe, pinned_recent=pinned, multi_turn=how.multi_turn)
+            logits = self._runner.run(cache, chunk[None], probe=probe, pinned_recent=pinned, multi_turn=how.multi_turn)
+            return logits[0, -1].float()
 
 
 def prompt_probe(config: CacheConfig, question: Tensor | None, multi_turn: bool, num_new: int) -> Probe | None:

@@ -1,21 +1,23 @@
-"""Batch the decode steps of several threads (continuous batching): the thread that holds the lock runs one forward pass
-for every row that waits.
+"""Batch the decode steps of several conversations (continuous batching): one forward pass for every row that waits.
 
 Rows join and leave between two passes. While a row is in the batch its own cache is out of date; it is brought up to
-date when the row leaves. A row alone decodes on its own cache, without a batch.
+date when the row leaves. A row alone decodes on its own cache, without a batch. Passes run in the device thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from zsmerge_llm.attention.passes import SpeculativePass
-from zsmerge_llm.engine.fair_lock import FairLock, Ticket
+from zsmerge_llm.engine.decode_loop import sample_rows
+from zsmerge_llm.engine.device_thread import DeviceThread, Job, Kind
 from zsmerge_llm.engine.model_runner import ModelRunner
+from zsmerge_llm.engine.sequence import DecodeSequence
 from zsmerge_llm.kvcache.cache import Cache
 
 MAX_MISSED_PASSES = 8
@@ -25,31 +27,31 @@ MAX_MISSED_PASSES = 8
 class ScheduledRow:
     """One conversation while it decodes; a `Decoder` of one row.
 
-    ids: what it reads next, or whether that was read: done. left: whether it decodes no more. unread_steps: the ids of
-    the steps since it joined the batch, which its own cache does not hold yet.
+    ids: what it reads next. left: whether it decodes no more. alone: whether it shares no pass, because one failed.
+    unread_steps: the ids of the steps since it joined the batch, which its own cache does not hold yet.
     """
 
-    def __init__(self, cache: Cache, scheduler: DecodeScheduler) -> None:
+    def __init__(self, cache: Cache, sequence: DecodeSequence, scheduler: DecodeScheduler, priority: int) -> None:
         self.cache = cache
+        self.sequence = sequence
         self.ids: list[int] = []
-        self.done = False
         self.left = False
+        self.alone = False
         self.missed_passes = 0
         self.unread_steps: list[list[int]] = []
         self._scheduler = scheduler
+        self._priority = priority
         self._draft: list[int] = []
         self._speculative: tuple[SpeculativePass, Tensor] | None = None
-
-    @property
-    def logits(self) -> Tensor:
-        """The logits after the last token, [1, vocab]."""
-        assert self.cache.logits is not None
-        return self.cache.logits
 
     @property
     def drafting(self) -> ScheduledRow:
         """The row itself verifies drafts."""
         return self
+
+    def sample(self) -> list[int]:
+        """Return what the model says next."""
+        return self._scheduler.device.call(partial(self._scheduler.sample, [self]), priority=self._priority)
 
     def max_draft(self, num_pending: int) -> int:
         """Return how many tokens of a draft may follow so many tokens; none where others wait, or none fits."""
@@ -61,19 +63,25 @@ class ScheduledRow:
         """Note what is read next: nothing runs beside the caller here."""
         (self.ids,), self._draft = [list(part) for part in ids], list(draft)
 
-    def finish(self) -> None:
-        """Read the tokens, in a pass of this thread or another."""
-        self._scheduler.step(self, self.ids)
+    def finish(self) -> list[int]:
+        """Read the tokens, in a pass that other rows may share; return what the model says next."""
+        return [self._scheduler.step(self, self._priority)]
 
-    def draft_logits(self) -> Tensor:
-        """Run the tokens and the draft without reading them: logits [n, vocab]."""
-        runner = self._scheduler.runner
-        with self._scheduler.turn:
-            self._speculative = runner.speculate(self.cache, [*self.ids, *self._draft])
-        return self._speculative[1]
+    def sample_draft(self, num_pending: int) -> list[int]:
+        """Run the tokens and the draft without reading them: what the model says in place of each of the draft's."""
+        run = partial(self._speculate, num_pending)
+        return self._scheduler.device.call(run, Kind.STEP, priority=self._priority)
 
     def keep(self, count: int) -> None:
         """Read the first `count` tokens."""
+        self._scheduler.device.call(partial(self._keep, count), priority=self._priority)
+
+    def _speculate(self, num_pending: int) -> list[int]:
+        self._speculative = self._scheduler.runner.speculate(self.cache, [*self.ids, *self._draft])
+        logits = self._speculative[1][num_pending - 1 : -1]
+        return sample_rows(logits, [self.sequence] * len(logits))
+
+    def _keep(self, count: int) -> None:
         assert self._speculative is not None
         self._scheduler.runner.keep(self.cache, *self._speculative, count)
         self._speculative = None
@@ -84,102 +92,140 @@ class BatchDecoder:
 
     drafting = None
 
-    def __init__(self, cache: Cache, runner: ModelRunner, turn: FairLock) -> None:
-        self._cache, self._runner, self._turn = cache, runner, turn
+    def __init__(
+        self,
+        cache: Cache,
+        sequences: Sequence[DecodeSequence],
+        runner: ModelRunner,
+        device: DeviceThread,
+        priority: int,
+    ) -> None:
+        self._cache, self._sequences, self._runner = cache, sequences, runner
+        self._device, self._priority = device, priority
         self._ids: list[list[int]] = []
 
-    @property
-    def logits(self) -> Tensor:
-        """The logits after each row's last token, [B, vocab]."""
-        assert self._cache.logits is not None
-        return self._cache.logits
+    def sample(self) -> list[int]:
+        """Return what the model says next in each row."""
+        return self._device.call(self._sample, priority=self._priority)
 
     def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
         """Note what is read next."""
         self._ids = [list(part) for part in ids]
 
-    def finish(self) -> None:
-        """Read one token of each row, none of those that have ended."""
+    def finish(self) -> list[int]:
+        """Read one token of each row, none of those that have ended; return what the model says next in each."""
+        return self._device.call(self._step, Kind.STEP, priority=self._priority)
+
+    def _step(self) -> list[int]:
         running = torch.tensor([[len(part) > 0] for part in self._ids])
         tokens = torch.tensor([part or [0] for part in self._ids])
-        with self._turn:
-            self._runner.run(self._cache, tokens, None if running.all() else running)
+        self._runner.run(self._cache, tokens, None if running.all() else running)
+        return self._sample()
+
+    def _sample(self) -> list[int]:
+        assert self._cache.logits is not None
+        return sample_rows(self._cache.logits, self._sequences)
 
 
 class DecodeScheduler:
-    """Runs the decode steps of an engine's threads, several rows in one pass where they wait for each other.
+    """Runs the decode steps of an engine's requests, several rows in one pass where they wait for each other.
 
     Args:
-        runner: makes passes. turn: the lock under which they are made.
+        runner: makes passes. device: the thread in which they are made.
     """
 
-    def __init__(self, runner: ModelRunner, turn: FairLock) -> None:
+    def __init__(self, runner: ModelRunner, device: DeviceThread) -> None:
         self.runner = runner
-        self.turn = turn
+        self.device = device
         self._rows: list[ScheduledRow] = []
         self._batch: Cache | None = None
         self._last_rows: list[ScheduledRow] = []
 
     @contextmanager
-    def join(self, cache: Cache) -> Iterator[ScheduledRow | BatchDecoder]:
-        """Decode a cache; a row alone may share passes with other threads' rows. At the end `cache` is up to date."""
+    def join(
+        self, cache: Cache, sequences: Sequence[DecodeSequence], priority: int
+    ) -> Iterator[ScheduledRow | BatchDecoder]:
+        """Decode a cache; a row alone may share passes with others. At the end `cache` is up to date."""
         if cache.rows > 1:
-            yield BatchDecoder(cache, self.runner, self.turn)
+            yield BatchDecoder(cache, sequences, self.runner, self.device, priority)
             return
-        row = ScheduledRow(cache, self)
+        row = ScheduledRow(cache, sequences[0], self, priority)
         try:
             yield row
         finally:
             row.left = True
-            if not self.turn.mine:  # else a generator is being collected within a pass: the next pass cleans up
-                with self.turn:
-                    self._remove([row])
-                    self._catch_up(row)
-                    self._last_rows = [other for other in self._last_rows if other is not row]
+            if not self.device.is_current:  # else a generator is being collected within a pass: the next one cleans up
+                self.device.call(partial(self._leave, row))
 
     def is_alone(self, row: ScheduledRow) -> bool:
         """Return whether no other row is decoding; the row's own cache is up to date then."""
         shared = row in self._rows or row.unread_steps or any(other is not row for other in self._last_rows)
-        return not shared and not self.turn.waiting(lambda _: True)
+        return not shared and not self.device.num_waiting
 
-    def step(self, row: ScheduledRow, ids: Sequence[int]) -> None:
-        """Read `ids` into the row, in a pass of this thread or another; sets `row.cache.logits` [1, vocab].
+    def step(self, row: ScheduledRow, priority: int) -> int:
+        """Read the row's ids, in a pass of its own or with others; return what the model says next.
 
         Raises whatever the pass raises; `row.cache` is as it was then.
         """
-        row.ids, row.done = list(ids), False
-        self.turn.run_until_done(row, self._run_pass)
+        return self.device.submit(Job(partial(self._step, row), Kind.STEP, priority, row)).wait()
 
-    @torch.inference_mode()
-    def _run_pass(self, row: ScheduledRow) -> None:
-        """Run one pass for `row` and for all waiting rows that fit."""
+    # -- in the device thread ----------------------------------------------------------------------------------------
+
+    def sample(self, rows: Sequence[ScheduledRow]) -> list[int]:
+        """Return what the model says next in each row."""
+        logits = [row.cache.logits for row in rows]
+        return sample_rows(torch.cat([each for each in logits if each is not None]), [row.sequence for row in rows])
+
+    def _step(self, row: ScheduledRow) -> int:
+        """Run one pass for `row` and for all waiting rows that fit; return what the model says next in `row`."""
         self._remove([other for other in self._rows if other.left])
         joined = self._gather(row)
-        rows: list[ScheduledRow] = [row, *(ticket.work for ticket in joined)]
+        rows: list[ScheduledRow] = [row, *(job.row for job in joined)]
+        self._last_rows = rows
         try:
-            self._catch_up(row)
-            if len(rows) == 1 and row not in self._rows:
-                self.runner.run(row.cache, torch.tensor([row.ids]))
-            else:
-                self._run_batch(rows)
-            for each in rows:
-                each.done = True
-        finally:
-            self._last_rows = rows
-            self.turn.serve(joined)
+            self._run_pass(rows)
+        except Exception:
+            if not joined:
+                raise
+            for each in rows:  # whichever it was: each goes on alone
+                each.alone = True
+            for job in joined:
+                job.execute()
+            return self._step(row)
+        try:
+            sampled = self.sample(rows)
+        except Exception:  # of one row, a grammar's for example: each raises its own
+            for job in joined:
+                job.execute(partial(self._sample_one, job.row))
+            return self._sample_one(row)
+        for job, token in zip(joined, sampled[1:], strict=True):
+            job.finish(token)
+        return sampled[0]
 
-    def _gather(self, row: ScheduledRow) -> list[Ticket]:
-        """Take the tickets of rows that can share a pass with `row`; wait briefly for rows of the last one."""
+    def _sample_one(self, row: ScheduledRow) -> int:
+        return self.sample([row])[0]
+
+    @torch.inference_mode()
+    def _run_pass(self, rows: list[ScheduledRow]) -> None:
+        for row in rows:
+            self._catch_up(row)
+        if len(rows) == 1 and rows[0] not in self._rows:
+            self.runner.run(rows[0].cache, torch.tensor([rows[0].ids]))
+        else:
+            self._run_batch(rows)
+
+    def _gather(self, row: ScheduledRow) -> list[Job[int]]:
+        """Take the waiting steps of rows that can share a pass with `row`; wait briefly for rows of the last one."""
         config = row.cache.config
-        if config.slots is None or (self._batch is not None and self._batch.config != config):
+        if row.alone or config.slots is None or (self._batch is not None and self._batch.config != config):
             return []
 
         def fits(other: ScheduledRow) -> bool:
-            return other.cache.config == config and (other in self._rows or not other.unread_steps)
+            return isinstance(other, ScheduledRow) and other.cache.config == config and not other.alone
 
         expected = sum(not other.left and other is not row and fits(other) for other in self._last_rows)
-        self.turn.wait_for_others(fits, expected)
-        return self.turn.take(fits)
+        self.device.wait_for(fits, expected)
+        return self.device.take(fits)
 
     def _run_batch(self, rows: list[ScheduledRow]) -> None:
         """Run one pass over the batch, after adding the rows that are not in it."""
@@ -205,6 +251,12 @@ class DecodeScheduler:
             else:
                 row.missed_passes += 1
         self._remove([row for row in self._rows if row.missed_passes > MAX_MISSED_PASSES])
+
+    def _leave(self, row: ScheduledRow) -> None:
+        """Bring a row's own cache up to date, and forget the row."""
+        self._remove([row])
+        self._catch_up(row)
+        self._last_rows = [other for other in self._last_rows if other is not row]
 
     @torch.inference_mode()
     def _remove(self, leaving: list[ScheduledRow]) -> None:

@@ -46,7 +46,7 @@ class ChunkShape:
 
 
 class StaticReader:
-    """Reads full chunks of one conversation at a time in fixed memory. The caller holds the engine's lock.
+    """Reads full chunks of one conversation at a time in fixed memory. Runs in the device thread.
 
     Args:
         specs: of the model's layers.

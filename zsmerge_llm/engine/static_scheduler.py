@@ -2,20 +2,23 @@
 
 Conversations are copied into rows of a static batch when they first decode, and back when they leave. A conversation
 alone launches each step before its last token is yielded; several wait for each other, as in `scheduler`, and share a
-step. All work is done by the thread that holds the lock.
+step. All work is done in the device thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.engine.fair_lock import FairLock, Ticket
+from zsmerge_llm.engine.decode_loop import sample_rows
+from zsmerge_llm.engine.device_thread import DeviceThread, Job, Kind
 from zsmerge_llm.engine.memory_errors import decoding_remedy, name_memory_errors
+from zsmerge_llm.engine.sequence import DecodeSequence
 from zsmerge_llm.engine.static_decoder import StaticDecoder
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.policies import policy_of
@@ -40,8 +43,12 @@ class StaticRows:
     step, because one failed.
     """
 
-    def __init__(self, cache: Cache, scheduler: StaticScheduler) -> None:
+    def __init__(
+        self, cache: Cache, sequences: Sequence[DecodeSequence], scheduler: StaticScheduler, priority: int
+    ) -> None:
         self.caches = [cache] if cache.rows == 1 else [cache.row(row) for row in range(cache.rows)]
+        self.sequences = sequences
+        self.priority = priority
         self.config = cache.config
         self.rows: list[int] = []
         self.ids: list[list[int]] = []
@@ -51,10 +58,9 @@ class StaticRows:
         self.pending_logits: Tensor | None = None
         self._scheduler = scheduler
 
-    @property
-    def logits(self) -> Tensor:
-        """The logits after each row's last token, [B, vocab]."""
-        return torch.cat([cache.logits for cache in self.caches if cache.logits is not None])
+    def sample(self) -> list[int]:
+        """Return what the model says next in each row."""
+        return self._scheduler.device.call(partial(self._scheduler.sample, self), priority=self.priority)
 
     @property
     def drafting(self) -> StaticRows | None:
@@ -73,37 +79,40 @@ class StaticRows:
         longest = max(map(len, self.ids))
         in_one_step = longest == 1 or (longest <= self._scheduler.max_tokens and self._scheduler.fits(self))
         if draft or (in_one_step and self._scheduler.is_alone(self)):
-            self._scheduler.step(self)
+            self._scheduler.launch(self)
 
-    def finish(self) -> None:
-        """Read the tokens."""
+    def finish(self) -> list[int]:
+        """Read the tokens; return what the model says next in each row."""
         if self.done:
-            self._scheduler.count(self, [len(part) for part in self.ids])
-        else:
-            self.counted = True
-            self._scheduler.step(self)
+            return self._scheduler.count(self, [len(part) for part in self.ids])
+        self.counted = True
+        return self._scheduler.step(self)
 
-    def draft_logits(self) -> Tensor:
-        """Return the logits after each token of the step, [n, vocab]."""
-        assert self.pending_logits is not None
-        return self.pending_logits
+    def sample_draft(self, num_pending: int) -> list[int]:
+        """Return what the model says in place of each of the draft's tokens, behind so many others."""
+        return self._scheduler.device.call(partial(self._sample_draft, num_pending), priority=self.priority)
 
     def keep(self, count: int) -> None:
         """Read the first `count` tokens."""
         self._scheduler.count(self, [count])
 
+    def _sample_draft(self, num_pending: int) -> list[int]:
+        assert self.pending_logits is not None
+        logits = self.pending_logits[num_pending - 1 : -1]
+        return sample_rows(logits, list(self.sequences) * len(logits))
+
 
 class StaticScheduler:
-    """Runs the decode steps of an engine's threads in static batches.
+    """Runs the decode steps of an engine's requests in static batches.
 
     Args:
         make_decoder: allocates the batch of a cache configuration.
-        turn: the lock under which passes are made.
+        device: the thread in which passes are made.
         sizes: how many rows a batch may have, ascending. max_tokens: the most tokens of a step of one row.
     """
 
-    def __init__(self, make_decoder: MakeDecoder, turn: FairLock, sizes: Sequence[int], max_tokens: int) -> None:
-        self.turn = turn
+    def __init__(self, make_decoder: MakeDecoder, device: DeviceThread, sizes: Sequence[int], max_tokens: int) -> None:
+        self.device = device
         self.sizes, self.max_tokens = sizes, max_tokens
         self._make_decoder = make_decoder
         self._decoders: dict[CacheConfig, StaticDecoder] = {}  # the one used last is the last
@@ -112,23 +121,22 @@ class StaticScheduler:
         self._last: list[StaticRows] = []  # that took part in the last step
 
     @contextmanager
-    def join(self, cache: Cache) -> Iterator[StaticRows]:
+    def join(self, cache: Cache, sequences: Sequence[DecodeSequence], priority: int) -> Iterator[StaticRows]:
         """Decode a cache; when it ends, `cache` is up to date."""
-        group = StaticRows(cache, self)
+        group = StaticRows(cache, sequences, self, priority)
         self._decoding.append(group)
         try:
             yield group
         finally:
             self._decoding.remove(group)
-            if not self.turn.mine:  # else a generator is being collected within a step: the next one frees its rows
-                with self.turn:
-                    self._leave([group])
+            if not self.device.is_current:  # else a generator is being collected within a step: the next one cleans up
+                self.device.call(partial(self._leave, [group]))
                 if cache.rows > 1:
                     cache.replace_with(Cache.stack(group.caches))
 
     def is_alone(self, group: StaticRows) -> bool:
         """Return whether no other conversation decodes or waits for the device."""
-        return self._decoding == [group] and not self.turn.waiting(lambda _: True)
+        return self._decoding == [group] and not self.device.num_waiting
 
     def fits(self, group: StaticRows) -> bool:
         """Return whether a step of `max_tokens` fits into a group's rows without compressing any."""
@@ -137,50 +145,86 @@ class StaticScheduler:
             return all(cache.fits_all(self.max_tokens) for cache in group.caches)
         return decoder.takes_draft
 
-    def step(self, group: StaticRows) -> None:
-        """Run the group's next tokens, in a step of this thread or another; they are pending, or counted."""
-        self.turn.run_until_done(group, self._run)
+    def launch(self, group: StaticRows) -> None:
+        """Run the group's next tokens ahead of the caller, in a step of their own; they are pending."""
+        self.device.call(partial(self._run, [group]), Kind.STEP, priority=group.priority)
 
-    def count(self, group: StaticRows, counts: Sequence[int]) -> None:
-        """Count so many of each row's tokens, which were run ahead."""
-        with self.turn:
-            decoder = self._decoders.get(group.config)
-            is_pending = [len(part) for part in group.ids] == [
-                decoder.num_pending(row) if decoder is not None else 0 for row in group.rows
-            ]
-            if not is_pending:  # another conversation's step came between: run again what was right of them
-                group.ids, group.counted = [part[:kept] for part, kept in zip(group.ids, counts, strict=True)], True
-                self._run_together([group])
-            elif decoder is not None:
-                for row, kept in zip(group.rows, counts, strict=True):
-                    decoder.keep(row, kept)
+    def step(self, group: StaticRows) -> list[int]:
+        """Run and count the group's next tokens, in a step of their own or with others.
 
-    # -- under the lock ----------------------------------------------------------------------------------------------
+        Returns what the model says next in each row.
+        """
+        return self.device.submit(Job(partial(self._step, group), Kind.STEP, group.priority, group)).wait()
 
-    def _run(self, group: StaticRows) -> None:
-        """Run a step for a group and for all that wait and fit."""
+    def count(self, group: StaticRows, counts: Sequence[int]) -> list[int]:
+        """Count so many of each row's tokens, which were run ahead; return what the model says next in each row."""
+        return self.device.call(partial(self._count, group, counts), priority=group.priority)
+
+    # -- in the device thread ----------------------------------------------------------------------------------------
+
+    def sample(self, group: StaticRows) -> list[int]:
+        """Return what the model says next in each row of a group."""
+        return self._sample([group])[0]
+
+    def _sample(self, groups: Sequence[StaticRows]) -> list[list[int]]:
+        logits = [cache.logits for group in groups for cache in group.caches if cache.logits is not None]
+        sampled = iter(sample_rows(torch.cat(logits), [each for group in groups for each in group.sequences]))
+        return [[next(sampled) for _ in group.caches] for group in groups]
+
+    def _count(self, group: StaticRows, counts: Sequence[int]) -> list[int]:
+        decoder = self._decoders.get(group.config)
+        is_pending = [len(part) for part in group.ids] == [
+            decoder.num_pending(row) if decoder is not None else 0 for row in group.rows
+        ]
+        if not is_pending:  # another conversation's step came between: run again what was right of them
+            group.ids, group.counted = [part[:kept] for part, kept in zip(group.ids, counts, strict=True)], True
+            self._run_together([group])
+        elif decoder is not None:
+            for row, kept in zip(group.rows, counts, strict=True):
+                decoder.keep(row, kept)
+        return self.sample(group)
+
+    def _step(self, group: StaticRows) -> list[int]:
+        """Run a step for a group and for all that wait and fit; return what the model says next in its rows."""
         joined = self._gather(group)
-        groups: list[StaticRows] = [group, *(ticket.work for ticket in joined)]
-        rows = sum(len(each.caches) for each in groups)
-        remedy = decoding_remedy(group.config, group.caches[0].specs, rows)
+        groups: list[StaticRows] = [group, *(job.row for job in joined)]
         try:
-            with name_memory_errors(f"decoding {rows} conversations", remedy):
-                self._run_together(groups)
-        except BaseException:
-            for each in groups:  # whichever it was: each tries alone
+            self._run(groups)
+        except Exception:
+            if not joined:
+                raise
+            for each in groups:  # whichever it was: each goes on alone
                 each.alone = True
-            raise
-        finally:
-            self._last = groups
-            self.turn.serve(joined)
+            for job in joined:
+                job.execute()
+            return self._step(group)
+        try:
+            sampled = self._sample(groups)
+        except Exception:  # of one row, a grammar's for example: each raises its own
+            for job in joined:
+                job.execute(partial(self.sample, job.row))
+            return self.sample(group)
+        for job, tokens in zip(joined, sampled[1:], strict=True):
+            job.finish(tokens)
+        return sampled[0]
 
-    def _gather(self, group: StaticRows) -> list[Ticket]:
-        """Take the tickets of groups that can share a step; wait briefly for those of the last one."""
+    def _run(self, groups: Sequence[StaticRows]) -> None:
+        """Run the next tokens of groups in one step."""
+        rows = sum(len(each.caches) for each in groups)
+        remedy = decoding_remedy(groups[0].config, groups[0].caches[0].specs, rows)
+        self._last = list(groups)
+        with name_memory_errors(f"decoding {rows} conversations", remedy):
+            self._run_together(groups)
+
+    def _gather(self, group: StaticRows) -> list[Job[list[int]]]:
+        """Take the waiting steps of groups that can share a step; wait briefly for those of the last one."""
         if group.alone or group.config.slots is None or max(map(len, group.ids)) > 1:
             return []
         room = self.sizes[-1] - len(group.caches)
 
-        def alike(other: StaticRows) -> bool:
+        def alike(other: object) -> bool:
+            if not isinstance(other, StaticRows):
+                return False
             one_token = max(map(len, other.ids), default=0) == 1
             return other.config == group.config and not other.alone and one_token and len(other.caches) <= room
 
@@ -191,8 +235,8 @@ class StaticScheduler:
             return taken
 
         expected = [other for other in self._last if other is not group and other in self._decoding]
-        self.turn.wait_for_others(alike, sum(other.config == group.config for other in expected))
-        return self.turn.take(fits)
+        self.device.wait_for(alike, sum(other.config == group.config for other in expected))
+        return self.device.take(fits)
 
     @torch.inference_mode()
     def _run_together(self, groups: Sequence[StaticRows]) -> None:

@@ -36,6 +36,8 @@ class Request:
     """How the conversation was resumed, for the usage."""
     continues_prompt: bool = False
     """Whether the answer continues the prompt's own text (a completion)."""
+    priority: int = 0
+    """Where several requests wait for the device, the lowest number goes first."""
 
 
 @dataclass(frozen=True)

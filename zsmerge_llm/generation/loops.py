@@ -31,7 +31,7 @@ def generate(
         read: reads the request's prompt into the attempt's cache.
         cancel: an event that stops it within one token; the answer says so in its finish reason.
     """
-    from zsmerge_llm.engine.engine import Cancelled
+    from zsmerge_llm.engine.scheduling import Cancelled
 
     try:
         attempt.prefill_seconds = _seconds(read)
@@ -59,7 +59,7 @@ def generate_batch(
 
     Raises as `Attempt` and `check_length`, before anything is read.
     """
-    from zsmerge_llm.engine.engine import Cancelled
+    from zsmerge_llm.engine.scheduling import Cancelled
 
     if not requests:
         return []
@@ -102,7 +102,9 @@ def _decode(engine: Engine, cache: Cache, attempts: Sequence[Attempt], cancel: E
     sampling, prompts = [request.sampling for request in requests], [request.prompt.ids for request in requests]
     constraints = [attempt.constraint for attempt in attempts]
     started = [time.perf_counter() - attempt.decode_seconds for attempt in attempts]
-    for tokens in engine.decode(cache, sampling, prompts, constraints=constraints, cancel=cancel):
+    priority = min(request.priority for request in requests)
+    steps = engine.decode(cache, sampling, prompts, constraints=constraints, cancel=cancel, priority=priority)
+    for tokens in steps:
         for attempt, token, start in zip(attempts, tokens, started, strict=True):
             if token is not None and not attempt.stopped:
                 attempt.decode_seconds = time.perf_counter() - start
@@ -121,6 +123,7 @@ def _read(engine: Engine, attempt: Attempt, cancel: Event | None) -> None:
         multi_turn=prompt.multi_turn,
         pinned_tail=pinned_tail_tokens(prompt.retrieved_tokens),
         cancel=cancel,
+        priority=attempt.request.priority,
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from zsmerge_llm.config import SamplingParams
+from zsmerge_llm.engine.scheduling import Deadline
+from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.grammar import Grammar
 from zsmerge_llm.language.output_format import OutputFormat, OutputFormats
 from zsmerge_llm.types import Message, Progress, ResponseFormat, ToolChoice
@@ -26,6 +28,8 @@ class BatchCompletionOptions(TypedDict, total=False):
     response_format: ResponseFormat | None
     grammar: Grammar | None
     cancel: Event | None
+    timeout: float | None
+    priority: int
 
 
 class CompletionOptions(BatchCompletionOptions, total=False):
@@ -65,14 +69,18 @@ class RequestOptions:
     probe: str | None = None
     reread: bool = False
     cancel: Event | None = None
+    timeout: float | None = None
+    priority: int = 0
     progress: Progress | None = None
 
     @classmethod
     def parse(cls, allowed: type, given: Mapping[str, Any]) -> RequestOptions:
         """Return the options of a method whose keyword arguments the TypedDict `allowed` lists.
 
+        The time of `timeout` runs from now on.
+
         Raises:
-            TypeError: an unknown keyword argument.
+            TypeError: an unknown keyword argument. InputError: a priority or timeout that is none.
         """
         known = allowed.__annotations__
         if unknown := [name for name in given if name not in known]:
@@ -80,7 +88,19 @@ class RequestOptions:
                 f"Unknown keyword argument {', '.join(unknown)}: known are {', '.join(known)}. Settings of sampling, "
                 "such as max_tokens, go into sampling=SamplingParams(...)."
             )
-        return cls(**{**given, "sampling": given.get("sampling") or SamplingParams()})
+        options = cls(**{**given, "sampling": given.get("sampling") or SamplingParams()})
+        if isinstance(options.priority, bool) or not isinstance(options.priority, int):
+            raise InputError(f"priority must be a whole number, the lowest goes first, not {options.priority!r}.")
+        if options.timeout is None:
+            return options
+        if isinstance(options.timeout, bool) or not isinstance(options.timeout, (int, float)) or options.timeout <= 0:
+            raise InputError(f"timeout must be a number of seconds above 0, or None, not {options.timeout!r}.")
+        return replace(options, cancel=Deadline(options.cancel, options.timeout))
+
+    def check_deadline(self) -> None:
+        """Raise DeadlineExceededError if `timeout` has passed; for answers that were stopped."""
+        if isinstance(self.cancel, Deadline):
+            self.cancel.check()
 
     def output_format(self, formats: OutputFormats, messages: Sequence[Message]) -> OutputFormat:
         """Return the format of the answer to `messages`. Raises as `OutputFormats.chat`."""

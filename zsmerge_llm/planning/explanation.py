@@ -41,6 +41,7 @@ class Explanation:
         headroom_nbytes: what is free: before loading beside everything planned for one conversation, afterwards beside
             the workspace; None where the device does not tell.
         decode_step: "captured", "compiled" or "eager". reason: why.
+        threads: of a pass, now. threads_reason: why not more. None before loading, and where the backend has no say.
     """
 
     model: str
@@ -60,6 +61,8 @@ class Explanation:
     headroom_nbytes: int | None
     decode_step: str
     reason: str
+    threads: int | None = None
+    threads_reason: str | None = None
 
     def __str__(self) -> str:
         slots = "exact: it grows" if self.slots is None else f"{self.slots:,} slots"
@@ -76,6 +79,8 @@ class Explanation:
             rows.append(("conversations", format_bytes(self.conversations_nbytes), count))
         headroom = "unknown" if self.headroom_nbytes is None else format_bytes(self.headroom_nbytes)
         rows += [("headroom", headroom, f"on {self.device}"), ("decode step", self.decode_step, self.reason)]
+        if self.threads is not None:
+            rows.append(("threads", f"{self.threads:,}", self.threads_reason or ""))
         quantization = "" if self.quantization is None else f", {self.quantization}"
         state = "loaded" if self.loaded else "not loaded yet"
         return f"{self.model} on {self.device} in {self.dtype}{quantization}, {state}\n{format_table(rows)}"
@@ -88,6 +93,7 @@ def explain_loaded(name: str, engine: Engine, store: Store, quantization: str | 
     dequantized = dequantized_weights(shape, quantization, on_host)
     workspace = workspace_nbytes(shape, cache, engine.chunk, on_host=on_host, dequantized=dequantized)
     memory, step = device_memory(target), running_step(engine.backend, compile)
+    threads, threads_reason = engine.backend.thread_choice() or (None, None)
     sessions = list(store)
     in_memory = sum(info.in_memory for info in sessions)
     return Explanation(
@@ -108,6 +114,8 @@ def explain_loaded(name: str, engine: Engine, store: Store, quantization: str | 
         headroom_nbytes=None if memory is None else memory.available - workspace,
         decode_step=step.step,
         reason=step.reason,
+        threads=threads,
+        threads_reason=threads_reason,
     )
 
 

@@ -11,6 +11,7 @@ from threading import Event, Lock
 from typing import Any, Literal
 
 from zsmerge_llm.config import CacheConfig, SamplingParams
+from zsmerge_llm.engine.scheduling import Deadline
 from zsmerge_llm.types import Chunk, FinishReason, Message, Progress, Result, Usage
 
 FAKE_USAGE = Usage(
@@ -56,6 +57,8 @@ class FakeRequest:
     session: Any = None
     probe: str | None = None
     reread: bool = False
+    timeout: float | None = None
+    priority: int = 0
     cancel: Event | None = None
 
 
@@ -128,11 +131,13 @@ class FakeLLM:
         response_format: dict[str, Any] | None = None,
         grammar: Any = None,
         cancel: Event | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
         progress: Progress | None = None,
     ) -> Iterator[Chunk]:
         """As `LLM.stream_complete`."""
         request = FakeRequest("complete", prompt, sampling, response_format=response_format, grammar=grammar)
-        return self._answer(replace(request, cancel=cancel))
+        return self._answer(replace(request, cancel=cancel, timeout=timeout, priority=priority))
 
     def batch_complete(
         self,
@@ -142,11 +147,14 @@ class FakeLLM:
         response_format: dict[str, Any] | None = None,
         grammar: Any = None,
         cancel: Event | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
     ) -> list[Result]:
         """As `LLM.batch_complete`."""
         request = FakeRequest("batch_complete", prompts, sampling, response_format=response_format, grammar=grammar)
+        request = replace(request, cancel=cancel, timeout=timeout, priority=priority)
         self._record(request)
-        return [_collect(self._decode(replace(request, cancel=cancel))) for _ in prompts]
+        return [_collect(self._decode(request)) for _ in prompts]
 
     def count_prompt_tokens(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> int:
         """Count one token for each word, role, tool and the beginning of the answer."""
@@ -189,17 +197,20 @@ class FakeLLM:
             answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         answer = scripted_answer(answer) if isinstance(answer, str) else answer
         limit = request.sampling.max_tokens if request.sampling else None
+        stop = request.cancel if request.timeout is None else Deadline(request.cancel, request.timeout)
         reason, count = answer.finish_reason, 0
         try:
             if answer.reasoning:
                 yield Chunk("", reasoning=answer.reasoning)
             for word in re.findall(r"\S+\s*", answer.text)[:limit]:
-                if request.cancel is not None and request.cancel.is_set():
+                if stop is not None and stop.is_set():
                     reason = "cancelled"
                     break
                 time.sleep(self.delay)
                 self.decoded_words, count = self.decoded_words + 1, count + 1
                 yield Chunk(word)
+            if isinstance(stop, Deadline):
+                stop.check()
             usage = replace(FAKE_USAGE, completion_tokens=count)
             yield Chunk("", reason, usage, answer.tool_calls, answer.invalid_tool_calls)
         finally:

@@ -24,7 +24,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from zsmerge_llm import LLM, CacheConfig, SamplingParams, SchedulingConfig
 from zsmerge_llm.errors import ConfigError
 
 
@@ -90,6 +90,9 @@ class ZSMergeSettings(BaseModel):
     session_memory: int | str | None = Field(default=None, frozen=True)
     """Memory limit of all conversations, such as `"4GiB"`; None for the default of zsmerge-llm."""
 
+    scheduling: SchedulingConfig | None = Field(default=None, frozen=True)
+    """How requests that run at the same time share the device, and how many there may be."""
+
     max_tokens: int | None = 512
     temperature: float = 0.0
     top_p: float = 1.0
@@ -101,7 +104,9 @@ class ZSMergeSettings(BaseModel):
     """Strings that end the answer, in addition to those of a call."""
 
     timeout: float | None = Field(default=None, gt=0, validation_alias=AliasChoices("timeout", "request_timeout"))
-    """Seconds that one answer may take; then decoding stops and TimeoutError is raised."""
+    """Seconds that one answer may take; then decoding stops and DeadlineExceededError, a TimeoutError, is raised."""
+    priority: int = 0
+    """Where several requests wait for the model, the lowest number goes first."""
     streaming: bool = False
     """Make `invoke` use the stream, for callbacks that want each token."""
     max_retries: int | None = Field(default=None, exclude=True)
@@ -185,12 +190,19 @@ class ZSMergeSettings(BaseModel):
         Raises:
             ConfigError: a keyword of another name.
         """
-        known = (*SAMPLING_SETTINGS, *others, "model", "stream")
+        known = (*SAMPLING_SETTINGS, *others, *REQUEST_SETTINGS, "model", "stream")
         if unknown := sorted(options.keys() - set(known)):
             raise ConfigError(
                 f"A call of {type(self).__name__} has no option {', '.join(unknown)}; it has {', '.join(known)}."
             )
         return {name: options[name] for name in SAMPLING_SETTINGS if name in options}
+
+    def _request_options(
+        self, stop: Sequence[str] | str | None, sampling: dict[str, Any], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the keywords of one request: those of sampling, timeout and priority."""
+        own = {name: options.get(name, getattr(self, name)) for name in REQUEST_SETTINGS}
+        return {"sampling": self._sampling_params(stop, sampling), **own}
 
     def _llm_for(self, model: str) -> LLM:
         """Return the LLM of a model that a call names. Another one than this object's stays loaded as long as this.
@@ -268,3 +280,5 @@ SAMPLING_SETTINGS = tuple(
     name for name in ZSMergeSettings.model_fields if name in {field.name for field in fields(SamplingParams)} - {"stop"}
 )
 """Fields of `SamplingParams`; `stop` is apart, because a call adds to it."""
+REQUEST_SETTINGS = ("timeout", "priority")
+"""Fields of one request that a call may change."""

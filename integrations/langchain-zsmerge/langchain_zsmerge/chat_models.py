@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from threading import Event
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
@@ -12,7 +13,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import BaseModel, ConfigDict
 
-from langchain_zsmerge._generation import Deadline, Request, ZSMergeGeneration
+from langchain_zsmerge._generation import Request, ZSMergeGeneration
 from langchain_zsmerge._messages import to_ai_message, to_ai_message_chunk, to_messages
 from langchain_zsmerge._tools import structured_output, to_tool_choice, to_tools
 
@@ -104,23 +105,20 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
             if kwargs.get(name) is not None:
                 given[name] = kwargs[name]
         model = kwargs.get("model") or self.model
-        return Request(self._llm_for(model), model, {"sampling": self._sampling_params(stop, changes), **given})
+        return Request(self._llm_for(model), model, {**self._request_options(stop, changes, kwargs), **given})
 
-    def _result(self, deadline: Deadline, prompt: list[BaseMessage], request: Request) -> ChatResult:
-        with deadline:
-            result = request.llm.chat(to_messages(prompt), cancel=deadline.cancel, **request.options)
-            deadline.check(result.finish_reason)
+    def _result(self, cancel: Event | None, prompt: list[BaseMessage], request: Request) -> ChatResult:
+        result = request.llm.chat(to_messages(prompt), cancel=cancel, **request.options)
         self._add_window_to_profile()
         return ChatResult(generations=[ChatGeneration(message=to_ai_message(result, request.model))])
 
     def _chunks(
-        self, deadline: Deadline, prompt: list[BaseMessage], request: Request
+        self, cancel: Event | None, prompt: list[BaseMessage], request: Request
     ) -> Generator[ChatGenerationChunk, None, None]:
         num_calls = 0
-        stream = request.llm.stream(to_messages(prompt), cancel=deadline.cancel, **request.options)
-        with deadline, closing(cast("Generator[Chunk]", stream)) as chunks:
+        stream = request.llm.stream(to_messages(prompt), cancel=cancel, **request.options)
+        with closing(cast("Generator[Chunk]", stream)) as chunks:
             for chunk in chunks:
-                deadline.check(chunk.finish_reason)
                 if chunk.finish_reason is not None:
                     self._add_window_to_profile()
                 yield ChatGenerationChunk(message=to_ai_message_chunk(chunk, request.model, num_calls))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from threading import Event
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import ConfigDict
 
-from langchain_zsmerge._generation import Deadline, Request, ZSMergeGeneration
+from langchain_zsmerge._generation import Request, ZSMergeGeneration
 from langchain_zsmerge._messages import response_metadata
 
 if TYPE_CHECKING:
@@ -41,32 +42,27 @@ class ZSMergeLLM(ZSMergeGeneration, BaseLLM):  # type: ignore[misc]  # it names 
         return "zsmerge"
 
     def _request(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Request:
-        sampling = self._sampling_params(stop, self._sampling_options(kwargs, _FORMAT_OPTIONS))
+        changes = self._sampling_options(kwargs, _FORMAT_OPTIONS)
         given = {name: kwargs[name] for name in _FORMAT_OPTIONS if kwargs.get(name) is not None}
         model = kwargs.get("model") or self.model
-        return Request(self._llm_for(model), model, {"sampling": sampling, **given})
+        return Request(self._llm_for(model), model, {**self._request_options(stop, changes, kwargs), **given})
 
-    def _result(self, deadline: Deadline, prompt: Sequence[str], request: Request) -> LLMResult:
+    def _result(self, cancel: Event | None, prompt: Sequence[str], request: Request) -> LLMResult:
         llm, options = request.llm, request.options
-        with deadline:
-            results = (
-                [llm.complete(prompt[0], cancel=deadline.cancel, **options)]
-                if len(prompt) == 1
-                else llm.batch_complete(list(prompt), cancel=deadline.cancel, **options)
-            )
-            for result in results:
-                deadline.check(result.finish_reason)
+        if len(prompt) == 1:
+            results = [llm.complete(prompt[0], cancel=cancel, **options)]
+        else:
+            results = llm.batch_complete(list(prompt), cancel=cancel, **options)
         generations = [
             [Generation(text=result.text, generation_info=response_metadata(result, request.model))]
             for result in results
         ]
         return LLMResult(generations=generations, llm_output=_total_usage(results, request.model))
 
-    def _chunks(self, deadline: Deadline, prompt: str, request: Request) -> Generator[GenerationChunk, None, None]:
-        stream = request.llm.stream_complete(prompt, cancel=deadline.cancel, **request.options)
-        with deadline, closing(cast("Generator[Chunk]", stream)) as chunks:
+    def _chunks(self, cancel: Event | None, prompt: str, request: Request) -> Generator[GenerationChunk, None, None]:
+        stream = request.llm.stream_complete(prompt, cancel=cancel, **request.options)
+        with closing(cast("Generator[Chunk]", stream)) as chunks:
             for chunk in chunks:
-                deadline.check(chunk.finish_reason)
                 info = None if chunk.finish_reason is None else response_metadata(chunk, request.model)
                 yield GenerationChunk(text=chunk.text, generation_info=info)
 

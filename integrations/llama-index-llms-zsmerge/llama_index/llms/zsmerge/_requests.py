@@ -15,9 +15,11 @@ from zsmerge_llm.types import Chunk, Message, Result
 
 _CHAT_OPTIONS = ("tools", "session", "session_id", "probe", "reread")
 _FORMAT_OPTIONS = ("response_format", "grammar")
+_REQUEST_OPTIONS = ("timeout", "priority")
 OPTIONS = (
     *_CHAT_OPTIONS,
     *_FORMAT_OPTIONS,
+    *_REQUEST_OPTIONS,
     "tool_choice",
     "allow_parallel_tool_calls",
     "extra_headers",  # LlamaIndex's DocumentContextExtractor sends HTTP headers to every model
@@ -51,7 +53,7 @@ def text_request(llm: LLM, text: str, sampling: SamplingParams, options: Mapping
     for name in _CHAT_OPTIONS:
         if options.get(name):
             raise ConfigError(f"{name} needs a chat and this is plain text: use chat() with is_chat_model=True.")
-    return Request(llm, text, {"sampling": sampling, **_format_options(options)})
+    return Request(llm, text, {"sampling": sampling, **_other_options(options)})
 
 
 def message_request(llm: LLM, messages: list[Message], sampling: SamplingParams, options: Mapping[str, Any]) -> Request:
@@ -68,10 +70,11 @@ def message_request(llm: LLM, messages: list[Message], sampling: SamplingParams,
             "tool_choice": to_tool_choice(options.get("tool_choice")),
             "parallel_tool_calls": options.get("allow_parallel_tool_calls", True),
             **({"reread": True} if options.get("reread") else {}),
-            **_format_options(options),
+            **_other_options(options),
         },
     )
 
 
-def _format_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options.get(name) for name in _FORMAT_OPTIONS}
+def _other_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: options[name] for name in _REQUEST_OPTIONS if options.get(name) is not None}
+    return {**{name: options.get(name) for name in _FORMAT_OPTIONS}, **given}

@@ -30,7 +30,7 @@ from llama_index.llms.zsmerge._structured import StructuredPrediction
 from llama_index.llms.zsmerge._tools import to_tool, to_tool_selections
 from typing_extensions import Self
 
-from zsmerge_llm import LLM, CacheConfig, SamplingParams, aio
+from zsmerge_llm import LLM, CacheConfig, SamplingParams, SchedulingConfig, aio
 from zsmerge_llm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class ZSMergeLLM(StructuredPrediction):
 
     The constructor loads nothing: the model loads at the first request. Sampling settings of a call
     (`llm.chat(messages, max_tokens=64)`) override those of the object. A call also takes `response_format=` (OpenAI's
-    format), `grammar=` (a `zsmerge_llm.Grammar`) and in chats:
+    format), `grammar=` (a `zsmerge_llm.Grammar`), `timeout=` (seconds), `priority=` (the lowest number goes first) and
+    in chats:
 
     - `session=` or `session_id=`: the conversation to continue; a hint, because conversations are recognised by their
       messages. What an earlier request has read is not read again.
@@ -102,6 +103,9 @@ class ZSMergeLLM(StructuredPrediction):
     max_input_tokens: int | None = Field(default=None, description="A longer prompt is an error; None: no limit.")
     sessions_dir: PathText | None = Field(default=None, description="Folder that stores sessions.")
     session_memory: int | str = Field(default="4GiB", description="Memory limit of all sessions.")
+    scheduling: SchedulingConfig | None = Field(
+        default=None, description="How requests that run at the same time share the device."
+    )
 
     max_tokens: int | None = Field(default=512, description="Maximum tokens of an answer; None: no limit.")
     temperature: float = Field(default=0.0, description="0 is greedy.")

@@ -1,0 +1,274 @@
+"""The thread that owns the device: all forward passes of an engine run in it, one after another.
+
+Requests of other threads submit jobs and wait. The thread chooses the next job by priority, then by order of arrival,
+and interleaves the chunks of prompts with decode steps: where both wait, prompts get a share of the time, and at least
+one step runs between two chunks, so that no stream waits for more than one chunk.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, RLock, Thread, get_ident
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from zsmerge_llm.engine.scheduling import Cancelled
+
+T = TypeVar("T")
+
+MAX_WAIT_SECONDS = 0.002
+"""How long a pass waits for rows that took part in the last one: far less than a pass takes."""
+Within = Callable[[int], AbstractContextManager[None]]
+POLL_SECONDS = 0.05
+"""How often a waiting request looks whether it was cancelled."""
+
+
+class Kind(Enum):
+    """What a job is: a chunk of a prompt, a decode step, or something short that goes before both."""
+
+    CHUNK = "chunk"
+    STEP = "step"
+    SHORT = "short"
+
+
+class Job(Generic[T]):
+    """Work for the device thread, and its result.
+
+    Args:
+        run: does the work.
+        priority: jobs of a lower number go first.
+        row: what a step is for, where another step may do it along with its own (`DeviceThread.take`).
+
+    Attributes:
+        most_threads: how many threads the caller lets PyTorch use.
+    """
+
+    def __init__(self, run: Callable[[], T], kind: Kind, priority: int = 0, row: Any = None) -> None:
+        self.kind, self.priority, self.row = kind, priority, row
+        self.most_threads = torch.get_num_threads()
+        self._run: Callable[[], T] | None = run
+        self._claimed = Lock()
+        self._done = Event()
+        self._result: T | None = None
+        self._error: BaseException | None = None
+
+    def claim(self) -> bool:
+        """Return True to the first caller: the device thread that begins the job, or whoever gives it up."""
+        return self._claimed.acquire(blocking=False)
+
+    def execute(self, instead: Callable[[], T] | None = None) -> None:
+        """Do the work, or another in its place, in the device thread."""
+        try:
+            run = instead or self._run
+            assert run is not None
+            self._result = run()
+        except BaseException as error:
+            self._error = error
+        self._end()
+
+    def finish(self, result: T) -> None:
+        """Give the job its result: another one did its work."""
+        self._result = result
+        self._end()
+
+    def wait(self, cancel: Event | None = None) -> T:
+        """Wait for the result.
+
+        Raises:
+            Cancelled: `cancel` was set before the job began. Otherwise what the work raises.
+        """
+        try:
+            while not self._done.wait(None if cancel is None else POLL_SECONDS):
+                if cancel is not None and cancel.is_set() and self.claim():
+                    raise Cancelled
+        except Cancelled:
+            raise
+        except BaseException:  # interrupted: a job that runs uses the caller's cache until it has ended
+            if self.kind is Kind.SHORT or not self.claim():
+                self._wait_uninterrupted()
+            raise
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None  # a traceback references the frames that it went through
+        return self._result  # type: ignore[return-value]
+
+    def _end(self) -> None:
+        self._run = None  # it references caches
+        self._done.set()
+
+    def _wait_uninterrupted(self) -> None:
+        while not self._done.is_set():
+            try:
+                self._done.wait()
+            except KeyboardInterrupt:
+                continue
+
+
+class DeviceThread:
+    """Runs jobs in a thread of its own, which starts with the first job and ends when this object is collected.
+
+    Args:
+        reading_share: how much of the time the chunks of prompts get while streams wait for decode steps, 0 to 1.
+        within: makes what a job runs within, from the number of threads that its caller lets PyTorch use.
+    """
+
+    def __init__(self, reading_share: float = 0.5, within: Within = lambda threads: nullcontext()) -> None:
+        self._inbox: SimpleQueue[Job[Any] | None] = SimpleQueue()  # reentrant: a finalizer may submit at any time
+        self._agenda = _Agenda(self._inbox, reading_share, within)
+        self._thread: Thread | None = None
+        self._starting = RLock()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the calling thread is the device thread."""
+        return self._thread is not None and self._thread.ident == get_ident()
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that wait, about."""
+        return self._inbox.qsize() + len(self._agenda.waiting)
+
+    def call(
+        self,
+        run: Callable[[], T],
+        kind: Kind = Kind.SHORT,
+        *,
+        priority: int = 0,
+        cancel: Event | None = None,
+    ) -> T:
+        """Run something in the device thread and return its result; in the device thread itself, at once.
+
+        Raises:
+            Cancelled: `cancel` was set before it began. Otherwise what it raises.
+        """
+        return run() if self.is_current else self.submit(Job(run, kind, priority)).wait(cancel)
+
+    def submit(self, job: Job[T]) -> Job[T]:
+        """Put a job into the queue, and return it."""
+        if self._thread is None or not self._thread.is_alive():  # not alive: after a fork
+            self._start()
+        self._inbox.put(job)
+        return job
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = Thread(target=self._agenda.serve, name="zsmerge-device", daemon=True)
+                self._thread.start()
+                weakref.finalize(self, self._inbox.put, None)
+
+    # -- for the job that runs ---------------------------------------------------------------------------------------
+
+    def take(self, wanted: Callable[[Any], bool]) -> list[Job[Any]]:
+        """Take the waiting steps of the wanted rows, the most urgent first; the caller must end them."""
+        return self._agenda.take(wanted)
+
+    def wait_for(self, wanted: Callable[[Any], bool], count: int) -> None:
+        """Wait briefly until steps of so many wanted rows are waiting."""
+        deadline = time.perf_counter() + MAX_WAIT_SECONDS
+        while sum(wanted(job.row) for job in self._agenda.shareable) < count and self._agenda.receive(deadline):
+            pass
+
+
+class _Agenda:
+    """The jobs that wait, and which comes next. It does not reference the thread's owner."""
+
+    def __init__(self, inbox: SimpleQueue[Job[Any] | None], reading_share: float, within: Within) -> None:
+        self.waiting: list[Job[Any]] = []  # in order of arrival
+        self._inbox = inbox
+        self._share = reading_share
+        self._within = within
+        self._seconds = {Kind.CHUNK: 0.0, Kind.STEP: 0.0}  # since streams and prompts have both been waiting
+        self._last = Kind.SHORT  # chunk or step that ran last
+        self._ending = False
+
+    @property
+    def steps(self) -> list[Job[Any]]:
+        """The decode steps that wait."""
+        return [job for job in self.waiting if job.kind is Kind.STEP]
+
+    @property
+    def shareable(self) -> list[Job[Any]]:
+        """The steps that another step may do along."""
+        return [job for job in self.steps if job.row is not None]
+
+    def serve(self) -> None:
+        """Run jobs until None arrives."""
+        while (job := self._next()) is not None:
+            started = time.perf_counter()
+            if job.claim():
+                with self._within(job.most_threads):
+                    job.execute()
+                if job.kind is not Kind.SHORT:
+                    self._seconds[job.kind] += time.perf_counter() - started
+                    self._last = job.kind
+            del job  # it references its caller's caches
+
+    def receive(self, deadline: float | None) -> bool:
+        """Receive a job, and all that have arrived by then; False if none has until the deadline (None: no limit)."""
+        try:
+            timeout = None if deadline is None else max(0.0, deadline - time.perf_counter())
+            self._accept(self._inbox.get(timeout=timeout))
+            while True:
+                self._accept(self._inbox.get_nowait())
+        except Empty:
+            return deadline is None or time.perf_counter() < deadline
+
+    def take(self, wanted: Callable[[Any], bool]) -> list[Job[Any]]:
+        """Take waiting steps of the wanted rows."""
+        taken = [job for job in sorted(self.shareable, key=_urgency) if wanted(job.row) and job.claim()]
+        self.waiting = [job for job in self.waiting if job not in taken]
+        return taken
+
+    def _accept(self, job: Job[Any] | None) -> None:
+        if job is None:
+            self._ending = True
+        else:
+            self.waiting.append(job)
+
+    def _next(self) -> Job[Any] | None:
+        """Wait for a job, and take the next one; None: the end."""
+        self.receive(time.perf_counter())
+        while not self.waiting and not self._ending:
+            self.receive(None)
+        if not self.waiting:
+            return None
+        job = min(self._candidates(), key=_urgency)
+        self.waiting.remove(job)
+        return job
+
+    def _candidates(self) -> list[Job[Any]]:
+        """Return the waiting jobs among which the most urgent one comes next."""
+        if short := [job for job in self.waiting if job.kind is Kind.SHORT]:
+            return short
+        if self._last is Kind.STEP and not self.steps:  # streams come back at once: a chunk would make them wait
+            deadline = time.perf_counter() + MAX_WAIT_SECONDS
+            while self.receive(deadline) and not self.steps:
+                pass
+            if any(job.kind is Kind.SHORT for job in self.waiting):
+                return self._candidates()
+        first = min(job.priority for job in self.waiting)
+        urgent = [job for job in self.waiting if job.priority == first]
+        by_kind = [[job for job in urgent if job.kind is kind] for kind in (Kind.CHUNK, Kind.STEP)]
+        if all(by_kind):
+            return by_kind[0] if self._reading_is_due() else by_kind[1]
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        return urgent
+
+    def _reading_is_due(self) -> bool:
+        """Return whether prompts have had less than their share of the time; never twice in a row."""
+        chunk, step = self._seconds[Kind.CHUNK], self._seconds[Kind.STEP]
+        return self._last is not Kind.CHUNK and chunk * (1 - self._share) <= step * self._share
+
+
+def _urgency(job: Job[Any]) -> int:
+    """Sort by priority; sorting keeps the order of arrival."""
+    return job.priority
