@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 MiB = 2**20
 HOST_RUNTIME, DEVICE_RUNTIME = 36 * MiB, 512 * MiB
 """Bytes of the model's and the engine's code on the host (measured); of a GPU's context (not measured)."""
-COMPILER_NBYTES = 80 * MiB
-"""Bytes of the compiler on the host, once it was used (measured)."""
 TOKENIZER_FACTOR, TOKEN_NBYTES = 13, 1024
 """Bytes of a loaded tokenizer for a byte of its file, and for a token where there is no file (measured)."""
 TURN_COPIES = 2
@@ -223,7 +221,7 @@ class _Planner:
             sessions=sessions,
             weights=self.weights[quantization],
             weights_mapped=self.on_host and quantization is None and stored == [name],
-            runtime_nbytes=self._runtime(step),
+            runtime_nbytes=self._runtime(),
             cache_nbytes=cache_nbytes,
             turn_nbytes=(TURN_COPIES + (0 if self.on_host else STATIC_COPIES)) * cache_nbytes,
             workspace_nbytes=workspace_nbytes(
@@ -272,12 +270,12 @@ class _Planner:
             return dict(stored.nbytes)
         return weight_nbytes(self.model, self.dtype, quantization, packed=self.on_host)
 
-    def _runtime(self, step: StepChoice) -> int:
+    def _runtime(self) -> int:
         if not self.on_host:
             return DEVICE_RUNTIME
         size = self.description.tokenizer_nbytes
         tokenizer = TOKEN_NBYTES * self.shape.vocab if size is None else TOKENIZER_FACTOR * size
-        return HOST_RUNTIME + tokenizer + (COMPILER_NBYTES if step.step != "eager" else 0)
+        return HOST_RUNTIME + tokenizer
 
 
 def dequantized_weights(shape: ModelShape, quantization: str | None, on_host: bool) -> int:
