@@ -72,8 +72,10 @@ class LLM(AbstractContextManager["LLM"]):
             cache has dropped some; at most half of its slots. 0: none.
         max_input_tokens: a longer prompt raises ContextLimitError; None: no limit. Nothing is ever truncated.
         sessions_dir: folder that keeps conversations across restarts; None keeps them for this process.
-        session_memory: bytes that all conversations together may hold in memory, such as "4GiB"; the least recently
-            used ones go to disk. Too few for one conversation raise StoreFullError when the model loads.
+        session_memory: bytes of host memory that idle conversations together may hold, such as "4GiB"; the least
+            recently used ones go to disk. Too few for one conversation raise StoreFullError when the model loads.
+        gpu_session_memory: the same for the memory of a GPU, from where they go to host memory. "auto": what is free
+            there after loading, beside the memory to work in.
         progress: called with a line of text at each step of loading and of measuring the layer budgets.
 
     Raises:
@@ -99,6 +101,7 @@ class LLM(AbstractContextManager["LLM"]):
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",
+        gpu_session_memory: int | str = "auto",
         progress: Callable[[str], None] | None = None,
     ) -> None:
         validate_settings(dtype, device, device_map, quantization)
@@ -110,7 +113,8 @@ class LLM(AbstractContextManager["LLM"]):
         self.max_input_tokens = max_input_tokens
         weights = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
         loading = {**weights, "tokenizer": tokenizer, "chat_template": chat_template, "progress": progress}
-        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory))
+        on_gpu = None if gpu_session_memory == "auto" else parse_bytes(gpu_session_memory)
+        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory), on_gpu)
         self._explain = partial(explain, model, loading, self.cache, chunk, compile)
         self._runtime = LazyRuntime(partial(assemble, model, self.cache, chunk, compile, loading, *settings))
 

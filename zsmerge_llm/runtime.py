@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zsmerge_llm.engine.layer_budgets import LayerBudgets
     from zsmerge_llm.planning.explanation import Explanation
     from zsmerge_llm.sessions.conversations import Conversations
+    from zsmerge_llm.sessions.tiers import DeviceTier
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class LazyRuntime:
             runtime, self.current = self.current, None
         if runtime is not None:
             runtime.engine.close()
+            runtime.conversations.store.close()
 
 
 def validate_runtime_settings(cache: Any, compile: Any, retrieval_tokens: Any) -> None:
@@ -92,8 +94,11 @@ def assemble(
     retrieval_tokens: int,
     sessions_dir: str | Path | None,
     session_memory: int,
+    gpu_session_memory: int | None,
 ) -> Runtime:
     """Load the model and build what works on it. `loading` goes to `loader.load`; the rest is as for `LLM`.
+
+    gpu_session_memory: None for "auto".
 
     Raises:
         LoadError: the model cannot be loaded. StoreFullError: `session_memory` is too small for one conversation.
@@ -120,7 +125,8 @@ def assemble(
         mark = fingerprint(loaded.model, tokenizer, source, cache)
         devices = [str(spec.device) for spec in engine.specs]
         policy = None if isinstance(cache.policy, str) else cache.policy
-        store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices, policy)
+        size, device = engine.new_cache().nbytes, device_tier(engine, loading["quantization"], gpu_session_memory)
+        store = Store(mark, session_memory, size, sessions_dir, devices, policy, device)
         output_formats = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
         report_status = loading.get("progress")
         layer_budgets = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), report_status)
@@ -131,6 +137,24 @@ def assemble(
         conversations = Conversations(store, template, engine.new_cache, prompts, documents)
         undo.pop_all()
         return Runtime(loaded.name, tokenizer, engine, template, output_formats, conversations, layer_budgets)
+
+
+def device_tier(engine: Engine, quantization: str | None, limit: int | None) -> DeviceTier | None:
+    """Return where idle conversations stay beside a model; None for one that computes in host memory.
+
+    limit: bytes; None takes what its devices have free beside the memory to work in, and 0 where they do not tell.
+    """
+    from zsmerge_llm.gpu.staged_copies import DeviceCopies
+    from zsmerge_llm.models.device import is_host
+    from zsmerge_llm.planning.explanation import free_for_idle
+    from zsmerge_llm.sessions.tiers import DeviceTier
+    from zsmerge_llm.sessions.transfer import Transfer
+
+    devices = [spec.device for spec in engine.specs]
+    if all(map(is_host, devices)):
+        return None
+    free = free_for_idle(engine, quantization) if limit is None else limit
+    return DeviceTier(Transfer(devices, DeviceCopies(devices)), free)
 
 
 def explain(

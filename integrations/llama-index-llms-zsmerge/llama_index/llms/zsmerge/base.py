@@ -101,7 +101,8 @@ class ZSMergeLLM(StructuredPrediction):
     )
     max_input_tokens: int | None = Field(default=None, description="A longer prompt is an error; None: no limit.")
     sessions_dir: PathText | None = Field(default=None, description="Folder that stores sessions.")
-    session_memory: int | str = Field(default="4GiB", description="Memory limit of all sessions.")
+    session_memory: int | str = Field(default="4GiB", description="Host memory limit of idle sessions.")
+    gpu_session_memory: int | str = Field(default="auto", description="GPU memory limit of idle sessions, or 'auto'.")
 
     max_tokens: int | None = Field(default=512, description="Maximum tokens of an answer; None: no limit.")
     temperature: float = Field(default=0.0, description="0 is greedy.")
