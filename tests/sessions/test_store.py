@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from tests.support.chat import SMALL_CACHE, SNAPSHOT_NBYTES, Chat, dialogue, equal_caches, make_llm
+from tests.support.tiers import pretended_device
 from zsmerge_llm import SamplingParams, Session
 from zsmerge_llm.errors import SessionNotFoundError, StoreFullError
 
@@ -59,6 +60,8 @@ class SessionMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for name, conversation in getattr(self, "known", {}).items():
             conversation.check(self.llm.session(name))
+        if hasattr(self, "llm"):
+            self.llm.close()
         shutil.rmtree(getattr(self, "folder", "/nonexistent"), ignore_errors=True)
 
     def chat(self, messages: list[dict[str, Any]], name: str | None) -> tuple[str, list[dict[str, Any]]]:
@@ -166,10 +169,43 @@ class PersistentSessionMachine(SessionMachine):
 
     @rule()
     def restart(self) -> None:
+        self.llm.close()
         self.start()
 
 
-@pytest.mark.parametrize("machine", [SessionMachine, PersistentSessionMachine])
+class DeviceSessionMachine(SessionMachine):
+    """The same with a device that has room for two snapshots, above host memory."""
+
+    def start(self) -> None:
+        with pretended_device(2 * SNAPSHOT_NBYTES):
+            super().start()
+            self.llm.engine  # noqa: B018 - loaded now
+
+    @invariant()
+    def the_device_is_within_its_limit_once_all_moves_are_done(self) -> None:
+        if hasattr(self, "llm"):
+            self.llm.store.flush()
+            assert self.llm.store.device_nbytes <= self.llm.store.device_limit
+
+
+class UnflushedSessionMachine(DeviceSessionMachine):
+    """The same in a persistent folder, while moves go on behind the events."""
+
+    persistent = True
+
+    @invariant()
+    def memory_is_within_the_limit_once_all_moves_are_done(self) -> None:
+        pass
+
+    @invariant()
+    def the_device_is_within_its_limit_once_all_moves_are_done(self) -> None:
+        pass
+
+
+MACHINES = [SessionMachine, PersistentSessionMachine, DeviceSessionMachine, UnflushedSessionMachine]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_in_any_order_of_events_every_conversation_continues_correctly_within_the_limit(
     machine: type[SessionMachine],
 ) -> None:
@@ -179,7 +215,39 @@ def test_in_any_order_of_events_every_conversation_continues_correctly_within_th
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [SessionMachine, PersistentSessionMachine])
+class DeviceSessionMachine(SessionMachine):
+    """The same with a device that has room for two snapshots, above host memory."""
+
+    def start(self) -> None:
+        with pretended_device(2 * SNAPSHOT_NBYTES):
+            super().start()
+            self.llm.engine  # noqa: B018 - loaded now
+
+    @invariant()
+    def the_device_is_within_its_limit_once_all_moves_are_done(self) -> None:
+        if hasattr(self, "llm"):
+            self.llm.store.flush()
+            assert self.llm.store.device_nbytes <= self.llm.store.device_limit
+
+
+class UnflushedSessionMachine(DeviceSessionMachine):
+    """The same in a persistent folder, while moves go on behind the events."""
+
+    persistent = True
+
+    @invariant()
+    def memory_is_within_the_limit_once_all_moves_are_done(self) -> None:
+        pass
+
+    @invariant()
+    def the_device_is_within_its_limit_once_all_moves_are_done(self) -> None:
+        pass
+
+
+MACHINES = [SessionMachine, PersistentSessionMachine, DeviceSessionMachine, UnflushedSessionMachine]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_in_many_orders_of_events_every_conversation_continues_correctly(machine: type[SessionMachine]) -> None:
     run_state_machine_as_test(
         machine, settings=settings(max_examples=100, stateful_step_count=50, deadline=None, print_blob=True)
