@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock, Thread, current_thread
+from threading import RLock, Thread, current_thread
 from weakref import WeakMethod
 
 
@@ -19,7 +19,7 @@ class Mover:
 
     def __init__(self, step: Callable[[], bool]) -> None:
         self._step = WeakMethod(step)
-        self._lock = Lock()
+        self._lock = RLock()  # a garbage collection may call `stop` anywhere
         self._thread: Thread | None = None
         self._running = self._woken = self._stopped = False
 

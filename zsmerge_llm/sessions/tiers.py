@@ -78,9 +78,11 @@ class TieredTable(SessionTable):
         if self._closed or (use.host <= self.limit and use.device <= self.device_limit):
             return None
         if use.host > self.limit:
-            for name in self._holding_host_memory():
-                if name not in self._busy:
-                    return Move(name, self._entries[name].uses)
+            holding = self._holding_host_memory()
+            name = next((each for each in holding if each not in self._busy), None)
+            # The session in use goes last, and not before those that are just being saved.
+            if name is not None and (name == holding[0] or name != next(reversed(self._entries))):
+                return Move(name, self._entries[name].uses)
         if use.device > self.device_limit:
             for snapshot, name in self._on_device():
                 if name not in self._busy:
