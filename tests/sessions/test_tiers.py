@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.test_concurrency import answers_of, run_concurrently, sequential_answers
 from tests.support.chat import SNAPSHOT_NBYTES, Chat, equal_caches, make_llm
 from tests.support.tiers import device_tier, pretended_device
 from zsmerge_llm import LLM, CacheConfig
@@ -315,3 +316,18 @@ def test_a_closed_model_moves_nothing_any_more() -> None:
     store.commit(Session("late", store.fingerprint), [snapshot("late")])
     store.flush()
     assert {info.tier for info in store} == {"host"}
+
+
+def test_threads_on_small_tiers_do_not_change_each_others_answers() -> None:
+    names = [f"n{number}" for number in range(8)]
+    expected = sequential_answers(names, 3)
+    with pretended_device(2 * SNAPSHOT_NBYTES) as copies:
+        llm = make_llm(session_memory=3 * SNAPSHOT_NBYTES)
+        work = [lambda name=name: answers_of(llm, name, 3, session=name) for name in names]
+        assert dict(zip(names, run_concurrently(work), strict=True)) == expected
+    llm.store.flush()
+
+    assert copies.down
+    assert sorted(info.name for info in llm.store) == names
+    assert llm.store.nbytes <= llm.store.limit
+    assert llm.store.device_nbytes <= llm.store.device_limit
