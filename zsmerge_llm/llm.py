@@ -72,15 +72,13 @@ class LLM(AbstractContextManager["LLM"]):
             cache has dropped some; at most half of its slots. 0: none.
         max_input_tokens: a longer prompt raises ContextLimitError; None: no limit. Nothing is ever truncated.
         sessions_dir: folder that keeps conversations across restarts; None keeps them for this process.
-        session_memory: bytes of host memory that idle conversations together may hold, such as "4GiB"; the least
-            recently used ones go to disk. Too few for one conversation raise StoreFullError when the model loads.
-        gpu_session_memory: the same for the memory of a GPU, from where they go to host memory. "auto": what is free
-            there after loading, beside the memory to work in.
+        session_memory: bytes of host memory for idle conversations, such as "4GiB"; the least recently used ones go to
+            disk. Too few for one conversation raise StoreFullError when the model loads.
+        gpu_session_memory: the same of a GPU, before they go to host memory. "auto": what is free beside the model.
         progress: called with a line of text at each step of loading and of measuring the layer budgets.
 
     Raises:
-        ConfigError: settings that are invalid or contradict each other. LoadError, on first use: the model cannot be
-            loaded.
+        ConfigError: settings are invalid or contradict each other. LoadError, on first use: the model cannot load.
     """
 
     def __init__(
@@ -105,7 +103,7 @@ class LLM(AbstractContextManager["LLM"]):
         progress: Callable[[str], None] | None = None,
     ) -> None:
         validate_settings(dtype, device, device_map, quantization)
-        validate_runtime_settings(cache, compile, retrieval_tokens)
+        validate_runtime_settings(cache, compile, retrieval_tokens, gpu_session_memory)
         self.model = model
         self.cache = cache or CacheConfig()
         self.chunk = chunk
@@ -113,8 +111,7 @@ class LLM(AbstractContextManager["LLM"]):
         self.max_input_tokens = max_input_tokens
         weights = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
         loading = {**weights, "tokenizer": tokenizer, "chat_template": chat_template, "progress": progress}
-        on_gpu = None if gpu_session_memory == "auto" else parse_bytes(gpu_session_memory)
-        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory), on_gpu)
+        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory), gpu_session_memory)
         self._explain = partial(explain, model, loading, self.cache, chunk, compile)
         self._runtime = LazyRuntime(partial(assemble, model, self.cache, chunk, compile, loading, *settings))
 

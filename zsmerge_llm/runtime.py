@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
-from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.config import CacheConfig, parse_bytes
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.grammar import GrammarCompiler
@@ -70,12 +70,14 @@ class LazyRuntime:
             runtime.conversations.store.close()
 
 
-def validate_runtime_settings(cache: Any, compile: Any, retrieval_tokens: Any) -> None:
+def validate_runtime_settings(cache: Any, compile: Any, retrieval_tokens: Any, gpu_session_memory: Any) -> None:
     """Refuse settings of `LLM` that cannot work, before anything is loaded.
 
     Raises:
-        ConfigError: a cache that is no CacheConfig, an unknown value of `compile`, or a bad number of tokens.
+        ConfigError: a cache that is no CacheConfig, an unknown value of `compile`, or a bad number of tokens or bytes.
     """
+    if gpu_session_memory != "auto":
+        parse_bytes(gpu_session_memory)
     if cache is not None and not isinstance(cache, CacheConfig):
         raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
     if compile not in (True, False, "auto"):
@@ -94,11 +96,9 @@ def assemble(
     retrieval_tokens: int,
     sessions_dir: str | Path | None,
     session_memory: int,
-    gpu_session_memory: int | None,
+    gpu_session_memory: int | str,
 ) -> Runtime:
     """Load the model and build what works on it. `loading` goes to `loader.load`; the rest is as for `LLM`.
-
-    gpu_session_memory: None for "auto".
 
     Raises:
         LoadError: the model cannot be loaded. StoreFullError: `session_memory` is too small for one conversation.
@@ -139,10 +139,10 @@ def assemble(
         return Runtime(loaded.name, tokenizer, engine, template, output_formats, conversations, layer_budgets)
 
 
-def device_tier(engine: Engine, quantization: str | None, limit: int | None) -> DeviceTier | None:
+def device_tier(engine: Engine, quantization: str | None, limit: int | str) -> DeviceTier | None:
     """Return where idle conversations stay beside a model; None for one that computes in host memory.
 
-    limit: bytes; None takes what its devices have free beside the memory to work in, and 0 where they do not tell.
+    limit: bytes; "auto" takes what its devices have free beside the memory to work in, and 0 where they do not tell.
     """
     from zsmerge_llm.gpu.staged_copies import DeviceCopies
     from zsmerge_llm.models.device import is_host
@@ -153,7 +153,7 @@ def device_tier(engine: Engine, quantization: str | None, limit: int | None) -> 
     devices = [spec.device for spec in engine.specs]
     if all(map(is_host, devices)):
         return None
-    free = free_for_idle(engine, quantization) if limit is None else limit
+    free = free_for_idle(engine, quantization) if limit == "auto" else parse_bytes(limit)
     return DeviceTier(Transfer(devices, DeviceCopies(devices)), free)
 
 

@@ -15,8 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zsmerge_llm.models.device import HOST
-
 STAGING_NBYTES = 16 * 2**20
 """Bytes of a pinned buffer."""
 
@@ -112,7 +110,7 @@ class DeviceCopies:
     def to_host(self, tensor: Tensor) -> Tensor:
         """Return a copy in host memory."""
         staged = self._down.get(tensor.device)
-        return tensor.to(HOST, copy=True) if staged is None else staged.to_host(tensor)
+        return tensor.to("cpu", copy=True) if staged is None else staged.to_host(tensor)
 
     def to_device(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Return a copy of a host tensor."""

@@ -58,7 +58,7 @@ class TieredSessions(TieredTable):
             return snapshot
         copied = snapshot.moved(self._transfer.to_device(snapshot.cache), offloaded=False)
         with self._lock:
-            self._replace(snapshot, copied)
+            self._replace(copied)
         self._rebalance()
         return copied
 
@@ -102,7 +102,7 @@ class TieredSessions(TieredTable):
         with self._lock:
             entry = self._entries.get(move.name)
             if entry is not None and entry.uses == move.uses:
-                self._replace(snapshot, copied)
+                self._replace(copied)
 
     def _give_up(self, snapshot: Snapshot) -> None:
         with self._lock:

@@ -163,10 +163,12 @@ class TieredTable(SessionTable):
                 kept = {digest: each for digest, each in entry.session.snapshots.items() if each is not snapshot}
                 entry.session = replace(entry.session, snapshots=kept)
 
-    def _replace(self, snapshot: Snapshot, copied: Snapshot) -> None:
-        """Put a copy of a snapshot on another tier in its place, in all sessions that share it."""
+    def _replace(self, copied: Snapshot) -> None:
+        """Put a copy of a snapshot on another tier in the place of all others, in all sessions that share it."""
         for entry in self._entries.values():
-            if entry.session is not None and any(each is snapshot for each in entry.session.snapshots.values()):
+            if entry.session is not None and any(
+                each.state is copied.state for each in entry.session.snapshots.values()
+            ):
                 entry.session = entry.session.with_moved([copied])
 
     def _leave_memory(self, name: str, problem: Exception | None) -> None:
