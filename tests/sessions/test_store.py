@@ -215,38 +215,6 @@ def test_in_any_order_of_events_every_conversation_continues_correctly_within_th
 
 
 @pytest.mark.slow
-class DeviceSessionMachine(SessionMachine):
-    """The same with a device that has room for two snapshots, above host memory."""
-
-    def start(self) -> None:
-        with pretended_device(2 * SNAPSHOT_NBYTES):
-            super().start()
-            self.llm.engine  # noqa: B018 - loaded now
-
-    @invariant()
-    def the_device_is_within_its_limit_once_all_moves_are_done(self) -> None:
-        if hasattr(self, "llm"):
-            self.llm.store.flush()
-            assert self.llm.store.device_nbytes <= self.llm.store.device_limit
-
-
-class UnflushedSessionMachine(DeviceSessionMachine):
-    """The same in a persistent folder, while moves go on behind the events."""
-
-    persistent = True
-
-    @invariant()
-    def memory_is_within_the_limit_once_all_moves_are_done(self) -> None:
-        pass
-
-    @invariant()
-    def the_device_is_within_its_limit_once_all_moves_are_done(self) -> None:
-        pass
-
-
-MACHINES = [SessionMachine, PersistentSessionMachine, DeviceSessionMachine, UnflushedSessionMachine]
-
-
 @pytest.mark.parametrize("machine", MACHINES)
 def test_in_many_orders_of_events_every_conversation_continues_correctly(machine: type[SessionMachine]) -> None:
     run_state_machine_as_test(
