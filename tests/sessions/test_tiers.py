@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -133,22 +134,21 @@ def test_a_device_without_room_for_idle_conversations_keeps_none() -> None:
 
 def test_a_conversation_that_host_memory_has_no_room_for_goes_to_disk() -> None:
     store = make_store(limit=4, device_limit=1)
-    copies: Any = store._transfer
-    session, older = snapshot("a2"), snapshot("a1")
-    commit(store, "b", older, session)
-    copies = copies.copies
-    to_host, calls = copies.to_host, 0
+    session = snapshot("a2")
+    commit(store, "b", snapshot("a1"), session)
+    transfer: Any = store._transfer
+    tried: list[Cache] = []
 
-    def failing_once(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls < 3:  # the older snapshot, then the head
+    def failing_once(cache: Cache) -> Cache:
+        if not any(cache is each for each in tried):
+            tried.append(cache)
             raise MemoryError("no room")
-        return to_host(tensor)
+        return to_host(cache)
 
-    copies.to_host = failing_once
-    commit(store, "c")
-    assert tiers(store) == {"c": "device", "b": "disk"}
+    to_host = transfer.to_host
+    with mock.patch.object(type(transfer), "to_host", lambda _, cache: failing_once(cache)):
+        commit(store, "c")
+        assert tiers(store) == {"c": "device", "b": "disk"}
     assert equal_caches(store.get("b").cache, session.cache)
 
 
