@@ -24,9 +24,11 @@ T = TypeVar("T")
 
 MAX_WAIT_SECONDS = 0.002
 """How long a pass waits for rows that took part in the last one: far less than a pass takes."""
-Within = Callable[[int], AbstractContextManager[None]]
 POLL_SECONDS = 0.05
 """How often a waiting request looks whether it was cancelled."""
+
+Within = Callable[[int], AbstractContextManager[None]]
+"""Makes what a job runs within, from the number of threads that its caller lets PyTorch use."""
 
 
 class Kind(Enum):
@@ -62,12 +64,13 @@ class Job(Generic[T]):
         """Return True to the first caller: the device thread that begins the job, or whoever gives it up."""
         return self._claimed.acquire(blocking=False)
 
-    def execute(self, instead: Callable[[], T] | None = None) -> None:
+    def execute(self, instead: Callable[[], T] | None = None, within: Within = lambda threads: nullcontext()) -> None:
         """Do the work, or another in its place, in the device thread."""
+        run = instead or self._run
+        assert run is not None
         try:
-            run = instead or self._run
-            assert run is not None
-            self._result = run()
+            with within(self.most_threads):
+                self._result = run()
         except BaseException as error:
             self._error = error
         self._end()
@@ -117,7 +120,7 @@ class DeviceThread:
 
     Args:
         reading_share: how much of the time the chunks of prompts get while streams wait for decode steps, 0 to 1.
-        within: makes what a job runs within, from the number of threads that its caller lets PyTorch use.
+        within: see `Within`.
     """
 
     def __init__(self, reading_share: float = 0.5, within: Within = lambda threads: nullcontext()) -> None:
@@ -186,7 +189,7 @@ class _Agenda:
         self._inbox = inbox
         self._share = reading_share
         self._within = within
-        self._seconds = {Kind.CHUNK: 0.0, Kind.STEP: 0.0}  # since streams and prompts have both been waiting
+        self._owed = 0.0  # seconds that streams have before the next chunk, where both wait
         self._last = Kind.SHORT  # chunk or step that ran last
         self._ending = False
 
@@ -205,11 +208,8 @@ class _Agenda:
         while (job := self._next()) is not None:
             started = time.perf_counter()
             if job.claim():
-                with self._within(job.most_threads):
-                    job.execute()
-                if job.kind is not Kind.SHORT:
-                    self._seconds[job.kind] += time.perf_counter() - started
-                    self._last = job.kind
+                job.execute(within=self._within)
+                self._record(job.kind, time.perf_counter() - started)
             del job  # it references its caller's caches
 
     def receive(self, deadline: float | None) -> bool:
@@ -259,14 +259,18 @@ class _Agenda:
         urgent = [job for job in self.waiting if job.priority == first]
         by_kind = [[job for job in urgent if job.kind is kind] for kind in (Kind.CHUNK, Kind.STEP)]
         if all(by_kind):
-            return by_kind[0] if self._reading_is_due() else by_kind[1]
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+            is_due = self._last is not Kind.CHUNK and self._owed <= 0  # never twice in a row
+            return by_kind[0] if is_due else by_kind[1]
         return urgent
 
-    def _reading_is_due(self) -> bool:
-        """Return whether prompts have had less than their share of the time; never twice in a row."""
-        chunk, step = self._seconds[Kind.CHUNK], self._seconds[Kind.STEP]
-        return self._last is not Kind.CHUNK and chunk * (1 - self._share) <= step * self._share
+    def _record(self, kind: Kind, seconds: float) -> None:
+        """Record what a job took. After a chunk, streams have as much time as the share of reading leaves them."""
+        if kind is Kind.CHUNK:
+            self._owed = seconds * (1 - self._share) / self._share
+        elif kind is Kind.STEP:
+            self._owed -= seconds
+        if kind is not Kind.SHORT:
+            self._last = kind
 
 
 def _urgency(job: Job[Any]) -> int:
