@@ -190,7 +190,7 @@ class _Agenda:
         self._share = reading_share
         self._within = within
         self._owed = 0.0  # seconds that streams have before the next chunk, where both wait
-        self._last = Kind.SHORT  # chunk or step that ran last
+        self._last, self._last_priority = Kind.SHORT, 0  # of the chunk or step that ran last
         self._ending = False
 
     @property
@@ -209,7 +209,7 @@ class _Agenda:
             started = time.perf_counter()
             if job.claim():
                 job.execute(within=self._within)
-                self._record(job.kind, time.perf_counter() - started)
+                self._record(job, time.perf_counter() - started)
             del job  # it references its caller's caches
 
     def receive(self, deadline: float | None) -> bool:
@@ -249,12 +249,12 @@ class _Agenda:
         """Return the waiting jobs among which the most urgent one comes next."""
         if short := [job for job in self.waiting if job.kind is Kind.SHORT]:
             return short
-        if self._last is Kind.STEP and not self.steps:  # streams come back at once: a chunk would make them wait
-            deadline = time.perf_counter() + MAX_WAIT_SECONDS
-            while self.receive(deadline) and not self.steps:
-                pass
-            if any(job.kind is Kind.SHORT for job in self.waiting):
-                return self._candidates()
+        # Who had the last turn comes back at once: without waiting, a less urgent job or a chunk would go before it.
+        deadline = time.perf_counter() + MAX_WAIT_SECONDS
+        while self._expects_another() and self.receive(deadline):
+            pass
+        if any(job.kind is Kind.SHORT for job in self.waiting):
+            return [job for job in self.waiting if job.kind is Kind.SHORT]
         first = min(job.priority for job in self.waiting)
         urgent = [job for job in self.waiting if job.priority == first]
         by_kind = [[job for job in urgent if job.kind is kind] for kind in (Kind.CHUNK, Kind.STEP)]
@@ -263,14 +263,19 @@ class _Agenda:
             return by_kind[0] if is_due else by_kind[1]
         return urgent
 
-    def _record(self, kind: Kind, seconds: float) -> None:
+    def _expects_another(self) -> bool:
+        """Return whether a request that is more urgent than all that wait, or a stream, has just had its turn."""
+        is_urgent = self._last_priority < min(job.priority for job in self.waiting)
+        return is_urgent or (self._last is Kind.STEP and not self.steps)
+
+    def _record(self, job: Job[Any], seconds: float) -> None:
         """Record what a job took. After a chunk, streams have as much time as the share of reading leaves them."""
-        if kind is Kind.CHUNK:
+        if job.kind is Kind.CHUNK:
             self._owed = seconds * (1 - self._share) / self._share
-        elif kind is Kind.STEP:
+        elif job.kind is Kind.STEP:
             self._owed -= seconds
-        if kind is not Kind.SHORT:
-            self._last = kind
+        if job.kind is not Kind.SHORT:
+            self._last, self._last_priority = job.kind, job.priority
 
 
 def _urgency(job: Job[Any]) -> int:
