@@ -7,11 +7,13 @@ one step runs between two chunks, so that no stream waits for more than one chun
 
 from __future__ import annotations
 
+import atexit
 import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, RLock, Thread, get_ident
 from typing import Any, Generic, TypeVar
@@ -166,7 +168,10 @@ class DeviceThread:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = Thread(target=self._agenda.serve, name="zsmerge-device", daemon=True)
                 self._thread.start()
-                weakref.finalize(self, self._inbox.put, None)
+                # A daemon that runs while the interpreter is taken apart would abort the process.
+                end = partial(_end, self._inbox, self._thread)
+                atexit.register(end)
+                weakref.finalize(self, _let_go, self._inbox, end).atexit = False
 
     # -- for the job that runs ---------------------------------------------------------------------------------------
 
@@ -281,3 +286,15 @@ class _Agenda:
 def _urgency(job: Job[Any]) -> int:
     """Sort by priority; sorting keeps the order of arrival."""
     return job.priority
+
+
+def _end(inbox: SimpleQueue[Job[Any] | None], thread: Thread) -> None:
+    """End a device thread before the interpreter ends."""
+    inbox.put(None)
+    thread.join()
+
+
+def _let_go(inbox: SimpleQueue[Job[Any] | None], end: Callable[[], None]) -> None:
+    """Let a device thread end whose owner is gone. Nobody waits for it: this runs in a garbage collection."""
+    atexit.unregister(end)
+    inbox.put(None)
