@@ -75,14 +75,14 @@ class LLM(AbstractContextManager["LLM"]):
             cache has dropped some; at most half of its slots. 0: none.
         max_input_tokens: a longer prompt raises ContextLimitError; None: no limit. Nothing is ever truncated.
         sessions_dir: folder that keeps conversations across restarts; None keeps them for this process.
-        session_memory: bytes that all conversations together may hold in memory, such as "4GiB"; the least recently
-            used ones go to disk. Too few for one conversation raise StoreFullError when the model loads.
+        session_memory: bytes of host memory for idle conversations, such as "4GiB"; the least recently used ones go to
+            disk. Too few for one conversation raise StoreFullError when the model loads.
+        gpu_session_memory: the same of a GPU, before they go to host memory. "auto": what is free beside the model.
         scheduling: how requests of several threads share the device, and how many there may be.
         progress: called with a line of text at each step of loading and of measuring the layer budgets.
 
     Raises:
-        ConfigError: settings that are invalid or contradict each other. LoadError, on first use: the model cannot be
-            loaded.
+        ConfigError: settings are invalid or contradict each other. LoadError, on first use: the model cannot load.
     """
 
     def __init__(
@@ -103,11 +103,12 @@ class LLM(AbstractContextManager["LLM"]):
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",
+        gpu_session_memory: int | str = "auto",
         scheduling: SchedulingConfig | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         validate_settings(dtype, device, device_map, quantization)
-        validate_runtime_settings(cache, compile, retrieval_tokens, scheduling)
+        validate_runtime_settings(cache, compile, retrieval_tokens, gpu_session_memory, scheduling)
         self.model = model
         self.cache = cache or CacheConfig()
         self.chunk = chunk
@@ -115,10 +116,10 @@ class LLM(AbstractContextManager["LLM"]):
         self.max_input_tokens = max_input_tokens
         weights = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
         loading = {**weights, "tokenizer": tokenizer, "chat_template": chat_template, "progress": progress}
-        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory), scheduling)
+        settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory), gpu_session_memory)
         how = (model, self.cache, chunk, compile, loading)
         self._explain = partial(explain, *how)
-        self._runtime = LazyRuntime(partial(assemble, *how, *settings))
+        self._runtime = LazyRuntime(partial(assemble, *how, *settings, scheduling))
 
     # -- the model ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
-from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.config import CacheConfig, parse_bytes
 from zsmerge_llm.engine.scheduling import SchedulingConfig
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.language.chat_template import ChatTemplate
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zsmerge_llm.engine.layer_budgets import LayerBudgets
     from zsmerge_llm.planning.explanation import Explanation
     from zsmerge_llm.sessions.conversations import Conversations
+    from zsmerge_llm.sessions.tiers import DeviceTier
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,21 @@ class LazyRuntime:
             runtime, self.current = self.current, None
         if runtime is not None:
             runtime.engine.close()
+            runtime.conversations.store.close()
 
 
-def validate_runtime_settings(cache: Any, compile: Any, retrieval_tokens: Any, scheduling: Any) -> None:
+def validate_runtime_settings(
+    cache: Any, compile: Any, retrieval_tokens: Any, gpu_session_memory: Any, scheduling: Any
+) -> None:
     """Refuse settings of `LLM` that cannot work, before anything is loaded.
 
     Raises:
-        ConfigError: a cache that is no CacheConfig, an unknown value of `compile`, or a bad number of tokens.
+        ConfigError: a cache that is no CacheConfig, an unknown value of `compile`, or a bad number of tokens or bytes.
     """
     if scheduling is not None and not isinstance(scheduling, SchedulingConfig):
         raise ConfigError(f"scheduling must be a SchedulingConfig, not a {type(scheduling).__name__}.")
+    if gpu_session_memory != "auto":
+        parse_bytes(gpu_session_memory)
     if cache is not None and not isinstance(cache, CacheConfig):
         raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
     if compile not in (True, False, "auto"):
@@ -95,6 +101,7 @@ def assemble(
     retrieval_tokens: int,
     sessions_dir: str | Path | None,
     session_memory: int,
+    gpu_session_memory: int | str,
     scheduling: SchedulingConfig | None,
 ) -> Runtime:
     """Load the model and build what works on it. `loading` goes to `loader.load`; the rest is as for `LLM`.
@@ -124,7 +131,8 @@ def assemble(
         mark = fingerprint(loaded.model, tokenizer, source, cache)
         devices = [str(spec.device) for spec in engine.specs]
         policy = None if isinstance(cache.policy, str) else cache.policy
-        store = Store(mark, session_memory, engine.new_cache().nbytes, sessions_dir, devices, policy)
+        size, device = engine.new_cache().nbytes, device_tier(engine, loading["quantization"], gpu_session_memory)
+        store = Store(mark, session_memory, size, sessions_dir, devices, policy, device)
         output_formats = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
         report_status = loading.get("progress")
         layer_budgets = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), report_status)
@@ -135,6 +143,24 @@ def assemble(
         conversations = Conversations(store, template, engine.new_cache, prompts, documents)
         undo.pop_all()
         return Runtime(loaded.name, tokenizer, engine, template, output_formats, conversations, layer_budgets)
+
+
+def device_tier(engine: Engine, quantization: str | None, limit: int | str) -> DeviceTier | None:
+    """Return where idle conversations stay beside a model; None for one that computes in host memory.
+
+    limit: bytes; "auto" takes what its devices have free beside the memory to work in, and 0 where they do not tell.
+    """
+    from zsmerge_llm.gpu.staged_copies import DeviceCopies
+    from zsmerge_llm.models.device import is_host
+    from zsmerge_llm.planning.explanation import free_for_idle
+    from zsmerge_llm.sessions.tiers import DeviceTier
+    from zsmerge_llm.sessions.transfer import Transfer
+
+    devices = [spec.device for spec in engine.specs]
+    if all(map(is_host, devices)):
+        return None
+    free = free_for_idle(engine, quantization) if limit == "auto" else parse_bytes(limit)
+    return DeviceTier(Transfer(devices, DeviceCopies(devices)), free)
 
 
 def explain(

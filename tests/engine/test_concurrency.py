@@ -97,6 +97,7 @@ def test_threads_with_cancels_do_not_change_each_others_answers(threads: int, ea
     for part in run_concurrently([lambda thread=thread: user(thread) for thread in range(threads)]):
         answers.update(part)
 
+    llm.store.flush()
     assert answers == {name: expected[name][: len(answers[name])] for name in names}
     assert sum(map(len, answers.values())) > 0.8 * turns * len(names), "most go on from what their sessions hold"
     read_again = sum(len(given) < turns for given in answers.values())  # as branches beside what was there
@@ -151,6 +152,7 @@ def test_threads_may_load_the_model_list_and_delete_at_once() -> None:
                     llm.store.remove(f"s{number % 3}")
 
     run_concurrently([lambda number=number: work(number) for number in range(8)])
+    llm.store.flush()
     assert llm.store.nbytes <= llm.store.limit
 
 

@@ -92,6 +92,43 @@ def test_reading_gets_its_share_of_the_time_while_streams_wait() -> None:
     assert all(5 <= later - earlier <= 12 for earlier, later in itertools.pairwise(chunks))
 
 
+def test_reading_gets_its_share_also_where_each_client_comes_back_when_its_job_is_done() -> None:
+    device, order, ended = DeviceThread(reading_share=0.5), [], Event()
+
+    def run(kind: Kind, seconds: float) -> None:
+        time.sleep(seconds)
+        order.append(kind)
+
+    def stream() -> None:
+        while not ended.is_set():
+            device.call(lambda: run(Kind.STEP, 0.01), Kind.STEP)
+
+    client = Thread(target=stream)
+    client.start()
+    for _ in range(4):
+        device.call(lambda: run(Kind.CHUNK, 0.1), Kind.CHUNK)
+    ended.set()
+    client.join(LIMIT)
+    chunks = [at for at, kind in enumerate(order) if kind is Kind.CHUNK]
+    assert all(5 <= later - earlier <= 12 for earlier, later in itertools.pairwise(chunks))
+
+
+def test_an_error_of_what_jobs_run_within_reaches_the_caller() -> None:
+    failing = [True]
+
+    @contextmanager
+    def within(threads: int) -> Iterator[None]:
+        if failing.pop():
+            raise OSError("no such file")
+        yield
+
+    device = DeviceThread(within=within)
+    with pytest.raises(OSError, match="no such file"):
+        device.call(lambda: 7)
+    failing.append(False)
+    assert device.call(lambda: 7) == 7
+
+
 def test_only_the_device_thread_runs_jobs_one_at_a_time() -> None:
     device, running, threads = DeviceThread(), [], set()
 

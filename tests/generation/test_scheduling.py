@@ -77,22 +77,25 @@ def test_settings_out_of_their_range_are_refused(settings: dict[str, Any]) -> No
         LLM(scheduling=settings)  # type: ignore[arg-type]
 
 
-def test_an_urgent_prompt_is_read_before_one_that_came_first() -> None:
+def test_an_urgent_prompt_is_read_before_a_shorter_one_that_came_first() -> None:
     llm = make_llm(chunk=32)
     llm.chat("Hello", sampling=SHORT)
     ended: list[str] = []
-    reading = Event()
+    begun = {"first": Event(), "urgent": Event()}
 
-    def read(name: str, priority: int) -> None:
-        llm.complete(
-            "Odile keeps the lighthouse. " * 300, sampling=SHORT, priority=priority, progress=lambda *_: reading.set()
-        )
+    def read(name: str, sentences: int, priority: int) -> None:
+        def progress(*_: int) -> None:
+            begun[name].set()
+            assert begun["urgent"].wait(LIMIT)  # the first one goes on when both are read
+
+        text = "Odile keeps the lighthouse. " * sentences
+        llm.complete(text, sampling=SHORT, priority=priority, progress=progress)
         ended.append(name)
 
-    first = Thread(target=read, args=("first", 0))
+    first = Thread(target=read, args=("first", 100, 0))
     first.start()
-    assert reading.wait(LIMIT)
-    urgent = Thread(target=read, args=("urgent", -1))
+    assert begun["first"].wait(LIMIT)
+    urgent = Thread(target=read, args=("urgent", 150, -1))
     urgent.start()
     for thread in (first, urgent):
         thread.join(LIMIT)

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from tests.support.chat import SMALL_CACHE, SNAPSHOT_NBYTES, Chat, dialogue, equal_caches, make_llm
+from tests.support.tiers import pretended_device
 from zsmerge_llm import SamplingParams, Session
 from zsmerge_llm.errors import SessionNotFoundError, StoreFullError
 
@@ -59,6 +60,8 @@ class SessionMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for name, conversation in getattr(self, "known", {}).items():
             conversation.check(self.llm.session(name))
+        if hasattr(self, "llm"):
+            self.llm.close()
         shutil.rmtree(getattr(self, "folder", "/nonexistent"), ignore_errors=True)
 
     def chat(self, messages: list[dict[str, Any]], name: str | None) -> tuple[str, list[dict[str, Any]]]:
@@ -148,8 +151,9 @@ class SessionMachine(RuleBasedStateMachine):
         self.known[name].check(self.llm.session(name))
 
     @invariant()
-    def memory_is_never_above_the_limit(self) -> None:
+    def memory_is_within_the_limit_once_all_moves_are_done(self) -> None:
         if hasattr(self, "llm"):
+            self.llm.store.flush()
             assert self.llm.store.nbytes <= self.llm.store.limit
 
     @invariant()
@@ -165,10 +169,43 @@ class PersistentSessionMachine(SessionMachine):
 
     @rule()
     def restart(self) -> None:
+        self.llm.close()
         self.start()
 
 
-@pytest.mark.parametrize("machine", [SessionMachine, PersistentSessionMachine])
+class DeviceSessionMachine(SessionMachine):
+    """The same with a device that has room for two snapshots, above host memory."""
+
+    def start(self) -> None:
+        with pretended_device(2 * SNAPSHOT_NBYTES):
+            super().start()
+            self.llm.engine  # noqa: B018 - loaded now
+
+    @invariant()
+    def the_device_is_within_its_limit_once_all_moves_are_done(self) -> None:
+        if hasattr(self, "llm"):
+            self.llm.store.flush()
+            assert self.llm.store.device_nbytes <= self.llm.store.device_limit
+
+
+class UnflushedSessionMachine(DeviceSessionMachine):
+    """The same in a persistent folder, while moves go on behind the events."""
+
+    persistent = True
+
+    @invariant()
+    def memory_is_within_the_limit_once_all_moves_are_done(self) -> None:
+        pass
+
+    @invariant()
+    def the_device_is_within_its_limit_once_all_moves_are_done(self) -> None:
+        pass
+
+
+MACHINES = [SessionMachine, PersistentSessionMachine, DeviceSessionMachine, UnflushedSessionMachine]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_in_any_order_of_events_every_conversation_continues_correctly_within_the_limit(
     machine: type[SessionMachine],
 ) -> None:
@@ -178,7 +215,7 @@ def test_in_any_order_of_events_every_conversation_continues_correctly_within_th
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [SessionMachine, PersistentSessionMachine])
+@pytest.mark.parametrize("machine", MACHINES)
 def test_in_many_orders_of_events_every_conversation_continues_correctly(machine: type[SessionMachine]) -> None:
     run_state_machine_as_test(
         machine, settings=settings(max_examples=100, stateful_step_count=50, deadline=None, print_blob=True)
@@ -197,6 +234,7 @@ def test_a_limit_of_exactly_one_session_is_enough() -> None:
     for turn in range(3):
         for chat in chats:
             assert chat.ask(f"Question {turn}").usage.reuse == ("continued" if turn else "new")
+            llm.store.flush()
             assert llm.store.nbytes <= SNAPSHOT_NBYTES
 
     assert sum(info.in_memory for info in llm.store) <= 1
@@ -221,10 +259,12 @@ def test_a_listing_shows_sizes_and_where_each_session_is() -> None:
     Chat(llm, "one").ask("Hello")
     Chat(llm, "two").ask("Hello there")
     llm.read_document("Odile keeps the lighthouse.", name="island")
+    llm.store.flush()
     listed = list(llm.store)
 
     assert [info.name for info in listed] == ["island", "two", "one"]
     assert [info.in_memory for info in listed] == [True, False, False]
+    assert [info.tier for info in listed] == ["host", "disk", "disk"]
     assert [info.messages for info in listed] == [0, 2, 2]
     assert [(info.has_document, info.is_document) for info in listed] == [(True, True), (False, False), (False, False)]
     assert all(30_000 < info.nbytes < 60_000 and info.tokens > 10 for info in listed)
@@ -245,6 +285,7 @@ def test_without_a_folder_nothing_stays_behind() -> None:
     llm = make_llm(session_memory=SNAPSHOT_NBYTES)
     for number in range(3):
         Chat(llm, f"talk-{number}").ask("Hello")
+    llm.store.flush()
     folder = llm.store.folder
     assert len(list(folder.iterdir())) >= 2
     del llm
@@ -259,6 +300,7 @@ def test_conversations_without_a_name_take_no_more_disk_than_memory() -> None:
     Chat(llm, "named").ask("Hello")
     for number in range(30):
         llm.chat(f"Question {number}", sampling=BRIEF)
+    llm.store.flush()
     on_disk = sum(path.stat().st_size for path in llm.store.folder.iterdir())
 
     assert "named" in llm.store

@@ -30,7 +30,7 @@ def list_sessions(folder: Folder = None) -> None:
     for metadata, path in found:
         what = "document" if metadata["has_document"] else f"{metadata['messages']} messages"
         terminal.print(
-            f"{metadata['name']}  {metadata['tokens']:,} tokens, {what}, {path.stat().st_size / 1e6:,.1f} MB"
+            f"{metadata['name']}  {metadata['tokens']:,} tokens, {what}, {path.stat().st_size / 1e6:,.1f} MB on disk"
         )
     if not found:
         terminal.status(f"There are no sessions in {folder or sessions_folder()}.")

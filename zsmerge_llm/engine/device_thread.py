@@ -7,11 +7,13 @@ one step runs between two chunks, so that no stream waits for more than one chun
 
 from __future__ import annotations
 
+import atexit
 import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, RLock, Thread, get_ident
 from typing import Any, Generic, TypeVar
@@ -24,9 +26,11 @@ T = TypeVar("T")
 
 MAX_WAIT_SECONDS = 0.002
 """How long a pass waits for rows that took part in the last one: far less than a pass takes."""
-Within = Callable[[int], AbstractContextManager[None]]
 POLL_SECONDS = 0.05
 """How often a waiting request looks whether it was cancelled."""
+
+Within = Callable[[int], AbstractContextManager[None]]
+"""Makes what a job runs within, from the number of threads that its caller lets PyTorch use."""
 
 
 class Kind(Enum):
@@ -62,12 +66,13 @@ class Job(Generic[T]):
         """Return True to the first caller: the device thread that begins the job, or whoever gives it up."""
         return self._claimed.acquire(blocking=False)
 
-    def execute(self, instead: Callable[[], T] | None = None) -> None:
+    def execute(self, instead: Callable[[], T] | None = None, within: Within = lambda threads: nullcontext()) -> None:
         """Do the work, or another in its place, in the device thread."""
+        run = instead or self._run
+        assert run is not None
         try:
-            run = instead or self._run
-            assert run is not None
-            self._result = run()
+            with within(self.most_threads):
+                self._result = run()
         except BaseException as error:
             self._error = error
         self._end()
@@ -117,7 +122,7 @@ class DeviceThread:
 
     Args:
         reading_share: how much of the time the chunks of prompts get while streams wait for decode steps, 0 to 1.
-        within: makes what a job runs within, from the number of threads that its caller lets PyTorch use.
+        within: see `Within`.
     """
 
     def __init__(self, reading_share: float = 0.5, within: Within = lambda threads: nullcontext()) -> None:
@@ -163,7 +168,10 @@ class DeviceThread:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = Thread(target=self._agenda.serve, name="zsmerge-device", daemon=True)
                 self._thread.start()
-                weakref.finalize(self, self._inbox.put, None)
+                # A daemon that runs while the interpreter is taken apart would abort the process.
+                end = partial(_end, self._inbox, self._thread)
+                atexit.register(end)
+                weakref.finalize(self, _let_go, self._inbox, end).atexit = False
 
     # -- for the job that runs ---------------------------------------------------------------------------------------
 
@@ -186,8 +194,8 @@ class _Agenda:
         self._inbox = inbox
         self._share = reading_share
         self._within = within
-        self._seconds = {Kind.CHUNK: 0.0, Kind.STEP: 0.0}  # since streams and prompts have both been waiting
-        self._last = Kind.SHORT  # chunk or step that ran last
+        self._owed = 0.0  # seconds that streams have before the next chunk, where both wait
+        self._last, self._last_priority = Kind.SHORT, 0  # of the chunk or step that ran last
         self._ending = False
 
     @property
@@ -205,11 +213,8 @@ class _Agenda:
         while (job := self._next()) is not None:
             started = time.perf_counter()
             if job.claim():
-                with self._within(job.most_threads):
-                    job.execute()
-                if job.kind is not Kind.SHORT:
-                    self._seconds[job.kind] += time.perf_counter() - started
-                    self._last = job.kind
+                job.execute(within=self._within)
+                self._record(job, time.perf_counter() - started)
             del job  # it references its caller's caches
 
     def receive(self, deadline: float | None) -> bool:
@@ -249,26 +254,47 @@ class _Agenda:
         """Return the waiting jobs among which the most urgent one comes next."""
         if short := [job for job in self.waiting if job.kind is Kind.SHORT]:
             return short
-        if self._last is Kind.STEP and not self.steps:  # streams come back at once: a chunk would make them wait
-            deadline = time.perf_counter() + MAX_WAIT_SECONDS
-            while self.receive(deadline) and not self.steps:
-                pass
-            if any(job.kind is Kind.SHORT for job in self.waiting):
-                return self._candidates()
+        # Who had the last turn comes back at once: without waiting, a less urgent job or a chunk would go before it.
+        deadline = time.perf_counter() + MAX_WAIT_SECONDS
+        while self._expects_another() and self.receive(deadline):
+            pass
+        if any(job.kind is Kind.SHORT for job in self.waiting):
+            return [job for job in self.waiting if job.kind is Kind.SHORT]
         first = min(job.priority for job in self.waiting)
         urgent = [job for job in self.waiting if job.priority == first]
         by_kind = [[job for job in urgent if job.kind is kind] for kind in (Kind.CHUNK, Kind.STEP)]
         if all(by_kind):
-            return by_kind[0] if self._reading_is_due() else by_kind[1]
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+            is_due = self._last is not Kind.CHUNK and self._owed <= 0  # never twice in a row
+            return by_kind[0] if is_due else by_kind[1]
         return urgent
 
-    def _reading_is_due(self) -> bool:
-        """Return whether prompts have had less than their share of the time; never twice in a row."""
-        chunk, step = self._seconds[Kind.CHUNK], self._seconds[Kind.STEP]
-        return self._last is not Kind.CHUNK and chunk * (1 - self._share) <= step * self._share
+    def _expects_another(self) -> bool:
+        """Return whether a request that is more urgent than all that wait, or a stream, has just had its turn."""
+        is_urgent = self._last_priority < min(job.priority for job in self.waiting)
+        return is_urgent or (self._last is Kind.STEP and not self.steps)
+
+    def _record(self, job: Job[Any], seconds: float) -> None:
+        """Record what a job took. After a chunk, streams have as much time as the share of reading leaves them."""
+        if job.kind is Kind.CHUNK:
+            self._owed = seconds * (1 - self._share) / self._share
+        elif job.kind is Kind.STEP:
+            self._owed -= seconds
+        if job.kind is not Kind.SHORT:
+            self._last, self._last_priority = job.kind, job.priority
 
 
 def _urgency(job: Job[Any]) -> int:
     """Sort by priority; sorting keeps the order of arrival."""
     return job.priority
+
+
+def _end(inbox: SimpleQueue[Job[Any] | None], thread: Thread) -> None:
+    """End a device thread before the interpreter ends."""
+    inbox.put(None)
+    thread.join()
+
+
+def _let_go(inbox: SimpleQueue[Job[Any] | None], end: Callable[[], None]) -> None:
+    """Let a device thread end whose owner is gone. Nobody waits for it: this runs in a garbage collection."""
+    atexit.unregister(end)
+    inbox.put(None)

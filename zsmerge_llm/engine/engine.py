@@ -7,8 +7,9 @@ passes run in a thread of its own (`device_thread`).
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from threading import Event
 from typing import Literal
@@ -323,8 +324,18 @@ def _checked_ids(vocab_size: int, ids: Ids) -> Tensor:
 
 
 def _running(backend: AttentionBackend) -> Callable[[int], AbstractContextManager[None]]:
-    """Return what jobs run within; it does not reference the engine."""
-    return lambda threads: backend.running(threads)
+    """Return what jobs run within.
+
+    It does not keep the backend alive: the device thread, which ends last, would free the model's memory, and that
+    aborts the process where the interpreter ends meanwhile.
+    """
+    reference = weakref.ref(backend)
+
+    def running(threads: int) -> AbstractContextManager[None]:
+        known = reference()
+        return nullcontext() if known is None else known.running(threads)
+
+    return running
 
 
 def _static_scheduler(

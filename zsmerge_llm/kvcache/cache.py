@@ -6,7 +6,7 @@ Everything that reads mutates it in place; `clone`, `row` and `stack` copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -158,6 +158,18 @@ class Cache:
             for name in TENSORS:
                 setattr(layer, name, getattr(own, name)[part].clone())
         return some
+
+    def copy_to(self, devices: Sequence[torch.device], copy: Callable[[Tensor, torch.device], Tensor]) -> Cache:
+        """Return an independent copy whose layers are on `devices`, one each. copy: copies a tensor to a device."""
+        specs = [replace(spec, device=device) for spec, device in zip(self.specs, devices, strict=True)]
+        other = Cache(self.config, specs, rows=0)
+        other.lengths, other.position_maps = list(self.lengths), list(self.position_maps)
+        other.logits = None if self.logits is None else copy(self.logits, specs[-1].device)
+        for layer, own in zip(other.layers, self.layers, strict=True):
+            layer.num_filled = list(own.num_filled)
+            for name in TENSORS:
+                setattr(layer, name, copy(getattr(own, name), layer.spec.device))
+        return other
 
     def _empty_like(self) -> Cache:
         """Return a cache of the same kind without rows."""

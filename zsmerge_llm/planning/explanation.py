@@ -12,8 +12,9 @@ from zsmerge_llm.models.device import is_host
 from zsmerge_llm.models.device_memory import device_memory
 from zsmerge_llm.models.footprint import weight_nbytes
 from zsmerge_llm.planning.decode_step import Compile, running_step
+from zsmerge_llm.planning.idle_conversations import idle_nbytes
 from zsmerge_llm.planning.planner import dequantized_weights, plan
-from zsmerge_llm.planning.shape import shape_of
+from zsmerge_llm.planning.shape import ModelShape, shape_of
 from zsmerge_llm.planning.sizes import format_bytes, format_table
 from zsmerge_llm.planning.workspace import workspace_nbytes
 
@@ -86,12 +87,31 @@ class Explanation:
         return f"{self.model} on {self.device} in {self.dtype}{quantization}, {state}\n{format_table(rows)}"
 
 
+def free_for_idle(engine: Engine, quantization: str | None) -> int:
+    """Return the bytes that idle conversations may take on the devices of a loaded model; 0 where they do not tell."""
+    devices = [spec.device for spec in engine.specs]
+    memory = {device: device_memory(device) for device in set(devices)}
+    # Each device holds a part of every cache, and the fullest one decides.
+    available = min(
+        int(found.available * len(devices) / devices.count(device)) if found is not None else 0
+        for device, found in memory.items()
+    )
+    shape = shape_of(engine.model, engine.specs)
+    return idle_nbytes(available, _workspace(engine, shape, quantization), shape.conversation_nbytes(engine.config))
+
+
+def _workspace(engine: Engine, shape: ModelShape, quantization: str | None) -> int:
+    """Return the peak of a loaded model's forward pass above weights and caches."""
+    on_host = is_host(engine.device)
+    dequantized = dequantized_weights(shape, quantization, on_host)
+    return workspace_nbytes(shape, engine.config, engine.chunk, on_host=on_host, dequantized=dequantized)
+
+
 def explain_loaded(name: str, engine: Engine, store: Store, quantization: str | None, compile: Compile) -> Explanation:
     """Explain a loaded model: by its engine and its store."""
     cache, target = engine.config, engine.device
-    shape, on_host = shape_of(engine.model, engine.specs), is_host(target)
-    dequantized = dequantized_weights(shape, quantization, on_host)
-    workspace = workspace_nbytes(shape, cache, engine.chunk, on_host=on_host, dequantized=dequantized)
+    shape = shape_of(engine.model, engine.specs)
+    workspace = _workspace(engine, shape, quantization)
     memory, step = device_memory(target), running_step(engine.backend, compile)
     threads, threads_reason = engine.backend.thread_choice() or (None, None)
     sessions = list(store)
@@ -110,7 +130,7 @@ def explain_loaded(name: str, engine: Engine, store: Store, quantization: str | 
         workspace_nbytes=workspace,
         conversations_in_memory=in_memory,
         conversations_on_disk=len(sessions) - in_memory,
-        conversations_nbytes=store.nbytes,
+        conversations_nbytes=store.nbytes + store.device_nbytes,
         headroom_nbytes=None if memory is None else memory.available - workspace,
         decode_step=step.step,
         reason=step.reason,

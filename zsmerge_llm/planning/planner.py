@@ -21,6 +21,7 @@ from zsmerge_llm.models.device_memory import device_memory
 from zsmerge_llm.models.footprint import meta_model, weight_nbytes
 from zsmerge_llm.models.hub import StatusCallback
 from zsmerge_llm.planning.decode_step import Compile, StepChoice, planned_step
+from zsmerge_llm.planning.idle_conversations import STATIC_COPIES, TURN_COPIES, idle_nbytes
 from zsmerge_llm.planning.shape import ModelShape, shape_of
 from zsmerge_llm.planning.sizes import format_bytes, format_table
 from zsmerge_llm.planning.workspace import workspace_nbytes
@@ -34,10 +35,6 @@ HOST_RUNTIME, DEVICE_RUNTIME = 36 * MiB, 512 * MiB
 """Bytes of the model's and the engine's code on the host (measured); of a GPU's context (not measured)."""
 TOKENIZER_FACTOR, TOKEN_NBYTES = 13, 1024
 """Bytes of a loaded tokenizer for a byte of its file, and for a token where there is no file (measured)."""
-TURN_COPIES = 2
-"""Caches that a turn holds beside the stored conversation: the copy it works on, and the snapshot of its prompt."""
-STATIC_COPIES = 2
-"""Caches in fixed memory on a device that captures graphs: a row that decodes, and one that long texts are read in."""
 MOST = 2**20
 """Slots and sessions that a search for the largest stops at."""
 _WORK_MATRIX = {"int8": 2**23, "int4": 3 * 2**18}
@@ -57,6 +54,7 @@ class Plan:
         turn_nbytes: copies of a conversation while its turn is answered.
         workspace_nbytes: peak of a forward pass above weights and caches.
         available_nbytes: None where the device does not tell.
+        on_host: whether the device is the host, where idle conversations take what `session_memory` grants.
         context_window: positions that the model was trained on, where its config says so.
         full_cache_nbytes: keys and values of an exact cache at the context window.
         decode_step, reason: how decode steps will run, and why.
@@ -77,6 +75,7 @@ class Plan:
     turn_nbytes: int
     workspace_nbytes: int
     available_nbytes: int | None
+    on_host: bool
     context_window: int | None
     full_cache_nbytes: int | None
     decode_step: str
@@ -106,13 +105,21 @@ class Plan:
         return None if self.available_nbytes is None else self.available_nbytes - self.total_nbytes
 
     @property
+    def resident_sessions(self) -> int | None:
+        """Idle conversations that stay on the device by default, before any goes to host memory; None on the host."""
+        if self.on_host or self.available_nbytes is None:
+            return None
+        free = self.available_nbytes - self.weights_nbytes - self.runtime_nbytes
+        return idle_nbytes(free, self.workspace_nbytes, self.cache_nbytes) // self.cache_nbytes
+
+    @property
     def fits(self) -> bool:
         """Whether it fits, as far as is known."""
         return self.headroom_nbytes is None or self.headroom_nbytes >= 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, sums included."""
-        sums = ("weights_nbytes", "sessions_nbytes", "total_nbytes", "headroom_nbytes", "fits")
+        sums = ("weights_nbytes", "sessions_nbytes", "total_nbytes", "headroom_nbytes", "resident_sessions", "fits")
         return {**asdict(self), **{name: getattr(self, name) for name in sums}}
 
     def __str__(self) -> str:
@@ -133,6 +140,10 @@ class Plan:
             ("headroom", headroom, "" if self.fits else "does not fit"),
             ("decode step", self.decode_step, self.reason),
         ]
+        if self.resident_sessions is not None:
+            rows.insert(
+                -1, ("resident", f"{self.resident_sessions:,}", f"idle conversations that stay on {self.device}")
+            )
         quantization = "" if self.quantization is None else f", {self.quantization}"
         return f"{self.model} on {self.device} in {self.dtype}{quantization}\n{format_table(rows)}"
 
@@ -232,6 +243,7 @@ class _Planner:
                 dequantized=dequantized_weights(self.shape, quantization, self.on_host),
             ),
             available_nbytes=available,
+            on_host=self.on_host,
             context_window=self.shape.window,
             full_cache_nbytes=None if self.shape.window is None else self.shape.full_cache_nbytes(self.shape.window),
             decode_step=step.step,

@@ -66,7 +66,7 @@ class Folder:
     def save(self, session: Session) -> SessionInfo:
         """Write a session's head. Raises OSError."""
         path = session.save(self.file(session.name), self.durable)
-        return replace(session.info, path=path, nbytes=path.stat().st_size)
+        return replace(session.info, path=path, nbytes=path.stat().st_size, tier="disk")
 
     def load(self, info: SessionInfo) -> Session:
         """Read a session back. Raises as `load_session`, also where the file no longer holds the session of `info`."""

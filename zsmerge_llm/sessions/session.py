@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,8 @@ MAX_ANSWER_SNAPSHOTS = 4
 """Snapshots after answers that a session keeps: the newest two, and older ones ever further apart."""
 
 Kind = Literal["prefix", "prompt", "answer", "document"]
+Tier = Literal["device", "host", "disk"]
+"""Where a conversation is kept: where the model computes, in host memory, or in a file."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class SessionInfo:
         nbytes: bytes in memory or, where `in_memory` is False, on disk.
         used: when it was last used, in seconds since 1970.
         path: its file, for a session on disk.
+        tier: where its head is. On a model that computes in host memory there is no "device".
     """
 
     name: str
@@ -69,6 +72,7 @@ class SessionInfo:
     nbytes: int
     used: float
     path: Path | None = None
+    tier: Tier = "host"
 
     @property
     def in_memory(self) -> bool:
@@ -76,7 +80,7 @@ class SessionInfo:
 
     def to_metadata(self) -> dict[str, Any]:
         """Return what a file's header holds, as JSON values."""
-        elsewhere = ("nbytes", "used", "path")  # the file system knows these
+        elsewhere = ("nbytes", "used", "path", "tier")  # the file system knows these
         return {key: value for key, value in asdict(self).items() if key not in elsewhere}
 
     @classmethod
@@ -85,7 +89,7 @@ class SessionInfo:
         stat = path.stat()
         values = {key: metadata[key] for key in cls.__dataclass_fields__ if key in metadata}
         values["prefix_digests"] = tuple(metadata["prefix_digests"])
-        return cls(**values, nbytes=stat.st_size, used=stat.st_mtime, path=path)
+        return cls(**values, nbytes=stat.st_size, used=stat.st_mtime, path=path, tier="disk")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +102,8 @@ class Snapshot:
         tokens: the exact ids. The last ones may not be in the cache yet.
         kind: where it ends: after a prefix that conversations share (`prefix`), before an answer (`prompt`), after one
             (`answer`), or after a document's text (`document`).
+        offloaded: whether the cache is in host memory though the model computes elsewhere.
+        state: the same object for all copies of the snapshot on other tiers.
     """
 
     digest: str
@@ -105,6 +111,8 @@ class Snapshot:
     tokens: Sequence[int]
     cache: Cache
     kind: Kind
+    offloaded: bool = False
+    state: object = field(default_factory=object, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", TokenIds.of(self.tokens))
@@ -113,6 +121,10 @@ class Snapshot:
     def nbytes(self) -> int:
         """Bytes of the cache and the ids."""
         return self.cache.nbytes + 4 * len(self.tokens)
+
+    def moved(self, cache: Cache, offloaded: bool) -> Snapshot:
+        """Return the same snapshot on another tier. cache: the copy of its cache there."""
+        return replace(self, cache=cache, offloaded=offloaded)
 
 
 @dataclass(eq=False)
@@ -194,6 +206,12 @@ class Session:
             prefix_digests=self.prefix_digests,
             transcript=self.transcript and self.transcript.of_session(None),
         )
+
+    def with_moved(self, snapshots: Iterable[Snapshot]) -> Session:
+        """Return the session with copies of its snapshots on another tier; this one keeps its tensors."""
+        moved = {snapshot.state: snapshot for snapshot in snapshots}
+        kept = {digest: moved.get(snapshot.state, snapshot) for digest, snapshot in self.snapshots.items()}
+        return replace(self, snapshots=kept)
 
     def add(self, snapshots: Iterable[Snapshot], prefix_digests: Sequence[str] = ()) -> None:
         """Move the head to the last of `snapshots`. Older ones are dropped, but not a document's or the last prefix."""

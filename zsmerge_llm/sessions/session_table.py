@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition
-from weakref import ReferenceType, ref
+from typing import NamedTuple
 
 from zsmerge_llm.errors import SessionNotFoundError
 from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
@@ -17,12 +17,16 @@ from zsmerge_llm.sessions.transcript import Transcript
 class StoreEntry:
     """A session in memory (`session`), on disk (`file`, maybe at an earlier head), or both.
 
-    saved_head: the snapshot that the file holds. Another one may have the same digest.
+    Attributes:
+        saved_state: `Snapshot.state` of what the file holds. Another snapshot may have the same digest.
+        uses: how often it was used or changed. A move that finds another number than at its beginning leaves the
+            session where it is.
     """
 
     session: Session | None
     file: SessionInfo | None = None
-    saved_head: ReferenceType[Snapshot] | None = None
+    saved_state: object | None = None
+    uses: int = 0
 
     @property
     def info(self) -> SessionInfo:
@@ -45,19 +49,30 @@ class StoreEntry:
         """Whether the file holds the head."""
         if self.session is None or self.file is None:
             return self.file is not None
-        return self.saved_head is not None and self.saved_head() is self.session.head
+        return self.saved_state is self.session.head.state
 
     def record_save(self, file: SessionInfo, head: Snapshot) -> None:
         """Record what is on disk now."""
-        self.file, self.saved_head = file, ref(head)
+        self.file, self.saved_state = file, head.state
+
+
+class MemoryUse(NamedTuple):
+    """Bytes of all sessions in host memory, and on the device of the model where that is another."""
+
+    host: int
+    device: int
 
 
 class SessionTable:
-    """Sessions by name, the least recently used first. Safe to use from several threads."""
+    """Sessions by name, the least recently used first. Safe to use from several threads.
 
-    def __init__(self) -> None:
+    has_device: whether the model computes elsewhere than in host memory.
+    """
+
+    def __init__(self, has_device: bool = False) -> None:
         self._lock = Condition()  # on a re-entrant lock
         self._entries: dict[str, StoreEntry] = {}
+        self._has_device = has_device
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -65,27 +80,46 @@ class SessionTable:
     def __iter__(self) -> Iterator[SessionInfo]:
         """Iterate over all sessions, the most recently used first."""
         with self._lock:
-            return iter([entry.info for entry in reversed(self._entries.values())])
+            return iter([self._describe(entry) for entry in reversed(self._entries.values())])
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in memory; what sessions share counts once."""
+        """Bytes held in host memory; what sessions share counts once."""
+        return self._memory_use().host
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes held on the device of the model: 0 where that is the host."""
+        return self._memory_use().device
+
+    def _memory_use(self) -> MemoryUse:
         with self._lock:
-            sizes: dict[int, int] = {}
+            sizes: tuple[dict[int, int], dict[int, int]] = ({}, {})
             for entry in self._entries.values():
-                if entry.session is not None:
-                    sizes.update((id(snapshot), snapshot.nbytes) for snapshot in entry.session.snapshots.values())
-                    if entry.session.document is not None:
-                        sizes[id(entry.session.document)] = sys.getsizeof(entry.session.document)
-            return sum(sizes.values())
+                if entry.session is None:
+                    continue
+                for snapshot in entry.session.snapshots.values():
+                    sizes[self._is_on_device(snapshot)][id(snapshot)] = snapshot.nbytes
+                if entry.session.document is not None:
+                    sizes[False][id(entry.session.document)] = sys.getsizeof(entry.session.document)
+            return MemoryUse(*(sum(each.values()) for each in sizes))
+
+    def _is_on_device(self, snapshot: Snapshot) -> bool:
+        return self._has_device and not snapshot.offloaded
+
+    def _describe(self, entry: StoreEntry) -> SessionInfo:
+        """Return what is listed of a session, with its tier."""
+        if entry.session is None or not self._is_on_device(entry.session.head):
+            return entry.info
+        return replace(entry.info, tier="device")
 
     def info(self, name: str) -> SessionInfo | None:
         """Return the description of a session without loading it; None where there is none."""
         with self._lock:
-            return self._entries[name].info if name in self._entries else None
+            return self._describe(self._entries[name]) if name in self._entries else None
 
     def head(self, name: str) -> str | None:
         """Return the digest of a session's head; None where there is no such session."""

@@ -88,7 +88,9 @@ class ZSMergeSettings(BaseModel):
     )
     """Folder that stores conversations between processes. Default: `ZSMERGE_SESSIONS_DIR`, else none."""
     session_memory: int | str | None = Field(default=None, frozen=True)
-    """Memory limit of all conversations, such as `"4GiB"`; None for the default of zsmerge-llm."""
+    """Host memory limit of idle conversations, such as `"4GiB"`; None for the default of zsmerge-llm."""
+    gpu_session_memory: int | str = Field(default="auto", frozen=True)
+    """The same for a GPU's memory. `"auto"`: what is free there beside the memory to work in."""
 
     scheduling: SchedulingConfig | None = Field(default=None, frozen=True)
     """How requests that run at the same time share the device, and how many there may be."""

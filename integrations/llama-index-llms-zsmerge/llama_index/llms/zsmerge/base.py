@@ -102,7 +102,8 @@ class ZSMergeLLM(StructuredPrediction):
     )
     max_input_tokens: int | None = Field(default=None, description="A longer prompt is an error; None: no limit.")
     sessions_dir: PathText | None = Field(default=None, description="Folder that stores sessions.")
-    session_memory: int | str = Field(default="4GiB", description="Memory limit of all sessions.")
+    session_memory: int | str = Field(default="4GiB", description="Host memory limit of idle sessions.")
+    gpu_session_memory: int | str = Field(default="auto", description="GPU memory limit of idle sessions, or 'auto'.")
     scheduling: SchedulingConfig | None = Field(
         default=None, description="How requests that run at the same time share the device."
     )

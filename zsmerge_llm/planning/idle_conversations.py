@@ -1,0 +1,24 @@
+"""How much of a device's memory idle conversations may take, and how many that are."""
+
+from __future__ import annotations
+
+from zsmerge_llm.sessions.tiers import OVERSHOOT_CACHES
+
+TURN_COPIES = 2
+"""Caches that a turn holds beside the stored conversation: the copy it works on, and the snapshot of its prompt."""
+STATIC_COPIES = 2
+"""Caches in fixed memory on a device that captures graphs: a row that decodes, and one that long texts are read in."""
+ACTIVE_CONVERSATIONS = 8
+"""Conversations that are answered at once, for which memory is kept free."""
+
+
+def idle_nbytes(available: int, workspace: int, cache_nbytes: int) -> int:
+    """Return the bytes of a device that idle conversations may take.
+
+    Args:
+        available: what is free beside weights and runtime.
+        workspace: the peak of a forward pass above weights and caches.
+        cache_nbytes: one conversation's cache.
+    """
+    active = ACTIVE_CONVERSATIONS * (TURN_COPIES + STATIC_COPIES)
+    return max(0, available - workspace - (active + OVERSHOOT_CACHES) * cache_nbytes)
