@@ -20,7 +20,9 @@ from zsmerge_llm import CacheConfig, SamplingParams
 from zsmerge_llm.cpu import compiled_steps, native, package_process, packaged_layers
 from zsmerge_llm.cpu.compiled_steps import CompiledSteps
 from zsmerge_llm.cpu.decoder_layers import decoder_layers
+from zsmerge_llm.cpu.package_builder import export_layer, prepared
 from zsmerge_llm.cpu.package_key import package_key
+from zsmerge_llm.cpu.package_process import package_job
 from zsmerge_llm.cpu.quantized_linear import quantize_model
 from zsmerge_llm.cpu.step_capture import step_forms
 from zsmerge_llm.engine.engine import Engine
@@ -274,6 +276,20 @@ def test_a_model_whose_layers_cannot_be_told_decodes_without(caplog: pytest.LogC
     assert "hooks" in str(engine.backend.disabled_reason)
     assert caplog.text.count("without compiled layers") == 1
     assert native.is_built(native.DECODE_SOURCES)
+
+
+@pytest.mark.parametrize("form", range(len(FORMS)))
+def test_products_that_share_an_input_are_one_call(form: int) -> None:
+    native.build()
+    engine = Engine(tiny_model(), compile=False)
+    layers = decoder_layers(engine.model, len(engine.specs))
+    job = package_job(engine.model, layers, FORMS, "", Path(), 0)
+    (kind,) = job.kinds
+    with prepared({kind.first}):
+        exported = export_layer(kind.first, kind.calls[form], job.manifest.forms[form])
+
+    calls = [node for node in exported.graph.nodes if node.target is torch.ops.zsmerge.gemv.default]
+    assert [node.args[2] for node in calls] == [3, 1, 2, 1]  # q, k, v; o; gate, up; down
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------

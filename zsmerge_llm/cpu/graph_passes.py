@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
 
 
 def fuse_gemvs(module: GraphModule) -> None:

@@ -121,13 +121,16 @@ def _refilled(value: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def _compile(kind: LayerKind, call: LayerCall, form: PackagedForm, path: Path) -> None:
-    program = _export(kind.first, call, form)
-    if kind.last is not kind.first and program.graph_module.code != _export(kind.last, call, form).graph_module.code:
+    program = export_layer(kind.first, call, form)
+    if (
+        kind.last is not kind.first
+        and program.graph_module.code != export_layer(kind.last, call, form).graph_module.code
+    ):
         raise UnsupportedModelError(f"{type(kind.first).__name__} computes with the index of the layer.")
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=OPTIONS)
 
 
-def _export(layer: nn.Module, call: LayerCall, form: PackagedForm) -> torch.export.ExportedProgram:
+def export_layer(layer: nn.Module, call: LayerCall, form: PackagedForm) -> torch.export.ExportedProgram:
     """Export a layer, its products merged."""
     tensors = (*call.tensors, *named_weights(layer).values())
     rows = Dim("rows", min=2, max=native.MAX_ROWS) if form.form.batch else None
