@@ -218,7 +218,7 @@ class LLM(AbstractContextManager["LLM"]):
         Raises:
             InputError: invalid messages, tools, response format or grammar, before anything is read.
             MissingTemplateError: no chat template. ContextLimitError: more than `max_input_tokens`.
-            QueueFullError, DeadlineExceededError: too many requests, `timeout` has passed; nothing of the turn is kept.
+            QueueFullError, DeadlineExceededError: too many requests, `timeout` has passed; no answer is kept.
             TypeError: an unknown keyword argument.
         """
         wanted = RequestOptions.parse(ChatOptions, options)

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -227,7 +226,7 @@ class OpenMP:
 
 
 class PassThreads:
-    """Runs the passes of an engine on as many threads as help. Passes take turns.
+    """Runs the passes of an engine, one after another, on as many threads as help.
 
     Attributes:
         limit: what the process may use. governor: how much of that is used now.
@@ -241,7 +240,6 @@ class PassThreads:
         self.limit = core_limit()
         self.governor = ThreadGovernor(self.limit.cores)
         self._openmp = OpenMP()
-        self._look = Lock()
         self._times = read_core_times() if self.limit.cores > 1 else None
         self._ended = time.perf_counter()
 
@@ -269,13 +267,10 @@ class PassThreads:
         return governed, self.limit.reason
 
     def _observe(self, used: int) -> None:
-        """Show the governor the time since the last look, if it is long enough and no other thread does so."""
+        """Show the governor the time since the last look, if it is long enough."""
         before = self._times
-        if before is None or time.perf_counter() - before.clock < self.INTERVAL or not self._look.acquire(False):
+        if before is None or time.perf_counter() - before.clock < self.INTERVAL:
             return
-        try:
-            self._times = read_core_times()
-            if self._times is not None:
-                self.governor.observe(used, self._times - before)
-        finally:
-            self._look.release()
+        self._times = read_core_times()
+        if self._times is not None:
+            self.governor.observe(used, self._times - before)

@@ -204,6 +204,10 @@ class _Agenda:
         return [job for job in self.waiting if job.kind is Kind.STEP]
 
     @property
+    def _short(self) -> list[Job[Any]]:
+        return [job for job in self.waiting if job.kind is Kind.SHORT]
+
+    @property
     def shareable(self) -> list[Job[Any]]:
         """The steps that another step may do along."""
         return [job for job in self.steps if job.row is not None]
@@ -252,14 +256,12 @@ class _Agenda:
 
     def _candidates(self) -> list[Job[Any]]:
         """Return the waiting jobs among which the most urgent one comes next."""
-        if short := [job for job in self.waiting if job.kind is Kind.SHORT]:
-            return short
         # Who had the last turn comes back at once: without waiting, a less urgent job or a chunk would go before it.
         deadline = time.perf_counter() + MAX_WAIT_SECONDS
         while self._expects_another() and self.receive(deadline):
             pass
-        if any(job.kind is Kind.SHORT for job in self.waiting):
-            return [job for job in self.waiting if job.kind is Kind.SHORT]
+        if self._short:
+            return self._short
         first = min(job.priority for job in self.waiting)
         urgent = [job for job in self.waiting if job.priority == first]
         by_kind = [[job for job in urgent if job.kind is kind] for kind in (Kind.CHUNK, Kind.STEP)]
@@ -270,6 +272,8 @@ class _Agenda:
 
     def _expects_another(self) -> bool:
         """Return whether a request that is more urgent than all that wait, or a stream, has just had its turn."""
+        if self._short:  # goes first anyway
+            return False
         is_urgent = self._last_priority < min(job.priority for job in self.waiting)
         return is_urgent or (self._last is Kind.STEP and not self.steps)
 

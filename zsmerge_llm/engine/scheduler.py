@@ -18,6 +18,7 @@ from zsmerge_llm.engine.decode_loop import sample_rows
 from zsmerge_llm.engine.device_thread import DeviceThread, Job, Kind
 from zsmerge_llm.engine.model_runner import ModelRunner
 from zsmerge_llm.engine.sequence import DecodeSequence
+from zsmerge_llm.engine.shared_step import run_shared_step
 from zsmerge_llm.kvcache.cache import Cache
 
 MAX_MISSED_PASSES = 8
@@ -179,34 +180,11 @@ class DecodeScheduler:
     def _step(self, row: ScheduledRow) -> int:
         """Run one pass for `row` and for all waiting rows that fit; return what the model says next in `row`."""
         self._remove([other for other in self._rows if other.left])
-        joined = self._gather(row)
-        rows: list[ScheduledRow] = [row, *(job.row for job in joined)]
-        self._last_rows = rows
-        try:
-            self._run_pass(rows)
-        except Exception:
-            if not joined:
-                raise
-            for each in rows:  # whichever it was: each goes on alone
-                each.alone = True
-            for job in joined:
-                job.execute()
-            return self._step(row)
-        try:
-            sampled = self.sample(rows)
-        except Exception:  # of one row, a grammar's for example: each raises its own
-            for job in joined:
-                job.execute(partial(self._sample_one, job.row))
-            return self._sample_one(row)
-        for job, token in zip(joined, sampled[1:], strict=True):
-            job.finish(token)
-        return sampled[0]
-
-    def _sample_one(self, row: ScheduledRow) -> int:
-        return self.sample([row])[0]
+        return run_shared_step(row, self._gather(row), self._run_pass, self.sample)
 
     @torch.inference_mode()
     def _run_pass(self, rows: list[ScheduledRow]) -> None:
+        self._last_rows = rows
         for row in rows:
             self._catch_up(row)
         if len(rows) == 1 and rows[0] not in self._rows:

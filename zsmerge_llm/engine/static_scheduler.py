@@ -19,6 +19,7 @@ from zsmerge_llm.engine.decode_loop import sample_rows
 from zsmerge_llm.engine.device_thread import DeviceThread, Job, Kind
 from zsmerge_llm.engine.memory_errors import decoding_remedy, name_memory_errors
 from zsmerge_llm.engine.sequence import DecodeSequence
+from zsmerge_llm.engine.shared_step import run_shared_step
 from zsmerge_llm.engine.static_decoder import StaticDecoder
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.policies import policy_of
@@ -60,7 +61,8 @@ class StaticRows:
 
     def sample(self) -> list[int]:
         """Return what the model says next in each row."""
-        return self._scheduler.device.call(partial(self._scheduler.sample, self), priority=self.priority)
+        (sampled,) = self._scheduler.device.call(partial(self._scheduler.sample, [self]), priority=self.priority)
+        return sampled
 
     @property
     def drafting(self) -> StaticRows | None:
@@ -84,7 +86,7 @@ class StaticRows:
     def finish(self) -> list[int]:
         """Read the tokens; return what the model says next in each row."""
         if self.done:
-            return self._scheduler.count(self, [len(part) for part in self.ids])
+            return self._scheduler.count_all(self)
         self.counted = True
         return self._scheduler.step(self)
 
@@ -156,22 +158,23 @@ class StaticScheduler:
         """
         return self.device.submit(Job(partial(self._step, group), Kind.STEP, group.priority, group)).wait()
 
-    def count(self, group: StaticRows, counts: Sequence[int]) -> list[int]:
-        """Count so many of each row's tokens, which were run ahead; return what the model says next in each row."""
-        return self.device.call(partial(self._count, group, counts), priority=group.priority)
+    def count(self, group: StaticRows, counts: Sequence[int]) -> None:
+        """Count so many of each row's tokens, which were run ahead."""
+        self.device.call(partial(self._count, group, counts), priority=group.priority)
+
+    def count_all(self, group: StaticRows) -> list[int]:
+        """Count all tokens of a group, which were run ahead; return what the model says next in each row."""
+        return self.device.call(partial(self._count_all, group), priority=group.priority)
 
     # -- in the device thread ----------------------------------------------------------------------------------------
 
-    def sample(self, group: StaticRows) -> list[int]:
-        """Return what the model says next in each row of a group."""
-        return self._sample([group])[0]
-
-    def _sample(self, groups: Sequence[StaticRows]) -> list[list[int]]:
+    def sample(self, groups: Sequence[StaticRows]) -> list[list[int]]:
+        """Return what the model says next in each row of each group."""
         logits = [cache.logits for group in groups for cache in group.caches if cache.logits is not None]
         sampled = iter(sample_rows(torch.cat(logits), [each for group in groups for each in group.sequences]))
         return [[next(sampled) for _ in group.caches] for group in groups]
 
-    def _count(self, group: StaticRows, counts: Sequence[int]) -> list[int]:
+    def _count(self, group: StaticRows, counts: Sequence[int]) -> None:
         decoder = self._decoders.get(group.config)
         is_pending = [len(part) for part in group.ids] == [
             decoder.num_pending(row) if decoder is not None else 0 for row in group.rows
@@ -182,31 +185,14 @@ class StaticScheduler:
         elif decoder is not None:
             for row, kept in zip(group.rows, counts, strict=True):
                 decoder.keep(row, kept)
-        return self.sample(group)
+
+    def _count_all(self, group: StaticRows) -> list[int]:
+        self._count(group, [len(part) for part in group.ids])
+        return self.sample([group])[0]
 
     def _step(self, group: StaticRows) -> list[int]:
         """Run a step for a group and for all that wait and fit; return what the model says next in its rows."""
-        joined = self._gather(group)
-        groups: list[StaticRows] = [group, *(job.row for job in joined)]
-        try:
-            self._run(groups)
-        except Exception:
-            if not joined:
-                raise
-            for each in groups:  # whichever it was: each goes on alone
-                each.alone = True
-            for job in joined:
-                job.execute()
-            return self._step(group)
-        try:
-            sampled = self._sample(groups)
-        except Exception:  # of one row, a grammar's for example: each raises its own
-            for job in joined:
-                job.execute(partial(self.sample, job.row))
-            return self.sample(group)
-        for job, tokens in zip(joined, sampled[1:], strict=True):
-            job.finish(tokens)
-        return sampled[0]
+        return run_shared_step(group, self._gather(group), self._run, self.sample)
 
     def _run(self, groups: Sequence[StaticRows]) -> None:
         """Run the next tokens of groups in one step."""
