@@ -50,6 +50,10 @@ class AttentionBackend(Protocol):
         """The most conversations that one decode step should take; None where more are always better."""
 
     @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's logits are the same, bit for bit, alone, beside others, and one token or a few at a time."""
+
+    @property
     def disabled_reason(self) -> str | None:
         """Why the backend does less than it could, for logs; None where nothing is wrong."""
 
@@ -130,6 +134,11 @@ class TorchBackend:
 
     def __init__(self) -> None:
         self.torch_ops = TorchOps()
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether rows are computed as if alone. PyTorch's products are not: they depend on how many rows there are."""
+        return False
 
     @property
     def disabled_reason(self) -> str | None:

@@ -22,7 +22,7 @@ from zsmerge_llm.attention.call import AttentionCall
 from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.cpu import native
 from zsmerge_llm.cpu.compiled_steps import CompiledSteps
-from zsmerge_llm.cpu.patches import ForwardPatches, GemmLinear, GemvLinear, is_matrix
+from zsmerge_llm.cpu.patches import ForwardPatches, GemmLinear, GemvLinear, covers_model, is_matrix
 from zsmerge_llm.cpu.quantized_linear import Int4Linear, Int8Linear
 from zsmerge_llm.cpu.threads import PassThreads
 from zsmerge_llm.errors import UnsupportedModelError
@@ -36,7 +36,7 @@ BUILD_PREFILL_AFTER = 16_384
 
 
 class DecodeOps(TorchOps):
-    """Attention of a few tokens without padding or probe: one kernel writes them and attends."""
+    """Attention of a few tokens without a probe: one kernel writes them and attends. A row has all of them or none."""
 
     def attend(
         self, layer: LayerCache, call: AttentionCall, inputs: AttentionInputs, layout: PassLayout
@@ -47,6 +47,7 @@ class DecodeOps(TorchOps):
             [getattr(layer, name) for name in PER_SLOT],
             inputs.positions,
             layer.num_filled,
+            [int(new > 0) for new in layout.num_new_tokens],
             scaling=call.scaling,
             alpha=layer.config.alpha,
             softcap=layer.spec.softcap,
@@ -120,6 +121,7 @@ class CPUBackend(TorchBackend):
         self._prefill_left = BUILD_PREFILL_AFTER if automatic else None
         self._prefill_tried = False
         self._build_seconds = 0.0
+        self._covers_model = False
         self._threads = PassThreads()
         self._decode_ops, self._prefill_ops = DecodeOps(), PrefillOps()
         self.compiled = CompiledSteps(model, num_layers, num_draft_tokens, self._load_decode)
@@ -132,6 +134,11 @@ class CPUBackend(TorchBackend):
         return model.device.type == "cpu"
 
     @property
+    def batch_invariant(self) -> bool:
+        """Whether all matrices run through the kernels, which compute each row as if it were alone."""
+        return self._covers_model
+
+    @property
     def seconds(self) -> float:
         """Seconds spent on building kernels and compiling layers."""
         return self._build_seconds + self.compiled.seconds
@@ -141,7 +148,8 @@ class CPUBackend(TorchBackend):
     def ops(self, layer: LayerCache, call: AttentionCall, layout: PassLayout) -> AttentionOps:
         """Choose kernels for the pass's dtype and number of tokens, PyTorch where none takes it."""
         tensors = (call.query, call.key, call.value)
-        only_new = call.query.shape[2] == layout.num_new and layout.valid is None
+        all_or_none = layout.valid is None or layout.num_new == 1
+        only_new = call.query.shape[2] == layout.num_new and all_or_none
         if only_new and self.has_decode_kernels and layer.has_room(layout.num_new) and native.can_decode(*tensors):
             return self._decode_ops
         if self.has_prefill_kernels and native.can_prefill(*tensors):
@@ -214,9 +222,11 @@ class CPUBackend(TorchBackend):
     def _load_decode(self) -> bool:
         """Load the decode kernels and let the matrices use them; models that cannot be compiled gain too."""
         if not self.has_decode_kernels and self._build(native.DECODE_SOURCES, "Decoding"):
-            for module in [module for module in self._model.modules() if is_matrix(module)]:
+            matrices = [module for module in self._model.modules() if is_matrix(module)]
+            for module in matrices:
                 self.patches.replace(module, GemvLinear(module))
             self.has_decode_kernels = True
+            self._covers_model = self._model.dtype in native.DTYPES and covers_model(matrices, self._model)
         return self.has_decode_kernels
 
     def _load_prefill(self) -> None:

@@ -161,6 +161,7 @@ def decode_attention(
     slots: Sequence[Tensor],
     token_position: Tensor,
     num_filled: Sequence[int],
+    active: Sequence[int],
     *,
     scaling: float,
     alpha: float,
@@ -176,12 +177,13 @@ def decode_attention(
             [B, H, P]. Written to.
         token_position: int32 [B, T].
         num_filled: slots in use, for each of the B rows; the tokens are written after them.
+        active: 1 for each row that has new tokens; another's stay unseen, and its output means nothing.
         scaling: factor of the logits. softcap: logits become softcap * tanh(logits / softcap).
         alpha: alpha * log(multiplicity) is added to the logits (ZSMerge, Eq. 8).
         window: sliding window in tokens. sinks: attention-sink logits [Hq].
     """
     output: Tensor = torch.ops.zsmerge.decode_attention(
-        *tokens, *slots, token_position, num_filled, scaling, alpha, softcap or 0.0, window or 0, sinks
+        *tokens, *slots, token_position, num_filled, active, scaling, alpha, softcap or 0.0, window or 0, sinks
     )
     return output
 

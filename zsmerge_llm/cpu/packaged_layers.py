@@ -113,7 +113,7 @@ class PackagedLayers:
             layer.multiplicity[:, :, :SLOTS_OF_CHECK] = 1
             layer.position[:, :, :SLOTS_OF_CHECK] = torch.arange(SLOTS_OF_CHECK, dtype=torch.int32)
             layer.set_filled([SLOTS_OF_CHECK] * rows, torch.full((rows,), SLOTS_OF_CHECK))
-        positions = (SLOTS_OF_CHECK + torch.arange(tokens)).expand(rows, -1)
+        positions = (SLOTS_OF_CHECK + torch.arange(tokens)).repeat(rows, 1)
         vocab = self._model.config.get_text_config().vocab_size
         ids = torch.randint(vocab, (rows, tokens), generator=generator)
         layout = PassLayout(tokens, positions, None, [tokens] * rows, positions[:, -1] + 1)

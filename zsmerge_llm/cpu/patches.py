@@ -6,7 +6,7 @@ is made for; every other pass runs the module's own forward. `ForwardPatches` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from zsmerge_llm.cpu import native
 from zsmerge_llm.cpu.quantized_linear import Int4Linear, Int8Linear
@@ -157,6 +158,16 @@ def is_matrix(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     codes = type(module) is nn.Linear and isinstance(weight, Tensor) and not weight.is_floating_point()
     return type(weight) in (nn.Parameter, torch.Tensor) and not codes
+
+
+def covers_model(matrices: Sequence[nn.Module], model: PreTrainedModel) -> bool:
+    """Return whether these are all the matrices of a model, and `GemvLinear` takes each: experts have others."""
+    token = torch.empty(1, 1, dtype=model.dtype)
+    weights = [cast(Tensor, module.weight) for module in matrices]
+    covered = {id(weight) for weight in weights if native.can_gemv(token, weight)}
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    known = {id(each) for each in model.parameters() if each.dim() < 2} | covered | looked_up
+    return len(covered) == len(set(map(id, weights))) and all(id(each) in known for each in model.parameters())
 
 
 def _optional(tensor: Any) -> list[Tensor]:

@@ -100,7 +100,7 @@ def capture_step(model: PreTrainedModel, layers: Sequence[nn.Module], form: Step
     """
     captured = CapturedStep(form)
     ids = torch.zeros(form.rows, form.tokens, dtype=torch.long, device=model.device)
-    positions = torch.arange(form.tokens, device=model.device).expand(form.rows, -1)
+    positions = torch.arange(form.tokens, device=model.device).repeat(form.rows, 1)
     with ForwardPatches() as patches:
         recorder = _Recorder(captured)
         for layer in layers:

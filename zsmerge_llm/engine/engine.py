@@ -25,7 +25,7 @@ from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
 from zsmerge_llm.engine.device_thread import DeviceThread, Kind
-from zsmerge_llm.engine.model_runner import ModelRunner
+from zsmerge_llm.engine.model_runner import STEP_TOKENS, ModelRunner
 from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.engine.prompt_reader import PromptReader, Reading, prompt_probe
@@ -33,7 +33,7 @@ from zsmerge_llm.engine.sampler import Sampler
 from zsmerge_llm.engine.scheduler import DecodeScheduler
 from zsmerge_llm.engine.scheduling import Cancelled, RequestLimit, SchedulingConfig, check_cancelled
 from zsmerge_llm.engine.sequence import DecodeSequence
-from zsmerge_llm.engine.static_decoder import STEP_TOKENS, make_decoder
+from zsmerge_llm.engine.static_decoder import make_decoder
 from zsmerge_llm.engine.static_scheduler import StaticScheduler, is_capturable
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.gpu.backend import GPUBackend
@@ -97,8 +97,10 @@ class Engine:
             self.runner = ModelRunner(model, self.backend, PositionRemapper(model, self.specs, self.context_window))
             self._device = DeviceThread(how.reading_share, _running(self.backend))
             self._reader = PromptReader(self.runner, self.specs, self._device)
-            self._scheduler = DecodeScheduler(self.runner, self._device)
-            self._static_scheduler = _static_scheduler(self.runner, self._device, self.specs, self.vocab_size)
+            self._scheduler = DecodeScheduler(self.runner, self._device, how.batch_invariant)
+            self._static_scheduler = _static_scheduler(
+                self.runner, self._device, self.specs, self.vocab_size, how.batch_invariant
+            )
             if compile is True:
                 self.backend.start()
                 self.read(self.new_cache(), [0])
@@ -277,8 +279,8 @@ class Engine:
 
         A row ends with the end token, which is not yielded, with `max_tokens`, or where its constraint allows no more.
         All but the last token are in the cache then; of a row that a constraint ended, and of a stream that is closed
-        early, several may be missing. Tokens that a constraint forces are yielded one by one and read in one pass, if
-        there is one row only; several rows read one token each a pass.
+        early, several may be missing. Tokens that a constraint forces are yielded one by one and read several in a pass,
+        if there is one row only; several rows read one token each a pass.
 
         Args:
             sampling: one for each row.
@@ -339,13 +341,18 @@ def _running(backend: AttentionBackend) -> Callable[[int], AbstractContextManage
 
 
 def _static_scheduler(
-    runner: ModelRunner, device: DeviceThread, specs: tuple[LayerSpec, ...], vocab_size: int
+    runner: ModelRunner,
+    device: DeviceThread,
+    specs: tuple[LayerSpec, ...],
+    vocab_size: int,
+    batch_invariant: bool,
 ) -> StaticScheduler | None:
-    """Return what decodes in fixed memory, where the backend does."""
+    """Return what decodes in fixed memory, where the backend does. batch_invariant: all steps have one shape."""
     sizes = runner.backend.static_sizes
     if sizes is None:
         return None
-    return StaticScheduler(partial(make_decoder, runner, specs, vocab_size), device, sizes, STEP_TOKENS)
+    sizes, max_tokens = (sizes[-1:], 1) if batch_invariant else (sizes, STEP_TOKENS)
+    return StaticScheduler(partial(make_decoder, runner, specs, vocab_size), device, sizes, max_tokens)
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:

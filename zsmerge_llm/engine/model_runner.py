@@ -23,6 +23,9 @@ from zsmerge_llm.errors import InputError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.models.lora import AdapterState
 
+STEP_TOKENS = 1 + MAX_DRAFT_TOKENS
+"""Tokens of a decode step with a draft."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -119,24 +122,39 @@ class ModelRunner:
 
     @torch.inference_mode()
     def speculate(self, cache: Cache, ids: Sequence[int]) -> tuple[SpeculativePass, Tensor]:
-        """Run ids behind a one-row cache without taking them in: the pass, and logits [n, vocab] after each of them."""
+        """Run ids behind a one-row cache without taking them in: the pass, and logits [n, vocab] after each of them.
+
+        Fewer than `STEP_TOKENS` are padded: passes of one shape are compiled, and round alike.
+        """
         self.check_usable()
+        count = len(ids)
+        ids = [*ids, *[ids[-1]] * (STEP_TOKENS - count)]
         self.remapper.ensure_positions(cache, [len(ids)], 0)
         seen = torch.tensor(cache.lengths)
         layout = PassLayout(len(ids), seen[:, None] + torch.arange(len(ids)), None, [len(ids)], seen + len(ids))
         step = SpeculativePass(cache, layout, self.backend)
-        return step, self._forward(step, torch.tensor([list(ids)]), torch.arange(len(ids)))[0]
+        return step, self._forward(step, torch.tensor([ids]), torch.arange(count))[0]
 
     def max_draft(self, cache: Cache, num_pending: int) -> int:
-        """Return how many tokens of a draft may be verified behind so many others without compressing a one-row cache.
+        """Return how many tokens of a draft may be verified behind so many others: as many as a step takes, or none."""
+        return STEP_TOKENS - num_pending if num_pending < STEP_TOKENS and self._fits_step(cache) else 0
 
-        All of `MAX_DRAFT_TOKENS` or none, but for the limit of the backend.
+    def read_step(self, cache: Cache, ids: Sequence[int]) -> None:
+        """Read the tokens of a decode step into a one-row cache: as if one by one, but for rounding at most.
+
+        Where the backend is `batch_invariant` there is no difference.
         """
-        room = MAX_DRAFT_TOKENS
-        if self.backend.max_decode_tokens is not None:
-            room = min(room, max(0, self.backend.max_decode_tokens - num_pending))
-        new = num_pending + room
-        return room if cache.fits_all(new) and new <= self.remapper.max_pass_tokens(cache, new, 0) else 0
+        while ids:
+            size = min(len(ids), STEP_TOKENS) if len(ids) > 1 and self._fits_step(cache) else 1
+            if size > 1:
+                self.keep(cache, *self.speculate(cache, ids[:size]), size)
+            else:
+                self.run(cache, torch.tensor([ids[:1]]))
+            ids = ids[size:]
+
+    def _fits_step(self, cache: Cache) -> bool:
+        """Return whether a one-row cache takes a whole step without compressing any layer."""
+        return cache.fits_all(STEP_TOKENS) and self.remapper.max_pass_tokens(cache, STEP_TOKENS, 0) >= STEP_TOKENS
 
     @torch.inference_mode()
     def keep(self, cache: Cache, step: SpeculativePass, logits: Tensor, count: int) -> None:

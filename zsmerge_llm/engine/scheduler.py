@@ -29,7 +29,7 @@ class ScheduledRow:
     """One conversation while it decodes; a `Decoder` of one row.
 
     ids: what it reads next. left: whether it decodes no more. alone: whether it shares no pass, because one failed.
-    unread_steps: the ids of the steps since it joined the batch, which its own cache does not hold yet.
+    unread_ids: what it has read since it joined the batch, which its own cache does not hold yet.
     """
 
     def __init__(self, cache: Cache, sequence: DecodeSequence, scheduler: DecodeScheduler, priority: int) -> None:
@@ -39,7 +39,7 @@ class ScheduledRow:
         self.left = False
         self.alone = False
         self.missed_passes = 0
-        self.unread_steps: list[list[int]] = []
+        self.unread_ids: list[int] = []
         self._scheduler = scheduler
         self._priority = priority
         self._draft: list[int] = []
@@ -56,9 +56,7 @@ class ScheduledRow:
 
     def max_draft(self, num_pending: int) -> int:
         """Return how many tokens of a draft may follow so many tokens; none where others wait, or none fits."""
-        if not self._scheduler.is_alone(self):
-            return 0
-        return self._scheduler.runner.max_draft(self.cache, num_pending)
+        return self._scheduler.max_draft(self, num_pending)
 
     def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
         """Note what is read next: nothing runs beside the caller here."""
@@ -133,11 +131,13 @@ class DecodeScheduler:
 
     Args:
         runner: makes passes. device: the thread in which they are made.
+        batch_invariant: whether rows share no pass, nor have drafts, where that may change how a pass rounds.
     """
 
-    def __init__(self, runner: ModelRunner, device: DeviceThread) -> None:
+    def __init__(self, runner: ModelRunner, device: DeviceThread, batch_invariant: bool) -> None:
         self.runner = runner
         self.device = device
+        self._batch_invariant = batch_invariant
         self._rows: list[ScheduledRow] = []
         self._batch: Cache | None = None
         self._last_rows: list[ScheduledRow] = []
@@ -158,9 +158,19 @@ class DecodeScheduler:
             if not self.device.is_current:  # else a generator is being collected within a pass: the next one cleans up
                 self.device.call(partial(self._leave, row))
 
-    def is_alone(self, row: ScheduledRow) -> bool:
+    def max_draft(self, row: ScheduledRow, num_pending: int) -> int:
+        """Return how many tokens of a draft may follow so many tokens of a row: none while other rows decode."""
+        if self._must_be_alone or not self._is_alone(row):
+            return 0
+        return self.runner.max_draft(row.cache, num_pending)
+
+    @property
+    def _must_be_alone(self) -> bool:
+        return self._batch_invariant and not self.runner.backend.batch_invariant
+
+    def _is_alone(self, row: ScheduledRow) -> bool:
         """Return whether no other row is decoding; the row's own cache is up to date then."""
-        shared = row in self._rows or row.unread_steps or any(other is not row for other in self._last_rows)
+        shared = row in self._rows or row.unread_ids or any(other is not row for other in self._last_rows)
         return not shared and not self.device.num_waiting
 
     def step(self, row: ScheduledRow, priority: int) -> int:
@@ -188,14 +198,19 @@ class DecodeScheduler:
         for row in rows:
             self._catch_up(row)
         if len(rows) == 1 and rows[0] not in self._rows:
-            self.runner.run(rows[0].cache, torch.tensor([rows[0].ids]))
+            self.runner.read_step(rows[0].cache, rows[0].ids)
         else:
-            self._run_batch(rows)
+            self._run_batches(rows)
 
     def _gather(self, row: ScheduledRow) -> list[Job[int]]:
         """Take the waiting steps of rows that can share a pass with `row`; wait briefly for rows of the last one."""
         config = row.cache.config
-        if row.alone or config.slots is None or (self._batch is not None and self._batch.config != config):
+        if (
+            row.alone
+            or self._must_be_alone
+            or config.slots is None
+            or (self._batch is not None and self._batch.config != config)
+        ):
             return []
 
         def fits(other: ScheduledRow) -> bool:
@@ -205,30 +220,39 @@ class DecodeScheduler:
         self.device.wait_for(fits, expected)
         return self.device.take(fits)
 
-    def _run_batch(self, rows: list[ScheduledRow]) -> None:
-        """Run one pass over the batch, after adding the rows that are not in it."""
+    def _run_batches(self, rows: list[ScheduledRow]) -> None:
+        """Run the rows' next tokens in as many passes as one of them has; if one fails, none counts."""
+        before = [(row, row.cache.logits, len(row.unread_ids)) for row in rows]
+        try:
+            for at in range(max(len(row.ids) for row in rows)):
+                self._run_batch({row: row.ids[at] for row in rows if at < len(row.ids)})
+        except BaseException:
+            for row, logits, num_unread in before:
+                row.cache.logits = logits
+                del row.unread_ids[num_unread:]
+            raise
+        for row in self._rows:
+            row.missed_passes = 0 if row in rows else row.missed_passes + 1
+        self._remove([row for row in self._rows if row.missed_passes > MAX_MISSED_PASSES])
+
+    def _run_batch(self, rows: dict[ScheduledRow, int]) -> None:
+        """Run one pass over the batch, one token of each of these rows, after adding those that are not in it."""
         joining = [row for row in rows if row not in self._rows]
         if joining:
             present = [] if self._batch is None else [self._batch]
             self._batch = Cache.stack([*present, *(row.cache for row in joining)])
             self._rows = [*self._rows, *joining]
         assert self._batch is not None
-        longest = max(len(row.ids) for row in rows)
-        wanted = [row.ids if row in rows else [] for row in self._rows]
-        ids = torch.tensor([[*part, *[0] * (longest - len(part))] for part in wanted])
-        valid = torch.tensor([[at < len(part) for at in range(longest)] for part in wanted])
+        ids = torch.tensor([[rows.get(row, 0)] for row in self._rows])
+        valid = torch.tensor([[row in rows] for row in self._rows])
         batch, members, self._batch, self._rows = self._batch, self._rows, None, []
         self.runner.run(batch, ids, None if valid.all() else valid)  # a batch that fails here is lost
         self._batch, self._rows = batch, members
         assert self._batch.logits is not None
         for index, row in enumerate(self._rows):
             if row in rows:
-                row.missed_passes = 0
-                row.unread_steps.append(row.ids)
+                row.unread_ids.append(rows[row])
                 row.cache.logits = self._batch.logits[index : index + 1].clone()
-            else:
-                row.missed_passes += 1
-        self._remove([row for row in self._rows if row.missed_passes > MAX_MISSED_PASSES])
 
     def _leave(self, row: ScheduledRow) -> None:
         """Bring a row's own cache up to date, and forget the row."""
@@ -247,13 +271,13 @@ class DecodeScheduler:
             leaving, staying = self._rows, []
         for row in leaving:
             row.cache.replace_with(self._batch.select_rows([self._rows.index(row)]))
-            row.unread_steps.clear()
+            row.unread_ids.clear()
             row.missed_passes = 0
         self._batch = self._batch.select_rows([self._rows.index(row) for row in staying]) if staying else None
         self._rows = staying
 
     def _catch_up(self, row: ScheduledRow) -> None:
         """Read the steps that the row's own cache lacks, where the batch that held them was lost in a failed pass."""
-        while row.unread_steps and row not in self._rows:
-            self.runner.run(row.cache, torch.tensor([row.unread_steps[0]]))
-            row.unread_steps.pop(0)
+        while row.unread_ids and row not in self._rows:
+            self.runner.run(row.cache, torch.tensor([[row.unread_ids[0]]]))
+            row.unread_ids.pop(0)

@@ -17,13 +17,9 @@ from torch import Tensor
 from zsmerge_llm.attention.backend import Replay
 from zsmerge_llm.attention.static_batch import LayerGroup, StaticBatch, StepInputs
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.engine.model_runner import ModelRunner
-from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
+from zsmerge_llm.engine.model_runner import STEP_TOKENS, ModelRunner
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.slots import LayerSpec
-
-STEP_TOKENS = 1 + MAX_DRAFT_TOKENS
-"""Most tokens of a step: one, and a draft behind it."""
 
 
 class StaticDecoder:

@@ -231,7 +231,7 @@ class StaticScheduler:
         left = {row: part for group in groups for row, part in zip(group.rows, group.ids, strict=True) if part}
         logits: dict[int, Tensor] = {}
         while left:
-            size = decoder.batch.num_tokens if len(left) == 1 and decoder.takes_draft else 1
+            size = self.max_tokens if len(left) == 1 and decoder.takes_draft else 1
             logits = decoder.step({row: part[:size] for row, part in left.items()})
             left = {row: part[size:] for row, part in left.items() if part[size:]}
             for row in left:

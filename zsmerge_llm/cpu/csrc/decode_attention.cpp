@@ -112,7 +112,8 @@ void attend_block(const float* queries, const T* keys, const T* values, const fl
   for (; e < E; ++e)
     for (int q = 0; q < Q; ++q) {
       float total = 0;
-      for (c = 0; c < size; ++c) total += static_cast<float>(values[c * E + e]) * logits[q * SLOT_BLOCK + c];
+      for (c = 0; c < size; ++c)  // fma: compilers would contract it for some Q only
+        total = std::fma(static_cast<float>(values[c * E + e]), logits[q * SLOT_BLOCK + c], total);
       results[q * stride + 2 + e] = total;
     }
 }
@@ -312,11 +313,13 @@ void decode_attention_out(const Tensor& query, const Tensor& key, const Tensor& 
 
 Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& value, Tensor keys, Tensor values,
                         Tensor multiplicity, Tensor score, Tensor cumulative_attention, Tensor position,
-                        const Tensor& token_position, at::IntArrayRef num_filled, double scaling, double alpha,
-                        double softcap, int64_t window, const std::optional<Tensor>& sinks) {
+                        const Tensor& token_position, at::IntArrayRef num_filled, at::IntArrayRef active,
+                        double scaling, double alpha, double softcap, int64_t window,
+                        const std::optional<Tensor>& sinks) {
+  TORCH_CHECK(static_cast<int64_t>(active.size()) == query.size(0), "zsmerge::decode_attention: active is for each row");
   Tensor out = at::empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options());
   const Slots slots{keys, values, multiplicity, score, cumulative_attention, position};
-  decode_attention_out(query, key, value, slots, token_position, num_filled, nullptr, {scaling, alpha, softcap, window},
+  decode_attention_out(query, key, value, slots, token_position, num_filled, active.data(), {scaling, alpha, softcap, window},
                        sinks, out);
   return out;
 }

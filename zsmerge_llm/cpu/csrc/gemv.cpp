@@ -18,7 +18,8 @@ inline void dot(const W* weight, const float* x, int64_t K, float* out) {
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) {
       float total = hsum(acc[r][m][0] + acc[r][m][1]);
-      for (int64_t rest = k; rest < K; ++rest) total += static_cast<float>(weight[r * K + rest]) * x[m * K + rest];
+      for (int64_t rest = k; rest < K; ++rest)  // fma: compilers would contract it for some M only
+        total = std::fma(static_cast<float>(weight[r * K + rest]), x[m * K + rest], total);
       out[r * M + m] = total;
     }
 }
@@ -33,25 +34,15 @@ struct GemvInput {
   std::vector<int16_t> i16;              // [M, K]
   std::vector<int8_t> i8;                // [M, K]
   std::vector<float> scale, code_sum;    // [M, groups]
-  std::vector<float> offset_correction;  // [M]: contribution of the +128 offset that makes int8 weights unsigned
   int64_t group_size, num_groups;
 };
-
-// Whether int8 inputs are precise enough. Beside int4 weights they make no difference. int8 weights are meant to be
-// exact, so their inputs stay int16, except for several rows of the output layer: no later layer amplifies its
-// rounding, and there int16 would be compute-bound.
-template <typename T>
-bool uses_int8_inputs(const Tensor& weight, int64_t rows, int64_t group) {
-  if (sizeof(T) > 2) return false;
-  return weight.scalar_type() == at::kByte ? group % 4 == 0 : rows > 1 && weight.size(0) >= OUTPUT_LAYER_MIN;
-}
 
 template <typename T>
 GemvInput prepare_input(const Tensor& rows, int64_t padded_rows, const Tensor& weight, at::TensorList scales) {
   const Tensor x = rows.contiguous();
   const T* from = x.const_data_ptr<T>();
   GemvInput input{.M = x.size(0), .K = x.size(1), .group_size = 128, .num_groups = 0};
-  if (HAS_AVX512_BF16 && padded_rows > 1 && weight.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16) {
+  if (HAS_AVX512_BF16 && weight.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16) {
     const auto* source = x.const_data_ptr<BFloat16>();
     input.bf16.assign(source, source + input.M * input.K);
     input.bf16.resize(padded_rows * input.K);
@@ -66,7 +57,6 @@ GemvInput prepare_input(const Tensor& rows, int64_t padded_rows, const Tensor& w
     input.num_groups = (input.K + input.group_size - 1) / input.group_size;
     input.scale.resize(padded_rows * input.num_groups);
     input.code_sum.resize(padded_rows * input.num_groups);
-    input.offset_correction.resize(padded_rows);
     const auto quantize_all = [&](auto& codes) {
       codes.resize(padded_rows * input.K);
       for (int64_t i = 0; i < input.M * input.num_groups; ++i) {
@@ -74,10 +64,10 @@ GemvInput prepare_input(const Tensor& rows, int64_t padded_rows, const Tensor& w
         const int64_t size = std::min(input.group_size, input.K - start);
         input.scale[i] = quantize_group(from + at, size, codes.data() + at);
         input.code_sum[i] = dequantized_sum(codes.data() + at, size, input.scale[i]);
-        input.offset_correction[i / input.num_groups] += 128 * input.code_sum[i];
       }
     };
-    if (uses_int8_inputs<T>(weight, padded_rows, input.group_size))
+    // Beside int4 weights int8 inputs make no difference; int8 weights are meant to be exact.
+    if (sizeof(T) == 2 && weight.scalar_type() == at::kByte && input.group_size % 4 == 0)
       quantize_all(input.i8);
     else
       quantize_all(input.i16);
@@ -143,46 +133,6 @@ inline void dot_w4(const uint8_t* codes, const T* scales_zeros, int64_t N, const
     for (int j = 0; j < 4; ++j) store(y[m][j], out + (row + m) * PACK_WIDTH + j * LANES);
 }
 
-// int8 weights, int8 inputs (vpdpbusd): weights [R, K] -> out[r * M + m]. The instruction takes unsigned weights, so
-// each code is raised by 128 and offset_correction is subtracted at the end.
-template <int M, int R>
-inline void dot_w8a8(const int8_t* weight, const GemvInput& input, float* out) {
-  static_assert(R * M <= LANES);
-  constexpr int S = std::min(R, M <= 2 ? 4 : M <= 5 ? 2 : 1);  // outputs whose accumulators fit in registers
-  const __m512i offset = _mm512_set1_epi8(-128);
-  f32x16 accumulators[LANES] = {};
-  for (int first = 0; first < R; first += S) {
-    f32x16 y[S][M] = {};
-    for (int64_t g = 0; g < input.num_groups; ++g) {
-      __m512i acc[S][M];
-      for (int r = 0; r < S; ++r)
-        for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_si512();
-      const int64_t end = std::min((g + 1) * input.group_size, input.K);
-      for (int64_t k = g * input.group_size; k < end; k += 64) {
-        const __mmask64 mask = end - k >= 64 ? ~0ull : (1ull << (end - k)) - 1;
-        __m512i w[S];
-        UNROLL for (int r = 0; r < S; ++r) {
-          const int8_t* from = weight + (first + r) * input.K + k;
-          __builtin_prefetch(from + R * input.K, 0, 2);
-          w[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, from), offset);
-        }
-        UNROLL for (int m = 0; m < M; ++m) {
-          const __m512i x = _mm512_maskz_loadu_epi8(mask, input.i8.data() + m * input.K + k);
-          UNROLL for (int r = 0; r < S; ++r) acc[r][m] = _mm512_dpbusd_epi32(acc[r][m], w[r], x);
-        }
-      }
-      for (int m = 0; m < M; ++m)
-        for (int r = 0; r < S; ++r)
-          y[r][m] += (f32x16)_mm512_cvtepi32_ps(acc[r][m]) * input.scale[m * input.num_groups + g];
-    }
-    for (int r = 0; r < S; ++r)
-      for (int m = 0; m < M; ++m) accumulators[(first + r) * M + m] = y[r][m];
-  }
-  const f32x16 total = hsum16(accumulators);
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) out[r * M + m] = total[r * M + m] - input.offset_correction[m];
-}
-
 // int8 weights, int16 inputs (vpdpwssd): weights [R, K] -> out[r * M + m].
 template <int M, int R>
 inline void dot_w8a16(const int8_t* weight, const GemvInput& input, float* out) {
@@ -234,38 +184,35 @@ inline void dot_bf16(const BFloat16* weight, const BFloat16* x, int64_t K, float
 }
 #endif
 
-template <int M, int R, bool W8A8>
+template <int M, int R>
 inline void dot_rows(const int8_t* weight, const GemvInput& input, float* out) {
 #if HAS_VNNI
-  if constexpr (W8A8)
-    dot_w8a8<M, R>(weight, input, out);
-  else
-    dot_w8a16<M, R>(weight, input, out);
+  dot_w8a16<M, R>(weight, input, out);
 #else
   dot<int8_t, M, R>(weight, input.f32.data(), input.K, out);
 #endif
 }
-template <int M, int R, bool W8A8, typename W>
+template <int M, int R, typename W>
 inline void dot_rows(const W* weight, const GemvInput& input, float* out) {
 #if HAS_AVX512_BF16
-  if constexpr (M > 1 && std::is_same_v<W, BFloat16>) return dot_bf16<M, R>(weight, input.bf16.data(), input.K, out);
+  if constexpr (std::is_same_v<W, BFloat16>) return dot_bf16<M, R>(weight, input.bf16.data(), input.K, out);
 #endif
   dot<W, M, R>(weight, input.f32.data(), input.K, out);
 }
 
 // Outputs [first, last) of a row-major matrix [N, K]; finish(n, y) receives y [M] of output n.
-template <int M, bool W8A8, typename W, typename F>
+template <int M, typename W, typename F>
 void for_each_output(const W* weight, const GemvInput& input, int64_t first, int64_t last, F finish) {
   constexpr bool bf16_dot = HAS_AVX512_BF16 && std::is_same_v<W, BFloat16>;
-  constexpr int R = M == 1 ? 4 : bf16_dot ? (M == 2 ? 6 : M <= 5 ? 4 : 3) : W8A8 ? (M == 2 ? 4 : 2) : M == 2 ? 2 : 1;
+  constexpr int R = bf16_dot ? (M == 1 ? 8 : M == 2 ? 6 : M <= 5 ? 4 : 3) : M == 1 || (M == 2 && sizeof(W) == 1) ? 4 : M == 2 ? 2 : 1;
   float y[R * M];
   int64_t n = first;
   for (; n + R <= last; n += R) {
-    dot_rows<M, R, W8A8>(weight + n * input.K, input, y);
+    dot_rows<M, R>(weight + n * input.K, input, y);
     for (int r = 0; r < R; ++r) finish(n + r, y + r * M);
   }
   for (; n < last; ++n) {
-    dot_rows<M, 1, W8A8>(weight + n * input.K, input, y);
+    dot_rows<M, 1>(weight + n * input.K, input, y);
     finish(n, y);
   }
 }
@@ -282,12 +229,10 @@ void gemv_outputs(const Tensor& weight, const Tensor* scale, const Tensor* bias,
   if (weight.scalar_type() == at::kChar) {
     const T* factors = scale->const_data_ptr<T>();
     const auto scaled = [&](int64_t n, const float* y) { finish(n, static_cast<float>(factors[n]), y); };
-    const auto run = input.i8.empty() ? for_each_output<M, false, int8_t, decltype(scaled)>
-                                      : for_each_output<M, true, int8_t, decltype(scaled)>;
-    run(weight.const_data_ptr<int8_t>(), input, first, last, scaled);
+    for_each_output<M>(weight.const_data_ptr<int8_t>(), input, first, last, scaled);
   } else if (weight.scalar_type() != at::kByte) {
-    for_each_output<M, false>(weight.const_data_ptr<T>(), input, first, last,
-                              [&](int64_t n, const float* y) { finish(n, 1.0f, y); });
+    for_each_output<M>(weight.const_data_ptr<T>(), input, first, last,
+                       [&](int64_t n, const float* y) { finish(n, 1.0f, y); });
   } else {
 #if HAS_VNNI
     float y[M * PACK_WIDTH], one[M];

@@ -114,7 +114,7 @@ TORCH_LIBRARY_FRAGMENT(zsmerge, library) {
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) "
       "multiplicity, "
       "Tensor(d!) score, Tensor(e!) cumulative_attention, Tensor(f!) position, Tensor token_position, int[] "
-      "num_filled, float scaling, float alpha, float softcap, "
+      "num_filled, int[] active, float scaling, float alpha, float softcap, "
       "int window, Tensor? sinks) -> Tensor");
   library.def(
       "push_queries(Tensor(a!) queries, Tensor(b!) query_position, Tensor new_queries, Tensor new_position) -> ()");

@@ -55,7 +55,6 @@ constexpr int64_t PAIR = 2 * LANES;
 constexpr int MAX_ROWS = 8;                    // rows of a GEMV that share one pass over the weights
 constexpr int64_t SLOT_BLOCK = 256;            // slots per task of decode attention
 constexpr int64_t PACK_WIDTH = 64;             // outputs interleaved in one block of a packed int4 matrix
-constexpr int64_t OUTPUT_LAYER_MIN = 1 << 15;  // a matrix with at least so many outputs is an output layer
 constexpr int64_t PREFETCH_BYTES = 4096;       // distance of software prefetch in packed weights
 constexpr float MASKED = -1e30f;               // masked logit; finite, so that MASKED - MASKED is 0, not NaN
 
