@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -26,6 +30,22 @@ CHECKSUM_START = f'"{CHECKSUM}":"'.encode()  # found in the header only: inside 
 NO_CHECKSUM = b"0" * 64
 
 
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as the header describes it. dtype: in the words of safetensors, such as "BF16"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, described: Any) -> TensorInfo:
+        """Return what a header says. Raises ValueError, TypeError or KeyError where it is nothing of the kind."""
+        dtype, shape = described["dtype"], described["shape"]
+        if type(dtype) is not str or type(shape) is not list or any(type(size) is not int for size in shape):
+            raise TypeError("no tensor")
+        return cls(dtype, tuple(shape))
+
+
 def write(path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor], durable: bool = True) -> None:
     """Write a file, atomically.
 
@@ -40,51 +60,107 @@ def write(path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor], dura
     write_atomically(path, _serialize(metadata, tensors), durable)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Return the JSON of a file, from its header alone: fast, but the tensors may still be corrupt.
+
+    check: raises ValueError where the JSON is not what it must be.
 
     Raises:
         SessionNotFoundError: no such file.
         SessionCorruptError: truncated, altered, or not written by `write`.
         SessionMismatchError: a format that this version does not read.
     """
+    with _open(path) as file, refusing(path):
+        metadata = _read_header(path, file)[0]
+        check(metadata)
+    return metadata
+
+
+def read(
+    path: Path, check: Callable[[dict[str, Any], dict[str, TensorInfo]], None]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the JSON and the tensors of a file.
+
+    check: called with the JSON and the shapes of all tensors, before any is read; raises ValueError where they are not
+        what they must be.
+
+    Raises:
+        As `read_metadata`.
+    """
+    with _open(path) as file:
+        with refusing(path):
+            metadata, tensors, start = _read_header(path, file)
+            check(metadata, tensors)
+        content = start + file.read()
+    place = content.find(CHECKSUM_START) + len(CHECKSUM_START)
+    digest = hashlib.sha256(content[:place])
+    digest.update(NO_CHECKSUM)
+    digest.update(memoryview(content)[place + 64 :])
+    if digest.hexdigest().encode() != content[place : place + 64]:
+        raise corrupt_error(path, "does not match its checksum")
+    try:
+        return metadata, load(content)
+    except SafetensorError as error:
+        raise corrupt_error(path, "cannot be read") from error
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn what a check raises about the content of a file into SessionCorruptError."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        problem = str(error) if type(error) is ValueError else "is no saved session or cannot be read"
+        raise corrupt_error(path, problem) from error
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
     if not path.is_file():
         raise SessionNotFoundError(f"There is no saved session at {path}.")
     try:
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))["__metadata__"] if size <= MAX_HEADER else {}
-        text = header[METADATA]
-        intact = header[METADATA_DIGEST] == _sha256(text.encode())
-        metadata: dict[str, Any] = json.loads(text)
-        version = metadata["format"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise corrupt_error(path, "is no saved session or cannot be read") from error
+            yield file
+    except OSError as error:
+        raise corrupt_error(path, "cannot be read") from error
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], dict[str, TensorInfo], bytes]:
+    """Return the JSON, the shapes of all tensors, and the bytes read. Raises what `refusing` turns into an error."""
+    prefix = file.read(8)
+    size = int.from_bytes(prefix, "little")
+    if size > min(MAX_HEADER, os.fstat(file.fileno()).st_size - 8):
+        raise TypeError("no header")
+    content = file.read(size)
+    header = _parse(content)
+    own = header.pop("__metadata__")
+    text = own[METADATA]
+    intact = own[METADATA_DIGEST] == hashlib.sha256(text.encode()).hexdigest()
+    metadata = _parse(text)
+    version = metadata["format"]
     if not intact:
-        raise corrupt_error(path, "does not match its checksum")
+        raise ValueError("does not match its checksum")
     if version != FORMAT:
         raise SessionMismatchError(
             f"{path} has format {version} and this version of zsmerge-llm reads format {FORMAT}: "
             "use the version it was saved with, or read the conversation anew."
         )
-    return metadata
+    return metadata, {name: TensorInfo.parse(each) for name, each in header.items()}, prefix + content
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, after checking its checksum. Raises SessionCorruptError."""
-    try:
-        content = bytearray(path.read_bytes())
-    except OSError as error:
-        raise corrupt_error(path, "cannot be read") from error
-    start = content.find(CHECKSUM_START) + len(CHECKSUM_START)
-    checksum = bytes(content[start : start + 64])
-    content[start : start + 64] = NO_CHECKSUM
-    if _sha256(content).encode() != checksum:
-        raise corrupt_error(path, "does not match its checksum")
-    try:
-        return load(bytes(content))
-    except SafetensorError as error:
-        raise corrupt_error(path, "cannot be read") from error
+def _parse(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object in which no name occurs twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        parsed = dict(pairs)
+        if len(parsed) < len(pairs):
+            raise ValueError("says two things under one name")
+        return parsed
+
+    parsed = json.loads(text, object_pairs_hook=unique)
+    if not isinstance(parsed, dict):
+        raise TypeError("no JSON object")
+    return parsed
 
 
 def corrupt_error(path: Path, problem: str) -> SessionCorruptError:
