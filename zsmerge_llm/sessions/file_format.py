@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -91,7 +92,10 @@ def read(
         with refusing(path):
             metadata, tensors, start = _read_header(path, file)
             check(metadata, tensors)
-        content = start + file.read()
+        file.seek(0)
+        content = file.read()
+    if not content.startswith(start):
+        raise corrupt_error(path, "was changed while it was read")
     place = content.find(CHECKSUM_START) + len(CHECKSUM_START)
     digest = hashlib.sha256(content[:place])
     digest.update(NO_CHECKSUM)
@@ -115,17 +119,17 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path) -> Iterator[FileIO]:
     if not path.is_file():
         raise SessionNotFoundError(f"There is no saved session at {path}.")
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             yield file
     except OSError as error:
         raise corrupt_error(path, "cannot be read") from error
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], dict[str, TensorInfo], bytes]:
+def _read_header(path: Path, file: FileIO) -> tuple[dict[str, Any], dict[str, TensorInfo], bytes]:
     """Return the JSON, the shapes of all tensors, and the bytes read. Raises what `refusing` turns into an error."""
     prefix = file.read(8)
     size = int.from_bytes(prefix, "little")

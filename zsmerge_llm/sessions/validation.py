@@ -34,6 +34,8 @@ CACHE_FACTS: dict[str, type] = dict.fromkeys(("specs", "lengths", "position_maps
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """dtypes of safetensors that keys, values, queries and logits may have."""
 DTYPES = {**FLOATS, "I32": torch.int32, "BOOL": torch.bool, "U8": torch.uint8}
+COUNTED = ("multiplicity", "position", "dropped", "multi_turn", "accumulated_until", "query_positions")
+"""Tensors of a layer whose numbers must agree with the tokens that were read."""
 MAX_TOKENS = 2**31 - 1
 """Positions are int32."""
 MAX_SIZE = 2**20
@@ -227,7 +229,7 @@ def check_tensors(saved: SavedCache, tensors: Mapping[str, Tensor]) -> None:
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise ValueError(f"holds {name} that are no finite numbers")
     for index, (layer, filled) in enumerate(zip(saved.layers, saved.num_filled, strict=True)):
-        own = {name: tensors[f"{index}.{name}"][0].numpy() for name in SAVED if f"{index}.{name}" in tensors}
+        own = {name: tensors[f"{index}.{name}"][0].numpy() for name in COUNTED if f"{index}.{name}" in tensors}
         _check_slots(own, layer.config, filled, saved.seen, index)
         _check_queries(own, saved.seen, index)
 
