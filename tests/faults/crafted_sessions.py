@@ -21,9 +21,15 @@ WRONG: list[Any] = [
     *("", "x", "../../x", "\ud800", "\x1b[2J", [], [[]], [0], [None], {}, {"a": 1}),
 ]
 """Put in the place of each fact."""
-ABSURD = {"F32": [math.nan, math.inf, -math.inf], "I32": [-2, 2**31 - 1, -(2**31)], "U8": [255], "BOOL": [2, 255]}
-"""Put in the place of one number of each tensor."""
-DTYPES = {"F32": np.float32, "I32": np.int32, "U8": np.uint8, "BOOL": np.uint8}
+ABSURD = {
+    "F32": [math.nan, math.inf, -math.inf],
+    "BF16": [0x7FC0, 0x7F80, 0xFF80],
+    "I32": [-2, 2**31 - 1, -(2**31)],
+    "U8": [255],
+    "BOOL": [2, 255],
+}
+"""Put in the place of one number of each tensor; for bfloat16 as bits: NaN and both infinities."""
+DTYPES = {"F32": np.float32, "BF16": np.uint16, "I32": np.int32, "U8": np.uint8, "BOOL": np.uint8}
 CONTENT = ("keys", "values", "score", "cumulative_attention", "residual_keys", "residual_values", "queries", "logits")
 """Tensors whose numbers could as well be others: only a sealed file keeps them from being changed."""
 

@@ -10,30 +10,37 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from tests.faults.crafted_sessions import Crafted, crafted
 from tests.support.chat import SMALL_CACHE, Chat, make_llm
+from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, CacheConfig, SamplingParams, Session
 from zsmerge_llm.errors import SessionCorruptError, SessionMismatchError
 from zsmerge_llm.sessions.session import load_session
 
 ROOT = Path(__file__).parents[2]
 REFUSED, SAME, OTHER = "refused", "the same answer", "another answer"
-KINDS: dict[str, tuple[str, CacheConfig]] = {
-    "window": ("qwen2.5", SMALL_CACHE),
-    "residual": ("smollm2", SMALL_CACHE.replace(residual=8)),
-    "paper": ("gemma3", CacheConfig.paper(64)),
-    "exact": ("llama3", CacheConfig.full()),
+KINDS: dict[str, tuple[str, str, torch.dtype, CacheConfig]] = {
+    "window": ("qwen2.5", "llama", torch.float32, SMALL_CACHE),
+    "bfloat16": ("qwen2.5", "qwen2", torch.bfloat16, SMALL_CACHE),
+    "residual": ("smollm2", "llama-mqa", torch.float32, SMALL_CACHE.replace(residual=8)),
+    "sliding": ("gemma3", "gemma3", torch.float32, CacheConfig.paper(64)),
+    "sinks": ("smollm2", "gpt_oss-sinks", torch.bfloat16, CacheConfig.streaming(64)),
+    "exact": ("llama3", "llama", torch.float32, CacheConfig.full()),
 }
 
 
 def make(kind: str, **settings: Any) -> LLM:
-    template, cache = KINDS[kind]
-    return make_llm(template, cache=cache, compile=False, **settings)
+    template, family, dtype, cache = KINDS[kind]
+    with mock.patch("tests.support.chat.tiny_model", partial(tiny_model, family, dtype=dtype)):
+        return make_llm(template, cache=cache, compile=False, **settings)
 
 
 def saved(kind: str, folder: Path) -> Path:
@@ -117,6 +124,20 @@ def test_a_hundred_crafted_files_are_refused_or_do_no_harm(tmp_path: Path) -> No
     assert found[0][1] == SAME, "the generator keeps a file as it is where it changes nothing"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_model_has_saved_it_reads_again(kind: str, tmp_path: Path) -> None:
+    llm = make(kind, sessions_dir=tmp_path)
+    chat = Chat(llm, "it")
+    for turn in range(3):
+        chat.ask(f"Question {turn}?")
+        path = llm.session("it").save(tmp_path / "copy")
+        assert answer(llm, load_session(path)) == answer(llm, llm.load_session(path))
+    again = Chat(make(kind, sessions_dir=tmp_path), "it", chat.messages)
+
+    assert again.ask("And now?").usage.reuse == "continued"
+    assert again.messages[-1]["content"] == chat.ask("And now?").text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_thousands_of_crafted_files_are_refused_or_do_no_harm(kind: str, tmp_path: Path) -> None:
@@ -125,6 +146,7 @@ def test_thousands_of_crafted_files_are_refused_or_do_no_harm(kind: str, tmp_pat
     print(kind, dict(Counter(result for _, result in found)))
 
     assert len(found) > 1000
+    assert found[0][1] == SAME
     assert unexpected(found) == {}
 
 

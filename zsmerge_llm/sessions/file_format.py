@@ -1,12 +1,13 @@
 """Files of tensors and JSON: safetensors, written atomically and protected by a checksum. Knows nothing of sessions.
 
-The JSON is in the header. The checksum is the SHA-256 of the whole file with zeros in the checksum's place, so that no
-byte can change unnoticed. The JSON has a digest of its own, so that listing a folder reads only the headers.
+The JSON is in the header. The checksum is the digest (`seal.digest`) of the whole file with zeros in the checksum's
+place, so that no byte can change unnoticed. The JSON has a digest of its own, so that listing a folder reads only the
+headers.
 """
 
 from __future__ import annotations
 
-import hashlib
+import hmac
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -20,13 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from zsmerge_llm.errors import SessionCorruptError, SessionMismatchError, SessionNotFoundError
+from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionMismatchError, SessionNotFoundError
 from zsmerge_llm.models.atomic_write import write_atomically
+from zsmerge_llm.sessions.seal import KEY_VARIABLE, digest, session_key
 
 FORMAT = 6
 MAX_HEADER = 100_000_000
 METADATA, METADATA_DIGEST, CHECKSUM = "about", "check", "sha256"
 """Keys of the header, the same in all formats, so that an older file is refused by its number."""
+SEALED = "sealed"
+"""A key of the header of files whose digests were made with a key."""
 CHECKSUM_START = f'"{CHECKSUM}":"'.encode()  # found in the header only: inside a JSON string the quotes are escaped
 NO_CHECKSUM = b"0" * 64
 
@@ -56,9 +60,13 @@ def write(path: Path, metadata: dict[str, Any], tensors: dict[str, Tensor], dura
         durable: as for `write_atomically`.
 
     Raises:
-        OSError: no room or no permission. The file that was there stays.
+        OSError: no room, no permission, or no `session_key`. The file that was there stays.
     """
-    write_atomically(path, _serialize(metadata, tensors), durable)
+    try:
+        key = session_key()
+    except ConfigError as error:
+        raise OSError(str(error)) from error
+    write_atomically(path, _serialize(metadata, tensors, key), durable)
 
 
 def read_metadata(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -70,9 +78,11 @@ def read_metadata(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[s
         SessionNotFoundError: no such file.
         SessionCorruptError: truncated, altered, or not written by `write`.
         SessionMismatchError: a format that this version does not read.
+        ConfigError: there is no `session_key` though there should be one.
     """
+    key = session_key()
     with _open(path) as file, refusing(path):
-        metadata = _read_header(path, file)[0]
+        metadata = _read_header(path, file, key)[0]
         check(metadata)
     return metadata
 
@@ -88,20 +98,19 @@ def read(
     Raises:
         As `read_metadata`.
     """
+    key = session_key()
     with _open(path) as file:
         with refusing(path):
-            metadata, tensors, start = _read_header(path, file)
+            metadata, tensors, start = _read_header(path, file, key)
             check(metadata, tensors)
         file.seek(0)
         content = file.read()
     if not content.startswith(start):
         raise corrupt_error(path, "was changed while it was read")
     place = content.find(CHECKSUM_START) + len(CHECKSUM_START)
-    digest = hashlib.sha256(content[:place])
-    digest.update(NO_CHECKSUM)
-    digest.update(memoryview(content)[place + 64 :])
-    if digest.hexdigest().encode() != content[place : place + 64]:
-        raise corrupt_error(path, "does not match its checksum")
+    checksum = digest((content[:place], NO_CHECKSUM, memoryview(content)[place + 64 :]), key)
+    if not hmac.compare_digest(checksum.encode(), content[place : place + 64]):
+        raise corrupt_error(path, _mismatch(key))
     try:
         return metadata, load(content)
     except SafetensorError as error:
@@ -129,7 +138,7 @@ def _open(path: Path) -> Iterator[FileIO]:
         raise corrupt_error(path, "cannot be read") from error
 
 
-def _read_header(path: Path, file: FileIO) -> tuple[dict[str, Any], dict[str, TensorInfo], bytes]:
+def _read_header(path: Path, file: FileIO, key: bytes | None) -> tuple[dict[str, Any], dict[str, TensorInfo], bytes]:
     """Return the JSON, the shapes of all tensors, and the bytes read. Raises what `refusing` turns into an error."""
     prefix = file.read(8)
     size = int.from_bytes(prefix, "little")
@@ -139,11 +148,11 @@ def _read_header(path: Path, file: FileIO) -> tuple[dict[str, Any], dict[str, Te
     header = _parse(content)
     own = header.pop("__metadata__")
     text = own[METADATA]
-    intact = own[METADATA_DIGEST] == hashlib.sha256(text.encode()).hexdigest()
     metadata = _parse(text)
     version = metadata["format"]
-    if not intact:
-        raise ValueError("does not match its checksum")
+    _check_seal(path, SEALED in own, key)
+    if not hmac.compare_digest(own[METADATA_DIGEST], digest((text.encode(),), key)):
+        raise ValueError(_mismatch(key))
     if version != FORMAT:
         raise SessionMismatchError(
             f"{path} has format {version} and this version of zsmerge-llm reads format {FORMAT}: "
@@ -174,15 +183,28 @@ def corrupt_error(path: Path, problem: str) -> SessionCorruptError:
     )
 
 
-def _serialize(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> bytearray:
+def _check_seal(path: Path, is_sealed: bool, key: bytes | None) -> None:
+    """Raise SessionCorruptError where a file is sealed and there is no key, or the other way round."""
+    if is_sealed and key is None:
+        raise SessionCorruptError(f"{path} is sealed: set {KEY_VARIABLE} to the file of the key it was sealed with.")
+    if not is_sealed and key is not None:
+        raise SessionCorruptError(
+            f"{path} is not sealed, so anybody may have made it. If you trust it, load it without {KEY_VARIABLE}; "
+            "else delete it and read the conversation anew."
+        )
+
+
+def _mismatch(key: bytes | None) -> str:
+    return "does not match its checksum" if key is None else "was not sealed with this session key"
+
+
+def _serialize(metadata: dict[str, Any], tensors: dict[str, Tensor], key: bytes | None) -> bytearray:
     text = json.dumps({"format": FORMAT, **metadata}, sort_keys=True)
-    header = {METADATA: text, METADATA_DIGEST: _sha256(text.encode()), CHECKSUM: NO_CHECKSUM.decode()}
+    header = {METADATA: text, METADATA_DIGEST: digest((text.encode(),), key), CHECKSUM: NO_CHECKSUM.decode()}
+    if key is not None:
+        header[SEALED] = "HMAC-SHA256"
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor.numel()}
     content = bytearray(save(plain, header))
     start = content.index(CHECKSUM_START) + len(CHECKSUM_START)
-    content[start : start + 64] = _sha256(content).encode()
+    content[start : start + 64] = digest((content,), key).encode()
     return content
-
-
-def _sha256(content: bytes | bytearray) -> str:
-    return hashlib.sha256(content).hexdigest()

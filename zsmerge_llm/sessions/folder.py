@@ -16,6 +16,7 @@ from typing import Any
 from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionError
 from zsmerge_llm.models.atomic_write import TEMPORARY_PREFIX, TEMPORARY_SUFFIX
 from zsmerge_llm.sessions import file_format
+from zsmerge_llm.sessions.seal import session_key
 from zsmerge_llm.sessions.session import Fingerprint, Session, SessionInfo, load_session
 from zsmerge_llm.sessions.validation import ExpectedCache, check_facts
 
@@ -23,6 +24,7 @@ SUFFIX = ".zsmerge"
 SAFE_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 MAX_STEM = 120
 GENERATED_NAME = re.compile(r"chat-[0-9a-f]{8}")
+OTHERS_WRITE = 0o022
 ABANDONED_SECONDS = 3600
 """Age after which an unfinished file is taken to belong to a killed process."""
 
@@ -36,7 +38,7 @@ class Folder:
         expected: as for `load_session`.
 
     Raises:
-        ConfigError: `path` cannot be a folder.
+        ConfigError: `path` cannot be a folder, or others may write to it; the session key cannot be read.
     """
 
     def __init__(
@@ -52,9 +54,13 @@ class Folder:
         self.expected = expected
         self._suffix = _suffix(asdict(fingerprint))
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mode = self.path.stat().st_mode
         except OSError as error:
             raise ConfigError(f"Sessions cannot be kept in {path}: {error}. Give another folder.") from error
+        if hasattr(os, "getuid") and mode & OTHERS_WRITE:
+            raise ConfigError(f"Others may write to {path}, so no sessions are kept there. Run: chmod go-w {path}")
+        session_key()  # one that cannot be read is an error now, not at the first save
 
     def file(self, name: str) -> Path:
         """Return the path of the session of that name."""
