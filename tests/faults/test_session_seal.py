@@ -76,7 +76,7 @@ def test_with_a_key_a_file_without_a_seal_is_refused(
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nobody_changes_a_sealed_file_without_its_key(
     data: st.DataObject, key: Path, session: Session, tmp_path: Path
 ) -> None:
