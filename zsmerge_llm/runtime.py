@@ -120,6 +120,7 @@ def assemble(
     from zsmerge_llm.sessions.fingerprint import fingerprint
     from zsmerge_llm.sessions.prompt_builder import PromptBuilder
     from zsmerge_llm.sessions.store import Store
+    from zsmerge_llm.sessions.validation import ExpectedCache
 
     loaded = load(model, **loading)
     tokenizer = loaded.tokenizer
@@ -129,10 +130,9 @@ def assemble(
         undo.callback(engine.close)
         source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
         mark = fingerprint(loaded.model, tokenizer, source, cache)
-        devices = [str(spec.device) for spec in engine.specs]
-        policy = None if isinstance(cache.policy, str) else cache.policy
+        expected = ExpectedCache(engine.config, engine.specs, engine.vocab_size)
         size, device = engine.new_cache().nbytes, device_tier(engine, loading["quantization"], gpu_session_memory)
-        store = Store(mark, session_memory, size, sessions_dir, devices, policy, device)
+        store = Store(mark, session_memory, size, sessions_dir, expected, device)
         output_formats = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
         report_status = loading.get("progress")
         layer_budgets = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), report_status)

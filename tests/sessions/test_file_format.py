@@ -26,6 +26,7 @@ from zsmerge_llm.models.atomic_write import TEMPORARY_PREFIX, TEMPORARY_SUFFIX
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.fingerprint import fingerprint
 from zsmerge_llm.sessions.session import load_session
+from zsmerge_llm.sessions.validation import check_facts
 
 ROOT = Path(__file__).parents[2]
 
@@ -335,11 +336,11 @@ def test_what_a_killed_save_left_is_ignored_and_deleted_later(tmp_path: Path) ->
 
 def test_the_header_alone_tells_what_a_file_holds(session: Session, tmp_path: Path) -> None:
     path = session.save(tmp_path / "it")
-    metadata = file_format.read_metadata(path)
+    metadata = file_format.read_metadata(path, check_facts)
     size = int.from_bytes(path.read_bytes()[:8], "little")
     os.truncate(path, 8 + size)
 
-    assert file_format.read_metadata(path) == metadata
+    assert file_format.read_metadata(path, check_facts) == metadata
     assert (metadata["name"], metadata["tokens"], metadata["messages"]) == ("it", len(session.tokens), 8)
     assert json.loads(json.dumps(metadata)) == metadata
     with pytest.raises(SessionError):

@@ -73,8 +73,9 @@ def inspect_session(
     with terminal.show_warnings(), terminal.show_steps(f"Reading {path.name}"):
         from zsmerge_llm.inspection.html import write_html
         from zsmerge_llm.inspection.memory_map import memory_map
+        from zsmerge_llm.sessions.session import load_session
 
-        opened = _open(path)
+        opened = load_session(path)
         memory = memory_map(opened)
         tokenizer = _tokenizer(model, opened)
         target = output or Path(re.sub(r"[^\w.-]+", "-", opened.name).strip(".-") or "session").with_suffix(".html")
@@ -122,15 +123,6 @@ def _file(session: str, folder: Path | None) -> Path:
         known = ", ".join(str(path) for path in paths)
         raise InputError(f"Several models have a session {session!r}: give the path of one ({known}).")
     return paths[0]
-
-
-def _open(path: Path) -> Session:
-    """Load a saved session into CPU memory. Raises as `load_session`."""
-    from zsmerge_llm.models.device import HOST
-    from zsmerge_llm.sessions.file_format import read_metadata
-    from zsmerge_llm.sessions.session import load_session
-
-    return load_session(path, devices=[HOST] * len(read_metadata(path)["cache"]["specs"]))
 
 
 def _tokenizer(model: str, session: Session) -> PreTrainedTokenizerBase:

@@ -26,8 +26,8 @@ from zsmerge_llm.cpu.trusted_files import check_folder, digest, private_folder
 from zsmerge_llm.errors import PackageError, UnsupportedModelError
 from zsmerge_llm.paths import cache_folder
 
-DECODE_SOURCES = ("simd", "quantization", "gemv", "decode_attention", "packaged_step")
-PREFILL_SOURCES = ("simd", "quantization", "quantized_gemm", "prefill_attention")
+DECODE_SOURCES = ("simd", "shapes", "quantization", "gemv", "decode_attention", "packaged_step")
+PREFILL_SOURCES = ("simd", "shapes", "quantization", "quantized_gemm", "prefill_attention")
 """Files of `csrc/` that are compiled together, in this order."""
 MAX_ROWS = 8
 """Most rows of `gemv`, and most tokens a row of `decode_attention` (docs/research/kernels)."""

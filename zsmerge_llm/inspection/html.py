@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
+import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -39,10 +42,21 @@ LISTED_PASSAGES = 8
 
 
 def write_html(memory: MemoryMap, tokenizer: PreTrainedTokenizerBase, path: str | Path, title: str = "Session") -> Path:
-    """Write the page to `path` in UTF-8, and return the path. Raises OSError."""
+    """Write the page to `path` in UTF-8, and return the path. Only the owner may read it. Raises OSError."""
     target = Path(path)
-    target.write_text(render(memory, tokenizer, title), encoding="utf-8", newline="\n")
+    page = render(memory, tokenizer, title)
+    with open(target, "w", encoding="utf-8", newline="\n", opener=_private) as file:
+        file.write(page)
     return target
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file for its owner alone, also where it was there before; what is no file keeps its mode."""
+    handle = os.open(path, flags, 0o600)
+    if hasattr(os, "fchmod") and stat.S_ISREG(os.fstat(handle).st_mode):
+        with suppress(OSError):  # some file systems have no modes
+            os.fchmod(handle, 0o600)
+    return handle
 
 
 def render(memory: MemoryMap, tokenizer: PreTrainedTokenizerBase, title: str = "Session") -> str:

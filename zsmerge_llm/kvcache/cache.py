@@ -224,17 +224,24 @@ class Cache:
         return tensors, facts
 
     @classmethod
-    def from_state(cls, tensors: dict[str, Tensor], facts: dict[str, Any], policy: Any = None) -> Cache:
+    def from_state(
+        cls,
+        tensors: dict[str, Tensor],
+        facts: dict[str, Any],
+        policy: Any = None,
+        specs: Sequence[LayerSpec] | None = None,
+    ) -> Cache:
         """Invert `state`. The tensors are taken over, and moved to each layer's device where they are elsewhere.
 
         Args:
             tensors: those without elements may be left out.
             policy: the `EvictionPolicy` object whose name the facts hold, if they hold no built-in one.
+            specs: the model's layers; None takes those of the facts.
 
         Raises:
             ValueError, KeyError: tensors that do not fit the facts. ConfigError: facts of an unknown configuration.
         """
-        specs = [
+        specs = specs or [
             LayerSpec(**{**spec, "dtype": getattr(torch, spec["dtype"]), "device": torch.device(spec["device"])})
             for spec in facts["specs"]
         ]

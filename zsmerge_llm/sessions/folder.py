@@ -8,7 +8,6 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,12 +16,15 @@ from typing import Any
 from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionError
 from zsmerge_llm.models.atomic_write import TEMPORARY_PREFIX, TEMPORARY_SUFFIX
 from zsmerge_llm.sessions import file_format
+from zsmerge_llm.sessions.seal import session_key
 from zsmerge_llm.sessions.session import Fingerprint, Session, SessionInfo, load_session
+from zsmerge_llm.sessions.validation import ExpectedCache, check_facts
 
 SUFFIX = ".zsmerge"
 SAFE_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 MAX_STEM = 120
 GENERATED_NAME = re.compile(r"chat-[0-9a-f]{8}")
+OTHERS_WRITE = 0o022
 ABANDONED_SECONDS = 3600
 """Age after which an unfinished file is taken to belong to a killed process."""
 
@@ -33,11 +35,10 @@ class Folder:
     Args:
         path: made where it is missing.
         durable: whether what is saved must outlast a power failure.
-        devices: where the layers of a session go when it is loaded; None is where they were.
-        policy: as for `load_session`.
+        expected: as for `load_session`.
 
     Raises:
-        ConfigError: `path` cannot be a folder.
+        ConfigError: `path` cannot be a folder, or others may write to it; the session key cannot be read.
     """
 
     def __init__(
@@ -45,19 +46,21 @@ class Folder:
         path: str | Path,
         fingerprint: Fingerprint,
         durable: bool,
-        devices: Sequence[str] | None,
-        policy: Any = None,
+        expected: ExpectedCache | None = None,
     ) -> None:
         self.path = Path(path)
         self.fingerprint = fingerprint
         self.durable = durable
-        self.devices = devices
-        self.policy = policy
+        self.expected = expected
         self._suffix = _suffix(asdict(fingerprint))
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mode = self.path.stat().st_mode
         except OSError as error:
             raise ConfigError(f"Sessions cannot be kept in {path}: {error}. Give another folder.") from error
+        if hasattr(os, "getuid") and mode & OTHERS_WRITE:
+            raise ConfigError(f"Others may write to {path}, so no sessions are kept there. Run: chmod go-w {path}")
+        session_key()  # one that cannot be read is an error now, not at the first save
 
     def file(self, name: str) -> Path:
         """Return the path of the session of that name."""
@@ -73,7 +76,7 @@ class Folder:
         path = info.path
         if path is None or not path.is_file():
             raise SessionCorruptError(f"{path}, where session {info.name!r} was kept, is gone: read it anew.")
-        session = load_session(path, self.fingerprint, self.devices, self.policy)
+        session = load_session(path, self.fingerprint, self.expected)
         if session.head.digest != info.digest:
             raise SessionCorruptError(f"{path} was replaced by another conversation: it is read anew.")
         session.name, session.named = info.name, info.named
@@ -114,7 +117,7 @@ def list_folder(path: Path, suffix: str = SUFFIX) -> list[tuple[dict[str, Any], 
     found = []
     for file in path.glob(f"*{suffix}"):
         with suppress(SessionError, OSError):
-            metadata = file_format.read_metadata(file)
+            metadata = file_format.read_metadata(file, check_facts)
             found.append(({**metadata, "name": _name(metadata, file)}, file))
     return found
 

@@ -21,7 +21,9 @@ import torch
 from zsmerge_llm.errors import SessionMismatchError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.sessions import file_format
+from zsmerge_llm.sessions.identity import Fingerprint, Kind
 from zsmerge_llm.sessions.token_ids import TokenIds
+from zsmerge_llm.sessions.validation import ExpectedCache, SavedCache, check_facts, check_header, check_tensors
 
 if TYPE_CHECKING:
     from zsmerge_llm.sessions.transcript import Transcript
@@ -29,19 +31,8 @@ if TYPE_CHECKING:
 MAX_ANSWER_SNAPSHOTS = 4
 """Snapshots after answers that a session keeps: the newest two, and older ones ever further apart."""
 
-Kind = Literal["prefix", "prompt", "answer", "document"]
 Tier = Literal["device", "host", "disk"]
 """Where a conversation is kept: where the model computes, in host memory, or in a file."""
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a saved cache belongs to: digests, and the cache configuration as JSON (`cache`)."""
-
-    weights: str
-    tokenizer: str
-    template: str
-    cache: str
 
 
 @dataclass(frozen=True)
@@ -252,56 +243,57 @@ class Session:
 
 
 def load_session(
-    path: str | Path,
-    fingerprint: Fingerprint | None = None,
-    devices: Sequence[str] | None = None,
-    policy: Any = None,
+    path: str | Path, fingerprint: Fingerprint | None = None, expected: ExpectedCache | None = None
 ) -> Session:
     """Read a session back, bit for bit.
 
     Args:
         fingerprint: what the session must belong to; None accepts any.
-        devices: where each layer's tensors go; None is where they were.
-        policy: the `EvictionPolicy` whose name the saved configuration may hold.
+        expected: what its cache must be like. None: whatever the file describes, in host memory.
 
     Raises:
         SessionNotFoundError: no such file.
-        SessionCorruptError: truncated, altered, or no session at all.
+        SessionCorruptError: truncated, altered, no session at all, or none that this model can have made.
         SessionMismatchError: saved with another model, tokenizer, template or cache configuration, or in another
             format.
     """
     source = Path(path)
-    metadata = file_format.read_metadata(source)
-    saved = Fingerprint(**metadata["fingerprint"])
-    if fingerprint is not None and saved != fingerprint:
-        parts = [name for name, value in asdict(saved).items() if value != getattr(fingerprint, name)]
-        raise SessionMismatchError(
-            f"{source} was saved with another {' and '.join(parts)}: load it with the settings it was saved with, "
-            "or read the conversation anew."
-        )
-    tensors = file_format.read_tensors(source)
-    cache_metadata = metadata["cache"]
-    for spec, device in zip(cache_metadata["specs"], devices or (), strict=False):
-        spec["device"] = device
-    tokens = array("i", tensors.pop("tokens").numpy().tobytes()) if "tokens" in tensors else ()
-    text = tensors.pop("document", None)
-    named_policy: dict[str, Any] = {} if policy is None else {"policy": policy}
-    try:
-        cache = Cache.from_state(tensors, cache_metadata, **named_policy)
-    except (KeyError, TypeError, ValueError) as error:
-        raise file_format.corrupt_error(source, "does not hold a whole cache") from error
-    head = Snapshot(metadata["digest"], metadata["messages"], tokens, cache, metadata["kind"])
+    checked: list[SavedCache] = []
+
+    def check(facts: dict[str, Any], tensors: dict[str, file_format.TensorInfo]) -> None:
+        check_facts(facts)
+        _check_fingerprint(source, Fingerprint(**facts["fingerprint"]), fingerprint)
+        checked.append(check_header(facts, tensors, expected))
+
+    facts, tensors = file_format.read(source, check)
+    (saved,) = checked
+    with file_format.refusing(source):
+        check_tensors(saved, tensors)
+        document = tensors.pop("document").numpy().tobytes().decode() if facts["has_document"] else None
+    tokens = array("i", tensors.pop("tokens").numpy().tobytes() if saved.num_tokens else b"")
+    policy = None if expected is None else expected.config.policy
+    cache = Cache.from_state(tensors, facts["cache"], policy, saved.specs)
+    head = Snapshot(facts["digest"], facts["messages"], tokens, cache, facts["kind"])
     return Session(
-        metadata["name"],
-        saved,
-        date.fromisoformat(metadata["today"]),
+        facts["name"],
+        Fingerprint(**facts["fingerprint"]),
+        date.fromisoformat(facts["today"]),
         {head.digest: head},
         used=source.stat().st_mtime,
-        document=None if text is None else text.numpy().tobytes().decode(),
-        named=metadata["named"],
-        forked=metadata["forked"],
-        prefix_digests=tuple(metadata["prefix_digests"]),
+        document=document,
+        named=facts["named"],
+        forked=facts["forked"],
+        prefix_digests=tuple(facts["prefix_digests"]),
     )
+
+
+def _check_fingerprint(path: Path, saved: Fingerprint, wanted: Fingerprint | None) -> None:
+    if wanted is not None and saved != wanted:
+        parts = [name for name, value in asdict(saved).items() if value != getattr(wanted, name)]
+        raise SessionMismatchError(
+            f"{path} was saved with another {' and '.join(parts)}: load it with the settings it was saved with, "
+            "or read the conversation anew."
+        )
 
 
 def _superfluous(snapshots: list[Snapshot], newest: Set[str]) -> list[Snapshot]:

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from zsmerge_llm.errors import SessionNotFoundError, StoreFullError
 from zsmerge_llm.sessions.folder import Folder, generate_name
@@ -21,6 +20,7 @@ from zsmerge_llm.sessions.session import Fingerprint, Session, Snapshot, load_se
 from zsmerge_llm.sessions.session_table import StoreEntry
 from zsmerge_llm.sessions.tiers import DeviceTier
 from zsmerge_llm.sessions.transcript import Transcript
+from zsmerge_llm.sessions.validation import ExpectedCache
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Store(TieredSessions):
         session_nbytes: bytes of one session's cache.
         folder: where sessions are kept for good: each is saved after each turn, and found here at the next start.
             None: nothing is kept after the process ends, and what does not fit into memory goes to a temporary folder.
-        devices: where the layers of a session go when it is loaded; None is where they were.
-        policy: as for `load_session`.
+        expected: as for `load_session`.
         device: the memory of a model that does not compute in the host's; None for one that does.
 
     Raises:
@@ -57,8 +56,7 @@ class Store(TieredSessions):
         limit: int,
         session_nbytes: int = 0,
         folder: str | Path | None = None,
-        devices: Sequence[str] | None = None,
-        policy: Any = None,
+        expected: ExpectedCache | None = None,
         device: DeviceTier | None = None,
     ) -> None:
         if limit < session_nbytes:
@@ -71,7 +69,7 @@ class Store(TieredSessions):
         self._temporary = None if folder is not None else tempfile.TemporaryDirectory(prefix="zsmerge-sessions-")
         path = folder if self._temporary is None else self._temporary.name
         assert path is not None
-        kept = Folder(path, fingerprint, self.persistent, devices, policy)
+        kept = Folder(path, fingerprint, self.persistent, expected)
         super().__init__(kept, limit, session_nbytes, device)
         if self.persistent:
             self._folder.delete_abandoned_files()
@@ -151,7 +149,7 @@ class Store(TieredSessions):
 
     def load(self, path: str | Path) -> Session:
         """Load a saved session under the name it was saved with. Raises as `load_session`."""
-        session = load_session(path, self.fingerprint, self._folder.devices, self._folder.policy)
+        session = load_session(path, self.fingerprint, self._folder.expected)
         self.commit(session)
         return session
 

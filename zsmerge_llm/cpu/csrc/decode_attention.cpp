@@ -281,19 +281,38 @@ void attend(const Tensor& query, const Slots& slots, const int32_t* token_positi
     }
 }
 
+// Check everything that `append_tokens` and `attend` address memory by.
+void check_decode(const Tensor& query, const Tensor& key, const Tensor& value, const Slots& slots,
+                  const Tensor& token_position, at::IntArrayRef num_filled, const std::optional<Tensor>& sinks) {
+  for (const Tensor* each : {&query, &key, &value, &slots.keys, &slots.values})
+    TORCH_CHECK(each->dim() == 4 && each->is_cpu() && each->scalar_type() == query.scalar_type() &&
+                    each->stride(3) == 1,
+                "zsmerge::decode_attention takes rows [B, H, T, D] of one dtype");
+  const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
+  const int64_t H = slots.keys.size(1), P = slots.keys.size(2), E = slots.values.size(3);
+  TORCH_CHECK(B > 0 && H > 0 && Hq > 0 && T > 0 && D > 0 && E > 0 && Hq % H == 0 && has_shape(key, {B, H, T, D}) &&
+                  has_shape(value, {B, H, T, E}),
+              "zsmerge::decode_attention: slots of another shape than the layer's");
+  TORCH_CHECK(is_dense(slots.keys, query.scalar_type(), {B, H, P, D}) &&
+                  is_dense(slots.values, query.scalar_type(), {B, H, P, E}) &&
+                  is_dense(slots.multiplicity, at::kFloat, {B, H, P}) && is_dense(slots.score, at::kFloat, {B, H, P}) &&
+                  is_dense(slots.cumulative_attention, at::kFloat, {B, H, P}) &&
+                  is_dense(slots.position, at::kInt, {B, H, P}),
+              "zsmerge::decode_attention writes to contiguous slots of as many rows as there are queries");
+  TORCH_CHECK(token_position.scalar_type() == at::kInt && has_shape(token_position, {B, T}) &&
+                  static_cast<int64_t>(num_filled.size()) == B && (!sinks || has_shape(*sinks, {Hq})),
+              "zsmerge::decode_attention: positions or sinks for other tokens than the layer's");
+  for (const int64_t filled : num_filled)
+    TORCH_CHECK(filled >= 0 && filled <= P - T, "zsmerge::decode_attention: no room behind slot ", filled);
+}
+
 // Append a pass's tokens to the slots after num_filled [B] and attend causally from them to all slots.
 // query [B, Hq, T, D], key and value [B, H, T, D]; token_position int32 [B, T]; sinks float [Hq] (attention-sink
 // logits); out [B, Hq, T, D].
 void decode_attention_out(const Tensor& query, const Tensor& key, const Tensor& value, const Slots& slots,
                           const Tensor& token_position, at::IntArrayRef num_filled, const int64_t* active,
                           const AttentionParams& params, const std::optional<Tensor>& sinks, Tensor& out) {
-  for (const Tensor& each :
-       {slots.keys, slots.values, slots.multiplicity, slots.score, slots.cumulative_attention, slots.position})
-    TORCH_CHECK(each.is_contiguous() && each.size(0) == query.size(0) && each.size(2) == slots.keys.size(2),
-                "zsmerge::decode_attention writes to contiguous slots of as many rows as there are queries");
-  for (const int64_t filled : num_filled)
-    TORCH_CHECK(filled >= 0 && filled + key.size(2) <= slots.keys.size(2),
-                "zsmerge::decode_attention: no room behind slot ", filled);
+  check_decode(query, key, value, slots, token_position, num_filled, sinks);
   const Tensor positions = token_position.contiguous();
   const Tensor sink_column = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
   const float* sink_data = sinks ? sink_column.const_data_ptr<float>() : nullptr;
@@ -328,6 +347,14 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
 // query_position [B, W], in active rows (null: all). The query of position p has entry p mod W.
 void push_active_queries(Tensor queries, Tensor query_position, const Tensor& new_queries, const Tensor& new_position,
                          const int64_t* active) {
+  TORCH_CHECK(queries.dim() == 4 && new_queries.dim() == 4 && queries.size(2) > 0 &&
+                  is_dense(queries, new_queries.scalar_type(), queries.sizes()) && new_queries.is_cpu() &&
+                  has_shape(new_queries, {queries.size(0), queries.size(1), new_queries.size(2), queries.size(3)}) &&
+                  new_queries.stride(3) == 1 &&
+                  is_dense(query_position, at::kInt, {queries.size(0), queries.size(2)}) &&
+                  new_position.scalar_type() == at::kInt &&
+                  has_shape(new_position, {queries.size(0), new_queries.size(2)}),
+              "zsmerge::push_queries: a query ring of another shape than the layer's");
   const int64_t heads = queries.size(1), W = queries.size(2), T = new_queries.size(2);
   const int64_t row_bytes = queries.size(3) * queries.element_size(), element_bytes = new_queries.element_size();
   const Tensor positions = new_position.contiguous();

@@ -297,24 +297,43 @@ void gemv_out(const Tensor& x, at::TensorList weights, at::TensorList scales, at
   }
 }
 
+// Check everything that `gemv_outputs` addresses memory by. first: the first of the matrices, all of one kind.
+void check_matrix(const Tensor& x, const Tensor& weight, const Tensor& first, const Tensor* scale, const Tensor* bias) {
+  const at::ScalarType kind = weight.scalar_type();
+  const bool is_int4 = kind == at::kByte;
+  TORCH_CHECK(weight.dim() == 2 && is_dense(weight, first.scalar_type(), weight.sizes()) &&
+                  (is_int4 || kind == at::kChar || kind == x.scalar_type()) &&
+                  (is_int4 ? 2 : 1) * weight.size(1) == x.size(1),
+              "zsmerge::gemv takes contiguous matrices [N, K] of one kind");
+  const int64_t N = weight.size(0), G = is_int4 && scale->dim() == 3 ? scale->size(0) : 0;
+  TORCH_CHECK(!is_int4 || (N % PACK_WIDTH == 0 && G > 0 && x.size(1) % (2 * G) == 0 &&
+                           is_dense(*scale, x.scalar_type(), {G, N, 2})),
+              "zsmerge::gemv takes int4 matrices with scales and zeros [G, N, 2]");
+  TORCH_CHECK(is_int4 || scale == nullptr || is_dense(*scale, x.scalar_type(), {N}), "zsmerge::gemv takes scales [N]");
+  TORCH_CHECK(bias == nullptr || is_dense(*bias, x.scalar_type(), {N}), "zsmerge::gemv takes biases [N]");
+}
+
 // x [M, K] times matrices that share it -> [M, N] each, + bias [N]. operands: all matrices, then all scales if there are
 // any, then all biases if there are any: one list, since AOTInductor passes no empty ones. A matrix is [N, K] in x's
 // dtype; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's AVX-512 int4 packing with scales and zeros
 // [G, N, 2].
 std::vector<Tensor> gemv(const Tensor& x, at::TensorList operands, int64_t num_matrices) {
   const size_t count = num_matrices;
-  TORCH_CHECK(num_matrices > 0 && operands.size() >= count && operands.size() % count == 0,
-              "zsmerge::gemv takes as many scales and biases as matrices");
+  TORCH_CHECK(x.dim() == 2 && x.is_cpu() && x.size(1) > 0 && num_matrices > 0 && operands.size() >= count &&
+                  operands.size() % count == 0,
+              "zsmerge::gemv takes rows [M, K], and as many scales and biases as matrices");
   const at::TensorList weights = operands.slice(0, count);
   const bool scaled = !weights[0].is_floating_point();
   TORCH_CHECK(operands.size() == count * (1 + scaled) || operands.size() == count * (2 + scaled),
               "zsmerge::gemv takes scales for integers only");
   const at::TensorList scales = operands.slice(count, scaled ? count : 0), biases = operands.slice(count * (1 + scaled));
   std::vector<Tensor> out;
-  for (const Tensor& weight : weights) {
-    const int64_t inputs = weight.scalar_type() == at::kByte ? 2 * weight.size(1) : weight.size(1);
-    TORCH_CHECK(weight.is_contiguous() && inputs == x.size(1), "zsmerge::gemv takes contiguous matrices [N, K]");
-  }
+  for (size_t i = 0; i < count; ++i)
+    check_matrix(x, weights[i], weights[0], scales.empty() ? nullptr : &scales[i],
+                 biases.empty() ? nullptr : &biases[i]);
+  for (const Tensor& scale : scales)
+    TORCH_CHECK(weights[0].scalar_type() != at::kByte || scale.size(0) == scales[0].size(0),
+                "zsmerge::gemv takes int4 matrices of one group size");
   for (const Tensor& weight : weights) out.push_back(at::empty({x.size(0), weight.size(0)}, x.options()));
   gemv_out(x, weights, scales, biases, out);
   return out;

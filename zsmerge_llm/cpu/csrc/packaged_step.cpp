@@ -20,26 +20,12 @@ Tensor attend_slots(const Tensor& query, const Tensor& key, const Tensor& value,
   const LayerContext& layer = *current_layer;
   const Tensor *state = layer.state, &keys = state[0], &values = state[1], &ring = state[6];
   const int64_t rows = query.size(0), T = query.size(2);
-  TORCH_CHECK(keys.dim() == 4 && values.dim() == 4 && keys.size(1) == key.size(1) && keys.size(3) == key.size(3) &&
-                  values.size(1) == value.size(1) && values.size(3) == value.size(3) &&
-                  keys.scalar_type() == query.scalar_type() && values.scalar_type() == query.scalar_type() &&
-                  query.size(3) == key.size(3) && query.size(1) % key.size(1) == 0 && query.stride(3) == 1 &&
-                  key.stride(3) == 1 && value.stride(3) == 1,
-              "zsmerge::attend_slots: slots of another shape than the layer's");
-  TORCH_CHECK(static_cast<int64_t>(layer.num_filled.size()) == rows && layer.token_position->dim() == 2 &&
-                  layer.token_position->size(0) == rows && layer.token_position->size(1) == T,
-              "zsmerge::attend_slots: positions for other tokens than the layer's");
+  TORCH_CHECK(query.dim() == 4 && values.dim() == 4, "zsmerge::attend_slots takes rows [B, H, T, D]");
   Tensor out = at::empty({rows, query.size(1), T, values.size(3)}, query.options());
   decode_attention_out(query, key, value, {keys, values, state[2], state[3], state[4], state[5]},
                        *layer.token_position, layer.num_filled, layer.active,
                        {scaling, layer.alpha, softcap, layer.window}, sinks, out);
-  if (layer.pushes_queries) {
-    TORCH_CHECK(ring.dim() == 4 && ring.is_contiguous() && ring.size(0) == rows && ring.size(1) == query.size(1) &&
-                    ring.size(3) == query.size(3) && ring.scalar_type() == query.scalar_type() &&
-                    state[7].is_contiguous() && state[7].numel() == rows * ring.size(2),
-                "zsmerge::attend_slots: a query ring of another shape than the layer's");
-    push_active_queries(ring, state[7], query, *layer.token_position, layer.active);
-  }
+  if (layer.pushes_queries) push_active_queries(ring, state[7], query, *layer.token_position, layer.active);
   if (layer.kept != nullptr) layer.kept->insert(layer.kept->end(), {query, key, value, sinks ? *sinks : at::empty({0})});
   return out;
 }
@@ -73,9 +59,11 @@ struct PackagedStep : torch::CustomClassHolder {
                           std::vector<int64_t> num_filled, std::vector<double> alphas, std::vector<int64_t> windows,
                           std::vector<int64_t> pushes_queries, std::vector<int64_t> wanted,
                           std::vector<int64_t> active, Tensor token_position) {
+    TORCH_CHECK(token_position.dim() == 2, "zsmerge::PackagedStep: positions are [rows, T]");
     const int64_t rows = token_position.size(0);
     const size_t count = alphas.size();
-    TORCH_CHECK(first >= 0 && first + count <= layers.size() && static_cast<int64_t>(active.size()) == rows &&
+    TORCH_CHECK(first >= 0 && count <= layers.size() && first <= static_cast<int64_t>(layers.size() - count) &&
+                    static_cast<int64_t>(active.size()) == rows &&
                     num_filled.size() == count * rows && state.size() == 8 * count && windows.size() == count &&
                     pushes_queries.size() == count && wanted.size() == count,
                 "zsmerge::PackagedStep: lists that do not fit to ", rows, " rows");

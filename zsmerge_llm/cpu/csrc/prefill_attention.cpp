@@ -185,15 +185,21 @@ Tensor prefill_attention(const Tensor& query, const Tensor& keys, const Tensor& 
                          double scaling, double softcap, int64_t window, const std::optional<Tensor>& bias,
                          const std::optional<Tensor>& query_position, const std::optional<Tensor>& slot_position,
                          const std::optional<Tensor>& sinks) {
+  for (const Tensor& each : {query, keys, values})
+    TORCH_CHECK(each.dim() == 4 && each.is_cpu() && each.scalar_type() == at::kBFloat16 && each.stride(3) == 1,
+                "zsmerge::prefill_attention takes rows of bfloat16");
   const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
   const int64_t H = keys.size(1), C = keys.size(2), E = values.size(3), C_padded = round_up(C, BLOCK_KV);
-  for (const Tensor& each : {query, keys, values})
-    TORCH_CHECK(each.scalar_type() == at::kBFloat16 && each.stride(3) == 1,
-                "zsmerge::prefill_attention takes rows of bfloat16");
-  TORCH_CHECK(D % 2 == 0 && Hq % H == 0 && static_cast<int64_t>(num_past.size()) == B,
+  TORCH_CHECK(B > 0 && H > 0 && Hq > 0 && T > 0 && D > 0 && E > 0 && D % 2 == 0 && Hq % H == 0 &&
+                  has_shape(keys, {B, H, C, D}) && has_shape(values, {B, H, C, E}) &&
+                  static_cast<int64_t>(num_past.size()) == B && (!bias || has_shape(*bias, {B, H, C})) &&
+                  (!sinks || has_shape(*sinks, {Hq})),
               "zsmerge::prefill_attention: these shapes do not match");
+  TORCH_CHECK(window <= 0 || (query_position && slot_position && has_shape(*query_position, {B, T}) &&
+                              has_shape(*slot_position, {B, C})),
+              "zsmerge::prefill_attention: a sliding window needs the positions of all queries and slots");
   for (const int64_t past : num_past)
-    TORCH_CHECK(past >= 0 && past + T <= C, "zsmerge::prefill_attention: the queries' own keys are not in slots ", past,
+    TORCH_CHECK(past >= 0 && past <= C - T, "zsmerge::prefill_attention: the queries' own keys are not in slots ", past,
                 " to ", past + T);
   const Tensor padded_bias = bias ? pad_slots(*bias, at::kFloat, C_padded, MASKED) : Tensor();
   const Tensor slot_positions = window > 0 ? pad_slots(*slot_position, at::kInt, C_padded, 0) : Tensor();
@@ -223,12 +229,16 @@ Tensor prefill_attention(const Tensor& query, const Tensor& keys, const Tensor& 
 // queries, and their maximum.
 Tensor attention_mass(const Tensor& query, const Tensor& keys, const Tensor& bias, const Tensor& query_position,
                       const Tensor& slot_position, double scaling, double softcap, const std::optional<Tensor>& sinks) {
-  const int64_t B = query.size(0), Hq = query.size(1), m = query.size(2), D = query.size(3);
-  const int64_t H = keys.size(1), C = keys.size(2), C_padded = round_up(C, BLOCK_KV), G = Hq / H, num_queries = G * m;
   for (const Tensor& each : {query, keys})
-    TORCH_CHECK(each.scalar_type() == at::kBFloat16 && each.stride(3) == 1,
+    TORCH_CHECK(each.dim() == 4 && each.is_cpu() && each.scalar_type() == at::kBFloat16 && each.stride(3) == 1,
                 "zsmerge::attention_mass takes rows of bfloat16");
-  TORCH_CHECK(D % 2 == 0 && Hq % H == 0 && m > 0, "zsmerge::attention_mass: these shapes do not match");
+  const int64_t B = query.size(0), Hq = query.size(1), m = query.size(2), D = query.size(3);
+  const int64_t H = keys.size(1), C = keys.size(2), C_padded = round_up(C, BLOCK_KV);
+  TORCH_CHECK(B > 0 && H > 0 && C > 0 && D > 0 && m > 0 && D % 2 == 0 && Hq > 0 && Hq % H == 0 &&
+                  has_shape(keys, {B, H, C, D}) && has_shape(bias, {B, H, C}) && has_shape(slot_position, {B, H, C}) &&
+                  has_shape(query_position, {B, m}) && (!sinks || has_shape(*sinks, {Hq})),
+              "zsmerge::attention_mass: these shapes do not match");
+  const int64_t G = Hq / H, num_queries = G * m;
   const Tensor padded_bias = pad_slots(bias, at::kFloat, C_padded, MASKED);
   const Tensor slot_positions = pad_slots(slot_position, at::kInt, C_padded, 0);
   const Tensor query_positions = query_position.to(at::kInt).contiguous();

@@ -247,12 +247,16 @@ void multiply_strip(const QuantizedRows& rows, Panel& panel, int64_t start, int6
 Tensor quantized_gemm(const Tensor& x, const Tensor& weight, const Tensor& scales_zeros,
                       const std::optional<Tensor>& bias) {
   const bool is_int4 = weight.scalar_type() == at::kByte;
-  const int64_t M = x.size(0), N = weight.size(0), K = x.size(1);
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && scales_zeros.scalar_type() == at::kBFloat16 && x.is_contiguous() &&
-                  weight.is_contiguous() && scales_zeros.is_contiguous(),
-              "zsmerge::quantized_gemm takes contiguous rows and scales of bfloat16");
-  TORCH_CHECK((is_int4 ? 2 : 1) * weight.size(1) == K && N % PACK_WIDTH == 0 &&
-                  K % (is_int4 ? 4 * scales_zeros.size(0) : 4) == 0,
+  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && scales_zeros.dim() == (is_int4 ? 3 : 1) &&
+                  scales_zeros.size(0) > 0 && is_dense(x, at::kBFloat16, x.sizes()) &&
+                  is_dense(weight, is_int4 ? at::kByte : at::kChar, weight.sizes()),
+              "zsmerge::quantized_gemm takes contiguous rows of bfloat16 and a matrix of int4 or int8");
+  const int64_t M = x.size(0), N = weight.size(0), K = x.size(1), G = scales_zeros.size(0);
+  TORCH_CHECK(M > 0 && N > 0 && K > 0 && (is_int4 ? 2 : 1) * weight.size(1) == K && N % PACK_WIDTH == 0 &&
+                  K % (is_int4 ? 4 * G : 4) == 0 &&
+                  (is_int4 ? is_dense(scales_zeros, at::kBFloat16, {G, N, 2})
+                           : is_dense(scales_zeros, at::kBFloat16, {N})) &&
+                  (!bias || is_dense(*bias, at::kBFloat16, {N})),
               "zsmerge::quantized_gemm: these shapes do not match");
   const int64_t group = is_int4 ? K / scales_zeros.size(0) : 4;
   const QuantizedRows rows = quantize_rows(x, choose_span(K, group));
