@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 SLOTS = 1024
 """Tokens that zsmerge-llm and OpenVINO GenAI keep of a conversation; the others keep all."""
+CHUNK = 512
+"""Tokens that a pass of llama.cpp, OpenVINO GenAI or continuous batching reads at most, as ours."""
 OnToken = Callable[[], bool]
 """Called as soon as a token is there; returns whether to go on."""
 
@@ -111,7 +113,7 @@ class LlamaCpp:
         from llama_cpp import Llama
 
         threads = {"n_threads": setting.threads, "n_threads_batch": setting.threads}
-        self.llm = Llama(setting.source, n_ctx=setting.context, n_batch=512, verbose=False, **threads)
+        self.llm = Llama(setting.source, n_ctx=setting.context, n_batch=CHUNK, verbose=False, **threads)
 
     def encode(self, text: str) -> list[int]:
         return list(self.llm.tokenize(text.encode(), add_bos=False))
@@ -128,8 +130,9 @@ class LlamaCpp:
         rows, length = len(prompts), len(prompts[0])
         params = self.llm.context_params
         params.n_seq_max, params.n_ctx, params.kv_unified = rows, rows * (length + tokens), True
+        params.n_batch = params.n_ubatch = CHUNK
         context = llama_cpp.llama_init_from_model(self.llm.model, params)
-        batch, sampler = llama_cpp.llama_batch_init(512, 0, 1), llama_cpp.llama_sampler_init_greedy()
+        batch, sampler = llama_cpp.llama_batch_init(CHUNK, 0, 1), llama_cpp.llama_sampler_init_greedy()
 
         def decode(entries: list[tuple[int, int, int, bool]]) -> list[int]:
             """Run a pass over (token, position, row, whether to sample); return what is sampled, in order."""
@@ -147,7 +150,7 @@ class LlamaCpp:
             for row, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
         ]
-        newest = [token for at in range(0, len(entries), 512) for token in decode(entries[at : at + 512])]
+        newest = [token for at in range(0, len(entries), CHUNK) for token in decode(entries[at : at + CHUNK])]
         for step in range(tokens - 1):
             newest = decode([(token, length + step, row, True) for row, token in enumerate(newest)])
         llama_cpp.llama_sampler_free(sampler)
@@ -203,7 +206,7 @@ class TransformersContinuous(Transformers):
         from transformers import ContinuousBatchingConfig
 
         pages = -(-(len(prompts[0]) + tokens) // 256) * len(prompts)
-        config = ContinuousBatchingConfig(num_blocks=pages + 1, max_batch_tokens=512, allow_block_sharing=False)
+        config = ContinuousBatchingConfig(num_blocks=pages + 1, max_batch_tokens=CHUNK, allow_block_sharing=False)
         done = self.model.generate_batch(prompts, continuous_batching_config=config, max_new_tokens=tokens)
         if failed := [each.error for each in done.values() if each.error]:
             raise RuntimeError(failed[0])
@@ -221,7 +224,7 @@ class OpenVINO:
         eviction = genai.CacheEvictionConfig(32, 128, SLOTS, genai.AggregationMode.NORM_SUM)
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = 1
-        scheduler.max_num_batched_tokens = 512
+        scheduler.max_num_batched_tokens = CHUNK
         scheduler.use_cache_eviction, scheduler.cache_eviction_config = True, eviction
         self.genai = genai
         self.tokenizer = genai.Tokenizer(setting.source)
