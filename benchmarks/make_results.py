@@ -19,6 +19,8 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 PAGE = FOLDER / "RESULTS.md"
 LENGTHS = ("64", "1024", "4096", "7168", "16384", "32768")
+PEER_FIGURES = ("first token, s", "token 32, s", "decoding behind 64", "decoding behind 4096", "reading 4096",
+                "8 at once", "beside load")  # fmt: skip
 HEAD = """# Measured results
 
 This page is generated from `benchmarks/results/*.json` by `python benchmarks/make_results.py`. Each row names the
@@ -119,6 +121,13 @@ def under_load(result: Result) -> Iterator[Row]:
         yield condition, *(number(shares[way], 2) for way in ("as chosen", "one thread", "all threads"))
 
 
+def peers(result: Result) -> Iterator[Row]:
+    figures = result["figures"]
+    for system in dict.fromkeys(system for systems in figures.values() for system in systems):
+        medians = [figures.get(name, {}).get(system, {}).get("median") for name in PEER_FIGURES]
+        yield model_name(result), system, *(number(median, 1) for median in medians)
+
+
 def turns(result: Result) -> Iterator[Row]:
     theirs = {row["turn"]: row for row in result["transformers"]}
     for row in result["zsmerge"]:
@@ -211,6 +220,8 @@ def flat(result: Result) -> Iterator[Row]:
 QUALITY = ("model", "data", "setting", "budget", "policy", "questions (documents)", "NLL", "gap", "exact, %", "ROUGE-1, -2, -L", "cache, MB")  # noqa: E501  # fmt: skip
 TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]], ...] = (
     ("Decoding, tokens/s by tokens of history", "decode-and-prefill", ("model", "system", *LENGTHS), decoding),
+    ("Beside its peers: cold start, then tokens/s of decoding, reading, eight conversations, and beside busy loops",
+     "peers", ("model", "system", *PEER_FIGURES), peers),
     ("Decoding several conversations of 4,096 tokens, tokens/s of all together", "decode-and-prefill",
      ("model", "system", "how", "1", "2", "4", "8", "16"), batches),
     ("Decoding: bandwidth, prompt lookup, equality with eager mode", "decode-and-prefill",

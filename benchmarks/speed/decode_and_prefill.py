@@ -1,11 +1,11 @@
 """Decoding and prefill: tokens per second by length of history, weight format and number of conversations.
 
-    python benchmarks/speed/decode_and_prefill.py [--model smollm2] [--formats bf16 int8 int4] [--llama FILE.gguf]
+    python benchmarks/speed/decode_and_prefill.py [--model smollm2] [--formats bf16 int8 int4]
 
-One run, one process: llama.cpp with the weights of a GGUF file (--llama, needs llama-cpp-python), transformers with its
-full cache, and zsmerge-llm with 1,024 slots in each format, eager and compiled, after histories of 64 to 32,768 tokens
-(the others up to --full); then several conversations of 4,096 tokens in one batch and in threads, answers about a
-document with and without prompt lookup, and greedy answers to 20 prompts, eager against compiled.
+One run, one process: transformers with its full cache, and zsmerge-llm with 1,024 slots in each format, eager and
+compiled, after histories of 64 to 32,768 tokens (transformers up to --full); then several conversations of 4,096 tokens
+in one batch and in threads, answers about a document with and without prompt lookup, and greedy answers to 20 prompts,
+eager against compiled. `peers` compares with other systems.
 
 `floor_tokens_per_second` is the bandwidth of a plain sum over memory, divided by the bytes of the weights.
 `reading_limit` is the prefill rate if it were nothing but the layers' matrix products, at PyTorch's bfloat16 rate for
@@ -156,25 +156,6 @@ def transformers_rates(engine: Engine, ids: list[int], rows: int = 1) -> tuple[f
     return rate, reading
 
 
-def llama_cpp_rates(path: str, ids: list[int], longest: int) -> tuple[dict[int, float], float]:
-    """Return tokens per second of llama.cpp: of decoding after each of HISTORIES up to `longest`, and of prefill.
-
-    It runs on as many threads as PyTorch does.
-    """
-    from llama_cpp import Llama
-
-    lengths, threads = [length for length in HISTORIES if length <= longest], torch.get_num_threads()
-    room = max(lengths) + 256
-    model = Llama(path, n_ctx=room, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
-    rates, seconds = {}, {}
-    for length in lengths:
-        started = time.perf_counter()
-        model.eval(ids[model.n_tokens : length])
-        seconds[length] = time.perf_counter() - started
-        rates[length] = 1 / step_seconds(lambda number: model.eval([ids[number]]))
-    return rates, prefill_rate(seconds)
-
-
 def prefill(engine: Engine, ids: list[int]) -> float:
     """Return tokens per second of prefill."""
     return len(ids) / median_seconds(lambda: engine.read(engine.new_cache(), ids), 2)
@@ -220,11 +201,6 @@ def measure(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
         name: {} for name in ("rates", "reading", "batch", "rows", "weight_bytes", "answers", "same_as_eager")
     }
     result = {"bandwidth": bandwidth(), "gemm_rate": gemm_rate(), **parts}
-    if arguments.llama:
-        ids = repeat_to(LLM(arguments.model).tokenizer(text).input_ids, arguments.full)
-        rates, prefill_speed = llama_cpp_rates(arguments.llama, ids, arguments.full)
-        result["rates"]["llama.cpp"], result["reading"]["llama.cpp"] = rates, prefill_speed
-        show("llama.cpp", result["rates"]["llama.cpp"])
     for name in arguments.formats:
         llm = LLM(arguments.model, cache=CacheConfig(slots=1024), quantization=FORMATS[name], compile=False)
         engine, rates = llm.engine, result["rates"]
@@ -271,7 +247,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--llama", metavar="FILE", help="a GGUF file for llama.cpp")
     parser.add_argument("--full", type=int, default=7168, help="the longest history for transformers' full cache")
     parser.add_argument("--longest", type=int, default=HISTORIES[-1], help="the longest history; at least 4,096")
     parser.add_argument("--text", help="a text file for the history; repeated where it is too short")

@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from benchmarks.common import write
+from benchmarks.speed.busy_loops import busy_loops
 from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.cpu.threads import read_core_times
 from zsmerge_llm.engine.engine import Engine
 
 PROMPT = "The history of lighthouses begins with fires on hills, "
-LOOP = [sys.executable, "-c", "while True: pass"]
 PERIOD = 100_000
 PAUSE = 1.5
 """Seconds between two measurements, of which the cores must be idle: the engine sees that, and others are done."""
@@ -40,19 +40,6 @@ LONGEST_PAUSE = 6.0
 LONGEST = 5.0
 """Seconds after which a measurement ends before its last token."""
 REFERENCE = ("quiet", "one thread")
-
-
-@contextmanager
-def busy_loops() -> Iterator[None]:
-    """Keep every core busy with a program of its own."""
-    loops = [subprocess.Popen(LOOP) for _ in range(os.cpu_count() or 1)]
-    try:
-        time.sleep(0.3)
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def quota_folder() -> Path | None:

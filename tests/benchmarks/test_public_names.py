@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 from pathlib import Path
 
 import benchmarks
@@ -35,3 +36,8 @@ def test_each_script_can_be_imported_and_names_its_own_path() -> None:
         module = importlib.import_module(name)
         if hasattr(module, "main"):
             assert f"python {path.relative_to(FOLDER.parent).as_posix()}" in (module.__doc__ or ""), name
+
+
+def test_no_script_hides_a_module_of_the_standard_library() -> None:
+    """The folder of a script comes first where modules are looked for."""
+    assert not {path.stem for path in FOLDER.rglob("*.py")} & sys.stdlib_module_names
