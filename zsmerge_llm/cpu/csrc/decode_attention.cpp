@@ -338,8 +338,8 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
   TORCH_CHECK(static_cast<int64_t>(active.size()) == query.size(0), "zsmerge::decode_attention: active is for each row");
   Tensor out = at::empty({query.size(0), query.size(1), query.size(2), values.size(3)}, query.options());
   const Slots slots{keys, values, multiplicity, score, cumulative_attention, position};
-  decode_attention_out(query, key, value, slots, token_position, num_filled, active.data(), {scaling, alpha, softcap, window},
-                       sinks, out);
+  decode_attention_out(query, key, value, slots, token_position, num_filled, active.data(),
+                       {scaling, alpha, softcap, window}, sinks, out);
   return out;
 }
 
