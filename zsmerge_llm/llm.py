@@ -65,8 +65,8 @@ class LLM(AbstractContextManager["LLM"]):
         device: "auto", "cpu", "cuda", ...; device_map: as in transformers, instead of `device`.
         quantization: "int4" or "int8"; "nf4" (bitsandbytes); on a GPU also "fp8" (torchao). None keeps `dtype`.
         tokenizer: for a model object whose tokenizer cannot be found by its name.
-        chat_template: Jinja text instead of the model's own.
-        template_args: variables for the chat template, such as {"enable_thinking": False}.
+        chat_template: Jinja text instead of the model's own. template_args: its variables, {"enable_thinking": False}.
+        allow_control_tokens: read `<|im_end|>` and the like in messages, tools and documents as tokens, not as text.
         chunk: tokens read in one forward pass; "auto": 512 on a CPU, up to 2,048 on a GPU.
         compile: whether decode steps run through compiled layers: True compiles while loading; "auto" in the
             background; False never. Once compiled on a machine, both use them from the first token on. Where it is
@@ -97,6 +97,7 @@ class LLM(AbstractContextManager["LLM"]):
         tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         template_args: dict[str, Any] | None = None,
+        allow_control_tokens: bool = False,
         chunk: int | Literal["auto"] = "auto",
         compile: bool | Literal["auto"] = "auto",
         retrieval_tokens: int = DEFAULT_TOKENS,
@@ -119,7 +120,7 @@ class LLM(AbstractContextManager["LLM"]):
         settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory), gpu_session_memory)
         how = (model, self.cache, chunk, compile, loading)
         self._explain = partial(explain, *how)
-        self._runtime = LazyRuntime(partial(assemble, *how, *settings, scheduling))
+        self._runtime = LazyRuntime(partial(assemble, *how, *settings, scheduling, allow_control_tokens))
 
     # -- the model ---------------------------------------------------------------------------------------------------
 

@@ -103,6 +103,7 @@ def assemble(
     session_memory: int,
     gpu_session_memory: int | str,
     scheduling: SchedulingConfig | None,
+    allow_control_tokens: bool = False,
 ) -> Runtime:
     """Load the model and build what works on it. `loading` goes to `loader.load`; the rest is as for `LLM`.
 
@@ -123,7 +124,7 @@ def assemble(
 
     loaded = load(model, **loading)
     tokenizer = loaded.tokenizer
-    template = ChatTemplate(tokenizer, args=template_args)
+    template = ChatTemplate(tokenizer, args=template_args, allow_control_tokens=allow_control_tokens)
     engine = Engine(loaded.model, cache, chunk, compile, scheduling=scheduling)
     with ExitStack() as undo:  # a model object is its owner's: where anything fails, it is given back
         undo.callback(engine.close)

@@ -6,6 +6,7 @@ system message, and tool calls and results become tagged text.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import uuid
@@ -14,6 +15,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any, cast
 
 from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError
+from zsmerge_llm.language.control_tokens import SEPARATOR, ControlTokens
 from zsmerge_llm.language.digests import DigestChain
 from zsmerge_llm.language.messages import normalize_messages as normalize_messages
 from zsmerge_llm.language.messages import short_id
@@ -48,6 +50,8 @@ class ChatTemplate:
         today: the date that templates with `strftime_now` print; None is the current one. Frozen here, so that a
             conversation renders the same tomorrow.
         args: further variables for the template, such as `{"enable_thinking": False}`.
+        allow_control_tokens: whether text of messages and tools that spells a control token is read as one. By default
+            only the template makes control tokens.
     """
 
     def __init__(
@@ -57,15 +61,19 @@ class ChatTemplate:
         *,
         today: date | None = None,
         args: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.today = today or date.today()
         self.args = dict(args or {})
+        self._control_tokens = None if allow_control_tokens else ControlTokens(tokenizer)
 
     def with_date(self, today: date) -> ChatTemplate:
         """Return the same template with another date."""
-        return ChatTemplate(self.tokenizer, self.chat_template, today=today, args=self.args)
+        template = copy.copy(self)
+        template.today = today
+        return template
 
     def source(self, tools: Tools = None) -> str:
         """Return the Jinja text in use, with `strftime_now("…")` replaced by the frozen date.
@@ -85,7 +93,9 @@ class ChatTemplate:
         return re.sub(stamp, lambda found: json.dumps(self.today.strftime(found[2])), text)
 
     def render(self, messages: Sequence[Message], tools: Tools = None, add_generation_prompt: bool = True) -> str:
-        """Return the conversation as the text that the model reads, special tokens included.
+        """Return the conversation as the text that the model reads, special tokens included. It is for `encode` alone.
+
+        Control tokens that messages or tools spell have separators in them.
 
         Raises:
             InputError: the template refuses these messages (its own message is passed on).
@@ -93,7 +103,11 @@ class ChatTemplate:
             ConfigError: the template is no valid Jinja.
         """
         source = self.source(tools)
-        adapted, listed = _adapt(source, _with_notes(messages), validate_tools(tools))
+        given, offered = _with_notes(messages), validate_tools(tools)
+        if self._control_tokens is not None:
+            given = [self._control_tokens.guard_message(message) for message in given]
+            offered = self._control_tokens.guard_values(offered)
+        adapted, listed = _adapt(source, given, offered)
         try:
             return self._apply(source, adapted, listed, add_generation_prompt)
         except InputError:
@@ -120,17 +134,25 @@ class ChatTemplate:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of rendered text. Nothing is added: a template writes its own BOS."""
+        if self._control_tokens is not None and SEPARATOR in text:
+            _check_unicode(text)
+            return self._control_tokens.encode(text)
         return self._ids(text, add_special_tokens=False)
+
+    def guard(self, text: str) -> str:
+        """Return a message's text as `render` passes it on: with separators in what spells a control token."""
+        return text if self._control_tokens is None else self._control_tokens.guard(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of text that a message holds."""
+        return self.encode(self.guard(text))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a plain prompt, with the special tokens that this tokenizer adds by itself."""
         return self._ids(text, add_special_tokens=True)
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"The text is not valid Unicode ({error}): decode it with errors='replace'.") from error
+        _check_unicode(text)
         return cast(
             "list[int]", self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         )
@@ -141,7 +163,7 @@ class ChatTemplate:
         try:
             text = self.render(messages, tools, add_generation_prompt=not answered)
         except InputError:
-            text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            text = self.guard("\n".join(f"{message['role']}: {message['content']}" for message in messages))
         return len(self.encode(text))
 
     def delta(
@@ -195,7 +217,8 @@ class ChatTemplate:
 
     def digest_chain(self, tools: Tools = None, extra: Any = None) -> DigestChain:
         """Return the digests of no messages with these tools, `args` and `extra` (JSON): `of` gives those of some."""
-        return DigestChain.start([validate_tools(tools), self.args, extra])
+        allowing = ["control tokens"] if self._control_tokens is None else []
+        return DigestChain.start([validate_tools(tools), self.args, extra, *allowing])
 
     def digests(self, messages: Sequence[Message], tools: Tools = None, extra: Any = None) -> list[str]:
         """Return one digest per prefix: entry i stands for `messages[:i]` with these tools, `args` and `extra`."""
@@ -210,6 +233,13 @@ def validate_tools(tools: Tools) -> list[dict[str, Any]] | None:
             form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
             raise InputError(f"tools[{index}] must have the form {form}.")
     return list(tools) if tools else None
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"The text is not valid Unicode ({error}): decode it with errors='replace'.") from error
 
 
 def _with_notes(messages: Sequence[Message]) -> list[Message]:

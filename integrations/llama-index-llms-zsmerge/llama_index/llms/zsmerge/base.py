@@ -97,6 +97,7 @@ class ZSMergeLLM(StructuredPrediction):
     template_args: dict[str, Any] | None = Field(
         default=None, description="Variables for the chat template, such as {'enable_thinking': False}."
     )
+    allow_control_tokens: bool = Field(default=False, description="Read control tokens spelled in text as tokens.")
     retrieval_tokens: int = Field(
         default=256, description="Maximum tokens of dropped text retrieved before a question; 0: none."
     )
