@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.engine.scheduling import SchedulingConfig
-from zsmerge_llm.errors import InputError
 from zsmerge_llm.generation.answer import Attempt, Request
+from zsmerge_llm.generation.arguments import check_batch, check_prompt, check_session, check_texts
 from zsmerge_llm.generation.loops import check_length, collect, generate_batch
 from zsmerge_llm.generation.options import (
     BatchCompletionOptions,
@@ -230,8 +230,8 @@ class LLM(AbstractContextManager["LLM"]):
     @with_options(BatchOptions)
     def batch(self, conversations: Sequence[Messages], **options: Unpack[BatchOptions]) -> list[Result]:
         """Answer several conversations together, in order, without sessions. Arguments and errors as for `stream`."""
-        wanted = RequestOptions.parse(BatchOptions, options)
-        checked, runtime = [normalize_messages(messages) for messages in conversations], self._load()
+        wanted, given = RequestOptions.parse(BatchOptions, options), check_batch(conversations, "conversations")
+        checked, runtime = [normalize_messages(messages) for messages in given], self._load()
         requests = [_batch_request(runtime, messages, wanted) for messages in checked]
         return _generate_batch(runtime, requests, wanted, self.max_input_tokens)
 
@@ -252,7 +252,7 @@ class LLM(AbstractContextManager["LLM"]):
 
     def add_session(self, session: Session) -> Session:
         """Add a session made by `Session.fork` to this model's conversations, and return it."""
-        self.store.commit(session)
+        self.store.commit(check_session(session))
         return session
 
     def read_document(
@@ -276,9 +276,9 @@ class LLM(AbstractContextManager["LLM"]):
         Raises:
             InputError: no text, or a file that is not text. Cancelled: `cancel` was set; nothing is kept.
         """
-        return _read_document(
-            self._load(), read_text(document, text), name, probe, self.max_input_tokens, cancel, progress
-        )
+        check_texts(name=name, probe=probe)
+        content = read_text(document, text)
+        return _read_document(self._load(), content, name, probe, self.max_input_tokens, cancel, progress)
 
     # -- plain completion --------------------------------------------------------------------------------------------
 
@@ -291,7 +291,7 @@ class LLM(AbstractContextManager["LLM"]):
     def stream_complete(self, prompt: str, **options: Unpack[CompletionOptions]) -> Iterator[Chunk]:
         """Continue a plain text, piece by piece, with nothing added to it. Arguments and errors as for `stream`."""
         wanted = RequestOptions.parse(CompletionOptions, options)
-        text, runtime = _checked_prompt(prompt), self._load()
+        text, runtime = check_prompt(prompt), self._load()
         request = _completion_request(runtime, text, wanted)
         check_length(len(request.prompt.ids), wanted.sampling, self.max_input_tokens, runtime.engine.exact_limit)
         attempt = Attempt(request, runtime.engine.new_cache(request.prompt.config), runtime.tokenizer)
@@ -301,7 +301,7 @@ class LLM(AbstractContextManager["LLM"]):
     def batch_complete(self, prompts: Sequence[str], **options: Unpack[BatchCompletionOptions]) -> list[Result]:
         """Continue several texts together, in order. Arguments and errors as for `stream`."""
         wanted = RequestOptions.parse(BatchCompletionOptions, options)
-        texts, runtime = [_checked_prompt(prompt) for prompt in prompts], self._load()
+        texts, runtime = [check_prompt(prompt) for prompt in check_batch(prompts, "prompts")], self._load()
         requests = [_completion_request(runtime, text, wanted) for text in texts]
         return _generate_batch(runtime, requests, wanted, self.max_input_tokens)
 
@@ -371,12 +371,6 @@ def _generate_batch(
     if any(result.finish_reason == "cancelled" for result in results):
         options.check_deadline()
     return results
-
-
-def _checked_prompt(prompt: Any) -> str:
-    if not isinstance(prompt, str) or not prompt:
-        raise InputError("The prompt is empty: give some text to continue.")
-    return prompt
 
 
 def _completion_request(runtime: Runtime, text: str, options: RequestOptions) -> Request:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig, parse_bytes
 from zsmerge_llm.engine.scheduling import SchedulingConfig
-from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.grammar import GrammarCompiler
 from zsmerge_llm.language.output_format import OutputFormats
@@ -86,9 +86,9 @@ def validate_runtime_settings(
     if cache is not None and not isinstance(cache, CacheConfig):
         raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
     if compile not in (True, False, "auto"):
-        raise ConfigError(f"compile must be True, False or 'auto', not {compile!r}.")
+        raise ConfigError(f"compile must be True, False or 'auto', not {shown(compile)}.")
     if isinstance(retrieval_tokens, bool) or not isinstance(retrieval_tokens, int) or retrieval_tokens < 0:
-        raise ConfigError(f"retrieval_tokens must be a number of tokens, 0 for none, not {retrieval_tokens!r}.")
+        raise ConfigError(f"retrieval_tokens must be a number of tokens, 0 for none, not {shown(retrieval_tokens)}.")
 
 
 def assemble(

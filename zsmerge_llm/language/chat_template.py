@@ -12,18 +12,25 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from functools import lru_cache
+from itertools import pairwise
+from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
-from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError
+from zsmerge_llm.errors import ConfigError, ContextLimitError, InputError, MissingTemplateError
 from zsmerge_llm.language.control_tokens import SEPARATOR, ControlTokens
 from zsmerge_llm.language.digests import DigestChain
+from zsmerge_llm.language.long_text import MAX_TEXT, LongText
 from zsmerge_llm.language.messages import normalize_messages as normalize_messages
 from zsmerge_llm.language.messages import short_id
+from zsmerge_llm.language.watchdog import TimeExceeded, Watchdog
 from zsmerge_llm.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_RENDER_SECONDS = 20.0
+"""How long a template may take: ten thousand messages take a second."""
 Tools = Sequence[dict[str, Any]] | None
 """Tool definitions in the OpenAI format."""
 TOOL_INSTRUCTIONS = """# Tools
@@ -68,6 +75,8 @@ class ChatTemplate:
         self.today = today or date.today()
         self.args = dict(args or {})
         self._control_tokens = None if allow_control_tokens else ControlTokens(tokenizer)
+        self._long_text = LongText(tokenizer)
+        self._watchdog = Watchdog()
 
     def with_date(self, today: date) -> ChatTemplate:
         """Return the same template with another date."""
@@ -98,7 +107,7 @@ class ChatTemplate:
         Control tokens that messages or tools spell have separators in them.
 
         Raises:
-            InputError: the template refuses these messages (its own message is passed on).
+            InputError: the template refuses these messages (its own message is passed on), fails or does not end.
             MissingTemplateError: the model has none.
             ConfigError: the template is no valid Jinja.
         """
@@ -117,27 +126,41 @@ class ChatTemplate:
             return self._apply(source, renumbered, listed, add_generation_prompt)
 
     def _apply(self, source: str, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
-        from jinja2 import TemplateError, TemplateSyntaxError
+        from jinja2 import TemplateSyntaxError
 
         settings = {"chat_template": source, "add_generation_prompt": prompt, "tokenize": False, **self.args}
+        check_jinja(source)
         try:
-            return cast(str, self.tokenizer.apply_chat_template(messages, tools=cast(Any, tools), **settings))
-        except TemplateSyntaxError as error:
+            with self._watchdog.limit(MAX_RENDER_SECONDS):
+                return cast(str, self.tokenizer.apply_chat_template(messages, tools=cast(Any, tools), **settings))
+        except (TemplateSyntaxError, SyntaxError) as error:
             raise ConfigError(
                 f"The chat template is not valid Jinja ({error}): pass another as chat_template=."
             ) from error
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except TimeExceeded as error:
+            raise InputError(
+                f"The chat template did not end within {MAX_RENDER_SECONDS:g} s: pass another as chat_template=."
+            ) from error
+        except Exception as error:  # a template is a program, and may fail in any way
             raise InputError(
                 f"The model's chat template refuses these messages: {error} "
                 "Change them accordingly, or pass another template as chat_template=."
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of rendered text. Nothing is added: a template writes its own BOS."""
-        if self._control_tokens is not None and SEPARATOR in text:
-            _check_unicode(text)
-            return self._control_tokens.encode(text)
-        return self._ids(text, add_special_tokens=False)
+        """Return the ids of rendered text. Nothing is added: a template writes its own BOS.
+
+        Raises:
+            InputError: no valid Unicode. ContextLimitError: more than `MAX_TEXT` characters.
+        """
+        _check_text(text)
+        ids: list[int] = []
+        for piece in self._long_text.pieces(text):
+            if self._control_tokens is not None and SEPARATOR in piece:
+                ids += self._control_tokens.encode(piece)
+            else:
+                ids += self._ids(piece, add_special_tokens=False)
+        return ids
 
     def guard(self, text: str) -> str:
         """Return a message's text as `render` passes it on: with separators in what spells a control token."""
@@ -149,10 +172,18 @@ class ChatTemplate:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a plain prompt, with the special tokens that this tokenizer adds by itself."""
-        return self._ids(text, add_special_tokens=True)
+        _check_text(text)
+        first, *others = self._long_text.pieces(text)
+        if not others:
+            return self._ids(text, add_special_tokens=True)
+        whole, ids = (self._ids(first, add_special_tokens=added) for added in (True, False))
+        before = next(at for at in range(len(whole)) if whole[at : at + len(ids)] == ids)
+        suffix = whole[before + len(ids) :]
+        for piece in others:
+            ids += self._ids(piece, add_special_tokens=False)
+        return [*whole[:before], *ids, *suffix]
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        _check_unicode(text)
         return cast(
             "list[int]", self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         )
@@ -227,6 +258,8 @@ class ChatTemplate:
 
 def validate_tools(tools: Tools) -> list[dict[str, Any]] | None:
     """Return OpenAI tool definitions; None for an empty list, which some templates would take for tools."""
+    if not isinstance(tools, (list, tuple, NoneType)):
+        raise InputError(f"tools must be a list of definitions, not a {type(tools).__name__}.")
     for index, tool in enumerate(tools or ()):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -235,7 +268,28 @@ def validate_tools(tools: Tools) -> list[dict[str, Any]] | None:
     return list(tools) if tools else None
 
 
-def _check_unicode(text: str) -> None:
+@lru_cache(maxsize=16)
+def check_jinja(source: str) -> None:
+    """Refuse a template that takes powers: of large numbers, they take for ever, and nothing can stop them.
+
+    Raises:
+        ConfigError: names the operator.
+    """
+    from jinja2 import Environment, TemplateError
+
+    try:
+        found = [text for _, kind, text in Environment().lex(source) if kind not in ("whitespace", "data")]
+    except (TemplateError, RecursionError):
+        return  # the template will be refused for it
+    if any(text == "**" and before not in ("(", ",") for before, text in pairwise(found)):
+        raise ConfigError("The chat template takes powers (**), which may never end: pass another as chat_template=.")
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"Text must be a string, not a {type(text).__name__}.")
+    if len(text) > MAX_TEXT:
+        raise ContextLimitError(f"The text has {len(text):,} characters and at most {MAX_TEXT:,} are read: divide it.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

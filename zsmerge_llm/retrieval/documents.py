@@ -23,6 +23,9 @@ def read_text(document: str | Path | None, text: str | None = None) -> tuple[str
     """
     if (document is None) == (text is None):
         raise InputError("Give one of both: document (a text or a path), or text= for what is certainly a text.")
+    if not isinstance(text if document is None else document, (str, Path) if text is None else str):
+        kind = type(text if document is None else document).__name__
+        raise InputError(f"A document is a text or the path of a text file, not a {kind}.")
     if isinstance(document, str):
         text, document = (document, None) if (path := _existing(document)) is None else (None, path)
     try:

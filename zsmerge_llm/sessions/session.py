@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from zsmerge_llm.errors import SessionMismatchError
+from zsmerge_llm.errors import InputError, SessionMismatchError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.token_ids import TokenIds
@@ -195,7 +195,13 @@ class Session:
         )
 
     def fork(self, name: str) -> Session:
-        """Return a session that continues from here by itself. Snapshots are shared, so this costs nothing."""
+        """Return a session that continues from here by itself. Snapshots are shared, so this costs nothing.
+
+        Raises:
+            InputError: a name that is no text.
+        """
+        if not isinstance(name, str):
+            raise InputError(f"The name of a session must be text, not a {type(name).__name__}.")
         return Session(
             name,
             self.fingerprint,
