@@ -126,10 +126,11 @@ def test_a_text_without_words_stays_whole() -> None:
 def test_a_text_beyond_the_limit_is_refused_before_it_is_tokenized() -> None:
     tokenizer: Any = mock.Mock(wraps=byte_level())
     form = ChatTemplate(tokenizer)
-    with mock.patch("zsmerge_llm.language.chat_template.MAX_TEXT", 1000):
-        for encode in (form.encode, form.encode_prompt, form.encode_text):
-            with pytest.raises(ContextLimitError, match="at most 1,000"):
-                encode("a" * 1001)
+    for limit in ("MAX_TEXT", "MAX_WHOLE"):
+        with mock.patch.object(long_text, limit, 1000):
+            for encode in (form.encode, form.encode_prompt, form.encode_text):
+                with pytest.raises(ContextLimitError, match="at most 1,000"):
+                    encode("a" * 1001)
     tokenizer.assert_not_called()
 
 

@@ -17,10 +17,10 @@ from itertools import pairwise
 from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
-from zsmerge_llm.errors import ConfigError, ContextLimitError, InputError, MissingTemplateError
+from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError
 from zsmerge_llm.language.control_tokens import SEPARATOR, ControlTokens
 from zsmerge_llm.language.digests import DigestChain
-from zsmerge_llm.language.long_text import MAX_TEXT, LongText
+from zsmerge_llm.language.long_text import LongText
 from zsmerge_llm.language.messages import normalize_messages as normalize_messages
 from zsmerge_llm.language.messages import short_id
 from zsmerge_llm.language.watchdog import TimeExceeded, Watchdog
@@ -151,7 +151,7 @@ class ChatTemplate:
         """Return the ids of rendered text. Nothing is added: a template writes its own BOS.
 
         Raises:
-            InputError: no valid Unicode. ContextLimitError: more than `MAX_TEXT` characters.
+            InputError: no valid Unicode. ContextLimitError: as `LongText.pieces`.
         """
         _check_text(text)
         ids: list[int] = []
@@ -288,8 +288,6 @@ def check_jinja(source: str) -> None:
 def _check_text(text: Any) -> None:
     if not isinstance(text, str):
         raise InputError(f"Text must be a string, not a {type(text).__name__}.")
-    if len(text) > MAX_TEXT:
-        raise ContextLimitError(f"The text has {len(text):,} characters and at most {MAX_TEXT:,} are read: divide it.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

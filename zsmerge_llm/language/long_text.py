@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from zsmerge_llm.errors import ContextLimitError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TEXT = 2**26
 """Characters of a longest text. The ids of one take some 600 MB, and hours to read on a CPU."""
+MAX_WHOLE = 2**24
+"""Characters of a text, or of a rest, that cannot be cut. Tokenizing one takes some 2.5 GB."""
 PIECE = 2**18
 """Characters of a piece: tokenized in some 0.3 s."""
 WINDOW = 64
@@ -31,7 +35,13 @@ class LongText:
         self._tokenizer = tokenizer
 
     def pieces(self, text: str) -> Iterator[str]:
-        """Yield the pieces of a text in order."""
+        """Yield the pieces of a text in order.
+
+        Raises:
+            ContextLimitError: a text of more than `MAX_TEXT` characters, or one that cannot be cut of more than
+                `MAX_WHOLE`.
+        """
+        _check_length(text, MAX_TEXT)
         start = 0
         while len(text) - start > 2 * PIECE and self._words is not None:
             cut = self._cut(text, start + PIECE, start + 2 * PIECE)
@@ -39,7 +49,9 @@ class LongText:
                 break
             yield text[start:cut]
             start = cut
-        yield text[start:] if start else text
+        rest = text[start:] if start else text
+        _check_length(rest, MAX_WHOLE)
+        yield rest
 
     def _cut(self, text: str, start: int, end: int) -> int | None:
         assert self._words is not None
@@ -63,6 +75,13 @@ class LongText:
             return [word for word, _ in splitter.pre_tokenize_str(normalized)]
 
         return words
+
+
+def _check_length(text: str, most: int) -> None:
+    if len(text) > most:
+        raise ContextLimitError(
+            f"The text has {len(text):,} characters and at most {most:,} are read at once: divide it."
+        )
 
 
 def _crosses_words(token: Any) -> bool:
