@@ -34,9 +34,7 @@ def read_text(document: str | Path | None, text: str | None = None) -> tuple[str
     if isinstance(document, str):
         text, document = (document, None) if (path := _existing(document)) is None else (None, path)
     try:
-        content = (
-            io.IncrementalNewlineDecoder(None, True).decode(read_file(document).decode()) if document else str(text)
-        )
+        content = io.TextIOWrapper(io.BytesIO(read_file(document)), "utf-8").read() if document else str(text)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{document} cannot be read as text ({error}): give a UTF-8 text file or the text itself."
