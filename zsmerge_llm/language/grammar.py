@@ -42,6 +42,10 @@ class Grammar:
     def __post_init__(self) -> None:
         if not isinstance(self.source, str):
             raise InputError(f"The source of a grammar must be text, not a {type(self.source).__name__}.")
+        try:
+            self.source.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"The source of a grammar is not valid Unicode ({error}).") from error
 
     @classmethod
     def lark(cls, source: str) -> Grammar:
@@ -55,6 +59,7 @@ class Grammar:
 
         if not isinstance(pattern, str):
             raise InputError(f"A pattern must be text, not a {type(pattern).__name__}.")
+        cls(pattern)  # valid Unicode
         return cls(f"start: TEXT\nTEXT: /{regex_to_lark(pattern)}/\n")
 
     @classmethod
