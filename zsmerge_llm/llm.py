@@ -35,7 +35,7 @@ from zsmerge_llm.retrieval.query_probe import (
     is_multi_turn,
     message_probe,
 )
-from zsmerge_llm.runtime import LazyRuntime, Runtime, assemble, explain, validate_runtime_settings
+from zsmerge_llm.runtime import LazyRuntime, Runtime, assemble, check_limit, explain, validate_runtime_settings
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, Message, Progress, Result
 
@@ -114,7 +114,7 @@ class LLM(AbstractContextManager["LLM"]):
         self.cache = cache or CacheConfig()
         self.chunk = chunk
         self.compile = compile
-        self.max_input_tokens = max_input_tokens
+        self.max_input_tokens = check_limit("max_input_tokens", max_input_tokens)
         weights = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
         loading = {**weights, "tokenizer": tokenizer, "chat_template": chat_template, "progress": progress}
         settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory), gpu_session_memory)
@@ -207,8 +207,8 @@ class LLM(AbstractContextManager["LLM"]):
             grammar: a grammar of the answer, such as `Grammar.regex("yes|no")`. The model is not told.
             session: a name for the conversation, or a session. It helps to find it and never mixes two; the session of
                 a document (`read_document`) asks about the document.
-            probe: a question that decides what of this prompt the cache keeps; by default the last line of the last
-                message.
+            namespace: one user's, where several share the model: conversations of others are not recognized.
+            probe: a question that decides what of this prompt the cache keeps; by default the message's last line.
             reread: read the whole conversation again and keep what this question needs, for a question about something
                 that earlier ones did not need. It costs what a new conversation costs.
             cancel: an event that stops prefill after the current chunk and decoding within one token. Closing the
@@ -318,7 +318,10 @@ def _begin_turn(
     messages, template = history.messages, runtime.template
     output_format = options.output_format(runtime.output_formats, messages)
     instructed = output_format.with_instruction(messages)
-    turn = runtime.conversations.begin(history, instructed, options.tools, options.session, reread=options.reread)
+    owner, reread = options.namespace, options.reread
+    turn = runtime.conversations.begin(
+        history, instructed, options.tools, options.session, namespace=owner, reread=reread
+    )
     length = len(turn.tokens) - turn.retrieved_tokens
     check_length(length, options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=5)
     question = messages[-1]["content"]

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from zsmerge_llm.config import CacheConfig, parse_bytes
+from zsmerge_llm.config import CacheConfig, check_integer, parse_bytes
 from zsmerge_llm.engine.scheduling import SchedulingConfig
 from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import ChatTemplate
@@ -91,6 +92,20 @@ def validate_runtime_settings(
         raise ConfigError(f"retrieval_tokens must be a number of tokens, 0 for none, not {shown(retrieval_tokens)}.")
 
 
+def check_limit(name: str, limit: Any) -> int | None:
+    """Return a limit that a user may set; None is none. Raises ConfigError."""
+    if limit is not None:
+        check_integer(name, limit, 1)
+    return cast("int | None", limit)
+
+
+def _check_template(chat_template: Any, args: Any) -> None:
+    if not isinstance(chat_template, (str, NoneType)):
+        raise ConfigError(f"chat_template must be Jinja text, not a {type(chat_template).__name__}.")
+    if not isinstance(args, (dict, NoneType)) or not all(isinstance(name, str) for name in args or ()):
+        raise ConfigError("template_args must be a dict of the template's variables by their names.")
+
+
 def assemble(
     model: str | Path | PreTrainedModel,
     cache: CacheConfig,
@@ -122,6 +137,7 @@ def assemble(
     from zsmerge_llm.sessions.prompt_builder import PromptBuilder
     from zsmerge_llm.sessions.store import Store
 
+    _check_template(loading["chat_template"], template_args)
     loaded = load(model, **loading)
     tokenizer = loaded.tokenizer
     template = ChatTemplate(tokenizer, args=template_args, allow_control_tokens=allow_control_tokens)

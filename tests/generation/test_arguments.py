@@ -11,6 +11,7 @@ from tests.support.chat import LARGE_CACHE, SHORT, make_llm
 from zsmerge_llm import LLM, CacheConfig, Grammar, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError, SessionNotFoundError, ZSMergeError
 from zsmerge_llm.language.json_values import MAX_SCHEMA, MAX_TOOLS
+from zsmerge_llm.testing.tiny_model import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,20 @@ def test_an_unknown_session_names_no_other(llm: LLM) -> None:
     with pytest.raises(SessionNotFoundError) as caught:
         llm.session("another")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"chunk": chunk} for chunk in (0, "x", 1.5, 2**40)),
+        *({"max_input_tokens": limit} for limit in (0, "x", 1.5)),
+        *({"chat_template": source} for source in (7, b"x", {})),
+        *({"template_args": args} for args in (7, "x", [("a", 1)], {1: 2})),
+        *({"device": device} for device in (7, 10**5000, b"cpu")),
+    ],
+    ids=lambda each: next(iter(each)),
+)
+def test_settings_of_a_model_that_are_of_a_wrong_type_are_config_errors(settings: dict[str, Any]) -> None:
+    model, tokenizer = tiny_model()
+    with pytest.raises(ConfigError), LLM(model, tokenizer=tokenizer, **settings) as llm:
+        llm.chat("Hello", sampling=SHORT)

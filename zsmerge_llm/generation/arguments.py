@@ -76,6 +76,10 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         _or_none(lambda value: isinstance(value, str) or _is_session(value)),
         "a name (text) or a Session",
     ),
+    "namespace": (
+        _or_none(lambda value: isinstance(value, str) and value != "" and "/" not in value),
+        "a text without a slash",
+    ),
     "probe": (_or_none(lambda value: isinstance(value, str)), "text"),
     "grammar": (_or_none(lambda value: isinstance(value, Grammar)), "a Grammar, such as Grammar.regex(...)"),
     "cancel": (_or_none(lambda value: callable(getattr(value, "is_set", None))), "a threading.Event"),

@@ -51,6 +51,7 @@ class ChatOptions(BatchOptions, total=False):
     """Keyword arguments of `LLM.chat` and `LLM.stream`."""
 
     session: str | Session | None
+    namespace: str | None
     probe: str | None
     reread: bool
     progress: Progress | None
@@ -67,6 +68,7 @@ class RequestOptions:
     response_format: ResponseFormat | None = None
     grammar: Grammar | None = None
     session: str | Session | None = None
+    namespace: str | None = None
     probe: str | None = None
     reread: bool = False
     cancel: Event | None = None
@@ -97,6 +99,8 @@ class RequestOptions:
             for name, max_chars in (("tools", MAX_TOOLS), ("response_format", MAX_SCHEMA))
             if (value := getattr(options, name)) is not None
         }
+        if options.namespace is not None and isinstance(options.session, str):
+            options = replace(options, session=f"{options.namespace}/{options.session}")
         if options.timeout is not None:
             options = replace(options, cancel=Deadline(options.cancel, options.timeout))
         return replace(options, **json_values) if json_values else options

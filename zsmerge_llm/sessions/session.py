@@ -108,8 +108,8 @@ class Snapshot:
 
     digest: str
     messages: int
-    tokens: Sequence[int]
-    cache: Cache
+    tokens: Sequence[int] = field(repr=False)
+    cache: Cache = field(repr=False)
     kind: Kind
     offloaded: bool = False
     state: object = field(default_factory=object, repr=False)
@@ -144,13 +144,13 @@ class Session:
     name: str
     fingerprint: Fingerprint
     today: date = field(default_factory=date.today)
-    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    snapshots: dict[str, Snapshot] = field(default_factory=dict, repr=False)
     used: float = field(default_factory=time.time)
-    document: str | None = None
+    document: str | None = field(default=None, repr=False)
     named: bool = True
     forked: bool = False
-    prefix_digests: tuple[str, ...] = ()
-    transcript: Transcript | None = None
+    prefix_digests: tuple[str, ...] = field(default=(), repr=False)
+    transcript: Transcript | None = field(default=None, repr=False)
 
     @property
     def head(self) -> Snapshot:
