@@ -10,7 +10,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
-from zsmerge_llm.engine.scheduling import SchedulingConfig
+from zsmerge_llm.engine.scheduling import SchedulingConfig, check_cancelled
 from zsmerge_llm.generation.answer import Attempt, Request
 from zsmerge_llm.generation.arguments import check_batch, check_prompt, check_session, check_texts
 from zsmerge_llm.generation.loops import check_length, collect, generate_batch
@@ -349,7 +349,8 @@ def _read_document(
     """Read a document (its text and title), unless it has been read under that name. As `LLM.read_document`."""
     engine, documents = runtime.engine, runtime.conversations.documents
     content, title = document
-    reading = documents.open(content, name, title, question_known=probe is not None)
+    check = partial(check_cancelled, cancel)
+    reading = documents.open(content, name, title, question_known=probe is not None, check=check)
     if reading.new_ids:
         check_length(len(reading.tokens), SamplingParams(), max_input_tokens, engine.exact_limit, stacklevel=5)
         probe_ids = chat_probe(runtime.template, probe or GENERIC_QUESTION)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from threading import Event
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.support.chat import make_llm
 from tests.support.templates import byte_level, sentencepiece
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.language import long_text
@@ -149,6 +151,26 @@ def test_an_interrupt_is_heard_between_two_pieces() -> None:
     with mock.patch.object(long_text, "PIECE", 100), pytest.raises(KeyboardInterrupt):
         ChatTemplate(Interrupted()).encode("the ship and the sea " * 100)  # type: ignore[arg-type]
     assert max(calls) <= 200
+
+
+def test_a_cancelled_document_is_not_tokenized_to_its_end() -> None:
+    from zsmerge_llm.engine.scheduling import Cancelled
+
+    with make_llm() as llm, mock.patch.object(long_text, "PIECE", 100):
+        cancel, encoded = Event(), []
+        tokenizer = llm.tokenizer
+        call = type(tokenizer).__call__
+
+        def counting(self: Any, text: str, **settings: Any) -> Any:
+            encoded.append(len(text))
+            if len(encoded) == 3:
+                cancel.set()
+            return call(self, text, **settings)
+
+        with mock.patch.object(type(tokenizer), "__call__", counting), pytest.raises(Cancelled):
+            llm.read_document(text="the ship and the sea " * 1000, cancel=cancel)
+        assert len(encoded) == 3
+        assert len(llm.store) == 0
 
 
 def test_models_without_words_are_supported() -> None:

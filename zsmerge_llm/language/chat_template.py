@@ -10,7 +10,7 @@ import copy
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import lru_cache
 from itertools import pairwise
@@ -147,8 +147,10 @@ class ChatTemplate:
                 "Change them accordingly, or pass another template as chat_template=."
             ) from error
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, check: Callable[[], None] | None = None) -> list[int]:
         """Return the ids of rendered text. Nothing is added: a template writes its own BOS.
+
+        check: called before each piece of a long text; what it raises ends the work.
 
         Raises:
             InputError: no valid Unicode. ContextLimitError: as `LongText.pieces`.
@@ -156,6 +158,8 @@ class ChatTemplate:
         _check_text(text)
         ids: list[int] = []
         for piece in self._long_text.pieces(text):
+            if check is not None:
+                check()
             if self._control_tokens is not None and SEPARATOR in piece:
                 ids += self._control_tokens.encode(piece)
             else:
