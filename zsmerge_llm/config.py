@@ -394,7 +394,7 @@ def _mean_one(weights: Any) -> tuple[float, ...]:
 
 def _replace(settings: Any, changes: dict[str, Any]) -> Any:
     known = {field.name for field in fields(settings)}
-    if unknown := sorted(map(shown, changes.keys() - known)):
+    if unknown := sorted(shown(name).strip("'") for name in changes.keys() - known):
         kind = type(settings).__name__
         raise ConfigError(f"{kind} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
     return replace(settings, **changes)

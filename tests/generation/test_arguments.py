@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from threading import Event
 from typing import Any
 
@@ -77,6 +78,8 @@ def test_a_session_that_is_no_name_is_refused_alone_and_others_answer_as_before(
             llm.session(name)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="must be a Session"):
             llm.add_session(name)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="name must be text"):
+            llm.add_session(replace(llm.session("ann"), name=name))
     assert llm.chat("Hello", session="bob", sampling=SHORT).text is not None
     assert llm.chat("Hello", session="ann", sampling=SHORT).usage.reuse == "restored"
 

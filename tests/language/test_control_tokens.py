@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.support.chat import LARGE_CACHE, SMALL_CACHE, Chat, make_llm
 from tests.support.templates import FOLDER, SPECIAL_TOKENS, byte_level, sentencepiece, template
 from zsmerge_llm.language.chat_template import ChatTemplate, normalize_messages
-from zsmerge_llm.language.control_tokens import ControlTokens
+from zsmerge_llm.language.control_tokens import SEPARATOR, ControlTokens
 
 UNFLAGGED = ("<tool_call>", "</tool_call>", "<tool_response>", "<|python_tag|>")
 """Markers that vocabularies hold without the flag of a special token."""
@@ -119,6 +119,14 @@ def test_a_tokenizer_with_pieces_reads_markers_as_text_too(tokenizer: PreTrained
 
     assert not set(ids) & {token for token in tokenizer.added_tokens_decoder if token}
     assert tokenizer.decode(ids).strip() == text
+
+
+@pytest.mark.parametrize("tokenizer", [sentencepiece(), normalizing(), byte_level("</s>")], ids=["▁", "norm", "bytes"])
+def test_a_text_that_holds_separators_itself_makes_no_control_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    form = ChatTemplate(tokenizer)
+    text = f"a <{SEPARATOR}/s>{SEPARATOR}</{SEPARATOR}s> </s> <b{SEPARATOR}os>"
+    for each in (text, text[:-20], SEPARATOR * 3):
+        assert not {token for token in form.encode_text(each) if token} & set(tokenizer.added_tokens_decoder)
 
 
 class Slow:

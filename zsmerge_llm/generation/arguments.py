@@ -29,6 +29,7 @@ def check_session(session: Any) -> Session:
     """Return a session. Raises InputError: it is none."""
     if not _is_session(session):
         raise InputError(f"This must be a Session, not a {type(session).__name__}: Session.fork makes one.")
+    check_texts(name=session.name)
     return cast("Session", session)
 
 
