@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from zsmerge_llm.errors import ConfigError
+from zsmerge_llm.errors import ConfigError, shown
 
 QUERY_AGNOSTIC_FLOOR = 0.02
 """`score_floor` where no question is known yet. Found by measuring (docs/research/eviction)."""
@@ -19,20 +19,25 @@ ROUNDING = 1e-6
 OBSERVATION_WINDOW = "observation_window"
 POLICIES = (OBSERVATION_WINDOW, "cumulative_attention", "recency")
 """Names of the built-in eviction policies; `kvcache.policies` has one file for each."""
+MAX_SIZE = 2**31 - 1
+"""Slots and other sizes of a cache: indices into it are 32-bit numbers."""
+MAX_SEED = 2**64 - 1  # what torch's generators take
 
 
-def check_integer(name: str, value: Any, low: int) -> None:
-    """Raise ConfigError unless a setting is a whole number of at least `low`."""
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise ConfigError unless a setting is a whole number of at least `low` and, if given, at most `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}.")
+        raise ConfigError(f"{name} must be a whole number of at least {low}, not {shown(value)}.")
+    if high is not None and value > high:
+        raise ConfigError(f"{name} must be at most {high:,}, not {shown(value)}.")
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:
     """Raise ConfigError unless a setting is a finite number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, not {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+        raise ConfigError(f"{name} must be a finite number, not {shown(value)}.")
     if not low <= value <= high:
-        raise ConfigError(f"{name} must lie between {low:g} and {high:g}, not {value!r}.")
+        raise ConfigError(f"{name} must lie between {low:g} and {high:g}, not {shown(value)}.")
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         lows = {"sink": 0, "recent": 1, "residual": 0, "stage": 1, "observation_window": 1, "pool_kernel": 1}
         for name, low in {**lows, "history_min_queries": 0}.items():
-            check_integer(name, getattr(self, name), low)
+            check_integer(name, getattr(self, name), low, MAX_SIZE)
         for name in ("alpha", "decay", "history_share", "passage_share", "recent_share"):  # Theorem 3.1: alpha <= 1
             check_number(name, getattr(self, name), 0.0, 1.0)
         if self.score_floor is not None:
@@ -110,7 +115,7 @@ class CacheConfig:
             if self.layer_budgets is not None:
                 raise ConfigError("The exact cache has no budget to share out: set slots, or leave out layer_budgets.")
             return
-        check_integer("slots", self.slots, 1)
+        check_integer("slots", self.slots, 1, MAX_SIZE)
         if self.slots < self._min_slots:
             raise ConfigError(
                 f"slots={self.slots} is too small for sink={self.sink} + recent={self.recent} + "
@@ -272,6 +277,8 @@ class CacheConfig:
         Raises:
             ConfigError: an unknown name or a bad value.
         """
+        if not isinstance(settings, dict):
+            raise ConfigError(f"The settings of a cache are a dict, not a {type(settings).__name__}.")
         if policy is not None and not isinstance(policy, str) and settings.get("policy") == policy.name:
             settings = {**settings, "policy": policy}
         return _replace(cls(), settings)
@@ -312,10 +319,11 @@ class SamplingParams:
         check_number("min_p", self.min_p, 0.0, 1.0)
         check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.seed is not None:
-            check_integer("seed", self.seed, 0)
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop or ()))
+            check_integer("seed", self.seed, 0, MAX_SEED)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, (list, tuple, set, frozenset)):
+            raise ConfigError(f"stop must be text or a list of texts, not a {type(stop).__name__}.")
+        object.__setattr__(self, "stop", tuple(stop))
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError("stop must hold non-empty strings.")
         if self.max_tokens is None and self.ignore_eos and not self.stop:
@@ -354,11 +362,11 @@ def parse_bytes(size: int | str) -> int:
         base = 1024 if found[3] else 1000
         try:
             return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
-    raise ConfigError(f"A size is a number of bytes or text such as '2GiB', not {size!r}.")
+    raise ConfigError(f"A size is a number of bytes or text such as '2GiB', not {shown(size)}.")
 
 
 def _check_policy(policy: Any) -> None:
@@ -366,7 +374,7 @@ def _check_policy(policy: Any) -> None:
     if isinstance(policy, str):
         if policy not in POLICIES:
             known = ", ".join(repr(name) for name in POLICIES)
-            raise ConfigError(f"policy must be one of {known} or an EvictionPolicy, not {policy!r}.")
+            raise ConfigError(f"policy must be one of {known} or an EvictionPolicy, not {shown(policy)}.")
     elif not all(hasattr(policy, part) for part in ("name", "observe", "rank")):
         raise ConfigError(
             f"policy must be a name or an EvictionPolicy with name, observe and rank, not a {type(policy).__name__}."
@@ -375,9 +383,9 @@ def _check_policy(policy: Any) -> None:
 
 def _mean_one(weights: Any) -> tuple[float, ...]:
     if not isinstance(weights, (list, tuple)) or not weights:
-        raise ConfigError(f"layer_budgets must be one weight for each full-attention layer, not {weights!r}.")
+        raise ConfigError(f"layer_budgets must be one weight for each full-attention layer, not {shown(weights)}.")
     for weight in weights:
-        check_number("Each of layer_budgets", weight, 0.0, math.inf)
+        check_number("Each of layer_budgets", weight, 0.0, MAX_SIZE)
     mean = sum(weights) / len(weights)
     if abs(mean - 1) > 1e-3:
         raise ConfigError(f"layer_budgets must have mean 1, not {mean:g}: divide each of them by their mean.")
@@ -386,7 +394,7 @@ def _mean_one(weights: Any) -> tuple[float, ...]:
 
 def _replace(settings: Any, changes: dict[str, Any]) -> Any:
     known = {field.name for field in fields(settings)}
-    if unknown := sorted(set(changes) - known):
+    if unknown := sorted(shown(name).strip("'") for name in changes.keys() - known):
         kind = type(settings).__name__
         raise ConfigError(f"{kind} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
     return replace(settings, **changes)

@@ -101,3 +101,12 @@ class SessionMismatchError(SessionError):
 
 class StoreFullError(SessionError):
     """`session_memory` is too small for one session."""
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: in at most 80 characters."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of too many digits, or an object whose own code fails
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -10,9 +10,9 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, Literal
 
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
-from zsmerge_llm.engine.scheduling import SchedulingConfig
-from zsmerge_llm.errors import InputError
+from zsmerge_llm.engine.scheduling import SchedulingConfig, check_cancelled
 from zsmerge_llm.generation.answer import Attempt, Request
+from zsmerge_llm.generation.arguments import check_batch, check_prompt, check_session, check_texts
 from zsmerge_llm.generation.loops import check_length, collect, generate_batch
 from zsmerge_llm.generation.options import (
     BatchCompletionOptions,
@@ -35,7 +35,7 @@ from zsmerge_llm.retrieval.query_probe import (
     is_multi_turn,
     message_probe,
 )
-from zsmerge_llm.runtime import LazyRuntime, Runtime, assemble, explain, validate_runtime_settings
+from zsmerge_llm.runtime import LazyRuntime, Runtime, assemble, check_limit, explain, validate_runtime_settings
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, Message, Progress, Result
 
@@ -65,8 +65,8 @@ class LLM(AbstractContextManager["LLM"]):
         device: "auto", "cpu", "cuda", ...; device_map: as in transformers, instead of `device`.
         quantization: "int4" or "int8"; "nf4" (bitsandbytes); on a GPU also "fp8" (torchao). None keeps `dtype`.
         tokenizer: for a model object whose tokenizer cannot be found by its name.
-        chat_template: Jinja text instead of the model's own.
-        template_args: variables for the chat template, such as {"enable_thinking": False}.
+        chat_template: Jinja text instead of the model's own. template_args: its variables, {"enable_thinking": False}.
+        allow_control_tokens: read `<|im_end|>` and the like in messages, tools and documents as tokens, not as text.
         chunk: tokens read in one forward pass; "auto": 512 on a CPU, up to 2,048 on a GPU.
         compile: whether decode steps run through compiled layers: True compiles while loading; "auto" in the
             background; False never. Once compiled on a machine, both use them from the first token on. Where it is
@@ -97,6 +97,7 @@ class LLM(AbstractContextManager["LLM"]):
         tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         template_args: dict[str, Any] | None = None,
+        allow_control_tokens: bool = False,
         chunk: int | Literal["auto"] = "auto",
         compile: bool | Literal["auto"] = "auto",
         retrieval_tokens: int = DEFAULT_TOKENS,
@@ -113,13 +114,13 @@ class LLM(AbstractContextManager["LLM"]):
         self.cache = cache or CacheConfig()
         self.chunk = chunk
         self.compile = compile
-        self.max_input_tokens = max_input_tokens
+        self.max_input_tokens = check_limit("max_input_tokens", max_input_tokens)
         weights = {"dtype": dtype, "device": device, "device_map": device_map, "quantization": quantization}
         loading = {**weights, "tokenizer": tokenizer, "chat_template": chat_template, "progress": progress}
         settings = (template_args, retrieval_tokens, sessions_dir, parse_bytes(session_memory), gpu_session_memory)
         how = (model, self.cache, chunk, compile, loading)
         self._explain = partial(explain, *how)
-        self._runtime = LazyRuntime(partial(assemble, *how, *settings, scheduling))
+        self._runtime = LazyRuntime(partial(assemble, *how, *settings, scheduling, allow_control_tokens))
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
@@ -206,8 +207,8 @@ class LLM(AbstractContextManager["LLM"]):
             grammar: a grammar of the answer, such as `Grammar.regex("yes|no")`. The model is not told.
             session: a name for the conversation, or a session. It helps to find it and never mixes two; the session of
                 a document (`read_document`) asks about the document.
-            probe: a question that decides what of this prompt the cache keeps; by default the last line of the last
-                message.
+            namespace: one user's, where several share the model: conversations of others are not recognized.
+            probe: a question that decides what of this prompt the cache keeps; by default the message's last line.
             reread: read the whole conversation again and keep what this question needs, for a question about something
                 that earlier ones did not need. It costs what a new conversation costs.
             cancel: an event that stops prefill after the current chunk and decoding within one token. Closing the
@@ -229,8 +230,8 @@ class LLM(AbstractContextManager["LLM"]):
     @with_options(BatchOptions)
     def batch(self, conversations: Sequence[Messages], **options: Unpack[BatchOptions]) -> list[Result]:
         """Answer several conversations together, in order, without sessions. Arguments and errors as for `stream`."""
-        wanted = RequestOptions.parse(BatchOptions, options)
-        checked, runtime = [normalize_messages(messages) for messages in conversations], self._load()
+        wanted, given = RequestOptions.parse(BatchOptions, options), check_batch(conversations, "conversations")
+        checked, runtime = [normalize_messages(messages) for messages in given], self._load()
         requests = [_batch_request(runtime, messages, wanted) for messages in checked]
         return _generate_batch(runtime, requests, wanted, self.max_input_tokens)
 
@@ -251,7 +252,7 @@ class LLM(AbstractContextManager["LLM"]):
 
     def add_session(self, session: Session) -> Session:
         """Add a session made by `Session.fork` to this model's conversations, and return it."""
-        self.store.commit(session)
+        self.store.commit(check_session(session))
         return session
 
     def read_document(
@@ -275,9 +276,9 @@ class LLM(AbstractContextManager["LLM"]):
         Raises:
             InputError: no text, or a file that is not text. Cancelled: `cancel` was set; nothing is kept.
         """
-        return _read_document(
-            self._load(), read_text(document, text), name, probe, self.max_input_tokens, cancel, progress
-        )
+        check_texts(name=name, probe=probe)
+        content = read_text(document, text)
+        return _read_document(self._load(), content, name, probe, self.max_input_tokens, cancel, progress)
 
     # -- plain completion --------------------------------------------------------------------------------------------
 
@@ -290,7 +291,7 @@ class LLM(AbstractContextManager["LLM"]):
     def stream_complete(self, prompt: str, **options: Unpack[CompletionOptions]) -> Iterator[Chunk]:
         """Continue a plain text, piece by piece, with nothing added to it. Arguments and errors as for `stream`."""
         wanted = RequestOptions.parse(CompletionOptions, options)
-        text, runtime = _checked_prompt(prompt), self._load()
+        text, runtime = check_prompt(prompt), self._load()
         request = _completion_request(runtime, text, wanted)
         check_length(len(request.prompt.ids), wanted.sampling, self.max_input_tokens, runtime.engine.exact_limit)
         attempt = Attempt(request, runtime.engine.new_cache(request.prompt.config), runtime.tokenizer)
@@ -300,7 +301,7 @@ class LLM(AbstractContextManager["LLM"]):
     def batch_complete(self, prompts: Sequence[str], **options: Unpack[BatchCompletionOptions]) -> list[Result]:
         """Continue several texts together, in order. Arguments and errors as for `stream`."""
         wanted = RequestOptions.parse(BatchCompletionOptions, options)
-        texts, runtime = [_checked_prompt(prompt) for prompt in prompts], self._load()
+        texts, runtime = [check_prompt(prompt) for prompt in check_batch(prompts, "prompts")], self._load()
         requests = [_completion_request(runtime, text, wanted) for text in texts]
         return _generate_batch(runtime, requests, wanted, self.max_input_tokens)
 
@@ -317,7 +318,10 @@ def _begin_turn(
     messages, template = history.messages, runtime.template
     output_format = options.output_format(runtime.output_formats, messages)
     instructed = output_format.with_instruction(messages)
-    turn = runtime.conversations.begin(history, instructed, options.tools, options.session, reread=options.reread)
+    owner, reread = options.namespace, options.reread
+    turn = runtime.conversations.begin(
+        history, instructed, options.tools, options.session, namespace=owner, reread=reread
+    )
     length = len(turn.tokens) - turn.retrieved_tokens
     check_length(length, options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=5)
     question = messages[-1]["content"]
@@ -345,7 +349,8 @@ def _read_document(
     """Read a document (its text and title), unless it has been read under that name. As `LLM.read_document`."""
     engine, documents = runtime.engine, runtime.conversations.documents
     content, title = document
-    reading = documents.open(content, name, title, question_known=probe is not None)
+    check = partial(check_cancelled, cancel)
+    reading = documents.open(content, name, title, question_known=probe is not None, check=check)
     if reading.new_ids:
         check_length(len(reading.tokens), SamplingParams(), max_input_tokens, engine.exact_limit, stacklevel=5)
         probe_ids = chat_probe(runtime.template, probe or GENERIC_QUESTION)
@@ -370,12 +375,6 @@ def _generate_batch(
     if any(result.finish_reason == "cancelled" for result in results):
         options.check_deadline()
     return results
-
-
-def _checked_prompt(prompt: Any) -> str:
-    if not isinstance(prompt, str) or not prompt:
-        raise InputError("The prompt is empty: give some text to continue.")
-    return prompt
 
 
 def _completion_request(runtime: Runtime, text: str, options: RequestOptions) -> Request:

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from zsmerge_llm.config import CacheConfig, parse_bytes
+from zsmerge_llm.config import CacheConfig, check_integer, parse_bytes
 from zsmerge_llm.engine.scheduling import SchedulingConfig
-from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.grammar import GrammarCompiler
 from zsmerge_llm.language.output_format import OutputFormats
@@ -86,9 +87,23 @@ def validate_runtime_settings(
     if cache is not None and not isinstance(cache, CacheConfig):
         raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
     if compile not in (True, False, "auto"):
-        raise ConfigError(f"compile must be True, False or 'auto', not {compile!r}.")
+        raise ConfigError(f"compile must be True, False or 'auto', not {shown(compile)}.")
     if isinstance(retrieval_tokens, bool) or not isinstance(retrieval_tokens, int) or retrieval_tokens < 0:
-        raise ConfigError(f"retrieval_tokens must be a number of tokens, 0 for none, not {retrieval_tokens!r}.")
+        raise ConfigError(f"retrieval_tokens must be a number of tokens, 0 for none, not {shown(retrieval_tokens)}.")
+
+
+def check_limit(name: str, limit: Any) -> int | None:
+    """Return a limit that a user may set; None is none. Raises ConfigError."""
+    if limit is not None:
+        check_integer(name, limit, 1)
+    return cast("int | None", limit)
+
+
+def _check_template(chat_template: Any, args: Any) -> None:
+    if not isinstance(chat_template, (str, NoneType)):
+        raise ConfigError(f"chat_template must be Jinja text, not a {type(chat_template).__name__}.")
+    if not isinstance(args, (dict, NoneType)) or not all(isinstance(name, str) for name in args or ()):
+        raise ConfigError("template_args must be a dict of the template's variables by their names.")
 
 
 def assemble(
@@ -103,6 +118,7 @@ def assemble(
     session_memory: int,
     gpu_session_memory: int | str,
     scheduling: SchedulingConfig | None,
+    allow_control_tokens: bool = False,
 ) -> Runtime:
     """Load the model and build what works on it. `loading` goes to `loader.load`; the rest is as for `LLM`.
 
@@ -122,9 +138,10 @@ def assemble(
     from zsmerge_llm.sessions.store import Store
     from zsmerge_llm.sessions.validation import ExpectedCache
 
+    _check_template(loading["chat_template"], template_args)
     loaded = load(model, **loading)
     tokenizer = loaded.tokenizer
-    template = ChatTemplate(tokenizer, args=template_args)
+    template = ChatTemplate(tokenizer, args=template_args, allow_control_tokens=allow_control_tokens)
     engine = Engine(loaded.model, cache, chunk, compile, scheduling=scheduling)
     with ExitStack() as undo:  # a model object is its owner's: where anything fails, it is given back
         undo.callback(engine.close)

@@ -220,7 +220,7 @@ def test_results_find_their_calls_by_id_or_by_name() -> None:
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 3}}]}, USER],
             InputError,
-            "a dict of JSON values or its JSON text, not 3",
+            "a dict of JSON values or its JSON text, not a int",
         ),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": {1}}}}]}, USER],

@@ -23,7 +23,7 @@ from tests.support.tools import (
     question_and_result,
     with_results,
 )
-from zsmerge_llm import Result, SamplingParams
+from zsmerge_llm import Grammar, Result, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.language.output_format import FIRST_RESULT_INSTRUCTION
 from zsmerge_llm.language.tool_calls import parse_tool_calls
@@ -137,7 +137,7 @@ def test_an_answer_in_json_may_begin_like_a_call() -> None:
         ({"tools": [{"type": "function", "function": {"name": "x", "parameters": "y"}}]}, InputError, "JSON schema"),
         ({"response_format": {"type": "xml"}}, InputError, "response_format must be"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, InputError, "response_format"),
-        ({"tools": TOOLS, "grammar": object()}, ConfigError, "not both"),
+        ({"tools": TOOLS, "grammar": Grammar.choice("a")}, ConfigError, "not both"),
     ],
 )
 def test_invalid_and_contradictory_requests_are_refused(wanted: dict[str, Any], error: type, part: str) -> None:

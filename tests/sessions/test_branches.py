@@ -97,7 +97,7 @@ def test_an_edit_before_every_snapshot_left_reads_all_again_and_says_why() -> No
         chat.ask(f"Question {turn}")
     edited = llm.chat([*chat.messages[:2], *dialogue("Instead")], sampling=SHORT)
 
-    assert edited.usage.reuse == "reread: no snapshot of session 'it' before message 3 is left"
+    assert edited.usage.reuse == "reread: no snapshot of this conversation before message 3 is left"
     assert edited.usage.cached_tokens == 0
     assert chat.ask("Are you there?").usage.reuse == "continued"
 

@@ -248,8 +248,10 @@ def _load(
 def _read(file: Path) -> str:
     """Return the text of a file, or of standard input for "-". Raises InputError: no text."""
     name = "standard input" if str(file) == "-" else str(file)
+    from zsmerge_llm.retrieval.documents import read_file, read_stream
+
     try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        data = read_stream(sys.stdin.buffer, name) if str(file) == "-" else read_file(file)
     except FileNotFoundError as error:
         raise InputError(f"There is no file {name}: check the path.") from error
     except OSError as error:  # a folder, no permission

@@ -55,12 +55,12 @@ class Terminal:
 
     def print(self, text: str) -> None:
         """Print a line on stdout."""
-        self._out.print(text, markup=False)
+        self._out.print(printable(text), markup=False)
 
     def status(self, text: str) -> None:
         """Print a dim line on stdout, unless quiet."""
         if not self.quiet:
-            self._out.print(text, style="dim", markup=False)
+            self._out.print(printable(text), style="dim", markup=False)
 
     def error(self, error: Exception) -> None:
         """Print an error as one red line on stderr."""
@@ -68,7 +68,7 @@ class Terminal:
 
     def question(self, text: str) -> None:
         """Print a question before its answer."""
-        self._out.print(f"\n> {text}", style="bold cyan", markup=False)
+        self._out.print(f"\n> {printable(text)}", style="bold cyan", markup=False)
 
     def read_message(self) -> str | None:
         """Read the next message: None at the end of the input, "" after Ctrl-C."""
@@ -107,8 +107,13 @@ class Terminal:
         if self.quiet or not self._err.is_terminal:
             yield lambda step: None
             return
-        with self._err.status(f"{first} ...", spinner_style="dim") as status:
-            yield lambda step: status.update(f"{step} ...")
+        from rich.text import Text
+
+        def line(step: str) -> Text:
+            return Text(f"{printable(step)} ...")
+
+        with self._err.status(line(first), spinner_style="dim") as status:
+            yield lambda step: status.update(line(step))
 
     @contextmanager
     def show_reading(self) -> Iterator[ReadCallback]:
@@ -125,7 +130,7 @@ class Terminal:
             def show(text: str) -> None:
                 stop()
                 self._seconds_to_first_token = self._seconds_to_first_token or time.perf_counter() - started
-                self._out.print(text.replace("\x1b", ""), end="", markup=False)  # no escape sequences
+                self._out.print(printable(text), end="", markup=False)
 
             try:
                 yield progress, show
@@ -184,8 +189,19 @@ def _console(stream: Any) -> Console:
     return Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
 
 
+def printable(text: str) -> str:
+    """Return a text without control characters: names and answers must not send commands to the terminal."""
+    return text.translate(_CONTROL_CHARACTERS)
+
+
+_CONTROL_CHARACTERS = dict.fromkeys(
+    [*range(9), *range(11, 32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+)
+"""Without tab and newline; with the C1 controls and the marks that reverse the direction of text."""
+
+
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return " ".join(printable(str(message)).split())
 
 
 def _megabytes(size: int) -> str:

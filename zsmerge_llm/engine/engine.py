@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from zsmerge_llm.attention.backend import AttentionBackend
 from zsmerge_llm.attention.interface import prepare_model
 from zsmerge_llm.attention.model_state import HeldModel
-from zsmerge_llm.config import CacheConfig, SamplingParams
+from zsmerge_llm.config import MAX_SIZE, CacheConfig, SamplingParams, check_integer
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
 from zsmerge_llm.engine.device_thread import DeviceThread, Kind
@@ -35,7 +35,7 @@ from zsmerge_llm.engine.scheduling import Cancelled, RequestLimit, SchedulingCon
 from zsmerge_llm.engine.sequence import DecodeSequence
 from zsmerge_llm.engine.static_decoder import make_decoder
 from zsmerge_llm.engine.static_scheduler import StaticScheduler, is_capturable
-from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.errors import InputError
 from zsmerge_llm.gpu.backend import GPUBackend
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.slots import LayerSpec
@@ -78,8 +78,8 @@ class Engine:
         backend: AttentionBackend | None = None,
         scheduling: SchedulingConfig | None = None,
     ) -> None:
-        if chunk != "auto" and chunk < 1:
-            raise ConfigError(f"chunk must be at least 1 token, or 'auto', not {chunk}.")
+        if chunk != "auto":
+            check_integer("chunk", chunk, 1, MAX_SIZE)
         self.model = model
         self.config = cache or CacheConfig()
         how = scheduling or SchedulingConfig()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.engine.scheduling import Deadline
-from zsmerge_llm.errors import InputError
+from zsmerge_llm.generation.arguments import check_types
 from zsmerge_llm.language.grammar import Grammar
+from zsmerge_llm.language.json_values import MAX_SCHEMA, MAX_TOOLS, plain_json
 from zsmerge_llm.language.output_format import OutputFormat, OutputFormats
 from zsmerge_llm.types import Message, Progress, ResponseFormat, ToolChoice
 
@@ -50,6 +51,7 @@ class ChatOptions(BatchOptions, total=False):
     """Keyword arguments of `LLM.chat` and `LLM.stream`."""
 
     session: str | Session | None
+    namespace: str | None
     probe: str | None
     reread: bool
     progress: Progress | None
@@ -66,6 +68,7 @@ class RequestOptions:
     response_format: ResponseFormat | None = None
     grammar: Grammar | None = None
     session: str | Session | None = None
+    namespace: str | None = None
     probe: str | None = None
     reread: bool = False
     cancel: Event | None = None
@@ -80,7 +83,8 @@ class RequestOptions:
         The time of `timeout` runs from now on.
 
         Raises:
-            TypeError: an unknown keyword argument. InputError: a priority or timeout that is none.
+            TypeError: an unknown keyword argument. InputError: an argument of a wrong type; tools or a response format
+                that are no JSON, too long or too deep.
         """
         known = allowed.__annotations__
         if unknown := [name for name in given if name not in known]:
@@ -88,14 +92,18 @@ class RequestOptions:
                 f"Unknown keyword argument {', '.join(unknown)}: known are {', '.join(known)}. Settings of sampling, "
                 "such as max_tokens, go into sampling=SamplingParams(...)."
             )
-        options = cls(**{**given, "sampling": given.get("sampling") or SamplingParams()})
-        if isinstance(options.priority, bool) or not isinstance(options.priority, int):
-            raise InputError(f"priority must be a whole number, the lowest goes first, not {options.priority!r}.")
-        if options.timeout is None:
-            return options
-        if isinstance(options.timeout, bool) or not isinstance(options.timeout, (int, float)) or options.timeout <= 0:
-            raise InputError(f"timeout must be a number of seconds above 0, or None, not {options.timeout!r}.")
-        return replace(options, cancel=Deadline(options.cancel, options.timeout))
+        options = cls(**{**given, "sampling": SamplingParams() if given.get("sampling") is None else given["sampling"]})
+        check_types(options)
+        json_values = {
+            name: plain_json(value, name, max_chars)
+            for name, max_chars in (("tools", MAX_TOOLS), ("response_format", MAX_SCHEMA))
+            if (value := getattr(options, name)) is not None
+        }
+        if options.namespace is not None and isinstance(options.session, str):
+            options = replace(options, session=f"{options.namespace}/{options.session}")
+        if options.timeout is not None:
+            options = replace(options, cancel=Deadline(options.cancel, options.timeout))
+        return replace(options, **json_values) if json_values else options
 
     def check_deadline(self) -> None:
         """Raise DeadlineExceededError if `timeout` has passed; for answers that were stopped."""

@@ -6,22 +6,31 @@ system message, and tool calls and results become tagged text.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
+from functools import lru_cache
+from itertools import pairwise
+from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
 from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError
+from zsmerge_llm.language.control_tokens import SEPARATOR, ControlTokens
 from zsmerge_llm.language.digests import DigestChain
+from zsmerge_llm.language.long_text import LongText
 from zsmerge_llm.language.messages import normalize_messages as normalize_messages
 from zsmerge_llm.language.messages import short_id
+from zsmerge_llm.language.watchdog import TimeExceeded, Watchdog
 from zsmerge_llm.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_RENDER_SECONDS = 20.0
+"""How long a template may take: ten thousand messages take a second."""
 Tools = Sequence[dict[str, Any]] | None
 """Tool definitions in the OpenAI format."""
 TOOL_INSTRUCTIONS = """# Tools
@@ -48,6 +57,8 @@ class ChatTemplate:
         today: the date that templates with `strftime_now` print; None is the current one. Frozen here, so that a
             conversation renders the same tomorrow.
         args: further variables for the template, such as `{"enable_thinking": False}`.
+        allow_control_tokens: whether text of messages and tools that spells a control token is read as one. By default
+            only the template makes control tokens.
     """
 
     def __init__(
@@ -57,15 +68,21 @@ class ChatTemplate:
         *,
         today: date | None = None,
         args: Mapping[str, Any] | None = None,
+        allow_control_tokens: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.today = today or date.today()
         self.args = dict(args or {})
+        self._control_tokens = None if allow_control_tokens else ControlTokens(tokenizer)
+        self._long_text = LongText(tokenizer)
+        self._watchdog = Watchdog()
 
     def with_date(self, today: date) -> ChatTemplate:
         """Return the same template with another date."""
-        return ChatTemplate(self.tokenizer, self.chat_template, today=today, args=self.args)
+        template = copy.copy(self)
+        template.today = today
+        return template
 
     def source(self, tools: Tools = None) -> str:
         """Return the Jinja text in use, with `strftime_now("…")` replaced by the frozen date.
@@ -85,15 +102,21 @@ class ChatTemplate:
         return re.sub(stamp, lambda found: json.dumps(self.today.strftime(found[2])), text)
 
     def render(self, messages: Sequence[Message], tools: Tools = None, add_generation_prompt: bool = True) -> str:
-        """Return the conversation as the text that the model reads, special tokens included.
+        """Return the conversation as the text that the model reads, special tokens included. It is for `encode` alone.
+
+        Control tokens that messages or tools spell have separators in them.
 
         Raises:
-            InputError: the template refuses these messages (its own message is passed on).
+            InputError: the template refuses these messages (its own message is passed on), fails or does not end.
             MissingTemplateError: the model has none.
             ConfigError: the template is no valid Jinja.
         """
         source = self.source(tools)
-        adapted, listed = _adapt(source, _with_notes(messages), validate_tools(tools))
+        given, offered = _with_notes(messages), validate_tools(tools)
+        if self._control_tokens is not None:
+            given = [self._control_tokens.guard_message(message) for message in given]
+            offered = self._control_tokens.guard_values(offered)
+        adapted, listed = _adapt(source, given, offered)
         try:
             return self._apply(source, adapted, listed, add_generation_prompt)
         except InputError:
@@ -103,34 +126,68 @@ class ChatTemplate:
             return self._apply(source, renumbered, listed, add_generation_prompt)
 
     def _apply(self, source: str, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
-        from jinja2 import TemplateError, TemplateSyntaxError
+        from jinja2 import TemplateSyntaxError
 
         settings = {"chat_template": source, "add_generation_prompt": prompt, "tokenize": False, **self.args}
+        check_jinja(source)
         try:
-            return cast(str, self.tokenizer.apply_chat_template(messages, tools=cast(Any, tools), **settings))
-        except TemplateSyntaxError as error:
+            with self._watchdog.limit(MAX_RENDER_SECONDS):
+                return cast(str, self.tokenizer.apply_chat_template(messages, tools=cast(Any, tools), **settings))
+        except (TemplateSyntaxError, SyntaxError) as error:
             raise ConfigError(
                 f"The chat template is not valid Jinja ({error}): pass another as chat_template=."
             ) from error
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except TimeExceeded as error:
+            raise InputError(
+                f"The chat template did not end within {MAX_RENDER_SECONDS:g} s: pass another as chat_template=."
+            ) from error
+        except Exception as error:  # a template is a program, and may fail in any way
             raise InputError(
                 f"The model's chat template refuses these messages: {error} "
                 "Change them accordingly, or pass another template as chat_template=."
             ) from error
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of rendered text. Nothing is added: a template writes its own BOS."""
-        return self._ids(text, add_special_tokens=False)
+    def encode(self, text: str, check: Callable[[], None] | None = None) -> list[int]:
+        """Return the ids of rendered text. Nothing is added: a template writes its own BOS.
+
+        check: called before each piece of a long text; what it raises ends the work.
+
+        Raises:
+            InputError: no valid Unicode. ContextLimitError: as `LongText.pieces`.
+        """
+        _check_text(text)
+        ids: list[int] = []
+        for piece in self._long_text.pieces(text):
+            if check is not None:
+                check()
+            if self._control_tokens is not None and SEPARATOR in piece:
+                ids += self._control_tokens.encode(piece)
+            else:
+                ids += self._ids(piece, add_special_tokens=False)
+        return ids
+
+    def guard(self, text: str) -> str:
+        """Return a message's text as `render` passes it on: with separators in what spells a control token."""
+        return text if self._control_tokens is None else self._control_tokens.guard(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of text that a message holds."""
+        return self.encode(self.guard(text))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a plain prompt, with the special tokens that this tokenizer adds by itself."""
-        return self._ids(text, add_special_tokens=True)
+        _check_text(text)
+        first, *others = self._long_text.pieces(text)
+        if not others:
+            return self._ids(text, add_special_tokens=True)
+        whole, ids = (self._ids(first, add_special_tokens=added) for added in (True, False))
+        before = next(at for at in range(len(whole)) if whole[at : at + len(ids)] == ids)
+        suffix = whole[before + len(ids) :]
+        for piece in others:
+            ids += self._ids(piece, add_special_tokens=False)
+        return [*whole[:before], *ids, *suffix]
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"The text is not valid Unicode ({error}): decode it with errors='replace'.") from error
         return cast(
             "list[int]", self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         )
@@ -141,7 +198,7 @@ class ChatTemplate:
         try:
             text = self.render(messages, tools, add_generation_prompt=not answered)
         except InputError:
-            text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            text = self.guard("\n".join(f"{message['role']}: {message['content']}" for message in messages))
         return len(self.encode(text))
 
     def delta(
@@ -195,7 +252,8 @@ class ChatTemplate:
 
     def digest_chain(self, tools: Tools = None, extra: Any = None) -> DigestChain:
         """Return the digests of no messages with these tools, `args` and `extra` (JSON): `of` gives those of some."""
-        return DigestChain.start([validate_tools(tools), self.args, extra])
+        allowing = ["control tokens"] if self._control_tokens is None else []
+        return DigestChain.start([validate_tools(tools), self.args, extra, *allowing])
 
     def digests(self, messages: Sequence[Message], tools: Tools = None, extra: Any = None) -> list[str]:
         """Return one digest per prefix: entry i stands for `messages[:i]` with these tools, `args` and `extra`."""
@@ -204,12 +262,40 @@ class ChatTemplate:
 
 def validate_tools(tools: Tools) -> list[dict[str, Any]] | None:
     """Return OpenAI tool definitions; None for an empty list, which some templates would take for tools."""
+    if not isinstance(tools, (list, tuple, NoneType)):
+        raise InputError(f"tools must be a list of definitions, not a {type(tools).__name__}.")
     for index, tool in enumerate(tools or ()):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             form = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
             raise InputError(f"tools[{index}] must have the form {form}.")
     return list(tools) if tools else None
+
+
+@lru_cache(maxsize=16)
+def check_jinja(source: str) -> None:
+    """Refuse a template that takes powers: of large numbers, they take for ever, and nothing can stop them.
+
+    Raises:
+        ConfigError: names the operator.
+    """
+    from jinja2 import Environment, TemplateError
+
+    try:
+        found = [text for _, kind, text in Environment().lex(source) if kind not in ("whitespace", "data")]
+    except (TemplateError, RecursionError):
+        return  # the template will be refused for it
+    if any(text == "**" and before not in ("(", ",") for before, text in pairwise(found)):
+        raise ConfigError("The chat template takes powers (**), which may never end: pass another as chat_template=.")
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"Text must be a string, not a {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"The text is not valid Unicode ({error}): decode it with errors='replace'.") from error
 
 
 def _with_notes(messages: Sequence[Message]) -> list[Message]:

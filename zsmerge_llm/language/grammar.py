@@ -39,6 +39,14 @@ class Grammar:
 
     source: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str):
+            raise InputError(f"The source of a grammar must be text, not a {type(self.source).__name__}.")
+        try:
+            self.source.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"The source of a grammar is not valid Unicode ({error}).") from error
+
     @classmethod
     def lark(cls, source: str) -> Grammar:
         """Return the context-free grammar of a Lark source with the rule `start`."""
@@ -49,6 +57,9 @@ class Grammar:
         """Match the whole answer with a regular expression (Rust's syntax: no look-around, no back references)."""
         from llguidance import regex_to_lark
 
+        if not isinstance(pattern, str):
+            raise InputError(f"A pattern must be text, not a {type(pattern).__name__}.")
+        cls(pattern)  # valid Unicode
         return cls(f"start: TEXT\nTEXT: /{regex_to_lark(pattern)}/\n")
 
     @classmethod

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from zsmerge_llm.errors import InputError, UnsupportedContentError
+from zsmerge_llm.errors import InputError, UnsupportedContentError, shown
+from zsmerge_llm.language.json_values import MAX_DEPTH, is_deep
 from zsmerge_llm.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -112,8 +113,8 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise InputError(f"{where} must be a dict with role and content, not {_kind(message)}.")
     role = message.get("role")
-    if role not in ROLES:
-        raise InputError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}.")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InputError(f"{where} has the role {shown(role)}; it must be one of {', '.join(ROLES)}.")
     checked: Message = {"role": role, "content": _text(message.get("content"), role, where)}
     if calls := message.get("tool_calls"):
         if role != "assistant" or not isinstance(calls, Sequence) or isinstance(calls, str):
@@ -137,7 +138,7 @@ def _copy(given: Mapping[str, Any], message: Message) -> Message:
         return message
     try:
         return cast(Message, json.loads(json.dumps(given)))
-    except (TypeError, ValueError):  # something that is no JSON in a key that no template reads
+    except (TypeError, ValueError, RecursionError):  # something that is no JSON in a key that no template reads
         return message
 
 
@@ -158,7 +159,9 @@ def _block(block: Any, where: str) -> str:
     if kind is None:
         raise InputError(f"{where} must be {{'type': 'text', 'text': ...}}, not {_kind(block)}.")
     if kind != "text":
-        raise UnsupportedContentError(f"{where} is of type {kind!r}, and the model reads text only: send it as text.")
+        raise UnsupportedContentError(
+            f"{where} is of type {shown(kind)}, and the model reads text only: send it as text."
+        )
     if not isinstance(text := block.get("text"), str):
         raise InputError(f"{where}.text must be a string, not {_kind(text)}.")
     return text
@@ -178,9 +181,12 @@ def _arguments(given: Any, where: str) -> dict[str, Any] | str:
         value = json.loads(given if isinstance(given, str) else json.dumps(given))
     except (TypeError, ValueError, RecursionError):
         value = None
+    if is_deep(value):
+        value = None
     if not isinstance(value, dict) and not isinstance(given, str):
         raise InputError(
-            f"{where}.function.arguments must be a dict of JSON values or its JSON text, not {given!r:.80}."
+            f"{where}.function.arguments must be a dict of JSON values or its JSON text, not a "
+            f"{type(given).__name__}, and of at most {MAX_DEPTH} levels."
         )
     return value if isinstance(value, dict) else given
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from zsmerge_llm.config import SamplingParams
-from zsmerge_llm.errors import ConfigError, InputError
+from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
 from zsmerge_llm.language.reasoning import (
@@ -215,13 +215,13 @@ def _parse_tool_choice(tools: Sequence[dict[str, Any]] | None, choice: ToolChoic
         if wanted in names:
             return str(wanted)
         raise InputError(
-            f"tool_choice names {wanted!r}, which is none of the tools: {', '.join(names) or 'none given'}."
+            f"tool_choice names {shown(wanted)}, which is none of the tools: {', '.join(names) or 'none given'}."
         )
     if choice is None:
         return "auto"
     if choice not in ("auto", "required", "none"):
         expected = '{"type": "function", "function": {"name": ...}}'
-        raise InputError(f"tool_choice must be 'auto', 'required', 'none' or {expected}, not {choice!r}.")
+        raise InputError(f"tool_choice must be 'auto', 'required', 'none' or {expected}, not {shown(choice)}.")
     if choice == "required" and not names:
         raise InputError("tool_choice is 'required' and there are no tools: pass tools, or tool_choice='auto'.")
     return choice
@@ -231,16 +231,14 @@ def _parse_response_format(response_format: ResponseFormat | None) -> tuple[str,
     """Return the grammar rule and the instruction of a response format; None for free text."""
     if response_format is None or (isinstance(response_format, Mapping) and response_format.get("type") == "text"):
         return None
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    kind = given = response_format.get("type") if isinstance(response_format, Mapping) else response_format
     if kind == "json_object":
         return json_rule({"type": "object"}), JSON_INSTRUCTION
     described = response_format.get("json_schema") if kind == "json_schema" else None
     schema = described.get("schema") if isinstance(described, Mapping) else None
     if not isinstance(described, Mapping) or not isinstance(schema, Mapping):
         expected = '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
-        raise InputError(
-            f'response_format must be {{"type": "json_object"}} or {expected}, not {response_format!r:.80}.'
-        )
+        raise InputError(f'response_format must be {{"type": "json_object"}} or {expected}, not {shown(given)}.')
     rule = json_rule(schema, lenient=described.get("strict") is False)
     return rule, SCHEMA_INSTRUCTION + json.dumps(schema, ensure_ascii=False)
 

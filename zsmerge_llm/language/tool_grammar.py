@@ -165,6 +165,8 @@ def _argument_schema(function: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the schema of a function's arguments: an empty object for a function without any."""
     schema = function.get("parameters") or {}
     if not isinstance(schema, Mapping):
-        raise InputError(f"The parameters of tool {function['name']!r} must be a JSON schema, not {schema!r:.80}.")
+        raise InputError(
+            f"The parameters of tool {function['name']!r} must be a JSON schema, not a {type(schema).__name__}."
+        )
     takes_arguments = schema.get("properties") or set(schema) - SCHEMA_KEYS_WITHOUT_ARGUMENTS
     return schema if takes_arguments else NO_ARGUMENTS

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zsmerge_llm.errors import ConfigError, MissingDependencyError
+from zsmerge_llm.errors import ConfigError, MissingDependencyError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +36,14 @@ def validate_settings(dtype: Any, device: Any, device_map: Any, quantization: An
     """
     known = isinstance(dtype, str) and (dtype == "auto" or dtype in DTYPES)
     if not known and type(dtype).__name__ != "dtype":
-        raise ConfigError(f"dtype must be 'auto', {_either(DTYPES)} or a torch.dtype, not {dtype!r}.")
-    if device != "auto" and not _DEVICE.fullmatch(str(device)):
-        raise ConfigError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N', 'mps' or 'xpu', not {device!r}.")
+        raise ConfigError(f"dtype must be 'auto', {_either(DTYPES)} or a torch.dtype, not {shown(dtype)}.")
+    named = isinstance(device, str) or type(device).__name__ == "device"
+    if device != "auto" and not (named and _DEVICE.fullmatch(str(device))):
+        raise ConfigError(f"device must be 'auto', 'cpu', 'cuda', 'cuda:N', 'mps' or 'xpu', not {shown(device)}.")
     if device_map is not None and device != "auto":
         raise ConfigError("Give either device (one device for the whole model) or device_map, not both.")
     if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ConfigError(f"quantization must be None, {_either(QUANTIZATIONS)}, not {quantization!r}.")
+        raise ConfigError(f"quantization must be None, {_either(QUANTIZATIONS)}, not {shown(quantization)}.")
 
 
 def pick_device(device: Any) -> torch.device:

@@ -53,7 +53,7 @@ class AttentionSearch:
         found: dict[int, str] = {}
         for center in peaks(scores) if scores is not None else ():
             text = self._excerpt(tokens, center)
-            max_tokens -= len(self.template.encode(text + "\n\n"))
+            max_tokens -= len(self.template.encode_text(text + "\n\n"))
             if max_tokens < 0:
                 break
             found[center] = text

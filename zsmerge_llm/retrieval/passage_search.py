@@ -90,7 +90,7 @@ class PassageSearch:
         if last["role"] != "user" or not self.max_tokens:
             return messages
         content, start = last["content"], question_start(last["content"])
-        size = len(self.template.encode(content))
+        size = len(self.template.encode_text(content))
         if size <= budget:
             start = 0
         left = min(self.max_tokens, budget // 2)
@@ -99,7 +99,7 @@ class PassageSearch:
         searched = before[bool(system) :] + ([{**last, "content": content[:start]}] if start else [])
         is_near = size <= MAX_QUESTION_TOKENS or start > 0
         repeated = f"{system}\n\n" if system and is_near and not self._contains(recent_ids[-budget:], system) else ""
-        left -= len(self.template.encode(repeated))
+        left -= len(self.template.encode_text(repeated))
         found = self.search(searched, question, left, indexes)
         repeated += as_block(found if found or fallback is None else fallback(question, left))
         if not repeated:
@@ -109,7 +109,7 @@ class PassageSearch:
     def _system_message(self, messages: Sequence[Message], max_tokens: int) -> str:
         """Return the system message, if it has at most `max_tokens`; else ""."""
         text = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
-        return text if len(self.template.encode(text)) <= max_tokens else ""
+        return text if len(self.template.encode_text(text)) <= max_tokens else ""
 
     def _contains(self, ids: Sequence[int], text: str) -> bool:
         """Return whether ids hold a text, but for spaces, which tokenizers do not always keep."""
@@ -124,7 +124,7 @@ class PassageSearch:
         found: dict[int, str] = {}
         ranked, passages = (indexes or PassageIndexes()).of_size(size).find(messages, question)
         for number in ranked:
-            cost = len(self.template.encode(passages[number] + "\n\n"))
+            cost = len(self.template.encode_text(passages[number] + "\n\n"))
             if cost <= max_tokens:
                 found[number] = passages[number]
                 max_tokens -= cost

@@ -40,12 +40,12 @@ def completion_probe(template: ChatTemplate, ids: list[int], prompt: str) -> lis
 
 def chat_probe(template: ChatTemplate, question: str) -> list[int]:
     """Return the ids of a question and of what the template writes after it, up to the beginning of the answer."""
-    return template.encode(question) + _closing(template)
+    return template.encode_text(question) + _closing(template)
 
 
 def message_probe(template: ChatTemplate, message: str) -> list[int]:
     """Return `chat_probe` of the question that a message ends with."""
-    return template.encode(find_question(message))[-MAX_QUESTION_TOKENS:] + _closing(template)
+    return template.encode_text(find_question(message))[-MAX_QUESTION_TOKENS:] + _closing(template)
 
 
 def is_multi_turn(messages: Sequence[Message]) -> bool:

@@ -16,6 +16,7 @@ from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import SessionError, SessionNotFoundError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
+from zsmerge_llm.language.digests import DigestChain
 from zsmerge_llm.language.messages import MessageHistory
 from zsmerge_llm.sessions.documents import Documents, num_merged, put_before
 from zsmerge_llm.sessions.folder import generate_name
@@ -103,6 +104,7 @@ class Conversations:
         tools: Tools = None,
         session: str | Session | None = None,
         *,
+        namespace: str | None = None,
         reread: bool = False,
     ) -> Turn:
         """Return what is to be read for a request, and on which cache.
@@ -113,6 +115,7 @@ class Conversations:
             session: a session or its name. A hint: it is resumed only if its content is a prefix of `messages`; if not,
                 the conversation takes over the name. A document's session stays as it is: `messages` are asked about
                 it, in a conversation of their own.
+            namespace: only conversations of the same one are recognized; those of documents by any.
             reread: read everything again, for this question alone.
 
         Raises:
@@ -120,7 +123,8 @@ class Conversations:
             SessionCorruptError: a document whose file is corrupt.
         """
         name, document = self._resolve(session)
-        transcript = self._transcript(history, messages, tools, name, document)
+        start = self.template.digest_chain(tools, namespace)
+        transcript = self._transcript(history, messages, start, name, document)
         if document is not None and self.documents.is_document(name):
             name = None
         if reread:
@@ -176,9 +180,13 @@ class Conversations:
         return name, document
 
     def _transcript(
-        self, history: MessageHistory, messages: list[Message], tools: Tools, name: str | None, document: str | None
+        self,
+        history: MessageHistory,
+        messages: list[Message],
+        start: DigestChain,
+        name: str | None,
+        document: str | None,
     ) -> Transcript:
-        start = self.template.digest_chain(tools)
         known = find_transcript(self.store.transcripts(name), history.messages, start, document)
         chain = known.chain if known is not None else start
         if document is None:
@@ -270,7 +278,7 @@ class Conversations:
         first = 2 + (transcript.messages[0]["role"] == "system")
         similar = self.store.longest_shared_prefix(transcript.digests[first:])
         if similar is not None:
-            return f"no snapshot of session {similar[0]!r} before message {similar[1] + first + 1} is left"
+            return f"no snapshot of this conversation before message {similar[1] + first + 1} is left"
         if name is not None and name in self.store:
             return f"the messages and tools are not those of session {name!r}"
         return ""

@@ -51,12 +51,20 @@ class Documents:
     document_config: Callable[[int], CacheConfig]
     today: Callable[[], date] = date.today
 
-    def open(self, text: str, name: str | None, title: str, question_known: bool = False) -> DocumentReading:
+    def open(
+        self,
+        text: str,
+        name: str | None,
+        title: str,
+        question_known: bool = False,
+        check: Callable[[], None] | None = None,
+    ) -> DocumentReading:
         """Return the session of a document, and what is to be read of it.
 
         Args:
             name: the session's name. None: `title`, or something like it where that is another session's.
             question_known: whether the probe is what will be asked, so that the cache need not suit any question.
+            check: as for `ChatTemplate.encode`.
         """
         digest, template = self.digest(text), self.template.with_date(self.today())
         for candidate, _ in self.store.find_resume_points({digest: 0}, name):
@@ -68,7 +76,7 @@ class Documents:
                     continue
                 snapshot = found.snapshot
                 return DocumentReading(found.session, digest, snapshot.cache, TokenIds.of(snapshot.tokens), [])
-        ids = template.encode(document_head(template, text))
+        ids = template.encode(document_head(template, text), check)
         if name is None:
             name = title if title not in self.store else f"{title}-{digest[:8]}"
         session = Session(name, self.store.fingerprint, template.today, document=text)

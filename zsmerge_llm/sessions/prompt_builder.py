@@ -85,7 +85,7 @@ class PromptBuilder:
                 return template.encode(whole[len(before) :])
             if snapshot.kind == "prompt" and not messages[n].get("tool_calls"):
                 delta = deltas.delta(template, messages, n + 1, tools)
-                return template.encode(messages[n]["content"] + delta)
+                return template.encode(template.guard(messages[n]["content"]) + delta)
         except InputError:  # the template may still accept the whole conversation
             pass
         return None

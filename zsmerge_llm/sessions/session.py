@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from zsmerge_llm.errors import SessionMismatchError
+from zsmerge_llm.errors import InputError, SessionMismatchError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.identity import Fingerprint, Kind
@@ -99,8 +99,8 @@ class Snapshot:
 
     digest: str
     messages: int
-    tokens: Sequence[int]
-    cache: Cache
+    tokens: Sequence[int] = field(repr=False)
+    cache: Cache = field(repr=False)
     kind: Kind
     offloaded: bool = False
     state: object = field(default_factory=object, repr=False)
@@ -135,13 +135,13 @@ class Session:
     name: str
     fingerprint: Fingerprint
     today: date = field(default_factory=date.today)
-    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    snapshots: dict[str, Snapshot] = field(default_factory=dict, repr=False)
     used: float = field(default_factory=time.time)
-    document: str | None = None
+    document: str | None = field(default=None, repr=False)
     named: bool = True
     forked: bool = False
-    prefix_digests: tuple[str, ...] = ()
-    transcript: Transcript | None = None
+    prefix_digests: tuple[str, ...] = field(default=(), repr=False)
+    transcript: Transcript | None = field(default=None, repr=False)
 
     @property
     def head(self) -> Snapshot:
@@ -186,7 +186,13 @@ class Session:
         )
 
     def fork(self, name: str) -> Session:
-        """Return a session that continues from here by itself. Snapshots are shared, so this costs nothing."""
+        """Return a session that continues from here by itself. Snapshots are shared, so this costs nothing.
+
+        Raises:
+            InputError: a name that is no text.
+        """
+        if not isinstance(name, str):
+            raise InputError(f"The name of a session must be text, not a {type(name).__name__}.")
         return Session(
             name,
             self.fingerprint,

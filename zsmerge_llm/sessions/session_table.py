@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from threading import Condition
 from typing import NamedTuple
 
-from zsmerge_llm.errors import SessionNotFoundError
+from zsmerge_llm.errors import InputError, SessionNotFoundError, shown
 from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
 from zsmerge_llm.sessions.transcript import Transcript
 
@@ -169,7 +169,8 @@ class SessionTable:
             self._entries.pop(name, None)
 
     def _entry(self, name: str) -> StoreEntry:
+        if not isinstance(name, str):
+            raise InputError(f"The name of a session is text, not a {type(name).__name__}.")
         if name not in self._entries:
-            known = ", ".join(sorted(self._entries)) or "none"
-            raise SessionNotFoundError(f"There is no session {name!r}; there are: {known}.")
+            raise SessionNotFoundError(f"There is no session {shown(name)}: list(llm.store) gives those there are.")
         return self._entries[name]

@@ -55,6 +55,7 @@ class FakeRequest:
     response_format: dict[str, Any] | None = None
     grammar: Any = None
     session: Any = None
+    namespace: str | None = None
     probe: str | None = None
     reread: bool = False
     timeout: float | None = None

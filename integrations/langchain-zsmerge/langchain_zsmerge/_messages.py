@@ -94,14 +94,14 @@ def _content(message: BaseMessage) -> str | list[dict[str, Any]]:
         return message.content
     skip = _SKIPPED_BLOCKS if isinstance(message, AIMessage) else frozenset[str]()
     blocks = [_block(block) for block in message.content]
-    kept = [block for block in blocks if block.get("type") not in skip]
+    kept = [block for block in blocks if not isinstance(block, dict) or str(block.get("type")) not in skip]
     return kept or ""
 
 
-def _block(block: str | dict[str, Any]) -> dict[str, Any]:
+def _block(block: Any) -> dict[str, Any]:
     if isinstance(block, str):
         return {"type": "text", "text": block}
-    if block.get("type") in ("text", "text-plain") and "text" in block:
+    if isinstance(block, dict) and block.get("type") in ("text", "text-plain") and "text" in block:
         return {"type": "text", "text": block["text"]}
     return block
 
@@ -109,8 +109,11 @@ def _block(block: str | dict[str, Any]) -> dict[str, Any]:
 def _reasoning(message: AIMessage) -> str:
     """Return the reasoning that preceded the answer; some templates show it again within a turn."""
     blocks = [block for block in message.content if isinstance(block, dict)]
-    text = "".join(str(block.get("reasoning", "")) for block in blocks if block.get("type") == "reasoning")
-    return text or str(message.additional_kwargs.get("reasoning_content") or "")
+    texts = [block.get("reasoning") for block in blocks if block.get("type") == "reasoning"]
+    text = "".join(text for text in texts if isinstance(text, str)) or message.additional_kwargs.get(
+        "reasoning_content"
+    )
+    return text if isinstance(text, str) else ""
 
 
 def _tool_calls(message: AIMessage) -> list[dict[str, Any]]:
@@ -122,11 +125,11 @@ def _tool_calls(message: AIMessage) -> list[dict[str, Any]]:
     for block in message.content if isinstance(message.content, list) else []:
         # messages of other providers may hold their calls in the content alone
         if isinstance(block, dict) and block.get("type") == "tool_use" and block.get("id") not in known:
-            calls.append(_call(block.get("id"), block["name"], _json(block["input"])))
+            calls.append(_call(block.get("id"), block.get("name"), _json(block.get("input") or {})))
     return calls
 
 
-def _call(call_id: str | None, name: str, arguments: str) -> dict[str, Any]:
+def _call(call_id: str | None, name: Any, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -202,4 +205,7 @@ def _invalid_call(call: dict[str, Any]) -> InvalidToolCall:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"The arguments of a tool call must be JSON values ({error}).") from error

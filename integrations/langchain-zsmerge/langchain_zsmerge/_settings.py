@@ -79,6 +79,8 @@ class ZSMergeSettings(BaseModel):
     """A Jinja template in place of the model's own."""
     template_args: dict[str, Any] | None = Field(default=None, frozen=True)
     """Variables for the chat template, such as `{"enable_thinking": False}`."""
+    allow_control_tokens: bool = Field(default=False, frozen=True)
+    """Whether control tokens that messages and tools spell, such as `<|im_end|>`, are read as tokens, not as text."""
     retrieval_tokens: int = Field(default=256, frozen=True)
     """Maximum tokens of dropped text that are retrieved and read again before a question; 0 for none."""
     max_input_tokens: int | None = Field(default=None, frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from contextlib import closing
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal, cast
+from uuid import UUID
 
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
@@ -95,11 +96,11 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
         return super().astream_events(input, config, **_with_session(config, kwargs))
 
     def _request(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Request:
-        changes = self._sampling_options(kwargs, ("session_id", "reread", *_FORMAT_OPTIONS))
+        changes = self._sampling_options(kwargs, ("session_id", "namespace", "reread", *_FORMAT_OPTIONS))
         tools = to_tools(kwargs.get("tools") or ())
         choice = to_tool_choice(kwargs.get("tool_choice"), tools) if tools else None
-        options = {"tools": tools, "tool_choice": choice, "session": kwargs.get("session_id")}
-        options["reread"] = kwargs.get("reread")
+        options = {"tools": tools, "tool_choice": choice, "session": _session_name(kwargs.get("session_id"))}
+        options |= {name: kwargs.get(name) for name in ("namespace", "reread")}
         given = {name: option for name, option in options.items() if option}
         for name in ("parallel_tool_calls", "response_format", "grammar"):
             if kwargs.get(name) is not None:
@@ -191,6 +192,11 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
             return 0
         count: int = self._llm.count_prompt_tokens(to_messages(messages), to_tools(tools or ()) or None)
         return count
+
+
+def _session_name(given: Any) -> Any:
+    """Return the id of a session as its name: numbers and UUIDs are taken as text."""
+    return str(given) if isinstance(given, (int, UUID)) and not isinstance(given, bool) else given
 
 
 def _with_session(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:

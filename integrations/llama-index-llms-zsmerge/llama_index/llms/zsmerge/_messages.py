@@ -88,27 +88,38 @@ def tool_calls(message: ChatMessage) -> list[dict[str, Any]]:
         for block in message.blocks
         if block.block_type == "tool_call"
     ]
-    return [_call(call) for call in blocks or message.additional_kwargs.get("tool_calls") or ()]
+    calls = blocks or message.additional_kwargs.get("tool_calls") or ()
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise InputError(f"tool_calls must be a list, not a {type(calls).__name__}.")
+    return [_call(call) for call in calls]
 
 
 def _call(call: Any) -> dict[str, Any]:
     """Convert one call: a dictionary, nested or flat, or an object (OpenAI's, or a `ToolSelection`)."""
-    given = call if isinstance(call, dict) else call.model_dump() if hasattr(call, "model_dump") else vars(call)
-    flat = {**given, **(given.get("function") or {})}
+    given = call.model_dump() if hasattr(call, "model_dump") else getattr(call, "__dict__", call)
+    function = given.get("function") or {} if isinstance(given, dict) else None
+    if not isinstance(function, dict):
+        raise InputError(f"A tool call must be a dictionary or an object of its parts, not a {type(call).__name__}.")
+    flat = {**given, **function}
     name = flat.get("name") or flat.get("tool_name")
     if not name:
-        raise InputError(
-            f"A tool call needs a name, as in {{'function': {{'name': ...}}}}; this one has none: {given!r}."
-        )
+        raise InputError("A tool call needs a name, as in {'function': {'name': ...}}; one has none.")
     value: Any = next((flat[key] for key in ("arguments", "args", "tool_kwargs") if flat.get(key) is not None), {})
     call_id = flat.get("id") or flat.get("tool_id")
     return ({"id": call_id} if call_id else {}) | {
         "type": "function",
         "function": {
             "name": name,
-            "arguments": value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
+            "arguments": value if isinstance(value, str) else _json(value),
         },
     }
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"The arguments of a tool call must be JSON values ({error}).") from error
 
 
 def with_id(call: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 from llama_index.llms.zsmerge._tools import to_tool_choice
 
@@ -13,7 +14,7 @@ from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.types import Chunk, Message, Result
 
-_CHAT_OPTIONS = ("tools", "session", "session_id", "probe", "reread")
+_CHAT_OPTIONS = ("tools", "session", "session_id", "namespace", "probe", "reread")
 _FORMAT_OPTIONS = ("response_format", "grammar")
 _REQUEST_OPTIONS = ("timeout", "priority")
 OPTIONS = (
@@ -64,7 +65,8 @@ def message_request(llm: LLM, messages: list[Message], sampling: SamplingParams,
         messages,
         {
             "sampling": sampling,
-            "session": options.get("session", options.get("session_id")),
+            "session": _session_name(options.get("session", options.get("session_id"))),
+            **({"namespace": options["namespace"]} if options.get("namespace") is not None else {}),
             "probe": options.get("probe"),
             "tools": tools or None,
             "tool_choice": to_tool_choice(options.get("tool_choice")),
@@ -73,6 +75,11 @@ def message_request(llm: LLM, messages: list[Message], sampling: SamplingParams,
             **_other_options(options),
         },
     )
+
+
+def _session_name(given: Any) -> Any:
+    """Return the id of a session as its name: numbers and UUIDs are taken as text."""
+    return str(given) if isinstance(given, (int, UUID)) and not isinstance(given, bool) else given
 
 
 def _other_options(options: Mapping[str, Any]) -> dict[str, Any]:

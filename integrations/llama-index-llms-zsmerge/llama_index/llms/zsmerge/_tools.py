@@ -37,10 +37,11 @@ def to_tool_choice(choice: str | Mapping[str, Any] | None) -> ToolChoice | None:
         return choice
     if choice == "any":
         return "required"
-    name = choice if isinstance(choice, str) else (choice.get("function") or choice).get("name")
-    if not name:
+    named = choice.get("function", choice) if isinstance(choice, Mapping) else {"name": choice}
+    name = named.get("name") if isinstance(named, Mapping) else None
+    if not isinstance(name, str) or not name:
         form = "{'type': 'function', 'function': {'name': ...}}"
-        raise InputError(f"tool_choice must be 'auto', 'required', 'none', a tool's name or {form}, not {choice!r}.")
+        raise InputError(f"tool_choice must be 'auto', 'required', 'none', a tool's name or {form}.")
     return {"type": "function", "function": {"name": name}}
 
 

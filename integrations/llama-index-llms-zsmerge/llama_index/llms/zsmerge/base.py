@@ -97,6 +97,7 @@ class ZSMergeLLM(StructuredPrediction):
     template_args: dict[str, Any] | None = Field(
         default=None, description="Variables for the chat template, such as {'enable_thinking': False}."
     )
+    allow_control_tokens: bool = Field(default=False, description="Read control tokens spelled in text as tokens.")
     retrieval_tokens: int = Field(
         default=256, description="Maximum tokens of dropped text retrieved before a question; 0: none."
     )
@@ -104,9 +105,7 @@ class ZSMergeLLM(StructuredPrediction):
     sessions_dir: PathText | None = Field(default=None, description="Folder that stores sessions.")
     session_memory: int | str = Field(default="4GiB", description="Host memory limit of idle sessions.")
     gpu_session_memory: int | str = Field(default="auto", description="GPU memory limit of idle sessions, or 'auto'.")
-    scheduling: SchedulingConfig | None = Field(
-        default=None, description="How requests that run at the same time share the device."
-    )
+    scheduling: SchedulingConfig | None = Field(default=None, description="How concurrent requests share the device.")
 
     max_tokens: int | None = Field(default=512, description="Maximum tokens of an answer; None: no limit.")
     temperature: float = Field(default=0.0, description="0 is greedy.")

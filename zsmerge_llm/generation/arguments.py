@@ -1,0 +1,94 @@
+"""Check the types of a request's arguments before anything is read, so that a wrong one fails alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from zsmerge_llm.config import SamplingParams
+from zsmerge_llm.errors import InputError
+from zsmerge_llm.language.grammar import Grammar
+
+if TYPE_CHECKING:
+    from zsmerge_llm.sessions.session import Session
+
+
+def check_types(options: Any) -> None:
+    """Refuse options of a request that are of a wrong type.
+
+    Raises:
+        InputError: names the option, and what it must be.
+    """
+    for name, (is_valid, expected) in _EXPECTED.items():
+        if not is_valid(value := getattr(options, name)):
+            raise InputError(f"{name} must be {expected}, not a {type(value).__name__}.")
+
+
+def check_session(session: Any) -> Session:
+    """Return a session. Raises InputError: it is none."""
+    if not _is_session(session):
+        raise InputError(f"This must be a Session, not a {type(session).__name__}: Session.fork makes one.")
+    check_texts(name=session.name)
+    return cast("Session", session)
+
+
+def check_texts(**texts: Any) -> None:
+    """Refuse arguments, by their names, that are neither text nor None. Raises InputError."""
+    for name, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{name} must be text, not a {type(text).__name__}.")
+
+
+def check_batch(entries: Any, name: str) -> Sequence[Any]:
+    """Return the entries of a batch. Raises InputError: they are no list or tuple."""
+    if not isinstance(entries, (list, tuple)):
+        raise InputError(f"{name} must be a list, one entry for each answer, not a {type(entries).__name__}.")
+    return entries
+
+
+def check_prompt(prompt: Any) -> str:
+    """Return a plain prompt. Raises InputError: it is no text, or empty."""
+    if not isinstance(prompt, str) or not prompt:
+        raise InputError("The prompt is empty: give some text to continue.")
+    return prompt
+
+
+def _is_session(session: Any) -> bool:
+    from zsmerge_llm.sessions.session import Session  # needs torch
+
+    return isinstance(session, Session)
+
+
+def _is_seconds(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+    except OverflowError:
+        return False
+
+
+def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_valid(value)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "sampling": (lambda value: isinstance(value, SamplingParams), "a SamplingParams"),
+    "session": (
+        _or_none(lambda value: isinstance(value, str) or _is_session(value)),
+        "a name (text) or a Session",
+    ),
+    "namespace": (
+        _or_none(lambda value: isinstance(value, str) and value != "" and "/" not in value),
+        "a text without a slash",
+    ),
+    "probe": (_or_none(lambda value: isinstance(value, str)), "text"),
+    "grammar": (_or_none(lambda value: isinstance(value, Grammar)), "a Grammar, such as Grammar.regex(...)"),
+    "cancel": (_or_none(lambda value: callable(getattr(value, "is_set", None))), "a threading.Event"),
+    "progress": (_or_none(callable), "a function of two numbers"),
+    "timeout": (_or_none(_is_seconds), "a finite number of seconds above 0, or None"),
+    "priority": (
+        lambda value: isinstance(value, int) and not isinstance(value, bool),
+        "a whole number, the lowest goes first",
+    ),
+}
+"""By the name of an option: whether a value is one, and what it must be."""
