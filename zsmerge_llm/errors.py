@@ -19,6 +19,7 @@ ZSMergeError
     ├── SessionNotFoundError            no session of that name
     ├── SessionCorruptError             a saved session is truncated or was altered
     ├── SessionMismatchError            a session of another model, tokenizer, template or cache config
+    ├── SessionStorageError             the file of a session cannot be deleted
     └── StoreFullError                  `session_memory` is too small for one session
 """
 
@@ -97,6 +98,10 @@ class SessionCorruptError(SessionError):
 
 class SessionMismatchError(SessionError):
     """A session belongs to another model, tokenizer, template or cache configuration."""
+
+
+class SessionStorageError(SessionError):
+    """The file of a session cannot be deleted. The session is as it was before."""
 
 
 class StoreFullError(SessionError):

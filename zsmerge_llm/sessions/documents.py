@@ -59,6 +59,8 @@ class Documents:
             question_known: whether the probe is what will be asked, so that the cache need not suit any question.
         """
         digest, template = self.digest(text), self.template.with_date(self.today())
+        if name is not None:
+            self.store.refresh(name)
         for candidate, _ in self.store.find_resume_points({digest: 0}, name):
             if self.is_document(candidate) and name in (None, candidate):
                 try:
