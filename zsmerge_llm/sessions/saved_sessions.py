@@ -168,12 +168,12 @@ class SavedSessions(TieredSessions):
         return loaded
 
     def _load_earlier(self, name: str, digest: str) -> Snapshot:
-        """Return a snapshot of a session in memory that is only on disk. Raises SessionNotFoundError: there is none."""
+        """Return a snapshot that is on disk beside a session's head. Raises SessionNotFoundError: there is none."""
         with self._lock:
             self._wait_until_free(name)
             entry = self._entry(name)
             session, files = entry.session, [file for file in entry.points_on_disk if file.digest == digest]
-            if session is None or not files:
+            if not files:
                 raise SessionNotFoundError(f"Session {name!r} has moved on.")
             self._busy.add(name)
         found = None
@@ -186,7 +186,7 @@ class SavedSessions(TieredSessions):
                 self._busy.discard(name)
                 if found is None:
                     entry.earlier = None
-                elif self._entries.get(name) is entry and entry.session is session:
+                elif session is not None and self._entries.get(name) is entry and entry.session is session:
                     session.snapshots = {digest: found, **session.snapshots}
                 self._lock.notify_all()
         self._rebalance()
