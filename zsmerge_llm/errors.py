@@ -13,6 +13,7 @@ ZSMergeError
 ├── MissingDependencyError (ImportError)  an optional package is not installed
 ├── PackageError                        compiled code on disk that is not used
 ├── DeviceMemoryError (MemoryError)     the device has no memory left for what was asked
+├── ForkedProcessError (RuntimeError)   a model is used in a fork of the process that loaded it
 ├── QueueFullError                      as many requests as allowed are waiting or being answered
 ├── DeadlineExceededError (TimeoutError)  a request's time was up before its answer was complete
 └── SessionError                        a session cannot be used
@@ -74,6 +75,10 @@ class PackageError(ZSMergeError):
 
 class DeviceMemoryError(ZSMergeError, MemoryError):
     """The device has no memory left for what was asked. Conversations are as they were before."""
+
+
+class ForkedProcessError(ZSMergeError, RuntimeError):
+    """A model is used in a fork of a process that had loaded one. Nothing is changed in either process."""
 
 
 class QueueFullError(ZSMergeError):

@@ -18,18 +18,19 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 ABANDONED_SECONDS = 3600
-"""Age after which an unfinished file has no owner, where the system has no locks."""
+"""Age after which a file has no owner, where the system has no locks. Folders stay there."""
 NEW_SECONDS = 1
-"""Age below which an unfinished file may just be about to be locked."""
+"""Age below which a file or folder may just be about to be locked."""
 RETRY_SECONDS = 0.002
 
 
 def lock(path: Path, seconds: float = 0.0) -> int | None:
-    """Lock a file or a folder for this process, and return the handle that `unlock` takes.
+    """Lock a file or a folder, and return the handle that `unlock` takes; None where the system cannot lock it.
 
     seconds: how long to wait for another owner.
 
-    Returns None where another one still holds it, or the system cannot lock it.
+    Raises:
+        BlockingIOError: another one still holds it.
     """
     if fcntl is None:
         return None
@@ -43,13 +44,13 @@ def lock(path: Path, seconds: float = 0.0) -> int | None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return handle
         except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(RETRY_SECONDS)
-                continue
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise
+            time.sleep(RETRY_SECONDS)
         except OSError:  # a file system without locks
-            pass
-        os.close(handle)
-        return None
+            os.close(handle)
+            return None
 
 
 def unlock(handle: int | None) -> None:
@@ -62,7 +63,9 @@ def unlock(handle: int | None) -> None:
 @contextmanager
 def locked(path: Path, seconds: float = 0.0) -> Iterator[None]:
     """Hold the lock of a file or a folder, where it can be had in time."""
-    handle = lock(path, seconds)
+    handle = None
+    with suppress(BlockingIOError):
+        handle = lock(path, seconds)
     try:
         yield
     finally:
@@ -70,7 +73,7 @@ def locked(path: Path, seconds: float = 0.0) -> Iterator[None]:
 
 
 def delete_leftovers(paths: Iterable[Path]) -> None:
-    """Delete the unfinished files and folders that have no owner any more. What cannot be deleted stays."""
+    """Delete the files and folders that have no owner any more. What cannot be deleted stays."""
     for path in paths:
         with suppress(OSError):
             stat = path.stat()
@@ -78,7 +81,7 @@ def delete_leftovers(paths: Iterable[Path]) -> None:
             if age < NEW_SECONDS or (hasattr(os, "getuid") and stat.st_uid != os.getuid()):
                 continue
             handle = lock(path)
-            if handle is None and age < ABANDONED_SECONDS:
+            if handle is None and (age < ABANDONED_SECONDS or path.is_dir()):
                 continue
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from threading import Condition
 from typing import NamedTuple
 
 from zsmerge_llm.errors import SessionNotFoundError
+from zsmerge_llm.models.owner_process import ProcessCondition
 from zsmerge_llm.sessions.folder import SavedFiles
 from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
 from zsmerge_llm.sessions.transcript import Transcript
@@ -107,7 +107,7 @@ class SessionTable:
     """
 
     def __init__(self, has_device: bool = False) -> None:
-        self._lock = Condition()  # on a re-entrant lock
+        self._lock = ProcessCondition()  # on a re-entrant lock
         self._entries: dict[str, StoreEntry] = {}
         self._versions = count(1)
         self._has_device = has_device

@@ -6,7 +6,6 @@ same session waits.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from zsmerge_llm.errors import StoreFullError
 from zsmerge_llm.sessions.folder import Folder, delete_files, generate_name
 from zsmerge_llm.sessions.saved_sessions import SavedSessions
 from zsmerge_llm.sessions.session import Fingerprint, Session, Snapshot, load_session
+from zsmerge_llm.sessions.spill_folder import SpillFolder
 from zsmerge_llm.sessions.tiers import DeviceTier
 from zsmerge_llm.sessions.transcript import Transcript
 
@@ -46,7 +46,7 @@ class Store(SavedSessions):
 
     Raises:
         StoreFullError: `limit` is less than one session needs.
-        ConfigError: `folder` cannot be used.
+        ConfigError: `folder` cannot be used, or there is no temporary one.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Store(SavedSessions):
                 "raise session_memory or lower the number of slots."
             )
         self.fingerprint = fingerprint
-        self._temporary = None if folder is not None else tempfile.TemporaryDirectory(prefix="zsmerge-sessions-")
-        path = folder if self._temporary is None else self._temporary.name
+        self._spill_folder = None if folder is not None else SpillFolder()
+        path = folder if self._spill_folder is None else self._spill_folder.path
         assert path is not None
         kept = Folder(path, fingerprint, folder is not None, devices, policy)
         super().__init__(kept, limit, session_nbytes, device, persistent=folder is not None)
