@@ -19,6 +19,7 @@ from zsmerge_llm.models.owner_process import check_process, is_forked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Self
 
     from zsmerge_llm.engine.engine import Engine
     from zsmerge_llm.engine.layer_budgets import LayerBudgets
@@ -81,7 +82,7 @@ class LazyRuntime:
 
 
 class CopiedBySettings:
-    """What is copied and pickled by its settings: a copy loads its model anew, when it is first used.
+    """What is deep-copied and pickled by its settings: the copy loads its model anew, when it is first used.
 
     Attributes:
         model: as for `LLM`.
@@ -97,6 +98,12 @@ class CopiedBySettings:
                 "make an LLM of the copy's own model."
             )
         return vars(self).copy()
+
+    def __copy__(self) -> Self:
+        """Return another object with the same loaded model."""
+        shallow = object.__new__(type(self))
+        vars(shallow).update(vars(self))
+        return shallow
 
 
 def validate_runtime_settings(

@@ -129,6 +129,7 @@ class DeviceThread:
     def __init__(self, reading_share: float = 0.5, within: Within = lambda threads: nullcontext()) -> None:
         check_process()
         self._inbox: SimpleQueue[Job[Any] | None] = SimpleQueue()  # reentrant: a finalizer may submit at any time
+        self._within = within
         self._agenda = _Agenda(self._inbox, reading_share, within)
         self._thread: Thread | None = None
         self._starting = RLock()
@@ -165,6 +166,10 @@ class DeviceThread:
         check_process()
         if self._thread is None:
             self._start()
+        elif not self._thread.is_alive():  # the process ends, and no thread can be started any more
+            if job.claim():
+                job.execute(within=self._within)
+            return job
         self._inbox.put(job)
         return job
 
