@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.chat import SNAPSHOT_NBYTES, Chat, make_llm
+from tests.support.chat import SHORT, SNAPSHOT_NBYTES, Chat, make_llm
 from zsmerge_llm.errors import ConfigError, SessionStorageError
 from zsmerge_llm.models.file_locks import locked
 from zsmerge_llm.sessions.folder import Folder, delete_files
@@ -36,7 +36,7 @@ def test_turns_go_on_where_the_file_of_a_conversation_has_become_a_folder(tmp_pa
         (path / "inside").write_text("x")
     for turn in range(3):
         assert chat.ask(f"Question {turn}").usage.reuse == "continued"
-        llm.chat(f"Another {turn}")
+        llm.chat(f"Another {turn}", sampling=SHORT)
     assert Chat(make_llm(sessions_dir=tmp_path), "new").ask("Hello").usage.reuse == "new"
 
 
@@ -58,7 +58,7 @@ def test_turns_go_on_where_the_system_refuses(tmp_path: Path, operation: str, mo
         for turn in range(2):
             for chat in chats:
                 assert chat.ask(f"Question {turn}").text is not None
-            llm.chat(f"Nobody {turn}")
+            llm.chat(f"Nobody {turn}", sampling=SHORT)
         llm.store.flush()
     for chat in chats:
         assert chat.ask("Go on").text is not None
@@ -72,7 +72,7 @@ def test_a_deletion_that_the_system_refuses_deletes_nothing(tmp_path: Path, monk
     before = sorted(tmp_path.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
-        with pytest.raises(SessionStorageError, match="cannot be deleted .*so its session stays: allow writing"):
+        with pytest.raises(SessionStorageError, match=r"cannot be deleted .*so its session stays: allow writing"):
             llm.store.remove("it")
         with pytest.raises(SessionStorageError):
             delete_files(before[-1])
