@@ -13,12 +13,14 @@ ZSMergeError
 ├── MissingDependencyError (ImportError)  an optional package is not installed
 ├── PackageError                        compiled code on disk that is not used
 ├── DeviceMemoryError (MemoryError)     the device has no memory left for what was asked
+├── ForkedProcessError (RuntimeError)   a model is used in a fork of the process that loaded it
 ├── QueueFullError                      as many requests as allowed are waiting or being answered
 ├── DeadlineExceededError (TimeoutError)  a request's time was up before its answer was complete
 └── SessionError                        a session cannot be used
     ├── SessionNotFoundError            no session of that name
     ├── SessionCorruptError             a saved session is truncated or was altered
     ├── SessionMismatchError            a session of another model, tokenizer, template or cache config
+    ├── SessionStorageError             the file of a session cannot be deleted
     └── StoreFullError                  `session_memory` is too small for one session
 """
 
@@ -75,6 +77,10 @@ class DeviceMemoryError(ZSMergeError, MemoryError):
     """The device has no memory left for what was asked. Conversations are as they were before."""
 
 
+class ForkedProcessError(ZSMergeError, RuntimeError):
+    """A model is used in a fork of a process that had loaded one. Nothing is changed in either process."""
+
+
 class QueueFullError(ZSMergeError):
     """As many requests as allowed are waiting or being answered. Nothing was read: send the request again later."""
 
@@ -97,6 +103,10 @@ class SessionCorruptError(SessionError):
 
 class SessionMismatchError(SessionError):
     """A session belongs to another model, tokenizer, template or cache configuration."""
+
+
+class SessionStorageError(SessionError):
+    """The file of a session cannot be deleted. The session is as it was before."""
 
 
 class StoreFullError(SessionError):

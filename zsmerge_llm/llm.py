@@ -35,7 +35,15 @@ from zsmerge_llm.retrieval.query_probe import (
     is_multi_turn,
     message_probe,
 )
-from zsmerge_llm.runtime import LazyRuntime, Runtime, assemble, check_limit, explain, validate_runtime_settings
+from zsmerge_llm.runtime import (
+    CopiedBySettings,
+    LazyRuntime,
+    Runtime,
+    assemble,
+    check_limit,
+    explain,
+    validate_runtime_settings,
+)
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, Message, Progress, Result
 
@@ -54,7 +62,7 @@ Messages = str | Sequence[Message]
 """One user message as text, or a list of dicts in the OpenAI format."""
 
 
-class LLM(AbstractContextManager["LLM"]):
+class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
     """A local model on a KV cache of constant size. Cheap to construct: the model loads on first use.
 
     Args:

@@ -16,9 +16,11 @@ from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.grammar import GrammarCompiler
 from zsmerge_llm.language.output_format import OutputFormats
+from zsmerge_llm.models.owner_process import check_process, is_forked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Self
 
     from zsmerge_llm.engine.engine import Engine
     from zsmerge_llm.engine.layer_budgets import LayerBudgets
@@ -54,7 +56,9 @@ class LazyRuntime:
 
         Raises:
             InputError: it was closed. LoadError: the model cannot be loaded.
+            ForkedProcessError: this is a fork of a process that had loaded a model.
         """
+        check_process()
         with self._lock:
             if self._closed:
                 raise InputError("This LLM is closed: make another one.")
@@ -62,14 +66,45 @@ class LazyRuntime:
                 self.current = self._assemble()
             return self.current
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy or pickle how it is assembled: the copy assembles its own."""
+        return LazyRuntime, (self._assemble,)
+
     def close(self) -> None:
-        """Give a model object back as it was, and release the memory of any other model."""
+        """Give a model object back as it was, and release the memory of any other model. In a fork, nothing happens."""
+        if is_forked():
+            return
         with self._lock:
             self._closed = True
             runtime, self.current = self.current, None
         if runtime is not None:
             runtime.engine.close()
             runtime.conversations.store.close()
+
+
+class CopiedBySettings:
+    """What is deep-copied and pickled by its settings: the copy loads its model anew, when it is first used.
+
+    Attributes:
+        model: as for `LLM`.
+    """
+
+    model: str | Path | PreTrainedModel
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the settings. Raises ConfigError: a model object was handed in, which is its owner's."""
+        if not isinstance(self.model, (str, Path)):
+            raise ConfigError(
+                "An LLM of a model object cannot be copied or pickled: give the model's name or folder instead, or "
+                "make an LLM of the copy's own model."
+            )
+        return vars(self).copy()
+
+    def __copy__(self) -> Self:
+        """Return another object with the same loaded model."""
+        shallow = object.__new__(type(self))
+        vars(shallow).update(vars(self))
+        return shallow
 
 
 def validate_runtime_settings(

@@ -244,13 +244,13 @@ def test_a_limit_of_exactly_one_session_is_enough() -> None:
 def test_old_snapshots_of_idle_conversations_are_dropped_before_any_conversation_is() -> None:
     llm = make_llm(session_memory=5 * SNAPSHOT_NBYTES)
     first, second = Chat(llm, "first"), Chat(llm, "second")
-    for turn in range(2):
+    for turn in range(3):
         first.ask(f"A {turn}")
-    for turn in range(2):
+    for turn in range(3):
         second.ask(f"B {turn}")
 
     assert [info.in_memory for info in llm.store] == [True, True]
-    assert len(llm.session("first").snapshots) == 1
+    assert [snapshot.kind for snapshot in llm.session("first").snapshots.values()] == ["answer", "answer"]
     assert len(llm.session("second").snapshots) > 1
 
 

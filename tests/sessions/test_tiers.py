@@ -65,10 +65,10 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Event:
     """Let every file take `SLOW` seconds; the event is set when the first one begins."""
     save, begun = Folder.save, Event()
 
-    def saving(self: Folder, session: Session) -> Any:
+    def saving(self: Folder, session: Session, *known: Any) -> Any:
         begun.set()
         time.sleep(SLOW)
-        return save(self, session)
+        return save(self, session, *known)
 
     monkeypatch.setattr(Folder, "save", saving)
     return begun
@@ -227,9 +227,9 @@ def test_a_persistent_conversation_is_on_disk_when_it_is_answered_and_delays_no_
 def test_memory_above_the_limit_is_bounded_while_the_disk_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     save, stuck = Folder.save, Event()
 
-    def saving(self: Folder, session: Session) -> Any:
+    def saving(self: Folder, session: Session, *known: Any) -> Any:
         assert stuck.wait(LIMIT)
-        return save(self, session)
+        return save(self, session, *known)
 
     monkeypatch.setattr(Folder, "save", saving)
     store = make_store(limit=1)

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from zsmerge_llm.engine.scheduling import Cancelled
+from zsmerge_llm.models.owner_process import check_process, is_forked
 
 T = TypeVar("T")
 
@@ -126,7 +127,9 @@ class DeviceThread:
     """
 
     def __init__(self, reading_share: float = 0.5, within: Within = lambda threads: nullcontext()) -> None:
+        check_process()
         self._inbox: SimpleQueue[Job[Any] | None] = SimpleQueue()  # reentrant: a finalizer may submit at any time
+        self._within = within
         self._agenda = _Agenda(self._inbox, reading_share, within)
         self._thread: Thread | None = None
         self._starting = RLock()
@@ -153,19 +156,26 @@ class DeviceThread:
 
         Raises:
             Cancelled: `cancel` was set before it began. Otherwise what it raises.
+            ForkedProcessError: this is a fork of the process that has the thread.
         """
+        check_process()
         return run() if self.is_current else self.submit(Job(run, kind, priority)).wait(cancel)
 
     def submit(self, job: Job[T]) -> Job[T]:
-        """Put a job into the queue, and return it."""
-        if self._thread is None or not self._thread.is_alive():  # not alive: after a fork
+        """Put a job into the queue, and return it. Raises ForkedProcessError."""
+        check_process()
+        if self._thread is None:
             self._start()
+        elif not self._thread.is_alive():  # the process ends, and no thread can be started any more
+            if job.claim():
+                job.execute(within=self._within)
+            return job
         self._inbox.put(job)
         return job
 
     def _start(self) -> None:
         with self._starting:
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None:
                 self._thread = Thread(target=self._agenda.serve, name="zsmerge-device", daemon=True)
                 self._thread.start()
                 # A daemon that runs while the interpreter is taken apart would abort the process.
@@ -294,8 +304,9 @@ def _urgency(job: Job[Any]) -> int:
 
 def _end(inbox: SimpleQueue[Job[Any] | None], thread: Thread) -> None:
     """End a device thread before the interpreter ends."""
-    inbox.put(None)
-    thread.join()
+    if not is_forked():
+        inbox.put(None)
+        thread.join()
 
 
 def _let_go(inbox: SimpleQueue[Job[Any] | None], end: Callable[[], None]) -> None:

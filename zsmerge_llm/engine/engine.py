@@ -279,8 +279,8 @@ class Engine:
 
         A row ends with the end token, which is not yielded, with `max_tokens`, or where its constraint allows no more.
         All but the last token are in the cache then; of a row that a constraint ended, and of a stream that is closed
-        early, several may be missing. Tokens that a constraint forces are yielded one by one and read several in a pass,
-        if there is one row only; several rows read one token each a pass.
+        early, several may be missing. Tokens that a constraint forces are yielded one by one; a row alone reads several
+        of them in a pass, several rows one token each.
 
         Args:
             sampling: one for each row.

@@ -7,6 +7,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from zsmerge_llm.models.file_locks import locked
+
 TEMPORARY_PREFIX = ".saving-"
 TEMPORARY_SUFFIX = ".tmp"
 """How the name of an unfinished file begins and ends."""
@@ -24,7 +26,7 @@ def write_atomically(path: Path, content: bytes | bytearray, durable: bool = Tru
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY_PREFIX, suffix=TEMPORARY_SUFFIX)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with locked(Path(temporary)), os.fdopen(handle, "wb") as file:  # another process may look for leftovers
             file.write(content)
             if durable:
                 file.flush()
@@ -35,10 +37,10 @@ def write_atomically(path: Path, content: bytes | bytearray, durable: bool = Tru
             os.unlink(temporary)
         raise
     if durable:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename last through a power failure, where the system allows it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, ModelNotFoundError, UnsupportedModelError
+from zsmerge_llm.models.converted import is_complete, put_in_place
+from zsmerge_llm.models.file_locks import delete_leftovers, locked
 from zsmerge_llm.models.log_filters import quiet_transformers
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
 """Supported architectures: their conversion is tested against the original model. Mistral and SmolLM are "llama"."""
+
+PARTIAL = ".partial-"
+"""How the names of unfinished folders begin."""
 
 CONVERTER_VERSION = 1
 """Version of the conversion, part of the folder's name. Raise it when the conversion changes."""
@@ -122,23 +127,19 @@ def folder_for(path: Path, cache: Path, digest: str | None = None) -> Path:
 
 
 def convert_once(path: Path, target: Path, report_status: Callable[[str], None]) -> Path:
-    """Convert a file to the folder `target`, unless it exists. Several processes may do so at the same time.
+    """Convert a file to the folder `target`, unless that is there and whole. Several processes may do so at once.
 
     Raises:
         ConfigError: the cache folder cannot be written.
         LoadError: see `read_header`, or a file whose tensors do not fit the model.
     """
-    if (target / "config.json").is_file():
+    if is_complete(target):
         return target
     header = read_header(path)
     report_status("Converting GGUF (once)")
     with temporary_folder(target.parent) as folder, quiet_transformers():
         _convert(header, folder / "model")
-        try:
-            (folder / "model").rename(target)
-        except OSError:
-            if not (target / "config.json").is_file():  # else another process was faster, and its folder is used
-                raise
+        put_in_place(folder / "model", target)
     return target
 
 
@@ -147,12 +148,13 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     """Make a temporary folder inside `parent`: within one file system a rename is atomic."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=parent, prefix=".partial-")
+        delete_leftovers(parent.glob(f"{PARTIAL}*"))
+        temporary = tempfile.TemporaryDirectory(dir=parent, prefix=PARTIAL)
     except OSError as error:
         raise ConfigError(
             f"The cache folder {parent} cannot be written ({error.strerror}): set cache_dir or ZSMERGE_CACHE_DIR."
         ) from error
-    with temporary as folder:
+    with temporary as folder, locked(Path(folder)):
         yield Path(folder)
 
 
@@ -360,6 +362,7 @@ def _load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
 
 
 def _save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     weights = {p.data_ptr(): (name, p) for name, p in reversed(model.state_dict().items())}  # tied weights once
@@ -368,7 +371,7 @@ def _save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tar
         save_file(
             {name: p.contiguous() for name, p in weights.values()}, target / "model.safetensors", {"format": "pt"}
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise LoadError(
             f"The converted weights cannot be written to {target.parent} ({error}): free some space."
         ) from error

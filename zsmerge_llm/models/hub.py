@@ -18,6 +18,7 @@ from typing import Any
 
 from zsmerge_llm.errors import CorruptModelError, LoadError, ModelNotFoundError
 from zsmerge_llm.models import gguf
+from zsmerge_llm.models.converted import is_complete
 
 StatusCallback = Callable[[str], None]
 """Called with a line of text at each step of loading."""
@@ -65,7 +66,9 @@ BUILTINS = {
 def builtin_cached(model: Builtin, cache: Path) -> bool:
     """Return whether a built-in model loads without the network."""
     return (
-        _gguf_copy(model, cache).is_file() or _converted_folder(model, cache).is_dir() or bool(_hub_copy(model.hub_id))
+        _gguf_copy(model, cache).is_file()
+        or is_complete(_converted_folder(model, cache))
+        or bool(_hub_copy(model.hub_id))
     )
 
 
@@ -77,7 +80,7 @@ def builtin_folder(model: Builtin, cache: Path, report_status: StatusCallback) -
         CorruptModelError: the download fails its checksum.
     """
     copy, converted = _gguf_copy(model, cache), _converted_folder(model, cache)
-    if not converted.is_dir() and not copy.is_file():
+    if not is_complete(converted) and not copy.is_file():
         try:
             return hub_folder(model.hub_id, report_status)
         except ModelNotFoundError:
@@ -88,7 +91,7 @@ def builtin_folder(model: Builtin, cache: Path, report_status: StatusCallback) -
 def builtin_local(model: Builtin, cache: Path) -> Path | None:
     """Return the folder or the GGUF file of a built-in model on this machine; None where it is not here."""
     copy, converted = _gguf_copy(model, cache), _converted_folder(model, cache)
-    return converted if converted.is_dir() else copy if copy.is_file() else _hub_copy(model.hub_id)
+    return converted if is_complete(converted) else copy if copy.is_file() else _hub_copy(model.hub_id)
 
 
 def config_folder(hub_id: str, report_status: StatusCallback) -> Path:

@@ -37,7 +37,7 @@ class Turn:
 
     Attributes:
         session: the session that the turn belongs to; a new one (`is_new`) if it continues none under its own name.
-        expected_head: the head of the session's name when the turn began.
+        version: that of the session of its name when the turn began, as for `Store.version`.
         tokens: the conversation's ids, this prompt included; those behind `cache.seen` are still to be read.
         reuse: how the conversation was resumed, as for `Usage.reuse`.
         system_tokens: how many of the first tokens form a prefix that conversations may share; 0: none worth keeping.
@@ -49,7 +49,7 @@ class Turn:
     transcript: Transcript
     session: Session
     is_new: bool
-    expected_head: str | None
+    version: int | None
     cache: Cache
     tokens: TokenIds
     reuse: str
@@ -165,7 +165,7 @@ class Conversations:
         if turn.resumed_from is not None:  # who goes back to it may do so again, and it must not be dropped meanwhile
             snapshots = [turn.resumed_from, *snapshots]
         return self.store.commit_turn(
-            turn.session, snapshots, chain.digests, turn.expected_head, turn.is_new, turn.transcript
+            turn.session, snapshots, chain.digests, turn.version, turn.is_new, turn.transcript
         )
 
     # -- what a request is about -------------------------------------------------------------------------------------
@@ -175,6 +175,8 @@ class Conversations:
         if isinstance(session, Session) and session.name not in self.store:
             self.store.commit(session)
         name = session.name if isinstance(session, Session) else session
+        if name is not None:
+            self.store.refresh(name)
         info = self.store.info(name) if name is not None else None
         document = self.store.get(info.name).document if info is not None and info.has_document else None
         return name, document
@@ -219,19 +221,19 @@ class Conversations:
         following = self.prompts.following_ids(continuation, transcript.messages)
         if following is None or not self._has_wanted_config(snapshot, len(following)):
             return None
-        session, expected_head = source, found.head if own else None
+        session, version = source, found.version if own else None
         if not own:
             shared = [
                 each for each in (*source.snapshots.values(), snapshot) if each.kind == "prefix" or each is snapshot
             ]
             snapshots = {each.digest: each for each in shared if each.kind != "document"}
-            session, expected_head = self._new_session(name, template.today, source.document, snapshots)
+            session, version = self._new_session(name, template.today, source.document, snapshots)
         cache = snapshot.cache.clone()
         turn = Turn(
             transcript,
             session,
             is_new=not own,
-            expected_head=expected_head,
+            version=version,
             cache=cache,
             tokens=TokenIds.of(snapshot.tokens),
             reuse="continued" if snapshot.digest == found.head and snapshot.kind == "answer" else "restored",
@@ -257,12 +259,12 @@ class Conversations:
         prompt = self.prompts.build(messages, tools, template, transcript.indexes)
         reason = reason or self._reread_reason(transcript, name)
         document = transcript.document.text if transcript.document is not None else None
-        session, expected_head = self._new_session(name, template.today, document, {})
+        session, version = self._new_session(name, template.today, document, {})
         return Turn(
             transcript,
             session,
             is_new=True,
-            expected_head=expected_head,
+            version=version,
             cache=self.new_cache(prompt.config),
             tokens=TokenIds(prompt.ids),
             reuse=f"reread: {reason}" if reason else "new",
@@ -285,10 +287,10 @@ class Conversations:
 
     def _new_session(
         self, name: str | None, today: date, document: str | None, snapshots: dict[str, Snapshot]
-    ) -> tuple[Session, str | None]:
-        """Return a new session, and the head that its name has until now."""
-        expected_head = self.store.head(name) if name else None
+    ) -> tuple[Session, int | None]:
+        """Return a new session, and the version of the session that has its name until now."""
+        version = self.store.version(name) if name else None
         session = Session(
             name or generate_name(), self.store.fingerprint, today, snapshots, document=document, named=bool(name)
         )
-        return session, expected_head
+        return session, version

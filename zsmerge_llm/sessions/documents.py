@@ -67,6 +67,8 @@ class Documents:
             check: as for `ChatTemplate.encode`.
         """
         digest, template = self.digest(text), self.template.with_date(self.today())
+        if name is not None:
+            self.store.refresh(name)
         for candidate, _ in self.store.find_resume_points({digest: 0}, name):
             if self.is_document(candidate) and name in (None, candidate):
                 try:

@@ -1,4 +1,8 @@
-"""A folder of saved sessions: one file each, named by the session and by what it belongs to."""
+"""A folder of saved sessions: files named by the session and by what it belongs to.
+
+A session has one file for its head, and one beside it for the last answered point before the head. Several processes
+may use a folder. None overwrites what another one has written and it has not read: that is set aside.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,46 @@ import hashlib
 import json
 import os
 import re
-import time
+import shutil
 import uuid
-from contextlib import suppress
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionError
-from zsmerge_llm.models.atomic_write import TEMPORARY_PREFIX, TEMPORARY_SUFFIX
+from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionError, SessionStorageError
+from zsmerge_llm.models.atomic_write import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, sync_folder
+from zsmerge_llm.models.file_locks import delete_leftovers, locked
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.seal import session_key
-from zsmerge_llm.sessions.session import Fingerprint, Session, SessionInfo, load_session
+from zsmerge_llm.sessions.session import Fingerprint, Session, SessionInfo, Snapshot, file_stamp, load_session
 from zsmerge_llm.sessions.validation import ExpectedCache, check_facts
 
 SUFFIX = ".zsmerge"
+EARLIER_SUFFIX = ".earlier"
+"""Suffix of the file with the last answered point before the head, instead of `SUFFIX`."""
 SAFE_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 MAX_STEM = 120
 GENERATED_NAME = re.compile(r"chat-[0-9a-f]{8}")
 OTHERS_WRITE = 0o022
-ABANDONED_SECONDS = 3600
-"""Age after which an unfinished file is taken to belong to a killed process."""
+LOCK_SECONDS = 2.0
+"""Longest wait for another process that renames files in the folder: that takes milliseconds."""
+
+
+@dataclass(frozen=True)
+class SavedFiles:
+    """What is on disk of a session.
+
+    Attributes:
+        head: the file of its head.
+        earlier: the file of the last answered point before the head.
+        set_aside: another process's conversation of the same name, which has got a generated name.
+    """
+
+    head: SessionInfo | None = None
+    earlier: SessionInfo | None = None
+    set_aside: SavedFiles | None = None
 
 
 class Folder:
@@ -66,10 +89,78 @@ class Folder:
         """Return the path of the session of that name."""
         return self.path / f"{_stem(name)}{self._suffix}"
 
-    def save(self, session: Session) -> SessionInfo:
-        """Write a session's head. Raises OSError."""
-        path = session.save(self.file(session.name), self.durable)
-        return replace(session.info, path=path, nbytes=path.stat().st_size, tier="disk")
+    def save(self, session: Session, known: SavedFiles = SavedFiles()) -> SavedFiles:
+        """Write a session's head, and see to it that the last answered point before it is beside it.
+
+        A file that is not `known`, and that the session does not continue, is another process's: it is set aside.
+
+        known: what this process has last read or written of the session.
+
+        Raises:
+            OSError: no room or no permission. What was there stays.
+        """
+        path, point = self.file(session.name), session.last_answered
+        beside = known.earlier if known.earlier is not None and session.answered(known.earlier) else None
+        newest = max((each.messages for each in (point, beside) if each is not None), default=0)
+        with self._temporary() as head, self._temporary() as earlier:
+            session.save(head, self.durable)
+            if point is not None and not _holds(point, known.head, known.earlier):
+                session.at(point).save(earlier, self.durable)
+            with locked(head), locked(self.path, LOCK_SECONDS):
+                before, set_aside = self._at_path(session, path, known.head)
+                if before is not None and session.answered(before) and before.messages >= newest:
+                    _link(path, earlier)
+                os.replace(head, path)
+                if earlier.exists():
+                    os.replace(earlier, earlier_path(path))
+                elif beside is None:
+                    earlier_path(path).unlink(missing_ok=True)
+        if self.durable:
+            sync_folder(self.path)
+        return SavedFiles(self._info(session, path), self.earlier(path, session.prefix_digests), set_aside)
+
+    def save_earlier(self, session: Session, point: Snapshot) -> SessionInfo:
+        """Write the last answered point before a session's head, beside the file of that head. Raises OSError."""
+        path = earlier_path(self.file(session.name))
+        session.at(point).save(path, self.durable)
+        return self._info(session.at(point), path)
+
+    def _at_path(
+        self, session: Session, path: Path, known: SessionInfo | None
+    ) -> tuple[SessionInfo | None, SavedFiles | None]:
+        """Return what is at the path of a session, after setting aside what the session does not continue."""
+        found = self.describe(path, known)
+        if found is None or found is known or session.contains(found):
+            return found, None
+        return None, self.rename(SavedFiles(found, self.earlier(path, found.prefix_digests)), generate_name())
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        """Give the path of a file that is gone afterwards, unless it was renamed."""
+        path = self.path / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+        try:
+            yield path
+        finally:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _info(self, session: Session, path: Path) -> SessionInfo:
+        stat = path.stat()
+        return replace(session.info, path=path, nbytes=stat.st_size, tier="disk", stamp=file_stamp(stat))
+
+    def describe(self, path: Path, known: SessionInfo | None = None) -> SessionInfo | None:
+        """Return what is saved at a path: `known`, where that is still there; None where there is no session."""
+        try:
+            if known is not None and known.path == path and file_stamp(path.stat()) == known.stamp:
+                return known
+            return self._from_metadata(file_format.read_metadata(path, check_facts), path)
+        except (SessionError, OSError):
+            return None
+
+    def earlier(self, path: Path, prefix_digests: Sequence[str]) -> SessionInfo | None:
+        """Return what is saved beside a head at `path`; None where it is no point before that head."""
+        found = self.describe(earlier_path(path))
+        return found if found is not None and found.digest in prefix_digests else None
 
     def load(self, info: SessionInfo) -> Session:
         """Read a session back. Raises as `load_session`, also where the file no longer holds the session of `info`."""
@@ -82,29 +173,82 @@ class Folder:
         session.name, session.named = info.name, info.named
         return session
 
-    def rename(self, info: SessionInfo, name: str) -> SessionInfo:
-        """Move a file to a generated name. Raises OSError."""
-        assert info.path is not None
+    def rename(self, files: SavedFiles, name: str) -> SavedFiles:
+        """Move the files of a session to a generated name. Raises OSError."""
+        assert files.head is not None
         path = self.file(name)
-        os.replace(info.path, path)
-        return replace(info, path=path, name=name, named=False)
+        head, earlier = _renamed(files.head, path, name), None
+        if files.earlier is not None:
+            with suppress(OSError):
+                earlier = _renamed(files.earlier, earlier_path(path), name)
+        return SavedFiles(head, earlier)
 
-    def list_sessions(self) -> dict[str, SessionInfo]:
+    def list_sessions(self) -> dict[str, SavedFiles]:
         """Return what an earlier process left here, by name, the oldest first."""
-        found: list[SessionInfo] = []
+        found: list[tuple[SessionInfo, Path]] = []
         for metadata, path in list_folder(self.path, self._suffix):
-            if metadata["fingerprint"] == asdict(self.fingerprint):
-                with suppress(OSError):
-                    info = SessionInfo.from_metadata(metadata, path)
-                    found.append(replace(info, named=info.named and not GENERATED_NAME.fullmatch(info.name)))
-        return {info.name: info for info in sorted(found, key=lambda info: info.used)}
+            with suppress(OSError):
+                info = self._from_metadata(metadata, path)
+                if info is not None:
+                    found.append((info, path))
+        found.sort(key=lambda each: each[0].used)
+        return {info.name: SavedFiles(info, self.earlier(path, info.prefix_digests)) for info, path in found}
+
+    def _from_metadata(self, metadata: dict[str, Any], path: Path) -> SessionInfo | None:
+        """Return the description of a session, None for one of another model or configuration. Raises OSError."""
+        if metadata["fingerprint"] != asdict(self.fingerprint):
+            return None
+        info = SessionInfo.from_metadata({**metadata, "name": _name(metadata, path)}, path)
+        return replace(info, named=info.named and not GENERATED_NAME.fullmatch(info.name))
 
     def delete_abandoned_files(self) -> None:
-        """Delete what killed processes left unfinished."""
-        for path in self.path.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+        """Delete what killed processes left unfinished, and what is left of sessions that were deleted."""
+        delete_leftovers(self.path.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"))
+        with locked(self.path, LOCK_SECONDS), suppress(OSError):
+            for path in self.path.glob(f"*{Path(self._suffix).with_suffix(EARLIER_SUFFIX)}"):
+                if not path.with_suffix(SUFFIX).exists():
                     path.unlink()
+
+
+def earlier_path(path: Path) -> Path:
+    """Return the path of the last answered point before a head that is saved at `path`."""
+    return path.with_suffix(EARLIER_SUFFIX)
+
+
+def delete_files(path: Path) -> None:
+    """Delete a session's files: its head's, and what is beside it.
+
+    Raises:
+        SessionStorageError: the head's file cannot be deleted. Then the session is as it was.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SessionStorageError(
+            f"{path} cannot be deleted ({error.strerror}), so its session stays: allow writing to its folder."
+        ) from error
+    with suppress(OSError):
+        earlier_path(path).unlink(missing_ok=True)
+
+
+def _renamed(info: SessionInfo, path: Path, name: str) -> SessionInfo:
+    assert info.path is not None
+    os.replace(info.path, path)
+    return replace(info, path=path, name=name, named=False)
+
+
+def _holds(point: Snapshot, *files: SessionInfo | None) -> bool:
+    return any(file is not None and file.digest == point.digest for file in files)
+
+
+def _link(path: Path, target: Path) -> None:
+    """Make `target` another name of a file or, where the file system has no such names, a copy."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:
+        with suppress(OSError):
+            shutil.copyfile(path, target)
 
 
 def generate_name() -> str:

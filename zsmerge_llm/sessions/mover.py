@@ -6,6 +6,8 @@ from collections.abc import Callable
 from threading import RLock, Thread, current_thread
 from weakref import WeakMethod
 
+from zsmerge_llm.models.owner_process import is_forked
+
 
 class Mover:
     """Calls a method again and again in a thread of its own, until it returns False.
@@ -27,7 +29,7 @@ class Mover:
         """See to it that the work is done. Where no thread can be started, it is done before this returns."""
         with self._lock:
             self._woken = True
-            if self._running or self._stopped:
+            if self._running or self._stopped or is_forked():
                 return
             self._running = True
             try:
@@ -50,7 +52,8 @@ class Mover:
     def stop(self) -> None:
         """Do nothing more, once the part that is being done is finished."""
         self._stopped = True
-        self.wait()
+        if not is_forked():  # a fork has no such thread
+            self.wait()
 
     def _run(self) -> None:
         while True:

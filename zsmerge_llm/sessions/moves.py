@@ -9,9 +9,9 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 
-from zsmerge_llm.sessions.folder import Folder
+from zsmerge_llm.sessions.folder import Folder, SavedFiles
 from zsmerge_llm.sessions.mover import Mover
-from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
+from zsmerge_llm.sessions.session import Session, Snapshot
 from zsmerge_llm.sessions.tiers import DeviceTier, Move, TieredTable, log
 
 
@@ -62,12 +62,17 @@ class TieredSessions(TieredTable):
         self._rebalance()
         return copied
 
-    def _write(self, session: Session) -> SessionInfo:
-        """Write a session's head to its file. Raises OSError, and MemoryError or RuntimeError without room for it."""
-        if self._transfer is not None and not session.head.offloaded:
-            head = session.head
-            session = session.with_moved([head.moved(self._transfer.to_host(head.cache), offloaded=True)])
-        return self._folder.save(session)
+    def _write(self, session: Session, known: SavedFiles) -> SavedFiles:
+        """Write a session to its files. Raises OSError, and MemoryError or RuntimeError without room for it.
+
+        known: as for `Folder.save`.
+        """
+        on_device = [each for each in (session.head, session.last_answered) if each and self._is_on_device(each)]
+        return self._folder.save(session.with_moved(map(self._copied_to_host, on_device)), known)
+
+    def _copied_to_host(self, snapshot: Snapshot) -> Snapshot:
+        assert self._transfer is not None
+        return snapshot.moved(self._transfer.to_host(snapshot.cache), offloaded=True)
 
     def _move(self) -> bool:
         """Make the move that is needed most. Return whether there was one."""
@@ -85,16 +90,17 @@ class TieredSessions(TieredTable):
         return move is not None
 
     def _make(self, move: Move) -> None:
-        if move.snapshot is None:
-            self._spill(move.name)
-        else:
+        if move.snapshot is not None:
             self._offload(move.snapshot, move)
+        elif move.point is not None:
+            self._save_earlier(move.name, move.point)
+        else:
+            self._spill(move.name)
 
     def _offload(self, snapshot: Snapshot, move: Move) -> None:
         """Copy a snapshot to host memory. Without room there, an older one is dropped, and a head goes to disk."""
-        assert self._transfer is not None
         try:
-            copied = snapshot.moved(self._transfer.to_host(snapshot.cache), offloaded=True)
+            copied = self._copied_to_host(snapshot)
         except Exception as error:  # no room, mostly; whatever it is, nobody could catch it in the background
             log.warning("Host memory has no room for session %r: %s", move.name, error)
             self._give_up(snapshot)
@@ -106,11 +112,40 @@ class TieredSessions(TieredTable):
 
     def _give_up(self, snapshot: Snapshot) -> None:
         with self._lock:
-            heads = [name for name, entry in self._entries.items() if entry.session and entry.session.head is snapshot]
-            if not heads:
+            needed = [
+                name
+                for name, entry in self._entries.items()
+                if entry.session and snapshot in entry.session.snapshots.values() and entry.is_needed(snapshot)
+            ]
+            if not needed:
                 self._drop(snapshot)
-        for name in heads:
+        for name in needed:
             self._spill(name)
+
+    def _save_earlier(self, name: str, point: Snapshot) -> None:
+        """Write the last answered point before a session's head to disk. Where that is impossible, it is dropped."""
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None or entry.session is None or name in self._busy or entry.unsaved_point is not point:
+                return
+            session = replace(entry.session)
+            self._busy.add(name)
+        file = None
+        try:
+            file = self._folder.save_earlier(session, point)
+        except Exception as error:  # a full disk, mostly; whatever it is, nobody could catch it in the background
+            log.warning("The point before the last turn of session %r cannot be saved: %s", name, error)
+        finally:
+            with self._lock:
+                self._busy.discard(name)
+                if self._entries.get(name) is entry:
+                    entry.earlier = file or entry.earlier
+                    self._limit_disk_use()
+                    if file is None and entry.session is not None:
+                        entry.session.snapshots = {
+                            digest: each for digest, each in entry.session.snapshots.items() if each is not point
+                        }
+                self._lock.notify_all()
 
     def _spill(self, name: str) -> None:
         """Write a session to its file and leave it there, unless it is used meanwhile."""
@@ -118,17 +153,18 @@ class TieredSessions(TieredTable):
             entry = self._entries.get(name)
             if entry is None or entry.session is None or name in self._busy:
                 return
-            session, uses, saved = replace(entry.session), entry.uses, entry.is_saved
+            session, uses, known = entry.session.settled(), entry.uses, entry.known_files
+            saved = entry.is_saved
             self._busy.add(name)
-        file, problem = None, None
+        files, problem = None, None
         try:
-            file = None if saved else self._write(session)
+            files = None if saved else self._write(session, known)
         except Exception as error:  # a full disk, mostly; as above
             problem = error
         finally:
             with self._lock:
                 self._busy.discard(name)
-                self._record(name, session, file)
+                self._record(name, session, files)
                 if self._entries.get(name) is entry and entry.uses == uses:
                     self._leave_memory(name, problem)
                 self._lock.notify_all()

@@ -1,12 +1,13 @@
 """A conversation as a session: exact token ids, the compressed cache, and snapshots to go back to.
 
 A `Snapshot` is never changed: whoever reads on works on a copy of its cache. So branches, forks and concurrent requests
-share snapshots and cannot corrupt each other. A `Session` is a named line of snapshots. Its newest one is the head;
-only the head is saved.
+share snapshots and cannot corrupt each other. A `Session` is a named line of snapshots. Its newest one is the head.
+Saved are the head and, in a file beside it, the last answered point before it, but no turn that was not answered.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from array import array
 from collections.abc import Iterable, Sequence, Set
@@ -50,6 +51,8 @@ class SessionInfo:
         used: when it was last used, in seconds since 1970.
         path: its file, for a session on disk.
         tier: where its head is. On a model that computes in host memory there is no "device".
+        kind: that of the head, as for `Snapshot`.
+        stamp: tells the file from every other one that was or will be at its path.
     """
 
     name: str
@@ -64,6 +67,8 @@ class SessionInfo:
     used: float
     path: Path | None = None
     tier: Tier = "host"
+    kind: Kind = "answer"
+    stamp: tuple[int, ...] = ()
 
     @property
     def in_memory(self) -> bool:
@@ -71,7 +76,7 @@ class SessionInfo:
 
     def to_metadata(self) -> dict[str, Any]:
         """Return what a file's header holds, as JSON values."""
-        elsewhere = ("nbytes", "used", "path", "tier")  # the file system knows these
+        elsewhere = ("nbytes", "used", "path", "tier", "stamp")  # the file system knows these
         return {key: value for key, value in asdict(self).items() if key not in elsewhere}
 
     @classmethod
@@ -80,7 +85,12 @@ class SessionInfo:
         stat = path.stat()
         values = {key: metadata[key] for key in cls.__dataclass_fields__ if key in metadata}
         values["prefix_digests"] = tuple(metadata["prefix_digests"])
-        return cls(**values, nbytes=stat.st_size, used=stat.st_mtime, path=path, tier="disk")
+        return cls(**values, nbytes=stat.st_size, used=stat.st_mtime, path=path, tier="disk", stamp=file_stamp(stat))
+
+
+def file_stamp(stat: os.stat_result) -> tuple[int, ...]:
+    """Return what tells a file from every other one that was or will be at its path."""
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +159,37 @@ class Session:
         return next(reversed(self.snapshots.values()))
 
     @property
+    def last_answered(self) -> Snapshot | None:
+        """The last answered point before the head, from which its last turn can be taken again; None: not in memory."""
+        return max(
+            (each for each in self.snapshots.values() if each is not self.head and self.answered(each)),
+            key=lambda snapshot: snapshot.messages,
+            default=None,
+        )
+
+    def settled(self) -> Session:
+        """Return the session as it is saved: without a last turn that was not answered, unless it is the first one."""
+        point = self.last_answered
+        if self.head.kind != "prompt" or point is None:
+            return replace(self)
+        before = [each for each in self.snapshots.values() if each.messages < point.messages and self.contains(each)]
+        snapshots = {each.digest: each for each in [*before, point]}
+        return replace(self, snapshots=snapshots, prefix_digests=self.prefix_digests[: point.messages + 1])
+
+    def answered(self, point: Snapshot | SessionInfo) -> bool:
+        """Return whether the head continues a point that is after an answer."""
+        return point.kind == "answer" and point.messages < self.head.messages and self.contains(point)
+
+    def contains(self, point: Snapshot | SessionInfo) -> bool:
+        """Return whether the head is at this point or continues it."""
+        return self.prefix_digests[point.messages : point.messages + 1] == (point.digest,)
+
+    def at(self, snapshot: Snapshot) -> Session:
+        """Return the session as it was at one of its snapshots."""
+        digests = self.prefix_digests[: snapshot.messages + 1]
+        return replace(self, snapshots={snapshot.digest: snapshot}, prefix_digests=digests)
+
+    @property
     def is_document(self) -> bool:
         """Whether it is a document before any question. A question about it begins a conversation of its own."""
         return self.document is not None and self.head.kind == "document" and not self.forked
@@ -183,6 +224,7 @@ class Session:
             is_document=self.is_document,
             nbytes=self.nbytes,
             used=self.used,
+            kind=head.kind,
         )
 
     def fork(self, name: str) -> Session:

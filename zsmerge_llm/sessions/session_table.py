@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from threading import Condition
+from itertools import count
 from typing import NamedTuple
 
 from zsmerge_llm.errors import InputError, SessionNotFoundError, shown
+from zsmerge_llm.models.owner_process import ProcessCondition
+from zsmerge_llm.sessions.folder import SavedFiles
 from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
 from zsmerge_llm.sessions.transcript import Transcript
 
@@ -18,14 +20,20 @@ class StoreEntry:
     """A session in memory (`session`), on disk (`file`, maybe at an earlier head), or both.
 
     Attributes:
+        earlier: the file of the last answered point before the head, or before the file's.
         saved_state: `Snapshot.state` of what the file holds. Another snapshot may have the same digest.
+        foreign: whether the file is another process's work that this one has found there.
+        version: another one after every change of the session, but not after it was moved to another tier.
         uses: how often it was used or changed. A move that finds another number than at its beginning leaves the
             session where it is.
     """
 
     session: Session | None
     file: SessionInfo | None = None
+    earlier: SessionInfo | None = None
     saved_state: object | None = None
+    foreign: bool = False
+    version: int = 0
     uses: int = 0
 
     @property
@@ -36,24 +44,53 @@ class StoreEntry:
         return self.file
 
     @property
-    def head(self) -> str:
-        return self.info.digest if self.session is None else self.session.head.digest
-
-    @property
     def digests(self) -> list[str]:
         """Digests of the snapshots that requests can resume from."""
-        return [self.info.digest] if self.session is None else list(self.session.snapshots)
+        in_memory = [] if self.session is None else self.session.snapshots
+        return list(dict.fromkeys([*in_memory, *(file.digest for file in self.points_on_disk)]))
+
+    @property
+    def points_on_disk(self) -> list[SessionInfo]:
+        """The files that requests can resume from."""
+        files = [file for file in (self.file, self.earlier) if file is not None]
+        return files if self.session is None else [file for file in files if self.session.answered(file)]
+
+    @property
+    def unsaved_point(self) -> Snapshot | None:
+        """The last answered point before the head, if it is in memory and not on disk."""
+        point = None if self.session is None else self.session.settled().last_answered
+        return None if point is None or self._is_on_disk(point) else point
+
+    def _is_on_disk(self, point: Snapshot) -> bool:
+        return any(file.digest == point.digest for file in self.points_on_disk)
+
+    def is_needed(self, snapshot: Snapshot) -> bool:
+        """Return whether a snapshot in memory is the head, or is to be saved before it leaves memory."""
+        session = self.session
+        if session is None or snapshot is session.head or snapshot is self.unsaved_point:
+            return session is not None
+        return snapshot is session.settled().head and not self._is_on_disk(snapshot)
 
     @property
     def is_saved(self) -> bool:
-        """Whether the file holds the head."""
+        """Whether all is on disk that is to be: the head if its turn was answered, and the answered point before it."""
         if self.session is None or self.file is None:
             return self.file is not None
-        return self.saved_state is self.session.head.state
+        head, point = self.session.head, self.session.last_answered
+        if self.unsaved_point is not None:
+            return False
+        if head.kind == "prompt" and self.points_on_disk and (point is None or self._is_on_disk(point)):
+            return True
+        return self.saved_state is head.state
 
-    def record_save(self, file: SessionInfo, head: Snapshot) -> None:
+    @property
+    def known_files(self) -> SavedFiles:
+        """The files as this process has last read or written them; none of another process's."""
+        return SavedFiles() if self.foreign else SavedFiles(self.file, self.earlier)
+
+    def record_save(self, files: SavedFiles, head: Snapshot) -> None:
         """Record what is on disk now."""
-        self.file, self.saved_state = file, head.state
+        self.file, self.earlier, self.saved_state, self.foreign = files.head, files.earlier, head.state, False
 
 
 class MemoryUse(NamedTuple):
@@ -70,8 +107,9 @@ class SessionTable:
     """
 
     def __init__(self, has_device: bool = False) -> None:
-        self._lock = Condition()  # on a re-entrant lock
+        self._lock = ProcessCondition()  # on a re-entrant lock
         self._entries: dict[str, StoreEntry] = {}
+        self._versions = count(1)
         self._has_device = has_device
 
     def __len__(self) -> int:
@@ -121,10 +159,10 @@ class SessionTable:
         with self._lock:
             return self._describe(self._entries[name]) if name in self._entries else None
 
-    def head(self, name: str) -> str | None:
-        """Return the digest of a session's head; None where there is no such session."""
+    def version(self, name: str) -> int | None:
+        """Return a number that changes with every change of a session; None where there is no such session."""
         with self._lock:
-            return self._entries[name].head if name in self._entries else None
+            return self._entries[name].version if name in self._entries else None
 
     def transcripts(self, first: str | None = None) -> list[Transcript]:
         """Return the transcripts of the sessions in memory: that of the session `first`, then the newest."""

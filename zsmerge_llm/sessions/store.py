@@ -1,23 +1,20 @@
 """All sessions under memory budgets: they move between tiers, and come back up when they are continued.
 
-One lock guards the table of sessions, and is never held while a file is read or written or a cache is copied: only who
-needs the same session waits.
+One lock guards the table of sessions, and is never held while a cache is read, written or copied: only who needs the
+same session waits.
 """
 
 from __future__ import annotations
 
-import tempfile
-import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zsmerge_llm.errors import SessionNotFoundError, StoreFullError
-from zsmerge_llm.sessions.folder import Folder, generate_name
-from zsmerge_llm.sessions.moves import TieredSessions
+from zsmerge_llm.errors import StoreFullError
+from zsmerge_llm.sessions.folder import Folder, delete_files, generate_name
+from zsmerge_llm.sessions.saved_sessions import SavedSessions
 from zsmerge_llm.sessions.session import Fingerprint, Session, Snapshot, load_session
-from zsmerge_llm.sessions.session_table import StoreEntry
+from zsmerge_llm.sessions.spill_folder import SpillFolder
 from zsmerge_llm.sessions.tiers import DeviceTier
 from zsmerge_llm.sessions.transcript import Transcript
 from zsmerge_llm.sessions.validation import ExpectedCache
@@ -25,14 +22,15 @@ from zsmerge_llm.sessions.validation import ExpectedCache
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A snapshot to resume from. `head`: the digest of the session's head when the snapshot was found."""
+    """A snapshot to resume from, with the digest of its session's head and the session's version at that time."""
 
     session: Session
     snapshot: Snapshot
     head: str
+    version: int | None
 
 
-class Store(TieredSessions):
+class Store(SavedSessions):
     """Sessions by name, found again by the digests of their messages. Safe to use from several threads.
 
     Args:
@@ -47,7 +45,7 @@ class Store(TieredSessions):
 
     Raises:
         StoreFullError: `limit` is less than one session needs.
-        ConfigError: `folder` cannot be used.
+        ConfigError: `folder` cannot be used, or there is no temporary one.
     """
 
     def __init__(
@@ -65,15 +63,11 @@ class Store(TieredSessions):
                 "raise session_memory or lower the number of slots."
             )
         self.fingerprint = fingerprint
-        self.persistent = folder is not None
-        self._temporary = None if folder is not None else tempfile.TemporaryDirectory(prefix="zsmerge-sessions-")
-        path = folder if self._temporary is None else self._temporary.name
+        self._spill_folder = None if folder is not None else SpillFolder()
+        path = folder if self._spill_folder is None else self._spill_folder.path
         assert path is not None
-        kept = Folder(path, fingerprint, self.persistent, expected)
-        super().__init__(kept, limit, session_nbytes, device)
-        if self.persistent:
-            self._folder.delete_abandoned_files()
-            self._entries.update((name, StoreEntry(None, file)) for name, file in self._folder.list_sessions().items())
+        kept = Folder(path, fingerprint, folder is not None, expected)
+        super().__init__(kept, limit, session_nbytes, device, persistent=folder is not None)
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
@@ -84,6 +78,7 @@ class Store(TieredSessions):
             SessionNotFoundError: no such session.
             SessionCorruptError: its file is corrupt.
         """
+        self.refresh(name)
         session = self._load(name)
         head = session.head
         raised = self._bring_up(head)
@@ -96,12 +91,13 @@ class Store(TieredSessions):
             SessionNotFoundError: the session or the snapshot is gone.
             SessionCorruptError: the session's file is corrupt.
         """
-        session = self._load(name)
+        self.refresh(name)
+        version, session = self.version(name), self._load(name)
         snapshots = session.snapshots  # as they are now: older ones may be dropped meanwhile
-        if digest not in snapshots:
-            raise SessionNotFoundError(f"Session {name!r} has moved on.")
-        head, raised = next(reversed(snapshots.values())).digest, self._bring_up(snapshots[digest])
-        return ResumePoint(session if raised is snapshots[digest] else session.with_moved([raised]), raised, head)
+        head, snapshot = next(reversed(snapshots.values())).digest, snapshots.get(digest)
+        snapshot = snapshot or self._load_earlier(name, digest)
+        raised = self._bring_up(snapshot)
+        return ResumePoint(session if raised is snapshot else session.with_moved([raised]), raised, head, version)
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
@@ -118,7 +114,7 @@ class Store(TieredSessions):
         session: Session,
         snapshots: Sequence[Snapshot],
         prefix_digests: Sequence[str],
-        expected_head: str | None,
+        version: int | None,
         is_new: bool,
         transcript: Transcript | None = None,
     ) -> Session:
@@ -126,14 +122,14 @@ class Store(TieredSessions):
 
         Args:
             session: the turn's session: one of the store's, or a new one (`is_new`).
-            expected_head: head of the session's name when the turn began. If another head is there by now, the turn
+            version: that of the session of its name when the turn began. If it has another one by now, the turn
                 becomes a session of its own.
             is_new: the name may be another conversation's, which then continues without a name.
         """
         with self._lock:
             self._wait_until_free(session.name)
             entry = self._entries.get(session.name)
-            if entry is not None and entry.head != expected_head:
+            if entry is not None and entry.version != version:
                 kept = session.snapshots if is_new else {}
                 session = replace(session, name=generate_name(), snapshots=kept, named=False)
                 transcript = transcript and transcript.of_session(None)
@@ -154,100 +150,16 @@ class Store(TieredSessions):
         return session
 
     def remove(self, name: str) -> None:
-        """Delete a session, on disk too. Raises SessionNotFoundError."""
+        """Delete a session, on disk too.
+
+        Raises:
+            SessionNotFoundError: no such session.
+            SessionStorageError: its file cannot be deleted. Then the session stays.
+        """
+        self.refresh(name)
         with self._lock:
             self._wait_until_free(name)
             file = self._entry(name).file
+            delete_files((file and file.path) or self._folder.file(name))
             del self._entries[name]
             self._lock.notify_all()
-            if file is not None and file.path is not None:
-                file.path.unlink(missing_ok=True)
-
-    # -- with the lock held ------------------------------------------------------------------------------------------
-
-    def _wait_until_free(self, name: str) -> None:
-        """Wait until no other thread reads or writes this session's file. The table may have changed then."""
-        self._lock.wait_for(lambda: name not in self._busy)
-
-    def _put(self, session: Session, snapshots: Sequence[Snapshot], prefix_digests: Sequence[str]) -> None:
-        session.add(snapshots, prefix_digests)
-        entry = self._entries.pop(session.name, None) or StoreEntry(None)
-        entry.session = session
-        entry.uses += 1
-        self._entries[session.name] = entry
-
-    def _take_name_from(self, name: str) -> None:
-        """Give the session of that name a generated one, so that another conversation can have it."""
-        entry, generated = self._entries.pop(name), generate_name()
-        if entry.file is not None:
-            try:
-                entry.file = self._folder.rename(entry.file, generated)
-            except OSError:
-                entry.file = None
-        if entry.session is not None:
-            entry.session.name, entry.session.named = generated, False
-        if entry.session is not None or entry.file is not None:
-            self._entries[generated] = entry
-
-    # -- without the lock ----------------------------------------------------------------------------------------------
-
-    def _save(self, name: str) -> None:
-        """Write a session's head to a persistent folder: what is committed is on disk."""
-        if not self.persistent:
-            return
-        with self._lock:
-            self._wait_until_free(name)
-            entry = self._entries.get(name)
-            if entry is None or entry.session is None or entry.is_saved:
-                return
-            self._busy.add(name)
-            session = replace(entry.session)  # as it is now: the conversation may continue meanwhile
-        file = None
-        try:
-            file = self._write(session)
-        except (OSError, MemoryError, RuntimeError) as error:
-            warnings.warn(f"Session {name!r} could not be saved, so it will not last: {error}", stacklevel=4)
-        finally:
-            with self._lock:
-                self._busy.discard(name)
-                self._record(name, session, file)
-                self._lock.notify_all()
-
-    def _load(self, name: str) -> Session:
-        """Return the session, in memory and marked as the one used last. Raises as `get`."""
-        session = self._in_memory(name)
-        if session is not None:
-            return session
-        self._rebalance()  # there may be no room for it yet
-        with self._lock:
-            session = self._in_memory(name)
-            if session is not None:
-                return session
-            entry = self._entry(name)
-            assert entry.file is not None
-            file = entry.file
-            self._busy.add(name)
-        loaded = None
-        try:
-            loaded = self._folder.load(file)
-            loaded.used = time.time()
-        finally:
-            with self._lock:
-                self._busy.discard(name)
-                if loaded is not None and self._entries.get(name) is entry and entry.session is None:
-                    entry.session = loaded
-                    entry.record_save(file, loaded.head)
-                self._lock.notify_all()
-        self._rebalance()
-        return loaded
-
-    def _in_memory(self, name: str) -> Session | None:
-        """Return a session that is in memory, or is just being loaded, as the one used last; None for one on disk."""
-        with self._lock:
-            while (entry := self._entry(name)).session is None and name in self._busy:
-                self._wait_until_free(name)
-            self._entries[name] = self._entries.pop(name)
-            entry.uses += 1
-            if entry.session is not None:
-                entry.session.used = time.time()
-            return entry.session

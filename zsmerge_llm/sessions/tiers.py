@@ -1,19 +1,20 @@
 """Which tier a conversation is on: the device of the model, host memory, or disk.
 
 Each tier has a budget. What was used least recently goes down first, and older snapshots before the heads of
-conversations; host memory drops them, for only heads are saved.
+conversations. Host memory drops them, but for the last answered point before each head: that goes to disk.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zsmerge_llm.sessions.folder import Folder
+from zsmerge_llm.sessions.folder import Folder, SavedFiles
 from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
-from zsmerge_llm.sessions.session_table import SessionTable
+from zsmerge_llm.sessions.session_table import SessionTable, StoreEntry
 from zsmerge_llm.sessions.transfer import Transfer
 
 log = logging.getLogger(__name__)
@@ -35,14 +36,18 @@ class DeviceTier:
 
 @dataclass(frozen=True)
 class Move:
-    """A session to be written to its file or, where `snapshot` is given, a snapshot to be copied to host memory.
+    """A move of a session, or of one of its snapshots.
 
-    uses: of the session's entry when the move was chosen.
+    Attributes:
+        uses: of the session's entry when the move was chosen.
+        snapshot: what to copy to host memory, or None.
+        point: what to write beside the session's file, or None. Without either the session goes to its file.
     """
 
     name: str
     uses: int
     snapshot: Snapshot | None = None
+    point: Snapshot | None = None
 
 
 class TieredTable(SessionTable):
@@ -65,6 +70,7 @@ class TieredTable(SessionTable):
         self._transfer = None if device is None else device.transfer
         self._busy: set[str] = set()  # names of sessions whose file is read or written without the lock
         self._moving = False
+        self._has_warned = False
         self._closed = False
 
     @property
@@ -78,6 +84,10 @@ class TieredTable(SessionTable):
         if self._closed or (use.host <= self.limit and use.device <= self.device_limit):
             return None
         if use.host > self.limit:
+            for owner, entry in self._entries.items():
+                point = entry.unsaved_point
+                if point is not None and owner not in self._busy and not self._is_on_device(point):
+                    return Move(owner, entry.uses, point=point)
             holding = self._holding_host_memory()
             name = next((each for each in holding if each not in self._busy), None)
             # The session in use goes last, and not before those that are just being saved.
@@ -147,13 +157,16 @@ class TieredTable(SessionTable):
         return self._memory_use().host <= self.limit
 
     def _drop_older_snapshots(self, name: str) -> bool:
-        """Drop what a session holds in host memory but its head. Return whether that was anything."""
-        session = self._entries[name].session
+        """Drop what a session holds in host memory but its head, and what is to be saved. Return whether it did."""
+        entry = self._entries[name]
+        session = entry.session
         if session is None or len(session.snapshots) == 1:
             return False
-        before, head = len(session.snapshots), session.head
+        before = len(session.snapshots)
         session.snapshots = {
-            digest: each for digest, each in session.snapshots.items() if each is head or self._is_on_device(each)
+            digest: each
+            for digest, each in session.snapshots.items()
+            if self._is_on_device(each) or entry.is_needed(each)
         }
         return len(session.snapshots) < before
 
@@ -176,38 +189,76 @@ class TieredTable(SessionTable):
         entry = self._entries[name]
         entry.session = None
         if entry.file is None:
+            self._delete_files(entry)
             del self._entries[name]
         if problem is not None:
             effect = "is forgotten" if entry.file is None else "falls back to an earlier snapshot"
-            _warn(f"Session {name!r} {effect}: memory is full and it cannot be saved ({problem}).")
+            warn(f"Session {name!r} {effect}: memory is full and it cannot be saved ({problem}).")
         self._limit_disk_use()
 
-    def _record(self, name: str, session: Session, file: SessionInfo | None) -> None:
+    def _record(self, name: str, session: Session, files: SavedFiles | None) -> None:
         """Record what was written of a session, if it is still there."""
-        if file is not None and name in self._entries:
-            self._entries[name].record_save(file, session.head)
-            self._limit_disk_use()
+        if files is None:
+            return
+        if files.set_aside is not None:
+            self._add_set_aside(name, files.set_aside)
+        if name in self._entries:
+            self._entries[name].record_save(files, session.head)
+        self._limit_disk_use()
+
+    def _add_set_aside(self, name: str, files: SavedFiles) -> None:
+        """Keep another process's conversation, which has lost its name to one of this process."""
+        assert files.head is not None
+        self._entries[files.head.name] = StoreEntry(None, files.head, files.earlier, version=next(self._versions))
+        if name in self._entries:  # it is in use
+            self._entries[name] = self._entries.pop(name)
+        self._warn_of_conflict(name, files.head.name)
+
+    def _warn_of_conflict(self, name: str, other: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"Another process keeps a conversation named {name!r} in {self.folder}, too. Both are kept, one of "
+                f"them as {other!r}, and each continues. Give each process names or a sessions_dir of its own."
+            )
 
     def _limit_disk_use(self) -> None:
-        """Delete the least recently used files of conversations without a name, down to the ceiling."""
-        files = [
-            (name, entry, entry.file)
+        """Delete the least recently used files of conversations without a name, down to the ceiling.
+
+        Points before a last turn that was answered go before any conversation.
+        """
+        entries = [
+            (name, entry)
             for name, entry in self._entries.items()
-            if entry.file is not None and not entry.info.named and name not in self._busy
+            if (entry.file or entry.earlier) is not None and not entry.info.named and name not in self._busy
         ]
-        total = sum(file.nbytes for *_, file in files)
-        for name, entry, file in files:
+        total = sum(file.nbytes for _, entry in entries for file in (entry.file, entry.earlier) if file is not None)
+        for _, entry in entries:
+            if total > self.limit and entry.earlier is not None and entry.info.kind != "prompt":
+                total -= entry.earlier.nbytes
+                self._delete(entry.earlier)
+                entry.earlier = None
+        for name, entry in entries:
             if total <= self.limit:
                 return
-            total -= file.nbytes
-            if file.path is not None:
-                file.path.unlink(missing_ok=True)
-            entry.file = None
+            total -= sum(file.nbytes for file in (entry.file, entry.earlier) if file is not None)
+            self._delete_files(entry)
             if entry.session is None:
                 del self._entries[name]
 
+    def _delete_files(self, entry: StoreEntry) -> None:
+        """Delete the files of a conversation that is given up, as far as they can be and no other process uses them."""
+        for file in (entry.file, entry.earlier):
+            self._delete(file)
+        entry.file = entry.earlier = None
 
-def _warn(message: str) -> None:
+    def _delete(self, file: SessionInfo | None) -> None:
+        if file is not None and file.path is not None and self._folder.describe(file.path, file) is file:
+            with suppress(OSError):
+                file.path.unlink()
+
+
+def warn(message: str) -> None:
     """Warn, also where warnings are errors: nobody could catch one in the background."""
     try:
         warnings.warn(message, stacklevel=2)
