@@ -1,6 +1,6 @@
 """Many conversations at once: gaps between tokens, tokens/s in all, fairness, and answers against one at a time.
 
-    python benchmarks/sessions/many_conversations.py [--model smollm2] [--conversations 16] [--minutes 10] [--dtype float32]
+    python benchmarks/sessions/many_conversations.py [--model smollm2] [--conversations 16] [--minutes 10]
 
 Each conversation is a thread that waits a random time, asks, reads the stream, and asks on. Some questions bring a text
 of 1,500 tokens, whose reading is interleaved with the answers of the others. Every answer is compared with that of the
