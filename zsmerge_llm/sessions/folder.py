@@ -13,7 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class Folder:
             session.save(head, self.durable)
             if point is not None and not _holds(point, known.head, known.earlier):
                 session.at(point).save(earlier, self.durable)
-            with locked(head), locked(self.path, LOCK_SECONDS):
+            with locked(head), self._renaming():
                 before, set_aside = self._at_path(session, path, known.head)
                 if before is not None and session.answered(before) and before.messages >= newest:
                     _link(path, earlier)
@@ -133,6 +133,10 @@ class Folder:
         if found is None or found is known or session.contains(found):
             return found, None
         return None, self.rename(SavedFiles(found, self.earlier(path, found.prefix_digests)), generate_name())
+
+    def _renaming(self) -> AbstractContextManager[None]:
+        """Keep other processes from renaming files. One that does not last is one process's, which has its lock."""
+        return locked(self.path, LOCK_SECONDS) if self.durable else nullcontext()
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
@@ -204,7 +208,7 @@ class Folder:
     def delete_abandoned_files(self) -> None:
         """Delete what killed processes left unfinished, and what is left of sessions that were deleted."""
         delete_leftovers(self.path.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"))
-        with locked(self.path, LOCK_SECONDS), suppress(OSError):
+        with self._renaming(), suppress(OSError):
             for path in self.path.glob(f"*{Path(self._suffix).with_suffix(EARLIER_SUFFIX)}"):
                 if not path.with_suffix(SUFFIX).exists():
                     path.unlink()
