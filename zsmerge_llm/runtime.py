@@ -128,7 +128,7 @@ def assemble(
     with ExitStack() as undo:  # a model object is its owner's: where anything fails, it is given back
         undo.callback(engine.close)
         source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
-        mark = fingerprint(loaded.model, tokenizer, source, cache)
+        mark = fingerprint(loaded.model, tokenizer, source, cache, loaded.weights_digest)
         devices = [str(spec.device) for spec in engine.specs]
         policy = None if isinstance(cache.policy, str) else cache.policy
         size, device = engine.new_cache().nbytes, device_tier(engine, loading["quantization"], gpu_session_memory)

@@ -97,7 +97,7 @@ def test_a_hub_repository_of_an_adapter_says_what_to_do(folder: Path, monkeypatc
 def test_a_cached_hub_model_is_used_without_the_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked the Hub"))
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(folder / "config.json"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(folder / "config.json"))
     assert load_tiny("owner/tiny").source == folder
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, ModelNotFoundError, UnsupportedModelError
 from zsmerge_llm.models.log_filters import quiet_transformers
+from zsmerge_llm.paths import check_folder, private_folder
 
 if TYPE_CHECKING:
     import torch
@@ -125,10 +126,11 @@ def convert_once(path: Path, target: Path, report_status: Callable[[str], None])
     """Convert a file to the folder `target`, unless it exists. Several processes may do so at the same time.
 
     Raises:
-        ConfigError: the cache folder cannot be written.
+        ConfigError: the cache folder cannot be written, or others may write to it.
         LoadError: see `read_header`, or a file whose tensors do not fit the model.
     """
     if (target / "config.json").is_file():
+        check_folder(target)
         return target
     header = read_header(path)
     report_status("Converting GGUF (once)")
@@ -146,7 +148,7 @@ def convert_once(path: Path, target: Path, report_status: Callable[[str], None])
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """Make a temporary folder inside `parent`: within one file system a rename is atomic."""
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        private_folder(parent)
         temporary = tempfile.TemporaryDirectory(dir=parent, prefix=".partial-")
     except OSError as error:
         raise ConfigError(
@@ -363,7 +365,7 @@ def _save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tar
     from safetensors.torch import save_file
 
     weights = {p.data_ptr(): (name, p) for name, p in reversed(model.state_dict().items())}  # tied weights once
-    target.mkdir()
+    target.mkdir(mode=0o700)
     try:
         save_file(
             {name: p.contiguous() for name, p in weights.values()}, target / "model.safetensors", {"format": "pt"}

@@ -30,6 +30,7 @@ from zsmerge_llm.models.device import (
     validate_settings,
 )
 from zsmerge_llm.models.hub import StatusCallback
+from zsmerge_llm.models.integrity import weights_digest
 from zsmerge_llm.models.log_filters import log_int8_cast_once, quiet_transformers
 from zsmerge_llm.models.lora import without_wrapper
 from zsmerge_llm.models.weight_files import check_fits
@@ -39,17 +40,22 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?(@[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its tokenizer, its name, and its file or folder (None for a model object, which is left as it is)."""
+    """A model, its tokenizer and its name.
+
+    source: its file or folder; None for a model object, which is left as it is.
+    weights_digest: of all bytes of its files, as `integrity.weights_digest`; None for a model object.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     source: Path | None
+    weights_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,15 @@ def load(
         options["quantization_config"] = quantizer
     if (placed := placement(target, device_map, quantizer is not None)) is not None:
         options["device_map"] = placed
-    source = _resolve(model, cache_folder(cache_dir), report_status)
+    cache = cache_folder(cache_dir)
+    source = _resolve(model, cache, report_status)
     log_int8_cast_once()
     with quiet_transformers():
         config = read_config(source.folder, source.name)
         check_loadable(config, source.name, quantization, placed)
         if device_map is None:
             check_fits(source.folder, source.name, config, target, weight_dtype, quantization)
+        digest = weights_digest(source.folder, cache)
         report_status("Loading weights")
         loaded = _read_weights(source, options)
         found_tokenizer = _find_tokenizer(tokenizer, source.folder, report_status)
@@ -137,7 +145,7 @@ def load(
         report_status(f"Packing weights in {bits} bits")
         quantize_model(loaded, bits, weight_dtype)
     loaded.eval().requires_grad_(False)
-    return LoadedModel(loaded, _with_template(found_tokenizer, chat_template), source.name, source.path)
+    return LoadedModel(loaded, _with_template(found_tokenizer, chat_template), source.name, source.path, digest)
 
 
 def load_tokenizer(
@@ -159,12 +167,13 @@ def _resolve(model: str | Path, cache: Path, report_status: StatusCallback) -> _
         return _Source(model, folder, folder)
     path = local_path(model)
     if path is None:
-        folder = hub.hub_folder(str(model), report_status)
+        folder = hub.hub_folder(str(model), report_status, cache)
         _check_no_adapter(folder)
         return _Source(str(model), folder, folder)
     if path.is_dir():
         return _Source(path.resolve().name, path, path)
-    return _Source(path.stem, gguf.convert_once(path, gguf.folder_for(path, cache), report_status), path)
+    folder = hub.converted_folder(path, gguf.folder_for(path, cache), cache, report_status)
+    return _Source(path.stem, folder, path)
 
 
 def local_path(model: str | Path) -> Path | None:

@@ -35,7 +35,7 @@ class StoredWeights:
 
 def stored_weights(folder: Path) -> StoredWeights | None:
     """Return what the safetensors files of a model folder hold; None where it has none, or they cannot be read."""
-    files = _files(folder)
+    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
     nbytes: dict[str, int] = {}
     elements: dict[str, int] = {}
     try:
@@ -88,14 +88,18 @@ def check_fits(
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    except (OSError, ValueError, KeyError):
-        return []
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads a model folder's weights from; none where an index is damaged."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).is_file():
+            return [folder / stem]
+        if (folder / f"{stem}.index.json").is_file():
+            try:
+                index = json.loads((folder / f"{stem}.index.json").read_text(encoding="utf-8"))
+                return [folder / name for name in sorted(set(index["weight_map"].values()))]
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                return []
+    return []
 
 
 def _header(file: Path) -> dict[str, Any]:
