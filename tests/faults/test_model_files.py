@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from tests.models.tiny_folders import load_tiny, unreachable
 from tests.support.gguf_writer import random_model, write_gguf
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.errors import CorruptModelError, ModelNotFoundError, UntrustedFolderError
+from zsmerge_llm.errors import CorruptModelError, LoadError, ModelNotFoundError, UntrustedFolderError
 from zsmerge_llm.models import gguf, hub, integrity
+from zsmerge_llm.models.weight_files import stored_weights
 from zsmerge_llm.sessions.fingerprint import fingerprint
 
 NAME, OLD, NEW = "owner/tiny", "1" * 40, "2" * 40
@@ -243,3 +246,104 @@ def test_numbers_of_another_kind_from_the_same_files_have_another_fingerprint(or
     assert loaded[0].weights_digest == loaded[1].weights_digest
     prints = {print_of(each.model, each.tokenizer, each.weights_digest) for each in loaded}
     assert len(prints) == 2
+
+
+# -- headers -----------------------------------------------------------------------------------------------------------
+
+
+def gguf_text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        gguf_text(b"general.name") + struct.pack("<I", 8) + gguf_text(b"\xff\xfe"),
+        gguf_text(b"\xff\xfe") + struct.pack("<II", 4, 1),
+        gguf_text(b"general.name") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 20_000,
+        gguf_text(b"general.tags") + struct.pack("<IIQ", 9, 8, 2**63),
+        gguf_text(b"general.name") + struct.pack("<IQ", 8, 2**62) + b"short",
+    ],
+    ids=["a text", "a name", "nested arrays", "many texts", "a long text"],
+)
+def test_a_gguf_field_that_cannot_be_read_is_a_damaged_file(tmp_path: Path, field: bytes) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    with pytest.raises(CorruptModelError, match="truncated or damaged"):
+        load_tiny(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("block_count", 10**6), ("embedding_length", 2**31), ("attention.head_count", 2**31)]
+)
+def test_a_gguf_file_that_claims_a_larger_model_than_it_holds_is_refused(
+    tmp_path: Path, field: str, value: int
+) -> None:
+    file = write_gguf(tmp_path / "a.gguf", random_model("llama"), "llama")
+    content = file.read_bytes()
+    at = content.index(f"llama.{field}".encode()) + len(f"llama.{field}") + 4
+    file.write_bytes(content[:at] + struct.pack("<I", value) + content[at + 4 :])
+    with pytest.raises(CorruptModelError, match=rf"{field} \({value}\).* does not fit its tensors"):
+        load_tiny(file)
+
+
+def test_gguf_tensors_inside_one_another_are_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "a.gguf", random_model("llama"), "llama")
+    content = file.read_bytes()
+    name = b"blk.1.attn_q.weight"
+    at = content.index(name) + len(name) + 4 + 16 + 4
+    file.write_bytes(content[:at] + bytes(8) + content[at + 8 :])
+    with pytest.raises(CorruptModelError, match="inside another tensor"):
+        load_tiny(file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_hidden_layers": 10**9}, {"vocab_size": 10**12}, {"hidden_size": -8}, {"hidden_size": 10**7}],
+)
+def test_a_config_that_claims_a_larger_model_than_its_weights_is_refused(
+    original: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CorruptModelError, match=r"config\.json"):
+        load_tiny(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json"])
+def test_json_that_is_nested_too_deep_is_refused(original: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "copy"))
+    (folder / name).write_text('{"a":' * 100_000)
+    with pytest.raises(LoadError):
+        load_tiny(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 800000]}}',
+        b'{"a": {"dtype": 4, "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 8], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [8, 0]}}',
+        b'{"a":' * 50_000,
+    ],
+)
+def test_a_safetensors_header_that_does_not_fit_its_file_is_refused(
+    original: Path, tmp_path: Path, header: bytes
+) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "copy"))
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert stored_weights(folder) is None
+    with pytest.raises(CorruptModelError):
+        load_tiny(folder)
+
+
+def test_a_header_takes_no_memory_that_its_file_does_not_have(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 90 * 2**20) + b"{}")
+    tracemalloc.start()
+    try:
+        assert stored_weights(tmp_path) is None
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

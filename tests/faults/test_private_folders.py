@@ -169,7 +169,7 @@ from tests.support.tiny_models import tiny_model
 from zsmerge_llm import CacheConfig
 from zsmerge_llm.engine.engine import Engine
 
-engine = Engine(tiny_model(), CacheConfig(slots=24), compile=False)
+engine = Engine(tiny_model(), CacheConfig(slots=128), compile=False)
 engine.backend.start()
 cache = engine.new_cache()
 engine.read(cache, [5, 17, 40])
