@@ -5,11 +5,13 @@ Output to a file or pipe is plain text, without colours and progress bars.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -24,18 +26,51 @@ if TYPE_CHECKING:
     from zsmerge_llm.types import Progress as ReadCallback
     from zsmerge_llm.types import Usage
 
+LARGEST = 10**9
+"""The largest number that an option takes."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters of ASCII and Latin-1 but tabs and line feeds."""
 TextCallback = Callable[[str], None]
 
 
 class CommandGroup(TyperGroup):
-    """Turns a ZSMergeError into one line and exit code 2. Other errors are bugs and keep their traceback."""
+    """Turns an error of ours, of the system or of memory into one line and exit code 2. Others are bugs: a traceback.
+
+    A closed pipe ends the program with exit code 1, and says nothing.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except ZSMergeError as error:
-            Terminal().error(error)
+        except BrokenPipeError:
+            raise
+        except (ZSMergeError, OSError, MemoryError) as error:
+            with suppress(OSError):  # stderr may be what fails
+                Terminal().error(error if str(error) else MemoryError("There is not enough memory."))
             raise typer.Exit(2) from error
+
+
+def open_streams() -> None:
+    """Open the standard streams that are closed on the null device, and let none of them fail at a character."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  until the end
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="replace")  # the terminal's encoding may lack a character
+
+
+def flush_streams() -> bool:
+    """Write what is still to be written; return whether that was possible. Where not, Python's end says nothing."""
+    written = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            written = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            with suppress(OSError):
+                Terminal().error(error)
+    return written
 
 
 class Terminal:
@@ -55,12 +90,12 @@ class Terminal:
 
     def print(self, text: str) -> None:
         """Print a line on stdout."""
-        self._out.print(text, markup=False)
+        self._out.print(printable(text), markup=False)
 
     def status(self, text: str) -> None:
         """Print a dim line on stdout, unless quiet."""
         if not self.quiet:
-            self._out.print(text, style="dim", markup=False)
+            self._out.print(printable(text), style="dim", markup=False)
 
     def error(self, error: Exception) -> None:
         """Print an error as one red line on stderr."""
@@ -68,7 +103,7 @@ class Terminal:
 
     def question(self, text: str) -> None:
         """Print a question before its answer."""
-        self._out.print(f"\n> {text}", style="bold cyan", markup=False)
+        self._out.print(f"\n> {printable(text)}", style="bold cyan", markup=False)
 
     def read_message(self) -> str | None:
         """Read the next message: None at the end of the input, "" after Ctrl-C."""
@@ -125,7 +160,7 @@ class Terminal:
             def show(text: str) -> None:
                 stop()
                 self._seconds_to_first_token = self._seconds_to_first_token or time.perf_counter() - started
-                self._out.print(text.replace("\x1b", ""), end="", markup=False)  # no escape sequences
+                self._out.print(printable(text), end="", markup=False)
 
             try:
                 yield progress, show
@@ -184,8 +219,13 @@ def _console(stream: Any) -> Console:
     return Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
 
 
+def printable(text: str) -> str:
+    """Return a text without the control characters that a terminal acts upon, such as those of escape sequences."""
+    return CONTROL.sub("", text)
+
+
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return printable(" ".join(str(message).split()))
 
 
 def _megabytes(size: int) -> str:

@@ -106,7 +106,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CorruptModelError(f"{path} cannot be read ({error}): fetch the model again.") from error
+        raise CorruptModelError(
+            f"The {path.name} of {path.parent} cannot be read ({error}): fetch it again."
+        ) from error
 
 
 def _pin(source: str, cache: Path) -> Path:

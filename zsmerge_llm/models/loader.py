@@ -189,12 +189,16 @@ def local_path(model: str | Path) -> Path | None:
     Raises:
         ModelNotFoundError: no such file or folder, a folder without a model, or a name of no kind.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a null byte, ~ of nobody
+        raise ModelNotFoundError(f"{str(model)[:80]!r} is no path ({error}): check it.") from error
+    if is_folder:
         _check_folder(path)
         return path
-    if path.is_file() or path.suffix.lower() == ".gguf":
-        if not path.is_file():
+    if is_file or path.suffix.lower() == ".gguf":
+        if not is_file:
             raise ModelNotFoundError(f"There is no file {path}: check the path.")
         return path
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
