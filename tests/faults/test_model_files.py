@@ -262,8 +262,11 @@ def gguf_text(value: bytes) -> bytes:
         gguf_text(b"\xff\xfe") + struct.pack("<II", 4, 1),
         gguf_text(b"general.name") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 20_000,
         gguf_text(b"general.tags") + struct.pack("<IIQ", 9, 8, 2**63),
+        gguf_text(b"general.tags") + struct.pack("<IIQ", 9, 4, 2**40) + bytes(1000),
+        gguf_text(b"general.name") + struct.pack("<IQ", 8, 2**62) + b"short",
+        gguf_text(b"general.name") + struct.pack("<I", 77),
     ],
-    ids=["a text", "a name", "nested arrays", "many texts"],
+    ids=["a text", "a name", "nested arrays", "many texts", "many numbers", "a long text", "a type"],
 )
 def test_a_gguf_field_that_cannot_be_read_is_a_damaged_file(tmp_path: Path, field: bytes) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from zsmerge_llm.errors import CorruptModelError, ModelNotFoundError, Unsupporte
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
 """Supported architectures: their conversion is tested against the original model. Mistral and SmolLM are "llama"."""
 REMEDY = "load the model's folder or Hub id in safetensors format instead"
+TEXT, ARRAY = 8, 9
+NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Types of fields in the file, and bytes of those that are numbers."""
 SIZES = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
 OPTIONAL_SIZES = ("attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size")
 """Fields from which a model is made: none is larger than the largest dimension of a tensor."""
@@ -48,6 +53,8 @@ def read_header(path: Path) -> Header:
             raise CorruptModelError(f"{path} is empty: download it again.")
         if not is_gguf(path):
             raise CorruptModelError(f"{path} is not a GGUF file: give a .gguf file, a model folder or a Hub id.")
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            _check_counts(content)
         reader = GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items() if len(field.data) <= 1}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -66,6 +73,44 @@ def is_gguf(path: Path) -> bool:
     """Return whether a file begins with the GGUF magic number."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
+
+
+def _check_counts(content: mmap) -> None:
+    """Walk over all fields and tensor infos: the gguf package goes as far as a count says, beyond the file's end, too.
+
+    Raises:
+        ValueError, struct.error: a count or a length goes beyond the file, or a type is unknown.
+    """
+    order = ">" if int.from_bytes(content[4:8], "little") & 0xFFFF == 0 else "<"
+    at = 8
+
+    def number(code: str) -> int:
+        value: int = struct.unpack_from(order + code, content, at)[0]
+        skip(struct.calcsize(order + code))
+        return value
+
+    def skip(nbytes: int) -> None:
+        nonlocal at
+        at += nbytes
+        if at > len(content):
+            raise ValueError("a field ends behind the file")
+
+    num_tensors, num_fields = number("Q"), number("Q")
+    for _ in range(num_fields):
+        skip(number("Q"))
+        kind, count = number("I"), 1
+        if kind == ARRAY:
+            kind, count = number("I"), number("Q")
+        if kind == TEXT:
+            for _ in range(count):
+                skip(number("Q"))
+        elif kind in NUMBERS:
+            skip(count * NUMBERS[kind])
+        else:
+            raise ValueError(f"a field is of the unknown type {kind}")
+    for _ in range(num_tensors):
+        skip(number("Q"))
+        skip(8 * number("I") + 12)  # sizes, type, offset
 
 
 def _check_places(tensors: list[Any], size: int) -> None:
