@@ -131,13 +131,13 @@ def test_the_process_that_makes_a_package_compiles_in_the_users_own_folder(
 ) -> None:
     seen: list[str] = []
     monkeypatch.setattr(
-        package_process.subprocess, "Popen", lambda *_, env, **__: seen.extend([env[INDUCTOR], env["TMPDIR"]])
+        package_process.subprocess, "Popen", lambda *_, env, cwd, **__: seen.extend([env[INDUCTOR], env["TMPDIR"], cwd])
     )
     job = PackageJob(private_folder(cache / "decode-steps") / "one", Manifest("", [], [], {}), [], 0)
     package_process.PackageProcess(job)
     (cache / "inductor").chmod(0o777)
     package_process.PackageProcess(job)
-    assert seen == [str(cache / "inductor")] * 2 + [str(cache / "decode-steps" / "inductor")] * 2
+    assert seen == [str(cache / "inductor")] * 3 + [str(cache / "decode-steps" / "inductor")] * 3
     assert "chmod 700" in caplog.text
 
 

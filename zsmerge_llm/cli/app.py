@@ -87,7 +87,7 @@ def main() -> None:
     """Run the program `zsmerge-llm`.
 
     Exit codes: 0 done; 1 a plan that does not fit, a pipe that was closed, or Ctrl-C; 2 wrong use, or an error that is
-    said in one line on stderr; 120 is never one.
+    said in one line on stderr.
     """
     open_streams()
     try:

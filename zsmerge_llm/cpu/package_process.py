@@ -85,7 +85,7 @@ class PackageProcess:
         folder = str(_compiler_cache(job.folder.parent))
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
             "OMP_NUM_THREADS": "1",
             INDUCTOR_CACHE: folder,
             "TMPDIR": folder,  # TorchInductor looks for precompiled headers there, whatever its own variable says
@@ -95,6 +95,7 @@ class PackageProcess:
             file.seek(0)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", package_builder.__name__],
+                cwd=folder,  # Python would import what is in the current folder before what is installed
                 stdin=file,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,

