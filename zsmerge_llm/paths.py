@@ -22,7 +22,8 @@ def cache_folder(cache_dir: Path | str | None = None) -> Path:
     from platformdirs import user_cache_dir
 
     try:
-        return Path(cache_dir or os.environ.get("ZSMERGE_CACHE_DIR") or user_cache_dir("zsmerge-llm")).expanduser()
+        chosen = cache_dir or os.environ.get("ZSMERGE_CACHE_DIR") or user_cache_dir("zsmerge-llm")
+        return Path(chosen).expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError("There is no home folder for the cache folder: set HOME or ZSMERGE_CACHE_DIR.") from error
 

@@ -51,6 +51,14 @@ def test_every_folder_that_is_made_is_closed_to_others(cache: Path) -> None:
     assert [mode(each) for each in (cache.parent, cache, cache / "kernels")] == [0o700] * 3
 
 
+def test_a_cache_folder_stays_where_it_is_when_the_current_folder_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ZSMERGE_CACHE_DIR", "here")
+    assert cache_folder() == tmp_path / "here"
+
+
 @pytest.mark.parametrize("bits", [0o777, 0o770, 0o702])
 def test_a_folder_that_others_may_write_to_is_refused_with_the_remedy(cache: Path, bits: int) -> None:
     private_folder(cache).chmod(bits)
