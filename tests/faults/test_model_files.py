@@ -19,7 +19,9 @@ from tests.models.tiny_folders import load_tiny, unreachable
 from tests.support.gguf_writer import random_model, write_gguf
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm.config import CacheConfig
-from zsmerge_llm.errors import CorruptModelError, LoadError, ModelNotFoundError, UntrustedFolderError
+from zsmerge_llm.errors import CorruptModelError, DeviceMemoryError, LoadError, ModelNotFoundError, UntrustedFolderError
+from zsmerge_llm.kvcache.layer_cache import LayerCache
+from zsmerge_llm.kvcache.slots import LayerSpec
 from zsmerge_llm.models import gguf, hub, integrity
 from zsmerge_llm.models.weight_files import stored_weights
 from zsmerge_llm.sessions.fingerprint import fingerprint
@@ -349,3 +351,10 @@ def test_a_header_takes_no_memory_that_its_file_does_not_have(tmp_path: Path) ->
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("heads", [10**4, 10**9])
+def test_a_cache_of_more_slots_than_memory_is_a_memory_error(heads: int) -> None:
+    spec = LayerSpec(heads, heads, 4096, 4096, None, torch.float32, torch.device("cpu"))
+    with pytest.raises(DeviceMemoryError, match="give fewer"):
+        LayerCache(CacheConfig(slots=10**6), spec, 1)
