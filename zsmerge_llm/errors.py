@@ -2,6 +2,7 @@
 
 ZSMergeError
 ├── ConfigError (ValueError)            invalid or contradictory settings
+│   └── UntrustedFolderError            a cache folder that others may write to
 ├── InputError (ValueError)             invalid messages, prompts, tools or token ids
 │   ├── UnsupportedContentError         message content other than text, such as an image
 │   └── ContextLimitError               a prompt longer than a set limit; nothing is ever truncated
@@ -31,6 +32,10 @@ class ZSMergeError(Exception):
 
 class ConfigError(ZSMergeError, ValueError):
     """A setting is invalid, or settings contradict each other."""
+
+
+class UntrustedFolderError(ConfigError):
+    """A cache folder, or a file in it, is not the user's own: others could have put into it what would be trusted."""
 
 
 class InputError(ZSMergeError, ValueError):

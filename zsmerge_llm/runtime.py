@@ -181,7 +181,7 @@ def assemble(
     with ExitStack() as undo:  # a model object is its owner's: where anything fails, it is given back
         undo.callback(engine.close)
         source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
-        mark = fingerprint(loaded.model, tokenizer, source, cache)
+        mark = fingerprint(loaded.model, tokenizer, source, cache, loaded.weights_digest)
         expected = ExpectedCache(engine.config, engine.specs, engine.vocab_size)
         size, device = engine.new_cache().nbytes, device_tier(engine, loading["quantization"], gpu_session_memory)
         store = Store(mark, session_memory, size, sessions_dir, expected, device)

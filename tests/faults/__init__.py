@@ -1,0 +1,1 @@
+"""Damage, hostile input and failing systems."""

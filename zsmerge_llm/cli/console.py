@@ -5,11 +5,12 @@ Output to a file or pipe is plain text, without colours and progress bars.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -24,18 +25,49 @@ if TYPE_CHECKING:
     from zsmerge_llm.types import Progress as ReadCallback
     from zsmerge_llm.types import Usage
 
+LARGEST = 10**9
+"""The largest number that an option takes."""
 TextCallback = Callable[[str], None]
 
 
 class CommandGroup(TyperGroup):
-    """Turns a ZSMergeError into one line and exit code 2. Other errors are bugs and keep their traceback."""
+    """Turns an error of ours, of the system or of memory into one line and exit code 2. Others are bugs: a traceback.
+
+    A closed pipe ends the program with exit code 1, and says nothing.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except ZSMergeError as error:
-            Terminal().error(error)
+        except BrokenPipeError:
+            raise
+        except (ZSMergeError, OSError, MemoryError) as error:
+            with suppress(OSError):  # stderr may be what fails
+                Terminal().error(error if str(error) else MemoryError("There is not enough memory."))
             raise typer.Exit(2) from error
+
+
+def open_streams() -> None:
+    """Open the standard streams that are closed on the null device, and let none of them fail at a character."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  until the end
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="replace")  # the terminal's encoding may lack a character
+
+
+def flush_streams() -> bool:
+    """Write what is still to be written; return whether that was possible. Where not, Python's end says nothing."""
+    written = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            written = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            with suppress(OSError):
+                Terminal().error(error)
+    return written
 
 
 class Terminal:

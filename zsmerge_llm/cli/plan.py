@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zsmerge_llm.cli.console import Terminal
+from zsmerge_llm.cli.console import LARGEST, Terminal
 from zsmerge_llm.config import CacheConfig
 
 
@@ -15,9 +15,11 @@ def plan(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Built-in name, Hub id, model folder or .gguf file (see `models`).")
     ] = "smollm2",
-    slots: Annotated[int, typer.Option(help="Budget of the KV cache: slots per head.")] = 1024,
-    sessions: Annotated[int, typer.Option(help="Conversations in memory at once.")] = 1,
-    chunk: Annotated[int | None, typer.Option(help="Tokens of a pass; by default what suits the device.")] = None,
+    slots: Annotated[int, typer.Option(help="Budget of the KV cache: slots per head.", max=LARGEST)] = 1024,
+    sessions: Annotated[int, typer.Option(help="Conversations in memory at once.", max=LARGEST)] = 1,
+    chunk: Annotated[
+        int | None, typer.Option(help="Tokens of a pass; by default what suits the device.", max=LARGEST)
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
     quantization: Annotated[

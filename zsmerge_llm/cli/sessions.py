@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zsmerge_llm.cli.console import CommandGroup, Terminal
-from zsmerge_llm.errors import InputError, SessionMismatchError, SessionNotFoundError
+from zsmerge_llm.errors import InputError, SessionCorruptError, SessionMismatchError, SessionNotFoundError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,10 @@ def show_session(name: str, folder: Folder = None) -> None:
 def remove_session(name: str, folder: Folder = None) -> None:
     """Delete a session."""
     for _, path in _find(name, folder):
-        path.unlink()
+        try:
+            path.unlink()
+        except OSError as error:
+            raise InputError(f"{path} cannot be deleted ({error.strerror}).") from error
         Terminal().status(f"Deleted {path}.")
 
 
@@ -97,9 +100,18 @@ def sessions_folder() -> Path:
 
 
 def _list(folder: Path | None) -> list[tuple[dict[str, Any], Path]]:
-    """Return metadata and path of the sessions in a folder, sorted by name, without damaged files."""
+    """Return metadata and path of the sessions in a folder, sorted by name, without damaged files.
+
+    Raises:
+        InputError: the folder that was given is none, or cannot be read.
+    """
     from zsmerge_llm.sessions.folder import list_folder
 
+    if folder is not None:
+        try:
+            next(folder.iterdir(), None)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} is no folder that can be read ({error}): give another --dir.") from error
     return sorted(list_folder(folder or sessions_folder()), key=lambda entry: entry[0]["name"])
 
 
@@ -115,8 +127,17 @@ def _find(name: str, folder: Path | None) -> list[tuple[dict[str, Any], Path]]:
 
 def _file(session: str, folder: Path | None) -> Path:
     """Return the file of a session given by name or path. Raises SessionNotFoundError, InputError."""
+    from zsmerge_llm.sessions.file_format import read_metadata
+    from zsmerge_llm.sessions.validation import check_facts
+
     path = Path(session)
-    if path.is_file() or path.suffix == ".zsmerge" or path.name != session:
+    if path.suffix == ".zsmerge":
+        return path
+    if path.is_file() or path.name != session:
+        try:
+            read_metadata(path, check_facts)
+        except SessionCorruptError as error:
+            raise InputError(f"{path} is no saved session: give the name of one, or a .zsmerge file.") from error
         return path
     paths = [path for _, path in _find(session, folder)]
     if len(paths) > 1:

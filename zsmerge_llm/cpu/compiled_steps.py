@@ -21,8 +21,9 @@ from zsmerge_llm.cpu.package_process import LOW_PRIORITY, PackageProcess, packag
 from zsmerge_llm.cpu.packaged_layers import PackagedLayers
 from zsmerge_llm.cpu.step_capture import step_forms
 from zsmerge_llm.cpu.step_package import package_folder, packages_folder, read_manifest, remove_package
-from zsmerge_llm.cpu.trusted_files import private_folder, temporary_folder
-from zsmerge_llm.errors import PackageError, UnsupportedModelError
+from zsmerge_llm.cpu.trusted_files import temporary_folder
+from zsmerge_llm.errors import PackageError, UnsupportedModelError, UntrustedFolderError
+from zsmerge_llm.paths import private_folder
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ def _writable(folder: Path) -> Path:
         if os.access(folder, os.W_OK):
             return folder
         reason = f"{folder} cannot be written to"
-    except (OSError, PackageError) as error:
+    except (OSError, UntrustedFolderError) as error:
         reason = str(error)
     log.warning("Compiled decode steps are not kept for later processes: %s.", reason.rstrip("."))
     return temporary_folder(None, "zsmerge-")

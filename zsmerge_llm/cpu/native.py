@@ -6,6 +6,7 @@ A `can_...` function tells which inputs an operator takes; callers use plain PyT
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -22,9 +23,11 @@ import torch
 from torch import Tensor
 
 from zsmerge_llm.cpu.quantized_linear import int4_layout
-from zsmerge_llm.cpu.trusted_files import check_folder, digest, private_folder
-from zsmerge_llm.errors import PackageError, UnsupportedModelError
-from zsmerge_llm.paths import cache_folder
+from zsmerge_llm.cpu.trusted_files import digest
+from zsmerge_llm.errors import UnsupportedModelError, UntrustedFolderError
+from zsmerge_llm.paths import cache_folder, check_folder, check_owner, private_folder
+
+log = logging.getLogger(__name__)
 
 DECODE_SOURCES = ("simd", "shapes", "quantization", "gemv", "decode_attention", "packaged_step")
 PREFILL_SOURCES = ("simd", "shapes", "quantization", "quantized_gemm", "prefill_attention")
@@ -79,11 +82,13 @@ def is_built(sources: Sequence[str]) -> bool:
 
 
 def _is_trusted(library: Path) -> bool:
-    """Return whether a library is there as it was written, in a folder that only the user may write to."""
+    """Return whether a library is there as the user wrote it, in a folder that nobody else may write to."""
     try:
         check_folder(library.parent)
+        check_owner(library)
+        check_owner(_digest_path(library))
         return _digest_path(library).read_text(encoding="utf-8") == digest(library)
-    except (OSError, PackageError):
+    except (OSError, ValueError):
         return False
 
 
@@ -93,11 +98,7 @@ def _digest_path(library: Path) -> Path:
 
 def _compile_and_load(source: str, library: Path) -> None:
     """Compile in a private folder and move the result to its place at once: other processes never see half a file."""
-    parent: Path | None = None  # each process compiles again
-    with suppress(OSError, PackageError):
-        parent = private_folder(library.parent)
-    if parent is not None and not os.access(parent, os.W_OK):
-        parent = None
+    parent = _writable(library.parent)
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         compiled = _compile(source, Path(folder))
         if parent is not None:
@@ -106,6 +107,18 @@ def _compile_and_load(source: str, library: Path) -> None:
             compiled = compiled.replace(library)
             written.replace(_digest_path(library))
         torch.ops.load_library(compiled)
+
+
+def _writable(folder: Path) -> Path | None:
+    """Return a folder of the user's own, made if it is missing; None where each process has to compile again."""
+    try:
+        if os.access(private_folder(folder), os.W_OK):
+            return folder
+        reason = f"{folder} cannot be written to"
+    except (OSError, UntrustedFolderError) as error:
+        reason = str(error)
+    log.warning("C++ kernels are compiled again by each process: %s.", reason.rstrip("."))
+    return None
 
 
 def _compile(source: str, folder: Path) -> Path:

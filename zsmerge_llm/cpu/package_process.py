@@ -7,6 +7,7 @@ would never have one otherwise. It ends by itself.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import pickle
 import subprocess
@@ -27,7 +28,11 @@ from zsmerge_llm.cpu.package_key import describe_layer
 from zsmerge_llm.cpu.patches import is_patch_attribute, original_forward
 from zsmerge_llm.cpu.step_capture import StepForm, capture_step
 from zsmerge_llm.cpu.step_package import Manifest, packaged_form
-from zsmerge_llm.errors import PackageError, UnsupportedModelError
+from zsmerge_llm.cpu.trusted_files import INDUCTOR_CACHE, compiler_cache
+from zsmerge_llm.errors import PackageError, UnsupportedModelError, UntrustedFolderError
+from zsmerge_llm.paths import private_folder
+
+log = logging.getLogger(__name__)
 
 LOW_PRIORITY = 5
 """Nice value beside a conversation: with a much higher one it would hardly run while tokens are decoded."""
@@ -77,12 +82,20 @@ class PackageProcess:
         except Exception as error:  # whatever a module holds
             raise UnsupportedModelError(f"Layers that cannot be pickled are not compiled: {error}") from error
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by `check`
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        folder = str(_compiler_cache(job.folder.parent))
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+            "OMP_NUM_THREADS": "1",
+            INDUCTOR_CACHE: folder,
+            "TMPDIR": folder,  # TorchInductor looks for precompiled headers there, whatever its own variable says
+        }
         with tempfile.TemporaryFile() as file:  # a pipe would hold this process up until the other one reads
             file.write(content)
             file.seek(0)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", package_builder.__name__],
+                cwd=folder,  # Python would import what is in the current folder before what is installed
                 stdin=file,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
@@ -115,6 +128,18 @@ class PackageProcess:
             lines = file.read().decode(errors="replace").strip().splitlines()
         said = next((line for line in reversed(lines) if not line.startswith(" ")), "")
         raise PackageError(f"Compiling failed: {said or f'exit code {self._process.returncode}'}")
+
+
+def _compiler_cache(packages: Path) -> Path:
+    """Return a folder of the user's own for what the compiler keeps: among the packages where there is no other."""
+    try:
+        if os.access(found := compiler_cache(), os.W_OK):
+            return found
+        reason = f"{found} cannot be written to"
+    except (OSError, UntrustedFolderError) as error:
+        reason = str(error)
+    log.warning("What is compiled on the way to a package is not kept: %s.", reason.rstrip("."))
+    return private_folder(packages / "inductor")
 
 
 def _without_weights(layer: nn.Module) -> nn.Module:

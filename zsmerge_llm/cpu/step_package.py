@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from zsmerge_llm.cpu.step_capture import HIDDEN, CapturedStep, StepForm
-from zsmerge_llm.cpu.trusted_files import check_folder, digest
+from zsmerge_llm.cpu.trusted_files import digest
 from zsmerge_llm.errors import PackageError
-from zsmerge_llm.paths import cache_folder
+from zsmerge_llm.paths import cache_folder, check_folder, check_owner
 
 MANIFEST = "manifest.json"
 FILE_NAME = re.compile(r"[a-z]+-\d+\.pt2")
@@ -115,11 +115,13 @@ def read_manifest(folder: Path, key: str, num_layers: int) -> Manifest | None:
             return None
         check_folder(folder.parent)
         check_folder(folder)
+        check_owner(folder / MANIFEST)
         manifest = _parse(json.loads(folder.joinpath(MANIFEST).read_text(encoding="utf-8")))
         _check(manifest, key, num_layers)
         for name, expected in manifest.files.items():
             path = folder / name
-            if path.is_symlink() or digest(path) != expected:
+            check_owner(path)
+            if digest(path) != expected:
                 raise PackageError(f"{path} is damaged; it is made anew.")
     except PackageError:
         raise

@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import tempfile
 from pathlib import Path
 
-from zsmerge_llm.errors import PackageError
+from zsmerge_llm.paths import cache_folder, private_folder
 
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""The variable with which TorchInductor is told where to keep code, headers and libraries."""
 
 
-def private_folder(folder: Path) -> Path:
-    """Make a folder that only the user may read and write, and return it.
+def compiler_cache() -> Path:
+    """Return the folder for what TorchInductor compiles: that of the variable, else one in our cache folder.
+
+    PyTorch's default is in the system's temporary folder, where another user may make it first. PyTorch sets the
+    variable to it when it is asked for the folder: that is nobody's choice.
 
     Raises:
-        PackageError: somebody else may write to it, or has made it.
+        UntrustedFolderError: others may write to it.
         OSError: it cannot be made.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    check_folder(folder)
-    return folder
-
-
-def check_folder(folder: Path) -> None:
-    """Check that a folder belongs to the user, who alone may write to it.
-
-    Raises:
-        PackageError
-        OSError: there is no such folder.
-    """
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise PackageError(f"{folder} is not a folder. Remove it: it is made anew.")
-    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & OTHERS_WRITE):
-        raise PackageError(f"Others may write to {folder}, so no code is loaded from it. Run: chmod 700 {folder}")
+    chosen = os.environ.get(INDUCTOR_CACHE)
+    default = Path(tempfile.gettempdir(), "torchinductor_").resolve()
+    if not chosen or str(Path(chosen).resolve()).startswith(str(default)):
+        return private_folder(cache_folder() / "inductor")
+    return private_folder(Path(chosen).resolve())
 
 
 def digest(path: Path) -> str:

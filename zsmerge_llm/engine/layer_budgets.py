@@ -25,7 +25,7 @@ from zsmerge_llm.kvcache import equations
 from zsmerge_llm.kvcache.layer_cache import LayerCache
 from zsmerge_llm.models.atomic_write import write_atomically
 from zsmerge_llm.models.hub import StatusCallback
-from zsmerge_llm.paths import cache_folder
+from zsmerge_llm.paths import cache_folder, check_folder, private_folder
 
 TEXT_TOKENS = 768
 """Tokens of the calibration text; from an eighth of it on, a third is repeated."""
@@ -217,6 +217,8 @@ def _attention(layer: LayerCache, tokens: int, queries: int) -> Tensor:
 def _load(path: Path | None, layers: int) -> tuple[float, ...] | None:
     """Return what an earlier process measured; None if there is nothing that can be used."""
     try:
+        if path is not None:
+            check_folder(path.parent)
         kept = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
         weights = CacheConfig(layer_budgets=kept["shares"]).layer_budgets if kept["format"] == FORMAT else None
     except (OSError, ValueError, LookupError, TypeError, ConfigError):
@@ -226,5 +228,6 @@ def _load(path: Path | None, layers: int) -> tuple[float, ...] | None:
 
 def _save(path: Path, weights: tuple[float, ...]) -> None:
     """Keep the weights, atomically; where that is not possible, the next process measures again."""
-    with suppress(OSError):
+    with suppress(OSError, ConfigError):
+        private_folder(path.parent)
         write_atomically(path, json.dumps({"format": FORMAT, "shares": weights}).encode(), durable=False)

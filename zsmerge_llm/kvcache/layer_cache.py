@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.errors import DeviceMemoryError
 from zsmerge_llm.kvcache.rope import Rotation
 from zsmerge_llm.kvcache.slots import PER_SLOT, AttentionInputs, LayerSpec, Slots
 
@@ -71,7 +72,12 @@ class LayerCache(Slots):
         heads, device = spec.kv_heads, spec.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+            try:
+                return torch.zeros(rows, *shape, dtype=dtype, device=device)
+            except torch.OutOfMemoryError:  # of a device, which its engine explains
+                raise
+            except RuntimeError as error:  # of host memory
+                raise DeviceMemoryError(f"There is no memory for {capacity:,} slots: give fewer.") from error
 
         self.filled = zeros(dtype=torch.int32) + config.residual
         self.keys = zeros(heads, capacity, spec.key_dim, dtype=spec.dtype)

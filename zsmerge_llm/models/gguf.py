@@ -17,15 +17,17 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from errno import ENOSPC
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, ModelNotFoundError, UnsupportedModelError
+from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, UnsupportedModelError, ZSMergeError
 from zsmerge_llm.models.converted import is_complete, put_in_place
 from zsmerge_llm.models.file_locks import delete_leftovers, locked
+from zsmerge_llm.models.gguf_header import REMEDY, Header, read_header
 from zsmerge_llm.models.log_filters import quiet_transformers
+from zsmerge_llm.paths import check_folder, private_folder
 
 if TYPE_CHECKING:
     import torch
@@ -33,16 +35,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
-"""Supported architectures: their conversion is tested against the original model. Mistral and SmolLM are "llama"."""
-
 PARTIAL = ".partial-"
 """How the names of unfinished folders begin."""
 
 CONVERTER_VERSION = 1
 """Version of the conversion, part of the folder's name. Raise it when the conversion changes."""
-
-REMEDY = "load the model's folder or Hub id in safetensors format instead"
 
 # llama.cpp ends an answer at these tokens too, beside the one that the file names
 END_TOKENS = (
@@ -54,68 +51,6 @@ _SPLIT_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 _GPT2_SPLIT = {None, "default", "gpt-2", "phi-2", "mpt", "olmo"}
 # vocabularies that do not split a word which is a token itself, and that begin a text with BOS by default
 _IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"}
-
-
-@dataclass(frozen=True)
-class Header:
-    """Fields and tensors of a GGUF file. `tensors` are those of the gguf package, mapped from the file."""
-
-    path: Path
-    architecture: str
-    fields: dict[str, Any]
-    tensors: dict[str, Any]
-
-    def get(self, key: str) -> Any:
-        """Return a field of the architecture, such as `context_length`, or None if the file lacks it."""
-        return self.fields.get(f"{self.architecture}.{key}")
-
-
-def is_gguf(path: Path) -> bool:
-    """Return whether a file begins with the GGUF magic number."""
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
-
-
-def read_header(path: Path) -> Header:
-    """Read a file's fields, and check that it holds all of its tensors.
-
-    Raises:
-        ModelNotFoundError: no such file.
-        CorruptModelError: an empty or truncated file, or not a GGUF file at all.
-        UnsupportedModelError: an architecture not in ARCHITECTURES, a mixture of experts, or part of a split file.
-    """
-    from gguf import GGUFReader
-
-    if not path.is_file():
-        raise ModelNotFoundError(f"There is no file {path}: check the path.")
-    if path.stat().st_size == 0:
-        raise CorruptModelError(f"{path} is empty: download it again.")
-    if not is_gguf(path):
-        raise CorruptModelError(f"{path} is not a GGUF file: give a .gguf file, a model folder or a Hub id.")
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        raise CorruptModelError(f"{path} is truncated or damaged ({error}): download it again.") from error
-    fields = {key: field.contents() for key, field in reader.fields.items() if len(field.data) <= 1}
-    header = Header(path, fields.get("general.architecture", ""), fields, {t.name: t for t in reader.tensors})
-    _check_supported(header)
-    return header
-
-
-def _check_supported(header: Header) -> None:
-    if (header.fields.get("split.count") or 1) > 1:
-        raise UnsupportedModelError(
-            f"{header.path} is one part of a split file: join the parts with `llama-gguf-split --merge` first."
-        )
-    if header.architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{header.path} holds a {header.architecture or 'nameless'} model; from GGUF files "
-            f"{', '.join(ARCHITECTURES)} can be read: {REMEDY}."
-        )
-    if header.get("expert_count"):
-        raise UnsupportedModelError(f"{header.path} holds a mixture of experts: {REMEDY}.")
-    if "token_embd.weight" not in header.tensors:
-        raise CorruptModelError(f"{header.path} holds no weights (a vocabulary only?): give the model's own file.")
 
 
 def folder_for(path: Path, cache: Path, digest: str | None = None) -> Path:
@@ -130,15 +65,17 @@ def convert_once(path: Path, target: Path, report_status: Callable[[str], None])
     """Convert a file to the folder `target`, unless that is there and whole. Several processes may do so at once.
 
     Raises:
-        ConfigError: the cache folder cannot be written.
+        ConfigError: the cache folder cannot be written, or others may write to it.
         LoadError: see `read_header`, or a file whose tensors do not fit the model.
     """
     if is_complete(target):
+        check_folder(target)
         return target
     header = read_header(path)
     report_status("Converting GGUF (once)")
     with temporary_folder(target.parent) as folder, quiet_transformers():
-        _convert(header, folder / "model")
+        with _typed_errors(path):
+            _convert(header, folder / "model")
         put_in_place(folder / "model", target)
     return target
 
@@ -147,7 +84,7 @@ def convert_once(path: Path, target: Path, report_status: Callable[[str], None])
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """Make a temporary folder inside `parent`: within one file system a rename is atomic."""
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        private_folder(parent)
         delete_leftovers(parent.glob(f"{PARTIAL}*"))
         temporary = tempfile.TemporaryDirectory(dir=parent, prefix=PARTIAL)
     except OSError as error:
@@ -156,6 +93,26 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         ) from error
     with temporary as folder, locked(Path(folder)):
         yield Path(folder)
+
+
+@contextmanager
+def _typed_errors(path: Path) -> Iterator[None]:
+    """Turn whatever transformers raises about a file into an error that names the file.
+
+    Raises:
+        LoadError: the cache folder has no room. CorruptModelError: anything else.
+    """
+    try:
+        yield
+    except ZSMergeError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == ENOSPC:
+            raise LoadError(f"There is no room for what is made of {path} ({error}): free some space.") from error
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise CorruptModelError(
+            f"{path} is damaged, or transformers cannot read it ({type(error).__name__}: {reason}): {REMEDY}."
+        ) from error
 
 
 def _convert(header: Header, target: Path) -> None:
@@ -195,15 +152,16 @@ def read_config(path: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     header = read_header(path)
-    with quiet_transformers(), redirect_stderr(StringIO()):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    for name, value in _overrides(header).items():
-        setattr(config, name, value)
-    config.tie_word_embeddings = "output.weight" not in header.tensors
-    config.dtype = _converted_dtype(header)
-    kinds: Any = AutoModelForCausalLM._model_mapping
-    config.architectures = [kinds[type(config)].__name__]
-    _set_window(config, header)
+    with _typed_errors(path):
+        with quiet_transformers(), redirect_stderr(StringIO()):
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        for name, value in _overrides(header).items():
+            setattr(config, name, value)
+        config.tie_word_embeddings = "output.weight" not in header.tensors
+        config.dtype = _converted_dtype(header)
+        kinds: Any = AutoModelForCausalLM._model_mapping
+        config.architectures = [kinds[type(config)].__name__]
+        _set_window(config, header)
     return config
 
 
@@ -230,9 +188,17 @@ def _load_dequantized(header: Header, file: Path) -> PreTrainedModel:
 
     for attempt in dict.fromkeys((_converted_dtype(header), torch.float32)):
         with redirect_stderr(StringIO()):  # hides a progress bar that no setting turns off
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=attempt, local_files_only=True, **_overrides(header)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=attempt,
+                local_files_only=True,
+                output_loading_info=True,
+                **_overrides(header),
             )
+        model, info = loaded
+        if wrong := sorted(str(each) for each in info["mismatched_keys"]):
+            raise CorruptModelError(f"{header.path} holds tensors of other shapes than its fields say: {wrong[0]}.")
         if all(torch.isfinite(p).all() for p in model.parameters()):  # else a value overflows float16: load in float32
             return model
     raise CorruptModelError(f"{header.path} holds weights that are not finite: download it again.")
@@ -366,7 +332,7 @@ def _save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tar
     from safetensors.torch import save_file
 
     weights = {p.data_ptr(): (name, p) for name, p in reversed(model.state_dict().items())}  # tied weights once
-    target.mkdir()
+    target.mkdir(mode=0o700)
     try:
         save_file(
             {name: p.contiguous() for name, p in weights.values()}, target / "model.safetensors", {"format": "pt"}

