@@ -88,7 +88,10 @@ from tests.sessions.test_file_format import digest, make_llm, next_logits
 llm = make_llm("qwen2.5")
 print(digest(next_logits(llm, llm.load_session({str(path)!r}))))
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    own_cache = {**os.environ, "ZSMERGE_CACHE_DIR": str(tmp_path)}  # without compiled steps, which this process has not
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=own_cache, capture_output=True, text=True, timeout=300
+    )
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == digest(next_logits(llm, session))
