@@ -22,7 +22,7 @@ SHORT = SamplingParams(max_tokens=4)
 class Talk:
     """A conversation. It checks of each turn that no more was read than what follows the last answer kept."""
 
-    def __init__(self, llm: LLM, name: str, choices: random.Random) -> None:
+    def __init__(self, llm: LLM, name: str | None, choices: random.Random) -> None:
         self.llm, self.name, self.choices = llm, name, choices
         self.messages: list[dict[str, Any]] = []
         self.points = [0]  # after each answer: tokens read up to then
@@ -150,4 +150,14 @@ def test_where_the_point_before_the_last_turn_cannot_be_saved_turns_go_on(monkey
             talk.take_turn()
             llm.store.flush()
     assert [talk.reread for talk in talks] == [0, 0]
+    assert llm.store.nbytes <= llm.store.limit
+
+
+def test_moves_end_where_the_disk_has_no_room_for_points_of_conversations_without_a_name() -> None:
+    llm = make_llm(session_memory=SNAPSHOT_NBYTES, retrieval_tokens=0)
+    talks = [Talk(llm, None, random.Random(number)) for number in range(3)]
+    for _ in range(3):
+        for talk in talks:
+            talk.take_turn()
+            llm.store.flush()
     assert llm.store.nbytes <= llm.store.limit

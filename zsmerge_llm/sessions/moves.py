@@ -123,7 +123,7 @@ class TieredSessions(TieredTable):
             self._spill(name)
 
     def _save_earlier(self, name: str, point: Snapshot) -> None:
-        """Write the last answered point before a session's head to disk. Where that is impossible, it is dropped."""
+        """Move the last answered point before a session's head to disk. Where that is impossible, it is dropped."""
         with self._lock:
             entry = self._entries.get(name)
             if entry is None or entry.session is None or name in self._busy or entry.unsaved_point is not point:
@@ -140,8 +140,8 @@ class TieredSessions(TieredTable):
                 self._busy.discard(name)
                 if self._entries.get(name) is entry:
                     entry.earlier = file or entry.earlier
-                    self._limit_disk_use()
-                    if file is None and entry.session is not None:
+                    self._limit_disk_use()  # may delete it again, which must not bring it back here
+                    if entry.session is not None:
                         entry.session.snapshots = {
                             digest: each for digest, each in entry.session.snapshots.items() if each is not point
                         }
