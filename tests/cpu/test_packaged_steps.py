@@ -22,7 +22,7 @@ WIDTHS = (1, 1 + MAX_DRAFT_TOKENS)
 CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, observation_window=4)
 PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
 STEPS = 24
-IN_EVERY_RUN = ("llama", "gemma3", "gpt_oss-sinks", "falcon-new")
+IN_EVERY_RUN = ("llama", "gpt_oss-sinks")
 
 
 def start(engine: Engine) -> Engine:
@@ -91,6 +91,7 @@ def test_a_package_works_with_every_eviction_policy(config: CacheConfig) -> None
     assert "single" in forms_used(engine)  # where each step compresses there is no room for more tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_package_works_with_quantized_weights(bits: int) -> None:
     engines = []
@@ -104,6 +105,7 @@ def test_a_package_works_with_quantized_weights(bits: int) -> None:
     assert forms_used(engines[0]) == {"single", "draft"}, engines[0].backend.disabled_reason
 
 
+@pytest.mark.slow
 def test_layers_of_other_sizes_have_code_of_their_own() -> None:
     engines = []
     for _ in range(2):
@@ -135,7 +137,7 @@ def test_conversations_alternate_in_the_same_package() -> None:
         assert torch.allclose(*logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", [2, 3, 8, 9, 19])
 def test_batches_of_conversations_are_decoded_through_a_package(family: str, rows: int) -> None:
     """Of different lengths, over compressions, and with steps in which some rows are inactive."""
@@ -182,8 +184,10 @@ def test_a_batch_is_told_what_its_rows_are_told_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "compiled"),
+    [("llama", True), ("llama", False), pytest.param("gemma3", True, marks=pytest.mark.slow), ("gemma3", False)],
+)
 def test_the_kernels_give_a_row_the_same_logits_bit_for_bit_beside_others_and_in_drafts(
     family: str, compiled: bool, dtype: torch.dtype
 ) -> None:

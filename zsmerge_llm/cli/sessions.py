@@ -51,11 +51,10 @@ def show_session(name: str, folder: Folder = None) -> None:
 @sessions.command("rm")
 def remove_session(name: str, folder: Folder = None) -> None:
     """Delete a session."""
+    from zsmerge_llm.sessions.folder import delete_files
+
     for _, path in _find(name, folder):
-        try:
-            path.unlink()
-        except OSError as error:
-            raise InputError(f"{path} cannot be deleted ({error.strerror}).") from error
+        delete_files(path)
         Terminal().status(f"Deleted {path}.")
 
 
