@@ -215,6 +215,7 @@ def test_a_package_that_computes_something_else_is_thrown_away_and_made_again(
     assert len(no_process) == 1
 
 
+@pytest.mark.slow
 def test_decoding_goes_on_while_a_package_is_made_and_then_uses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +236,7 @@ def test_decoding_goes_on_while_a_package_is_made_and_then_uses_it(
     assert not list((tmp_path / "decode-steps").glob(".building-*"))
 
 
+@pytest.mark.slow
 def test_a_cache_folder_that_cannot_be_used_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
