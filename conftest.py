@@ -15,6 +15,7 @@ from platformdirs import user_cache_dir
 
 from zsmerge_llm import LLM
 from zsmerge_llm.cpu.compiled_steps import CompiledSteps
+from zsmerge_llm.cpu.step_capture import step_forms
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers compete for cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,6 +58,13 @@ def _no_packages_of_their_own_accord() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CompiledSteps, "watch", lambda self: setattr(self, "_steps_left", 100_000))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _packages_of_one_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile steps of one token only, a third of the work, but in modules that say `ALL_FORMS = True`."""
+    if not getattr(request.module, "ALL_FORMS", False):
+        monkeypatch.setattr("zsmerge_llm.cpu.compiled_steps.step_forms", lambda num_draft: step_forms(num_draft)[:1])
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from zsmerge_llm.cpu.step_capture import step_forms
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 
+ALL_FORMS = True
 FORMS = step_forms(MAX_DRAFT_TOKENS)
 WATCH = CompiledSteps.watch
 """As it is, before the tests' own settings."""

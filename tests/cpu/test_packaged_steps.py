@@ -18,6 +18,7 @@ from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.kvcache.cache import Cache
 
+ALL_FORMS = True
 WIDTHS = (1, 1 + MAX_DRAFT_TOKENS)
 CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, observation_window=4)
 PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]

@@ -115,7 +115,7 @@ def check_logits(
         return engine.backend.disabled_reason
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_fp8_checkpoint_is_dequantized_on_a_cpu(folder: Path, tmp_path: Path, compile: bool) -> None:
     """Blocks of 128 by 128 weights share a scale; transformers dequantizes them where no GPU can multiply them."""
     reference = tiny_model(**SIZES)
@@ -161,7 +161,7 @@ def test_a_bitsandbytes_checkpoint_has_the_logits_of_the_model_that_was_saved(
     check_logits(tmp_path / "m", folder, saved, True, 1e-3, last=len(IDS))
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC"])
 def test_a_compressed_tensors_checkpoint_has_the_logits_of_transformers(
     folder: Path, tmp_path: Path, scheme: str, compile: bool

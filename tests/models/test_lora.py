@@ -62,7 +62,7 @@ def reference_logits(model: Any) -> torch.Tensor:
         return model.eval()(torch.tensor([tokens(12) + tokens(10, 1)])).logits[0, 11:].float()
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
