@@ -96,8 +96,9 @@ def test_reading_gets_its_share_also_where_each_client_comes_back_when_its_job_i
     device, order, ended = DeviceThread(reading_share=0.5), [], Event()
 
     def run(kind: Kind, seconds: float) -> None:
+        started = time.perf_counter()
         time.sleep(seconds)
-        order.append(kind)
+        order.append((kind, time.perf_counter() - started))
 
     def stream() -> None:
         while not ended.is_set():
@@ -109,8 +110,10 @@ def test_reading_gets_its_share_also_where_each_client_comes_back_when_its_job_i
         device.call(lambda: run(Kind.CHUNK, 0.1), Kind.CHUNK)
     ended.set()
     client.join(LIMIT)
-    chunks = [at for at, kind in enumerate(order) if kind is Kind.CHUNK]
-    assert all(5 <= later - earlier <= 12 for earlier, later in itertools.pairwise(chunks))
+    chunks = [at for at, (kind, _) in enumerate(order) if kind is Kind.CHUNK]
+    for earlier, later in itertools.pairwise(chunks):
+        steps = sum(seconds for _, seconds in order[earlier + 1 : later])
+        assert order[earlier][1] * 0.5 <= steps <= order[earlier][1] * 2
 
 
 def test_an_error_of_what_jobs_run_within_reaches_the_caller() -> None:

@@ -97,11 +97,10 @@ def test_what_is_no_text_is_not_read(place: Path, name: str) -> None:
     assert "Error" in result.stderr
 
 
-def test_an_endless_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "MAX_BYTES", 1000)
+def test_an_endless_file_is_refused() -> None:
     result = run("ask", "/dev/zero", "Why?")
     assert result.exit_code == 2
-    assert "is longer than" in result.stderr
+    assert "is no regular file" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "\0", "~nobody-of-that-name/x", "", ".", "/dev/null", "a@b@c", "-"])

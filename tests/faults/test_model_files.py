@@ -135,14 +135,18 @@ def test_a_download_gets_the_revision_that_was_asked_about(
     assert asked == [NEW]
 
 
-@pytest.mark.parametrize("change", ["flip", "remove"])
-def test_a_converted_model_that_was_changed_is_refused(tmp_path: Path, cache: Path, change: str) -> None:
+def test_a_converted_model_that_was_changed_is_refused_and_one_that_lacks_a_file_made_again(
+    tmp_path: Path, cache: Path
+) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama")
     load_tiny(file)
     (weights,) = cache.glob("converted/*/tokenizer.json")
-    flip(weights) if change == "flip" else weights.unlink()
+    flip(weights)
     with pytest.raises(CorruptModelError, match=r"tokenizer\.json has changed.*converted again"):
         load_tiny(file)
+    weights.unlink()
+    load_tiny(file)
+    assert weights.exists()
 
 
 def test_a_converted_model_of_a_folder_that_others_may_write_to_is_refused(tmp_path: Path, cache: Path) -> None:

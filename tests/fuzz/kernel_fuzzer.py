@@ -55,6 +55,7 @@ class Fuzzer:
             *(*tokens, self.rows(rows, heads, new, value_dim, dtype=dtype), *held, *marks, position),
             self.numbers(rows, new, dtype=torch.int32),
             [self.random.randint(0, slots - new) for _ in range(rows)],
+            [self.random.randint(0, 1) for _ in range(rows)],
             *(0.3, 0.6, pick((0.0, 5.0)), pick((0, 8))),
             pick((None, self.numbers(heads * group))),
         ]

@@ -25,6 +25,7 @@ from typing_extensions import TypedDict
 from tests.support.chat import LARGE_CACHE, make_llm, record_passes
 from tests.support.scripted_model import scripted_answers
 from zsmerge_llm import Grammar
+from zsmerge_llm.engine.model_runner import STEP_TOKENS
 from zsmerge_llm.testing import event_loop_gaps
 
 
@@ -93,7 +94,8 @@ def test_an_agent_with_three_tools_reads_every_token_of_six_turns_once(name: str
     assert said[-1].text == "It is 7."
     assert {message.response_metadata["token_usage"]["reuse"] for message in said[1:]} == {"continued"}
     tokens = model.core.session("ann").tokens
-    assert sum(passes) <= len(tokens)  # nothing went through the model twice
+    padding = (STEP_TOKENS - 1) * passes.count(STEP_TOKENS)  # steps of several tokens are padded
+    assert sum(passes) <= len(tokens) + padding  # nothing went through the model twice
     total, held = usage.usage_metadata[model.model], 0
     for message in said:
         cost: Any = message.usage_metadata

@@ -190,7 +190,7 @@ def test_json_mode_gives_an_object() -> None:
     assert isinstance(json.loads(result.text), dict)
 
 
-def test_forced_tokens_are_read_in_one_pass() -> None:
+def test_forced_tokens_are_read_several_in_a_pass() -> None:
     llm = model()
     engine = llm.engine
     grammar = Grammar.json_schema(
@@ -210,7 +210,7 @@ def test_forced_tokens_are_read_in_one_pass() -> None:
         said = [t for (t,) in engine.decode(held, [params], [ids], constraints=[grammars.constraint(grammar, 32)])]
     json.loads(llm.tokenizer.decode(said))
     assert max(passes) > 3
-    assert held.seen == len(ids) + sum(passes) <= len(ids) + len(said)
+    assert len(passes) < held.seen - len(ids) <= len(said)
     fresh = engine.read(engine.new_cache(), [*ids, *said][: held.seen])
     torch.testing.assert_close(held.logits[0].float(), fresh, rtol=1e-3, atol=1e-3)
 

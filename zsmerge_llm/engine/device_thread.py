@@ -176,10 +176,11 @@ class DeviceThread:
     def _start(self) -> None:
         with self._starting:
             if self._thread is None:
-                self._thread = Thread(target=self._agenda.serve, name="zsmerge-device", daemon=True)
-                self._thread.start()
+                thread = Thread(target=self._agenda.serve, name="zsmerge-device", daemon=True)
+                thread.start()
+                self._thread = thread  # not before: to `submit`, one that does not run is one that has ended
                 # A daemon that runs while the interpreter is taken apart would abort the process.
-                end = partial(_end, self._inbox, self._thread)
+                end = partial(_end, self._inbox, thread)
                 atexit.register(end)
                 weakref.finalize(self, _let_go, self._inbox, end).atexit = False
 

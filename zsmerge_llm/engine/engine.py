@@ -98,9 +98,7 @@ class Engine:
             self._device = DeviceThread(how.reading_share, _running(self.backend))
             self._reader = PromptReader(self.runner, self.specs, self._device)
             self._scheduler = DecodeScheduler(self.runner, self._device, how.batch_invariant)
-            self._static_scheduler = _static_scheduler(
-                self.runner, self._device, self.specs, self.vocab_size, how.batch_invariant
-            )
+            self._static_scheduler = _static_scheduler(self.runner, self._device, self.specs, self.vocab_size, how)
             if compile is True:
                 self.backend.start()
                 self.read(self.new_cache(), [0])
@@ -279,8 +277,7 @@ class Engine:
 
         A row ends with the end token, which is not yielded, with `max_tokens`, or where its constraint allows no more.
         All but the last token are in the cache then; of a row that a constraint ended, and of a stream that is closed
-        early, several may be missing. Tokens that a constraint forces are yielded one by one; a row alone reads several
-        of them in a pass, several rows one token each.
+        early, several may be missing. Tokens that a constraint forces are yielded one by one.
 
         Args:
             sampling: one for each row.
@@ -345,13 +342,13 @@ def _static_scheduler(
     device: DeviceThread,
     specs: tuple[LayerSpec, ...],
     vocab_size: int,
-    batch_invariant: bool,
+    scheduling: SchedulingConfig,
 ) -> StaticScheduler | None:
-    """Return what decodes in fixed memory, where the backend does. batch_invariant: all steps have one shape."""
+    """Return what decodes in fixed memory, where the backend does. To be batch invariant, all steps have one shape."""
     sizes = runner.backend.static_sizes
     if sizes is None:
         return None
-    sizes, max_tokens = (sizes[-1:], 1) if batch_invariant else (sizes, STEP_TOKENS)
+    sizes, max_tokens = (sizes[-1:], 1) if scheduling.batch_invariant else (sizes, STEP_TOKENS)
     return StaticScheduler(partial(make_decoder, runner, specs, vocab_size), device, sizes, max_tokens)
 
 
