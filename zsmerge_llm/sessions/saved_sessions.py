@@ -81,8 +81,6 @@ class SavedSessions(TieredSessions):
             same = found is not None and found.digest == session.head.digest
             entry.saved_state = session.head.state if same else None
 
-    # -- with the lock held ------------------------------------------------------------------------------------------
-
     def _wait_until_free(self, name: str) -> None:
         """Wait until no other thread reads or writes this session's file. The table may have changed then."""
         self._lock.wait_for(lambda: name not in self._busy)
