@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.tiny_models import tiny_model
+from zsmerge_llm import CacheConfig
 from zsmerge_llm.cpu import threads
 from zsmerge_llm.cpu.threads import CoreTimes, OpenMP, PassThreads, ThreadGovernor, core_limit, cpu_quota
+from zsmerge_llm.engine.engine import Engine
 
 
 @pytest.fixture
@@ -273,3 +276,22 @@ def test_what_is_said_of_the_choice(limited: PassThreads) -> None:
     assert limited.choice() == (1, "of 2: threads waited for cores that other work has")
     limited.governor.threads = 2
     assert limited.choice() == (2, "all cores")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_a_caller_that_waits_for_a_pass_keeps_no_idle_threads_of_openmp() -> None:
+    """With more threads than cores in a process, GNU's OpenMP lets those of a pass sleep whenever they wait."""
+    engine = Engine(tiny_model(), CacheConfig(slots=128), compile=False)
+    engine.read(engine.new_cache(), [1, 2, 3])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        num_idle = len(list(Path("/proc/self/task").iterdir()))
+        torch.randn(1 << 22).exp()
+        num_with_team = len(list(Path("/proc/self/task").iterdir()))
+        torch.set_num_threads(before)
+        engine.read(engine.new_cache(), [1, 2, 3])
+        assert num_with_team > num_idle
+        assert len(list(Path("/proc/self/task").iterdir())) <= num_idle
+    finally:
+        torch.set_num_threads(before)

@@ -98,6 +98,9 @@ class AttentionBackend(Protocol):
     def running(self, most_threads: int) -> AbstractContextManager[None]:
         """Return what passes and sampling run within: it chooses the number of threads that they run on."""
 
+    def release_threads(self) -> None:
+        """End the idle threads of the calling thread, which waits for a pass in another one: that needs the cores."""
+
     def thread_choice(self) -> tuple[int, str] | None:
         """Return how many threads a pass of the calling thread uses, and why not more; None: not the backend's."""
 
@@ -184,6 +187,9 @@ class TorchBackend:
     def running(self, most_threads: int) -> AbstractContextManager[None]:
         """Change nothing."""
         return nullcontext()
+
+    def release_threads(self) -> None:
+        """Do nothing."""
 
     def thread_choice(self) -> tuple[int, str] | None:
         """Threads are left to PyTorch."""

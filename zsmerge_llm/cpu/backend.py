@@ -168,6 +168,10 @@ class CPUBackend(TorchBackend):
         """Run a pass on as many threads as there are cores for; see `AttentionBackend`."""
         return self._threads.running(most_threads)
 
+    def release_threads(self) -> None:
+        """End the idle threads of the calling thread; see `AttentionBackend`."""
+        self._threads.release()
+
     def thread_choice(self) -> tuple[int, str]:
         """Return how many threads a pass uses, and why; see `AttentionBackend`."""
         return self._threads.choice()

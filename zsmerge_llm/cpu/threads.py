@@ -193,6 +193,10 @@ class ThreadGovernor:
         self._seconds = self._spare = 0.0
 
 
+OMP_PAUSE_SOFT = 1
+"""Of OpenMP 5.0: what was set for the calling thread stays."""
+
+
 class OpenMP:
     """Sets the number of threads of the calling thread alone.
 
@@ -205,6 +209,8 @@ class OpenMP:
         with suppress(OSError):
             library = ctypes.CDLL(torch._C.__file__)  # looks in the libraries that it needs, too
         self._set: Any = getattr(library, "omp_set_num_threads", None)
+        is_gnu = not hasattr(library, "__kmpc_fork_call")  # LLVM's would release the threads of all
+        self._pause: Any = getattr(library, "omp_pause_resource_all", None) if is_gnu else None
         # MKL, where PyTorch has it, keeps a number of its own for a thread that has called torch.set_num_threads.
         self._set_mkl: Any = getattr(library, "MKL_Set_Num_Threads_Local", lambda _: 0)
 
@@ -219,6 +225,15 @@ class OpenMP:
         self._set(threads)
         mkl = self._set_mkl(threads)
         return partial(self._restore, before, mkl)
+
+    def release(self) -> None:
+        """End the idle threads that the calling thread keeps for its next parallel loop; that loop starts others.
+
+        GNU's OpenMP counts them. Where a process has more threads than cores, those of a pass no longer wait actively
+        for each other, and two decode more slowly than one (docs/research/kernels).
+        """
+        if self._pause is not None:
+            self._pause(OMP_PAUSE_SOFT)
 
     def _restore(self, threads: int, mkl: int) -> None:
         self._set(threads)
@@ -256,6 +271,10 @@ class PassThreads:
             restore()
             self._ended = time.perf_counter()
             self._observe(used)
+
+    def release(self) -> None:
+        """End the idle threads of the calling thread, which waits for a pass in another one."""
+        self._openmp.release()
 
     def choice(self) -> tuple[int, str]:
         """Return how many threads a pass of the calling thread would use now, and why not more."""

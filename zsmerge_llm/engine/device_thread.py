@@ -124,10 +124,17 @@ class DeviceThread:
     Args:
         reading_share: how much of the time the chunks of prompts get while streams wait for decode steps, 0 to 1.
         within: see `Within`.
+        before_wait: what each caller runs before it waits for a job.
     """
 
-    def __init__(self, reading_share: float = 0.5, within: Within = lambda threads: nullcontext()) -> None:
+    def __init__(
+        self,
+        reading_share: float = 0.5,
+        within: Within = lambda threads: nullcontext(),
+        before_wait: Callable[[], None] = lambda: None,
+    ) -> None:
         check_process()
+        self._before_wait = before_wait
         self._inbox: SimpleQueue[Job[Any] | None] = SimpleQueue()  # reentrant: a finalizer may submit at any time
         self._within = within
         self._agenda = _Agenda(self._inbox, reading_share, within)
@@ -170,6 +177,7 @@ class DeviceThread:
             if job.claim():
                 job.execute(within=self._within)
             return job
+        self._before_wait()
         self._inbox.put(job)
         return job
 

@@ -95,7 +95,7 @@ class Engine:
             self._held.backends.append(self.backend)
             self.chunk = self.backend.default_chunk(self.specs) if chunk == "auto" else chunk
             self.runner = ModelRunner(model, self.backend, PositionRemapper(model, self.specs, self.context_window))
-            self._device = DeviceThread(how.reading_share, _running(self.backend))
+            self._device = DeviceThread(how.reading_share, _running(self.backend), self.backend.release_threads)
             self._reader = PromptReader(self.runner, self.specs, self._device)
             self._scheduler = DecodeScheduler(self.runner, self._device, how.batch_invariant)
             self._static_scheduler = _static_scheduler(self.runner, self._device, self.specs, self.vocab_size, how)
