@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from hypothesis import settings
 from platformdirs import user_cache_dir
@@ -16,9 +17,11 @@ from platformdirs import user_cache_dir
 from zsmerge_llm import LLM
 from zsmerge_llm.cpu.compiled_steps import CompiledSteps
 from zsmerge_llm.cpu.step_capture import step_forms
+from zsmerge_llm.cpu.threads import PassThreads
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers compete for cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers compete for cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # this one, which has imported PyTorch
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
@@ -57,6 +60,14 @@ def _no_packages_of_their_own_accord() -> Iterator[None]:
     """Let no engine compile, or use what was compiled, unless its test says so: rounding may depend on the machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CompiledSteps, "watch", lambda self: setattr(self, "_steps_left", 100_000))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads_as_many_under_load() -> Iterator[None]:
+    """Keep the number of threads whatever else runs: PyTorch's own attention rounds otherwise with another number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PassThreads, "_observe", lambda self, used: None)
         yield
 
 
