@@ -133,7 +133,7 @@ class Conversations:
         if transcript.document is not None:
             known[transcript.document.digest] = -1
         reason = ""
-        for candidate, digest in self.store.find_resume_points(known, name):
+        for candidate, digest in self._find_resume_points(transcript, known, name):
             try:
                 found = self.store.open(candidate, digest)
             except SessionNotFoundError:
@@ -167,6 +167,18 @@ class Conversations:
         return self.store.commit_turn(
             turn.session, snapshots, chain.digests, turn.version, turn.is_new, turn.transcript
         )
+
+    def _find_resume_points(
+        self, transcript: Transcript, known: dict[str, int], name: str | None
+    ) -> list[tuple[str, str]]:
+        """Return what `Store.find_resume_points` does, also where another process has given the last answer."""
+        points = self.store.find_resume_points(known, name)
+        roles = [message["role"] for message in transcript.messages]
+        answered = max((n for n, role in enumerate(roles, 1) if role == "assistant"), default=0)
+        if answered > max((known[digest] for _, digest in points), default=0):
+            self.store.refresh_all()
+            points = self.store.find_resume_points(known, name)
+        return points
 
     # -- what a request is about -------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -197,6 +197,16 @@ class Folder:
                     found.append((info, path))
         found.sort(key=lambda each: each[0].used)
         return {info.name: SavedFiles(info, self.earlier(path, info.prefix_digests)) for info, path in found}
+
+    def names_changed(self, known: Mapping[Path, tuple[int, ...]]) -> list[str]:
+        """Return the names of the sessions whose files are not as `known` gives their stamps."""
+        changed = []
+        for path in self.path.glob(f"*{self._suffix}"):
+            with suppress(SessionError, OSError):
+                if known.get(path) != file_stamp(path.stat()):
+                    info = self._from_metadata(file_format.read_metadata(path, check_facts), path)
+                    changed += [info.name] if info is not None else []
+        return changed
 
     def _from_metadata(self, metadata: dict[str, Any], path: Path) -> SessionInfo | None:
         """Return the description of a session, None for one of another model or configuration. Raises OSError."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zsmerge_llm.sessions.folder import Folder, SavedFiles
+from zsmerge_llm.sessions.folder import GENERATED_NAME, Folder, SavedFiles
 from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
 from zsmerge_llm.sessions.session_table import SessionTable, StoreEntry
 from zsmerge_llm.sessions.transfer import Transfer
@@ -215,7 +215,8 @@ class TieredTable(SessionTable):
         self._warn_of_conflict(name, files.head.name)
 
     def _warn_of_conflict(self, name: str, other: str) -> None:
-        if not self._has_warned:
+        """Warn once that two conversations want one name. Nobody asks for a generated one."""
+        if not self._has_warned and not GENERATED_NAME.fullmatch(name):
             self._has_warned = True
             warn(
                 f"Another process keeps a conversation named {name!r} in {self.folder}, too. Both are kept, one of "
