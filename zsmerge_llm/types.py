@@ -69,11 +69,13 @@ class Result:
     """Calls that could not be parsed, in the same format, each with an `error`. Their name may be None."""
     reasoning: str = ""
     """What a reasoning model wrote before its answer (`<think>...</think>`); not part of the text."""
+    session: str = ""
+    """Name of the conversation, which `session=` takes; empty for a completion or a batch, which are not kept."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer: of its text or its reasoning. Only the last one has `finish_reason`, `usage` and calls."""
+    """A piece of an answer: of its text or its reasoning. The last one alone has the other fields."""
 
     text: str
     finish_reason: FinishReason | None = None
@@ -81,3 +83,4 @@ class Chunk:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     invalid_tool_calls: list[dict[str, Any]] = field(default_factory=list)
     reasoning: str = ""
+    session: str = ""

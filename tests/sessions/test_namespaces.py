@@ -41,6 +41,22 @@ def test_the_same_name_is_another_session_in_another_namespace(tmp_path: Path) -
         assert ask(llm, messages, namespace="ann", session="talk").reuse == "continued"
 
 
+def test_an_answer_names_its_conversation_which_lies_in_its_namespace() -> None:
+    with make_llm(cache=LARGE_CACHE) as llm:
+        for options in ({}, {"session": "talk"}, {"namespace": "ann"}, {"namespace": "ann", "session": "talk"}):
+            answer = llm.chat(dialogue(f"I am {options}."), sampling=SHORT, **options)
+            *_, last = llm.stream(dialogue(f"I am {options}.", answer.text, "Who?"), sampling=SHORT, **options)
+            assert last.session == answer.session
+            assert last.session == options.get("session", last.session)
+            prefix = "ann/" if "namespace" in options else ""
+            assert f"{prefix}{last.session}" in llm.store
+            assert last.usage.reuse == "continued"
+        names = [info.name for info in llm.store]
+        assert len(names) == 4
+        assert sum(name.startswith("ann/") for name in names) == 2
+        assert llm.complete("Once", sampling=SHORT).session == ""
+
+
 def test_a_document_serves_every_namespace_and_its_questions_stay_apart() -> None:
     with make_llm(cache=LARGE_CACHE) as llm:
         document = llm.read_document(text="The keeper of the light is Ann. " * 20)

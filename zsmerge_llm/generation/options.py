@@ -105,6 +105,10 @@ class RequestOptions:
             options = replace(options, cancel=Deadline(options.cancel, options.timeout))
         return replace(options, **json_values) if json_values else options
 
+    def own_name(self, session: str) -> str:
+        """Return the name of a session as the caller gives it: without the namespace."""
+        return session if self.namespace is None else session.removeprefix(f"{self.namespace}/")
+
     def check_deadline(self) -> None:
         """Raise DeadlineExceededError if `timeout` has passed; for answers that were stopped."""
         if isinstance(self.cancel, Deadline):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ def stream_turn(
     However it ends, the conversation is at a point from which it can be resumed.
     """
     answer: Answer | None = None
+    name = ""
     with engine.requests.admit():
         try:
             read = partial(_read_prompt, engine, turn, attempt, options)
@@ -33,10 +35,10 @@ def stream_turn(
             if turn is not None:
                 complete = answer is not None and answer.result.finish_reason != "cancelled"
                 message, tokens = (answer.message, answer.tokens) if answer is not None and complete else (None, ())
-                conversations.commit(turn, message, tokens)
+                name = conversations.commit(turn, message, tokens).name
     if answer.result.finish_reason == "cancelled":
         options.check_deadline()
-    yield answer.last_chunk
+    yield replace(answer.last_chunk, session=options.own_name(name))
 
 
 def _read_prompt(engine: Engine, turn: Turn | None, attempt: Attempt, options: RequestOptions) -> None:

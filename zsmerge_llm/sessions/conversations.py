@@ -128,7 +128,7 @@ class Conversations:
         if document is not None and self.documents.is_document(name):
             name = None
         if reread:
-            return replace(self._start(transcript, tools, name, "asked for"), single_question=True)
+            return replace(self._start(transcript, tools, name, namespace, "asked for"), single_question=True)
         known = dict(transcript.chain.lengths)
         if transcript.document is not None:
             known[transcript.document.digest] = -1
@@ -142,12 +142,12 @@ class Conversations:
                 self.store.forget(candidate)
                 reason = "the saved session is damaged or gone"
                 continue
-            turn = self._resume(found, transcript, tools, name)
+            turn = self._resume(found, transcript, tools, name, namespace)
             if turn is not None:
                 return turn
             if found.snapshot.kind in ("prompt", "answer"):
                 reason = reason or "the chat template writes it differently from what was read"
-        return self._start(transcript, tools, name, reason)
+        return self._start(transcript, tools, name, namespace, reason)
 
     def commit(self, turn: Turn, answer: Message | None, generated: Sequence[int]) -> Session:
         """Keep the result of a turn: its snapshots and, unless `answer` is None (cancelled), the answer's end.
@@ -216,7 +216,9 @@ class Conversations:
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
-    def _resume(self, found: ResumePoint, transcript: Transcript, tools: Tools, name: str | None) -> Turn | None:
+    def _resume(
+        self, found: ResumePoint, transcript: Transcript, tools: Tools, name: str | None, namespace: str | None
+    ) -> Turn | None:
         """Return a turn from a snapshot: of its session or, under another name, of a new one.
 
         None where the ids that follow it cannot be known, or where its cache is not the one that is wanted.
@@ -239,7 +241,7 @@ class Conversations:
                 each for each in (*source.snapshots.values(), snapshot) if each.kind == "prefix" or each is snapshot
             ]
             snapshots = {each.digest: each for each in shared if each.kind != "document"}
-            session, version = self._new_session(name, template.today, source.document, snapshots)
+            session, version = self._new_session(name, namespace, template.today, source.document, snapshots)
         cache = snapshot.cache.clone()
         turn = Turn(
             transcript,
@@ -264,14 +266,16 @@ class Conversations:
 
     # -- starting anew -----------------------------------------------------------------------------------------------
 
-    def _start(self, transcript: Transcript, tools: Tools, name: str | None, reason: str) -> Turn:
+    def _start(
+        self, transcript: Transcript, tools: Tools, name: str | None, namespace: str | None, reason: str
+    ) -> Turn:
         """Return a turn that reads everything. reason: why a known conversation is read again, if that is known."""
         template, messages = self.template.with_date(self.today()), transcript.messages
         transcript = transcript.of_session(None)
         prompt = self.prompts.build(messages, tools, template, transcript.indexes)
         reason = reason or self._reread_reason(transcript, name)
         document = transcript.document.text if transcript.document is not None else None
-        session, version = self._new_session(name, template.today, document, {})
+        session, version = self._new_session(name, namespace, template.today, document, {})
         return Turn(
             transcript,
             session,
@@ -298,11 +302,15 @@ class Conversations:
         return ""
 
     def _new_session(
-        self, name: str | None, today: date, document: str | None, snapshots: dict[str, Snapshot]
+        self,
+        name: str | None,
+        namespace: str | None,
+        today: date,
+        document: str | None,
+        snapshots: dict[str, Snapshot],
     ) -> tuple[Session, int | None]:
         """Return a new session, and the version of the session that has its name until now."""
         version = self.store.version(name) if name else None
-        session = Session(
-            name or generate_name(), self.store.fingerprint, today, snapshots, document=document, named=bool(name)
-        )
+        own = name or generate_name(f"{namespace}/" if namespace else "")
+        session = Session(own, self.store.fingerprint, today, snapshots, document=document, named=bool(name))
         return session, version

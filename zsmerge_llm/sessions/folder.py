@@ -31,7 +31,7 @@ EARLIER_SUFFIX = ".earlier"
 """Suffix of the file with the last answered point before the head, instead of `SUFFIX`."""
 SAFE_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 MAX_STEM = 120
-GENERATED_NAME = re.compile(r"chat-[0-9a-f]{8}")
+GENERATED_NAME = re.compile(r"(.*/)?chat-[0-9a-f]{8}", re.DOTALL)
 OTHERS_WRITE = 0o022
 LOCK_SECONDS = 2.0
 """Longest wait for another process that renames files in the folder: that takes milliseconds."""
@@ -132,7 +132,7 @@ class Folder:
         found = self.describe(path, known)
         if found is None or found is known or session.contains(found):
             return found, None
-        return None, self.rename(SavedFiles(found, self.earlier(path, found.prefix_digests)), generate_name())
+        return None, self.rename(SavedFiles(found, self.earlier(path, found.prefix_digests)), generate_name(found.name))
 
     def _renaming(self) -> AbstractContextManager[None]:
         """Keep other processes from renaming files. One that does not last is one process's, which has its lock."""
@@ -265,9 +265,10 @@ def _link(path: Path, target: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def generate_name() -> str:
-    """Return a name for a conversation that nobody named."""
-    return f"chat-{uuid.uuid4().hex[:8]}"
+def generate_name(beside: str = "") -> str:
+    """Return a name for a conversation that nobody named, in the namespace of the name `beside`."""
+    namespace, slash, _ = beside.rpartition("/")
+    return f"{namespace}{slash}chat-{uuid.uuid4().hex[:8]}"
 
 
 def list_folder(path: Path, suffix: str = SUFFIX) -> list[tuple[dict[str, Any], Path]]:

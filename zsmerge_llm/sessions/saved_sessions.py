@@ -122,7 +122,7 @@ class SavedSessions(TieredSessions):
 
     def _rename(self, name: str) -> str:
         """Give a session a generated name, in memory, and return it."""
-        entry, generated = self._entries.pop(name), generate_name()
+        entry, generated = self._entries.pop(name), generate_name(name)
         self._entries[generated] = entry
         if entry.session is not None:
             entry.session.name, entry.session.named = generated, False

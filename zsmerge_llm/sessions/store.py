@@ -131,7 +131,7 @@ class Store(SavedSessions):
             entry = self._entries.get(session.name)
             if entry is not None and entry.version != version:
                 kept = session.snapshots if is_new else {}
-                session = replace(session, name=generate_name(), snapshots=kept, named=False)
+                session = replace(session, name=generate_name(session.name), snapshots=kept, named=False)
                 transcript = transcript and transcript.of_session(None)
             elif entry is not None and is_new:
                 self._take_name_from(session.name)
