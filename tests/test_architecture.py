@@ -29,7 +29,7 @@ ORDER = (
         "engine",
         "retrieval",
     ),
-    *("sessions", "inspection", "generation", "planning", "runtime", "llm", "aio", "testing", "cli"),
+    *("sessions", "inspection", "generation", "planning", "runtime", "llm", "aio", "testing", "server", "cli"),
 )
 """Folders and modules of the package: each may import those before it. docs/architecture.md explains them."""
 NEITHER = ("engine", "sessions")

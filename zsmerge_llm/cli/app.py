@@ -1,4 +1,4 @@
-"""The command line: `zsmerge-llm demo | ask | chat | sessions | inspect | plan | models`.
+"""The command line: `zsmerge-llm demo | ask | chat | serve | sessions | inspect | plan | models`.
 
 Answers and usage go to stdout; progress, warnings and errors go to stderr (see `console`).
 """
@@ -20,6 +20,7 @@ import typer
 from zsmerge_llm import __version__
 from zsmerge_llm.cli.console import LARGEST, CommandGroup, Terminal, flush_streams, open_streams
 from zsmerge_llm.cli.plan import plan
+from zsmerge_llm.cli.serve import serve
 from zsmerge_llm.cli.sessions import inspect_session, sessions, sessions_folder
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
@@ -163,6 +164,7 @@ def ask(
 app.add_typer(sessions, name="sessions")
 app.command("inspect")(inspect_session)
 app.command("plan")(plan)
+app.command("serve")(serve)
 
 
 @app.command()

@@ -88,6 +88,11 @@ class RequestLimit:
         self._running = 0
         self._lock = Lock()
 
+    @property
+    def num_running(self) -> int:
+        """How many there are now."""
+        return self._running
+
     @contextmanager
     def admit(self, count: int = 1) -> Iterator[None]:
         """Count so many requests while they run.

@@ -143,9 +143,13 @@ class Store(SavedSessions):
         self._rebalance()
         return session
 
+    def read(self, path: str | Path) -> Session:
+        """Return a saved session without keeping it. Raises as `load_session`."""
+        return load_session(path, self.fingerprint, self._folder.expected)
+
     def load(self, path: str | Path) -> Session:
         """Load a saved session under the name it was saved with. Raises as `load_session`."""
-        session = load_session(path, self.fingerprint, self._folder.expected)
+        session = self.read(path)
         self.commit(session)
         return session
 

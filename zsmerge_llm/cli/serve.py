@@ -1,0 +1,128 @@
+"""`zsmerge-llm serve`: an HTTP server in the dialects of OpenAI and Anthropic, with a page to chat on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zsmerge_llm.cli.console import LARGEST, Terminal
+from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.errors import ConfigError, InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from zsmerge_llm.llm import LLM
+    from zsmerge_llm.server.settings import ServerSettings
+
+KEYS = "ZSMERGE_API_KEYS"
+STOP_SECONDS = 10
+"""How long answers may go on after the server was told to stop. Then they are cancelled; conversations stay whole."""
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Built-in name, Hub id, folder or .gguf file.")
+    ] = "smollm2",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Others than this machine need API keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535)] = 8000,
+    slots: Annotated[
+        int | None, typer.Option(help="Budget of the KV cache: slots per head.", show_default="1024", max=LARGEST)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="int4, int8, nf4 or fp8.", show_default="none")] = None,
+    sessions_dir: Annotated[
+        Path | None, typer.Option(help="Folder that keeps conversations.", show_default="the user's data folder")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Keep conversations after the server has stopped.")] = True,
+    session_memory: Annotated[str, typer.Option(help="Host memory for idle conversations.")] = "4GiB",
+    alias: Annotated[list[str] | None, typer.Option(help="Another name of the model, for clients. Repeatable.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"A file with one API key a line, besides those in {KEYS}.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without API keys.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer, where a request sets no limit.", max=LARGEST)] = 4096,
+    max_requests: Annotated[int, typer.Option(help="Requests that may wait or be answered.", max=LARGEST)] = 256,
+    timeout: Annotated[float, typer.Option(help="Seconds for an answer.")] = 600.0,
+    workers: Annotated[int, typer.Option(help="Must be 1.", hidden=True)] = 1,
+) -> None:
+    """Serve a model over HTTP: OpenAI's and Anthropic's dialects, and a page to chat on at /."""
+    if workers != 1:
+        raise ConfigError(
+            "--workers must be 1: one process owns the device, and answers requests together. For more, start several "
+            "servers with the same --sessions-dir behind a proxy; each continues the conversations of all."
+        )
+    terminal = Terminal()
+    try:
+        import uvicorn
+
+        from zsmerge_llm.server.app import create_app
+        from zsmerge_llm.server.settings import ServerSettings, check_exposure, is_loopback
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"The server needs the package {error.name}: pip install 'zsmerge-llm[server]'."
+        ) from error
+    settings = ServerSettings(
+        api_keys=_api_keys(api_key_file), aliases=tuple(alias or ()), max_tokens=max_tokens, timeout=timeout
+    )
+    check_exposure(host, settings, insecure)
+    cache = CacheConfig() if slots is None else CacheConfig(slots=slots)
+    folder = (sessions_dir or _sessions_folder()) if keep else None
+    with terminal.show_warnings():
+        from zsmerge_llm import LLM, SchedulingConfig
+
+        with terminal.show_steps(f"Loading {model}") as step:
+            llm = LLM(
+                model,
+                cache=cache,
+                dtype=dtype,
+                device=device,
+                quantization=quantization,
+                sessions_dir=folder,
+                session_memory=session_memory,
+                scheduling=SchedulingConfig(max_requests=max_requests),
+                progress=step,
+            )
+            llm.warm_up()
+        terminal.status(_greeting(llm, settings, host, port, folder))
+        app = create_app(llm, settings, loopback_only=is_loopback(host))
+        uvicorn.run(
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=STOP_SECONDS,
+        )
+        llm.close()
+
+
+def _api_keys(file: Path | None) -> tuple[str, ...]:
+    """Return the API keys of the environment and of a file. Raises InputError: it cannot be read, or has none."""
+    keys = [key.strip() for key in os.environ.get(KEYS, "").split(",")]
+    if file is not None:
+        try:
+            found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} cannot be read ({error}): give a text file with one API key a line.") from error
+        if not any(found):
+            raise InputError(f"{file} has no API keys: write one a line.")
+        keys += found
+    return tuple(dict.fromkeys(key for key in keys if key))
+
+
+def _sessions_folder() -> Path:
+    from platformdirs import user_data_path
+
+    return user_data_path("zsmerge-llm") / "server"
+
+
+def _greeting(llm: LLM, settings: ServerSettings, host: str, port: int, folder: Path | None) -> str:
+    name = f"[{host}]" if ":" in host else host
+    keys = f"{len(settings.api_keys)} API keys" if settings.api_keys else "no API keys"
+    kept = f"conversations are kept in {folder}" if folder else "conversations end with the server"
+    return f"Serving {llm.name} at http://{name}:{port} ({keys}; {kept}). Ctrl-C stops it."

@@ -1,0 +1,201 @@
+"""`/v1/chat/completions` as OpenAI describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from zsmerge_llm.server.errors import invalid
+from zsmerge_llm.server.requests import Body, ChatRequest, Context, new_id, now, own_counts, refuse
+from zsmerge_llm.types import Chunk, Message, Result, Usage
+
+
+class StreamOptions(Body):
+    """OpenAI's `stream_options`."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatCompletionBody(Body):
+    """A request. Fields in the last group are accepted and have no effect here."""
+
+    model: str
+    messages: list[dict[str, Any]]
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+
+    # of this server
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    session_id: str | None = None
+    document_id: str | None = None
+    probe: str | None = None
+    reread: bool | None = None
+    prompt_cache_key: str | None = None
+
+    # refused where they ask for something
+    n: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    web_search_options: Any = None
+    functions: Any = None
+    function_call: Any = None
+
+    # without effect
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    prediction: Any = None
+    safety_identifier: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+def parse(body: ChatCompletionBody, context: Context, header: str | None) -> ChatRequest:
+    """Return the request of a body.
+
+    header: that of the session (`X-Session-Id`).
+
+    Raises:
+        RequestError, ConfigError: fields that are not supported, or out of range.
+    """
+    context.check_model(body.model)
+    context.check_messages(len(body.messages))
+    refuse(
+        logprobs=body.logprobs,
+        top_logprobs=body.top_logprobs,
+        logit_bias=body.logit_bias,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        audio=body.audio,
+        web_search_options=body.web_search_options,
+        functions=body.functions,
+        function_call=body.function_call,
+    )
+    if body.n not in (None, 1):
+        raise invalid("n must be 1: ask again for another answer.", "n")
+    if body.modalities not in (None, ["text"]):
+        raise invalid("modalities must be ['text'].", "modalities")
+    sampling = context.sampling(
+        body.max_completion_tokens,
+        body.max_tokens,
+        stop=body.stop,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        seed=body.seed,
+    )
+    session = context.session(body.document_id, body.session_id, header, body.prompt_cache_key)
+    options = context.options(
+        sampling,
+        session,
+        tools=body.tools or None,
+        tool_choice=body.tool_choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        response_format=_response_format(body.response_format),
+        probe=body.probe,
+        reread=body.reread,
+    )
+    return ChatRequest(body.model, [_message(message) for message in body.messages], options)
+
+
+def _message(message: Message) -> Message:
+    """Return a message with a role that templates know."""
+    return {**message, "role": "system"} if message.get("role") == "developer" else message
+
+
+def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if given is None or given.get("type") == "text" else given
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """Return what a request cost, as OpenAI counts it, and our own counts."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "zsmerge": own_counts(usage),
+    }
+
+
+def response(request: ChatRequest, result: Result) -> dict[str, Any]:
+    """Return a whole answer."""
+    message: dict[str, Any] = {"role": "assistant", "content": result.text or None, "refusal": None}
+    if result.tool_calls:
+        message["tool_calls"] = result.tool_calls
+    else:
+        message["content"] = result.text
+    if result.reasoning:
+        message["reasoning_content"] = result.reasoning
+    choice = {"index": 0, "message": message, "finish_reason": result.finish_reason, "logprobs": None}
+    return {
+        "id": new_id("chatcmpl-"),
+        "object": "chat.completion",
+        "created": now(),
+        "model": request.model,
+        "choices": [choice],
+        "usage": usage_json(result.usage),
+        "session_id": result.session,
+    }
+
+
+class ChatEvents:
+    """Turns the chunks of an answer into OpenAI's events.
+
+    include_usage: whether the last event is one of the usage alone.
+    """
+
+    def __init__(self, request: ChatRequest, include_usage: bool) -> None:
+        self._base = {
+            "id": new_id("chatcmpl-"),
+            "object": "chat.completion.chunk",
+            "created": now(),
+            "model": request.model,
+        }
+        self._include_usage = include_usage
+
+    def start(self) -> Iterator[dict[str, Any]]:
+        """Yield the events before the first chunk."""
+        yield self._event({"role": "assistant", "content": ""})
+
+    def push(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
+        """Yield the events of a chunk."""
+        if chunk.reasoning:
+            yield self._event({"reasoning_content": chunk.reasoning})
+        if chunk.text:
+            yield self._event({"content": chunk.text})
+        if chunk.tool_calls:
+            calls = [{"index": index, **call} for index, call in enumerate(chunk.tool_calls)]
+            yield self._event({"tool_calls": calls})
+        if chunk.usage is not None:
+            yield {**self._event({}, chunk.finish_reason), "session_id": chunk.session}
+            if self._include_usage:
+                yield {**self._base, "choices": [], "usage": usage_json(chunk.usage)}
+
+    def _event(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        return {**self._base, "choices": [choice]}

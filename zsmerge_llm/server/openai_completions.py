@@ -1,0 +1,105 @@
+"""`/v1/completions` as OpenAI describes it: plain text is continued, without a template and without a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from zsmerge_llm.server.errors import invalid
+from zsmerge_llm.server.openai_chat import StreamOptions, usage_json
+from zsmerge_llm.server.requests import Body, Context, new_id, now, refuse
+from zsmerge_llm.types import Chunk, Result
+
+
+class CompletionBody(Body):
+    """A request. Fields in the last group are accepted and have no effect here."""
+
+    model: str
+    prompt: str | list[Any]
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    # refused where they ask for something
+    n: int | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    logprobs: int | None = None
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    # without effect
+    user: str | None = None
+
+
+def parse(body: CompletionBody, context: Context) -> tuple[str, dict[str, Any]]:
+    """Return the prompt, and keyword arguments of `LLM.stream_complete`.
+
+    Raises:
+        RequestError, ConfigError: fields that are not supported, or out of range.
+    """
+    context.check_model(body.model)
+    refuse(
+        echo=body.echo,
+        suffix=body.suffix,
+        logprobs=body.logprobs is not None,
+        logit_bias=body.logit_bias,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+    )
+    for name in ("n", "best_of"):
+        if getattr(body, name) not in (None, 1):
+            raise invalid(f"{name} must be 1: ask again for another answer.", name)
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    if len(prompts) != 1 or not isinstance(prompts[0], str):
+        raise invalid("prompt must be one text: send one request for each.", "prompt")
+    sampling = context.sampling(
+        body.max_tokens,
+        stop=body.stop,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        seed=body.seed,
+    )
+    return prompts[0], {"sampling": sampling, "timeout": context.settings.timeout}
+
+
+def response(model: str, result: Result) -> dict[str, Any]:
+    """Return a whole answer."""
+    choice = {"index": 0, "text": result.text, "finish_reason": result.finish_reason, "logprobs": None}
+    return {**_base(model), "choices": [choice], "usage": usage_json(result.usage)}
+
+
+def _base(model: str) -> dict[str, Any]:
+    return {"id": new_id("cmpl-"), "object": "text_completion", "created": now(), "model": model}
+
+
+class CompletionEvents:
+    """Turns the chunks of an answer into OpenAI's events."""
+
+    def __init__(self, model: str, include_usage: bool) -> None:
+        self._base = _base(model)
+        self._include_usage = include_usage
+
+    def start(self) -> Iterator[dict[str, Any]]:
+        """Yield the events before the first chunk: none."""
+        yield from ()
+
+    def push(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
+        """Yield the events of a chunk."""
+        if chunk.text or chunk.usage is not None:
+            choice = {"index": 0, "text": chunk.text, "finish_reason": chunk.finish_reason, "logprobs": None}
+            yield {**self._base, "choices": [choice]}
+        if chunk.usage is not None and self._include_usage:
+            yield {**self._base, "choices": [], "usage": usage_json(chunk.usage)}
