@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from socket import AF_INET, AF_INET6, create_server, socket
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -88,17 +91,24 @@ def serve(
                 progress=step,
             )
             llm.warm_up()
-        terminal.status(_greeting(llm, settings, host, port, folder))
         app = create_app(llm, settings, loopback_only=is_loopback(host))
-        uvicorn.run(
-            app,
-            host=host,
-            port=port,
-            log_level="warning",
-            server_header=False,
-            timeout_graceful_shutdown=STOP_SECONDS,
-        )
-        llm.close()
+        options: dict[str, Any] = {"server_header": False, "timeout_graceful_shutdown": STOP_SECONDS}
+        with llm, _listening(host, port) as listener:
+            terminal.status(_greeting(llm, settings, host, listener.getsockname()[1], folder))
+            uvicorn.Server(uvicorn.Config(app, log_level="warning", **options)).run(sockets=[listener])
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket]:
+    """Listen to an address. Raises InputError: it is taken, or none of this machine's."""
+    try:
+        listener = create_server((host, port), family=AF_INET6 if ":" in host else AF_INET, backlog=2048)
+    except OSError as error:
+        raise InputError(
+            f"{host} port {port} cannot be listened to ({error.strerror}): give another --port."
+        ) from error
+    with listener:
+        yield listener
 
 
 def _api_keys(file: Path | None) -> tuple[str, ...]:
