@@ -341,6 +341,7 @@ def _begin_turn(
         system_tokens=turn.system_tokens,
         retrieved_tokens=turn.retrieved_tokens,
     )
+    output_format = output_format.with_added(*turn.added_texts, document=turn.document)
     settings = (options.sampling, output_format, turn.cache.seen, turn.reuse)
     return turn, Attempt(Request(prompt, *settings, priority=options.priority), turn.cache, runtime.tokenizer)
 
@@ -372,6 +373,7 @@ def _batch_request(runtime: Runtime, messages: list[Message], options: RequestOp
     """Return the request for one conversation of a batch, which is read from its beginning."""
     output_format = options.output_format(runtime.output_formats, messages)
     prompt = runtime.conversations.prompts.build(output_format.with_instruction(messages), options.tools)
+    output_format = output_format.with_added(*prompt.added_texts)
     return Request(prompt, options.sampling, output_format, priority=options.priority)
 
 

@@ -48,8 +48,8 @@ class Answer:
     last_chunk: Chunk
     """The end of a stream: text that was held back, finish reason, usage and tool calls."""
     tokens: Sequence[int]
-    needs_fallback: bool
-    """Whether it only holds redundant tool calls, and its format has a fallback."""
+    retry_format: OutputFormat | None
+    """The format of another attempt, where this one only made redundant calls or repeated the prompt."""
 
     @property
     def message(self) -> Message:
@@ -81,12 +81,18 @@ class AnswerParser:
         self._reasoning = output_format.reasoning_parser()
         self._stop = StopStrings(stop)
         self._tool_calls = output_format.tool_call_parser()
+        self._echoes = output_format.echo_filter()
         self.reasoning_tokens = 0
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found."""
-        return self._stop.stopped
+        """Whether a stop string or an echo was found."""
+        return self._stop.stopped or bool(self.echoed)
+
+    @property
+    def echoed(self) -> str:
+        """The first word of a text in the prompt that the answer repeats; "" while it repeats none."""
+        return "" if self._echoes is None else self._echoes.echoed
 
     def push(self, token: int) -> AnswerPiece:
         """Add a token; return what of the answer is certain now."""
@@ -94,7 +100,8 @@ class AnswerParser:
         if reasoning or (self._reasoning is not None and self._reasoning.is_inside):
             self.reasoning_tokens += 1
         text = self._stop.push(text)
-        return AnswerPiece(reasoning, text if self._tool_calls is None else self._tool_calls.push(text))
+        text = text if self._tool_calls is None else self._tool_calls.push(text)
+        return AnswerPiece(reasoning, text if self._echoes is None else self._echoes.push(text))
 
     def finish(self, truncated: bool = False) -> tuple[AnswerPiece, ParsedAnswer]:
         """Return what was held back, and the whole answer's tool calls.
@@ -111,6 +118,8 @@ class AnswerParser:
             text = self._tool_calls.push(text)
             held, parsed = self._tool_calls.finish(truncated)
             text += held
+        if self._echoes is not None:
+            text = self._echoes.push(text) + self._echoes.finish()
         return AnswerPiece(reasoning, text), parsed
 
     def _split(self, piece: str) -> AnswerPiece:
@@ -120,7 +129,7 @@ class AnswerParser:
 class Attempt:
     """One try at answering a request, from a cache that has read or will read its prompt.
 
-    A second attempt, in the fallback format, follows one that only made redundant tool calls.
+    Another one follows where an answer only made redundant tool calls, or repeated what was added to the prompt.
 
     Raises:
         InputError: the output format cannot be enforced.
@@ -146,7 +155,7 @@ class Attempt:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found. No tokens may follow."""
+        """Whether a stop string or an echo was found. No tokens may follow."""
         return self._parser.stopped
 
     def push(self, token: int) -> Chunk | None:
@@ -154,9 +163,9 @@ class Attempt:
         self._tokens.append(token)
         return self._chunk(self._parser.push(token))
 
-    def fallback(self) -> Attempt:
-        """Return a second attempt in the fallback format. The cache must be as it was behind the prompt."""
-        attempt = Attempt(self.request, self.cache, self._tokenizer, self.output_format.fallback)
+    def retry(self, output_format: OutputFormat) -> Attempt:
+        """Return another attempt in another format. The cache must be as it was behind the prompt."""
+        attempt = Attempt(self.request, self.cache, self._tokenizer, output_format)
         attempt.prefill_seconds, attempt.decode_seconds = self.prefill_seconds, self.decode_seconds
         return attempt
 
@@ -173,8 +182,14 @@ class Attempt:
             result=Result(self._text, reason, usage, calls, parsed.invalid, self._reasoning),
             last_chunk=Chunk(piece.text, reason, usage, calls, parsed.invalid, piece.reasoning),
             tokens=self._tokens,
-            needs_fallback=bool(calls) and redundant and self.output_format.fallback is not None,
+            retry_format=None if self._text or cancelled else self._retry_format(bool(calls), redundant),
         )
+
+    def _retry_format(self, has_calls: bool, redundant: bool) -> OutputFormat | None:
+        """Return the format of another attempt, for an answer without text; None if its calls are the answer."""
+        if has_calls:
+            return self.output_format.fallback if redundant else None
+        return self.output_format.without_echo(echoed) if (echoed := self._parser.echoed) else None
 
     def _chunk(self, piece: AnswerPiece) -> Chunk | None:
         self._reasoning += piece.reasoning

@@ -35,15 +35,16 @@ def generate(
 
     try:
         attempt.prefill_seconds = _seconds(read)
-        checkpoint = attempt.cache.clone() if attempt.output_format.fallback is not None else None
+        output_format = attempt.output_format
+        checkpoint = attempt.cache.clone() if output_format.fallback or output_format.added.texts else None
         while True:
             yield from _decode(engine, attempt.cache, [attempt], cancel)
             attempt.cache.compress_stage()
             answer = attempt.finish()
-            if checkpoint is None or not answer.needs_fallback:
+            if checkpoint is None or answer.retry_format is None:
                 return answer
-            attempt.cache.replace_with(checkpoint)
-            attempt = attempt.fallback()
+            attempt.cache.replace_with(checkpoint.clone())
+            attempt = attempt.retry(answer.retry_format)
     except Cancelled:
         return attempt.finish(cancelled=True)
 
@@ -75,9 +76,10 @@ def generate_batch(
         while pending:
             _decode_together(engine, [attempts[at] for at in pending], cancel)
             answers |= {at: attempts[at].finish() for at in pending}
-            pending = [at for at in pending if answers[at].needs_fallback]
+            formats = {at: retry for at in pending if (retry := answers[at].retry_format) is not None}
+            pending = list(formats)
             for at in pending:  # its own cache is as it was behind the prompt: what was decoded is in the batch's
-                attempts[at] = attempts[at].fallback()
+                attempts[at] = attempts[at].retry(formats[at])
     except Cancelled:
         answers |= {at: attempts[at].finish(cancelled=True) for at in pending}
     return [answers[at].result for at in range(len(attempts))]
