@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.language.messages import assistant_message
 from zsmerge_llm.language.output_format import UNCONSTRAINED, OutputFormat
 from zsmerge_llm.language.reasoning import AnswerPiece
+from zsmerge_llm.language.tool_call_stream import merge_deltas, whole_call
 from zsmerge_llm.language.tool_calls import ParsedAnswer
 from zsmerge_llm.sessions.prompt import Prompt
-from zsmerge_llm.types import Chunk, FinishReason, Message, Result, Usage
+from zsmerge_llm.types import Chunk, FinishReason, Message, Result, ToolCallDelta, Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,6 +104,18 @@ class AnswerParser:
         text = text if self._tool_calls is None else self._tool_calls.push(text)
         return AnswerPiece(reasoning, text if self._echoes is None else self._echoes.push(text))
 
+    def take_deltas(self) -> list[ToolCallDelta]:
+        """Return what was written of calls since the last time."""
+        if self._tool_calls is None:
+            return []
+        deltas, self._tool_calls.deltas = self._tool_calls.deltas, []
+        return deltas
+
+    @property
+    def has_unmarked_call(self) -> bool:
+        """Whether a call without a marker has begun."""
+        return self._tool_calls is not None and self._tool_calls.parsed.has_unmarked
+
     def finish(self, truncated: bool = False) -> tuple[AnswerPiece, ParsedAnswer]:
         """Return what was held back, and the whole answer's tool calls.
 
@@ -151,6 +164,9 @@ class Attempt:
         self._tokens: list[int] = []
         self._text = self._reasoning = ""
         context = list(request.prompt.ids[-CONTEXT_TOKENS:]) if request.continues_prompt else ()
+        # A call that is cut off could not be taken back.
+        self._streams_calls = bool(self.constraint and self.constraint.completes) and not request.sampling.stop
+        self._gate = self.output_format.redundancy_gate()
         self._parser = AnswerParser(tokenizer, self.output_format, request.sampling.stop, context)
 
     @property
@@ -161,7 +177,8 @@ class Attempt:
     def push(self, token: int) -> Chunk | None:
         """Add a token; return what of the answer is certain now, if anything."""
         self._tokens.append(token)
-        return self._chunk(self._parser.push(token))
+        piece = self._parser.push(token)
+        return self._chunk(piece, self._new_deltas() if self._streams_calls else ())
 
     def retry(self, output_format: OutputFormat) -> Attempt:
         """Return another attempt in another format. The cache must be as it was behind the prompt."""
@@ -180,7 +197,9 @@ class Attempt:
         usage = self._usage(cancelled)
         return Answer(
             result=Result(self._text, reason, usage, calls, parsed.invalid, self._reasoning),
-            last_chunk=Chunk(piece.text, reason, usage, calls, parsed.invalid, piece.reasoning),
+            last_chunk=Chunk(
+                piece.text, reason, usage, calls, parsed.invalid, piece.reasoning, self._last_deltas(calls)
+            ),
             tokens=self._tokens,
             retry_format=None if self._text or cancelled else self._retry_format(bool(calls), redundant),
         )
@@ -191,10 +210,27 @@ class Attempt:
             return self.output_format.fallback if redundant else None
         return self.output_format.without_echo(echoed) if (echoed := self._parser.echoed) else None
 
-    def _chunk(self, piece: AnswerPiece) -> Chunk | None:
+    def _new_deltas(self) -> list[ToolCallDelta]:
+        """Return what is new of calls that the answer will have in any case."""
+        deltas = self._parser.take_deltas()
+        if self.output_format.require_marker and self._parser.has_unmarked_call:
+            return []  # redundant
+        return self._gate.push(deltas) if deltas else []
+
+    def _last_deltas(self, calls: Sequence[dict[str, Any]]) -> list[ToolCallDelta]:
+        """Return what was held back of these calls."""
+        if not calls:
+            return []
+        if not self._streams_calls:
+            return [whole_call(index, call) for index, call in enumerate(calls)]
+        return merge_deltas([*self._new_deltas(), *self._gate.flush()])
+
+    def _chunk(self, piece: AnswerPiece, deltas: Sequence[ToolCallDelta] = ()) -> Chunk | None:
         self._reasoning += piece.reasoning
         self._text += piece.text
-        return Chunk(piece.text, reasoning=piece.reasoning) if piece.text or piece.reasoning else None
+        if not (piece.text or piece.reasoning or deltas):
+            return None
+        return Chunk(piece.text, reasoning=piece.reasoning, tool_call_deltas=merge_deltas(deltas))
 
     @property
     def _is_full(self) -> bool:

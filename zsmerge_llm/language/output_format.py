@@ -31,7 +31,8 @@ from zsmerge_llm.language.reasoning import (
     added_token_id,
     reasoning_mode,
 )
-from zsmerge_llm.language.tool_calls import HERMES, ParsedAnswer, ToolCallParser, canonical_call, tool_call_style
+from zsmerge_llm.language.tool_call_stream import RedundancyGate, canonical_call
+from zsmerge_llm.language.tool_calls import HERMES, ParsedAnswer, ToolCallParser, tool_call_style
 from zsmerge_llm.language.tool_grammar import ToolGrammar, with_other_first_word
 from zsmerge_llm.types import Message, ResponseFormat, ToolChoice
 
@@ -95,6 +96,10 @@ class OutputFormat:
     def tool_call_parser(self) -> ToolCallParser | None:
         """Return a parser for one answer; None if it holds no calls."""
         return ToolCallParser(self.tool_names) if self.tool_names else None
+
+    def redundancy_gate(self) -> RedundancyGate:
+        """Return what holds back calls that may turn out to be redundant."""
+        return RedundancyGate(self.previous_calls)
 
     def reasoning_parser(self) -> ReasoningParser | None:
         """Return a parser for one answer; None if it holds no reasoning."""
