@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -225,7 +226,8 @@ def _deltas(calls: Sequence[dict[str, Any]]) -> Iterator[ToolCallDelta]:
     for index, call in enumerate(calls):
         function = call["function"]
         yield ToolCallDelta(index, "", call.get("id") or "", function["name"])
-        for piece in re.findall(r"(?s).{1,8}", function.get("arguments") or ""):
+        given = function.get("arguments") or ""
+        for piece in re.findall(r"(?s).{1,8}", given if isinstance(given, str) else json.dumps(given)):
             yield ToolCallDelta(index, piece)
 
 
