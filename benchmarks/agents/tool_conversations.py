@@ -57,6 +57,16 @@ def get_time(city: str) -> str:
     return f"{len(city) + 6}:35"
 
 
+def current_time() -> str:
+    """Current time."""
+    return "14:35"
+
+
+def current_user() -> str:
+    """Name of the user who is logged in."""
+    return "Ines Marlow"
+
+
 def get_price(item: str) -> str:
     """Get the price of an item."""
     return json.dumps({"item": item, "euros": len(item) * 7})
@@ -72,7 +82,7 @@ def multiply(a: float, b: float) -> str:
     return f"{a * b:g}"
 
 
-TOOLS = (get_weather, get_population, get_time, get_price, get_stock, multiply)
+TOOLS = (get_weather, get_population, get_time, current_time, current_user, get_price, get_stock, multiply)
 
 
 def conversations(count: int) -> Iterator[tuple[list[Any], tuple[str, str]]]:
@@ -85,10 +95,11 @@ def conversations(count: int) -> Iterator[tuple[list[Any], tuple[str, str]]]:
         item = ITEMS[(number * 5 + number // len(ITEMS)) % len(ITEMS)]
         single = (
             (get_weather, f"What is the weather in {city}?"),
-            (get_time, f"What time is it in {city}?"),
+            (current_time, ("What time is it?", "Tell me the time please.")[number % 2]),
             (get_population, f"How many people live in {city}?"),
             (get_price, f"How much does a {item} cost?"),
             (get_stock, f"How many pieces of {item} are in stock?"),
+            (current_user, ("Who is logged in?", "What is my name?")[number // 2 % 2]),
             (multiply, f"What is {number + 13} times {number + 7}?"),
         )
         double = (

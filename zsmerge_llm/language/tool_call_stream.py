@@ -124,7 +124,9 @@ class RedundancyGate:
 
     def __init__(self, previous: Collection[str]) -> None:
         self._previous = previous
-        self._names = {json.loads(call)[0] for call in previous}
+        self._texts: dict[str, list[str | None]] = {}
+        for name, arguments in map(json.loads, previous):
+            self._texts.setdefault(name, []).append(_only_text(arguments))
         self._held: list[ToolCallDelta] = []
         self._calls: dict[int, tuple[str, str]] = {}
         self._is_open = not previous
@@ -144,13 +146,25 @@ class RedundancyGate:
         return held
 
     def _is_new(self, name: str, arguments: str) -> bool:
-        if name not in self._names:
+        texts, written = self._texts.get(name, ()), _squashed(arguments)
+        if "\\" not in written and all(text is not None and not text.startswith(written) for text in texts):
             return True
         try:
             value = json.loads(arguments)
         except ValueError:
             return False  # not complete
         return canonical_call({"function": {"name": name, "arguments": value}}) not in self._previous
+
+
+def _only_text(arguments: Any) -> str | None:
+    """Return the only way to write these arguments, but for spaces and escapes; None if there are several."""
+    values = list(arguments.values()) if isinstance(arguments, dict) else [arguments]
+    is_single = len(values) < 2 and all(isinstance(value, str) for value in values)
+    return _squashed(json.dumps(arguments, ensure_ascii=False)) if is_single else None
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())
 
 
 def canonical_call(call: Mapping[str, Any]) -> str:
