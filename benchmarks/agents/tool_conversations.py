@@ -207,9 +207,10 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds = arguments.agents.split(",")
     chat = ChatZSMerge(model=arguments.model, temperature=0, max_tokens=100)
-    results = {kind: run_agent(kind, chat, arguments.turns // len(kinds)) for kind in kinds}
-    name = arguments.name or Path(arguments.model).stem
-    write(f"tool-conversations-{name}", {"model": name, "agents": results})
+    name, results = arguments.name or Path(arguments.model).stem, dict[str, Any]()
+    for kind in kinds:
+        results[kind] = run_agent(kind, chat, arguments.turns // len(kinds))
+        write(f"tool-conversations-{name}", {"model": name, "agents": results})
 
 
 if __name__ == "__main__":
