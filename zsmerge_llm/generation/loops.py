@@ -23,27 +23,30 @@ if TYPE_CHECKING:
 
 
 def generate(
-    engine: Engine, attempt: Attempt, read: Callable[[], object], cancel: Event | None
+    engine: Engine,
+    attempt: Attempt,
+    read: Callable[[], object],
+    cancel: Event | None,
+    behind_prompt: Callable[[], Cache] | None = None,
 ) -> Generator[Chunk, None, Answer]:
     """Generate one answer: yield its pieces but the last, and return it.
 
     Args:
         read: reads the request's prompt into the attempt's cache.
+        behind_prompt: makes a copy of the cache as it was then, for another attempt. None: there is one attempt.
         cancel: an event that stops it within one token; the answer says so in its finish reason.
     """
     from zsmerge_llm.engine.scheduling import Cancelled
 
     try:
         attempt.prefill_seconds = _seconds(read)
-        output_format = attempt.output_format
-        checkpoint = attempt.cache.clone() if output_format.fallback or output_format.added.texts else None
         while True:
             yield from _decode(engine, attempt.cache, [attempt], cancel)
             attempt.cache.compress_stage()
             answer = attempt.finish()
-            if checkpoint is None or answer.retry_format is None:
+            if behind_prompt is None or answer.retry_format is None:
                 return answer
-            attempt.cache.replace_with(checkpoint.clone())
+            attempt.cache.replace_with(behind_prompt())
             attempt = attempt.retry(answer.retry_format)
     except Cancelled:
         return attempt.finish(cancelled=True)

@@ -77,6 +77,10 @@ class Turn:
         may_repeat = slots is not None and len(self.tokens) > slots
         return (INSTRUCTION,) * bool(self.document) + (INTRODUCTION,) * may_repeat
 
+    def cache_behind_prompt(self) -> Cache:
+        """Return a copy of the cache as it was when the prompt had been read: of the latest snapshot."""
+        return self.snapshots[-1].cache.clone()
+
     def add_snapshot(self, kind: Kind, messages: int, num_tokens: int) -> None:
         """Keep the cache as it is now, after so many messages and tokens of the turn."""
         tokens = self.tokens if num_tokens == len(self.tokens) else TokenIds(self.tokens[:num_tokens])
