@@ -203,6 +203,13 @@ def quality(*settings: str) -> Callable[[Result], Iterator[Row]]:
     return rows
 
 
+def tool_conversations(result: Result) -> Iterator[Row]:
+    for agent, counts in result["agents"].items():
+        read_again = sum(count for how, count in counts["reuse"].items() if how == "new" or how.startswith("reread"))
+        figures = [counts[name] for name in ("turns", "tool_calls", "leaked", "endless", "informed")]
+        yield result["model"], agent, *figures, f"{read_again} of {sum(counts['reuse'].values())}"
+
+
 def flat(result: Result) -> Iterator[Row]:
     """Yield every figure of a file that has no table of its own, as name and value."""
 
@@ -258,6 +265,9 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
      ("model", "positions", "4K", "8K", "16K", "32K", "48K", "64K"), long_text_nll),
     ("Long chats: right answers about the system message", "endurance",
      ("chat", "slots", "tokens of history", "right"), long_chats),
+    ("Tool conversations of LangChain agents with one middleware or none", "tool-conversations",
+     ("model", "agent", "turns", "calls", "answers that repeat the product", "turns without end",
+      "answers with all results", "requests that read everything again"), tool_conversations),
     ("Quality: documents read before any question is known", "quality", QUALITY, quality("unknown")),
     ("Quality: a question known with its document, and follow-up questions", "quality", QUALITY,
      quality("known", "followup")),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from zsmerge_llm.llm import LLM
     from zsmerge_llm.sessions.session import Session
     from zsmerge_llm.sessions.store import Store
-    from zsmerge_llm.types import Chunk, Message, Result, Usage
+    from zsmerge_llm.types import Chunk, Message, Result, ToolCallDelta, Usage
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,7 @@ _HOMES = {
     "Chunk": "types",
     "Message": "types",
     "Result": "types",
+    "ToolCallDelta": "types",
     "Usage": "types",
 }
 
@@ -56,6 +57,7 @@ __all__ = [
     "SchedulingConfig",
     "Session",
     "Store",
+    "ToolCallDelta",
     "Usage",
     "memory_map",
     "write_html",

@@ -207,7 +207,7 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
             messages: a string (one user message) or a list of dicts in the OpenAI format.
             sampling: how tokens are sampled, and when the answer ends (`SamplingParams`).
             tools: definitions in the OpenAI format, rendered by the model's chat template. Arguments of calls are
-                always valid under their schema. Calls are no part of the text: the last chunk has them.
+                always valid under their schema. Calls are no part of the text: chunks have them as they are written.
             tool_choice: "auto" (default), "required", "none", or `{"type": "function", "function": {"name": ...}}`.
             parallel_tool_calls: whether one answer may hold several calls.
             response_format: `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"name": ...,
@@ -341,6 +341,7 @@ def _begin_turn(
         system_tokens=turn.system_tokens,
         retrieved_tokens=turn.retrieved_tokens,
     )
+    output_format = output_format.with_added(*turn.added_texts, document=turn.document)
     settings = (options.sampling, output_format, turn.cache.seen, turn.reuse)
     return turn, Attempt(Request(prompt, *settings, priority=options.priority), turn.cache, runtime.tokenizer)
 
@@ -372,6 +373,7 @@ def _batch_request(runtime: Runtime, messages: list[Message], options: RequestOp
     """Return the request for one conversation of a batch, which is read from its beginning."""
     output_format = options.output_format(runtime.output_formats, messages)
     prompt = runtime.conversations.prompts.build(output_format.with_instruction(messages), options.tools)
+    output_format = output_format.with_added(*prompt.added_texts)
     return Request(prompt, options.sampling, output_format, priority=options.priority)
 
 

@@ -74,8 +74,23 @@ class Result:
 
 
 @dataclass(frozen=True)
+class ToolCallDelta:
+    """A piece of a tool call: the first one of a call has its id and its name."""
+
+    index: int
+    """Which call of the answer it belongs to."""
+    arguments: str
+    """JSON text that follows the pieces before; together they are the call's `arguments`."""
+    id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer: of its text or its reasoning. The last one alone has the other fields."""
+    """A piece of an answer: of its text, its reasoning or its calls.
+
+    Only the last one has `finish_reason`, `usage`, `session` and whole calls, which the pieces of calls add up to.
+    """
 
     text: str
     finish_reason: FinishReason | None = None
@@ -84,3 +99,4 @@ class Chunk:
     invalid_tool_calls: list[dict[str, Any]] = field(default_factory=list)
     reasoning: str = ""
     session: str = ""
+    tool_call_deltas: list[ToolCallDelta] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.templates import FOLDER, SPECIAL_TOKENS
 from tests.support.tools import CALL, WEATHER, name_and_arguments
+from zsmerge_llm.language.tool_call_stream import RedundancyGate, canonical_call, merge_deltas
 from zsmerge_llm.language.tool_calls import (
     BARE,
     HERMES,
@@ -21,6 +23,7 @@ from zsmerge_llm.language.tool_calls import (
     parse_tool_calls,
     tool_call_style,
 )
+from zsmerge_llm.types import ToolCallDelta
 
 FOUND: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = [
     (f"<tool_call>\n{CALL}\n</tool_call>", "", [WEATHER]),
@@ -103,6 +106,28 @@ def test_streamed_pieces_add_up_to_the_parsed_text_and_never_hold_a_call(text: s
 
 
 @given(
+    texts=st.lists(st.sampled_from([*(text for text, _, _ in FOUND), *TEXTS, *BROKEN]), max_size=3),
+    cuts=st.lists(st.integers(0, 400)),
+)
+@settings(deadline=None)
+def test_pieces_of_calls_add_up_to_the_parsed_calls_wherever_they_are_cut(texts: list[str], cuts: list[int]) -> None:
+    text = "\n".join(texts)
+    parser, places = (
+        ToolCallParser(["weather", "now"]),
+        sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)}),
+    )
+    for a, b in itertools.pairwise(places):
+        parser.push(text[a:b])
+    _, parsed = parser.finish()
+    whole, added = parse_tool_calls(text, ["weather", "now"]), merge_deltas(parser.deltas)
+    assert [call["function"] for call in parsed.calls] == [call["function"] for call in whole.calls]
+    assert parsed.content == whole.content
+    pieces = {(delta.id, delta.name, delta.arguments) for delta in added}
+    assert pieces >= {(call["id"], *call["function"].values()) for call in parsed.calls}
+    assert len(added) <= len(parsed.calls) + len(parsed.invalid)
+
+
+@given(
     text=st.text(st.sampled_from('<tool_call>{}[]"name:weather\n `TOOL_CALLS,'), max_size=60),
     cuts=st.lists(st.integers(0, 60)),
 )
@@ -127,3 +152,13 @@ def test_the_tool_call_style_is_known_from_the_chat_template() -> None:
     assert {kinds.pop("mistral-v0.3"), kinds.pop("mistral-nemo")} == {MISTRAL}
     assert set(kinds.values()) == {HERMES}
     assert tool_call_style("{{ tools }}") == BARE
+
+
+@given(value=st.text(st.sampled_from('ab "\\ü\n'), max_size=4), other=st.text(st.sampled_from('ab "\\ü\n'), max_size=4))
+def test_a_repeated_call_is_never_passed_on_and_a_new_one_always(value: str, other: str) -> None:
+    previous = canonical_call({"function": {"name": "f", "arguments": {"x": value}}})
+    for spaced in (True, False):
+        gate = RedundancyGate([previous])
+        text = json.dumps({"x": other}, ensure_ascii=spaced, indent=1 if spaced else None)
+        passed = [delta for letter in text for delta in gate.push([ToolCallDelta(0, letter, name="f")])]
+        assert "".join(delta.arguments for delta in passed) == ("" if value == other else text)

@@ -79,3 +79,32 @@ def test_qwen_needs_no_tool_for_a_greeting_and_follows_a_schema(qwen_coder: LLM)
     wanted = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
     place = qwen_coder.chat("Where is the Eiffel Tower?", response_format=wanted)
     assert json.loads(place.text) == {"city": "Paris", "country": "France"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("question", ["What time is it?", "Tell me the time please."])
+def test_qwen_answers_a_bare_result_and_does_not_repeat_the_instruction_behind_it(
+    qwen_coder: LLM, question: str
+) -> None:
+    now = {"type": "function", "function": {"name": "now", "description": "Current time."}}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
+    chunks = list(qwen_coder.stream(messages, tools=[now], sampling=SamplingParams(max_tokens=60)))
+    call = chunks[-1].tool_calls[0]
+    deltas = [delta for chunk in chunks for delta in chunk.tool_call_deltas]
+    assert [delta.name for delta in deltas if delta.name] == ["now"]
+    assert "".join(delta.arguments for delta in deltas) == call["function"]["arguments"]
+    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    messages.append({"role": "tool", "tool_call_id": call["id"], "content": "14:35"})
+    answer = qwen_coder.chat(messages, tools=[now], sampling=SamplingParams(max_tokens=60))
+    assert "14:35" in answer.text
+    assert "full sentence" not in answer.text
+    assert answer.usage.reuse == "continued"
+
+
+@pytest.mark.slow
+def test_qwen_streams_the_arguments_of_its_calls(qwen_coder: LLM) -> None:
+    question = "What is the weather in Paris?"
+    *pieces, last = qwen_coder.stream(question, tools=REAL, sampling=SamplingParams(max_tokens=100))
+    deltas = [delta for chunk in [*pieces, last] for delta in chunk.tool_call_deltas]
+    assert len([piece for piece in pieces if piece.tool_call_deltas]) > 2
+    assert "".join(delta.arguments for delta in deltas) == last.tool_calls[0]["function"]["arguments"]

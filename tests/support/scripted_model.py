@@ -27,7 +27,7 @@ def scripted_answers(llm: LLM, *answers: str) -> Iterator[None]:
             self.remaining = [*llm.tokenizer.encode(text, add_special_tokens=False), llm.tokenizer.eos_token_id]
 
         def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-            return torch.tensor(self.remaining[0])
+            return torch.tensor((self.remaining or [llm.tokenizer.eos_token_id])[0])  # rows that have ended go on
 
         def accept(self, token: int) -> None:
             if token == self.remaining[0]:

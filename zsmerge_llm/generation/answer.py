@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.language.messages import assistant_message
 from zsmerge_llm.language.output_format import UNCONSTRAINED, OutputFormat
 from zsmerge_llm.language.reasoning import AnswerPiece
+from zsmerge_llm.language.tool_call_stream import merge_deltas, whole_call
 from zsmerge_llm.language.tool_calls import ParsedAnswer
 from zsmerge_llm.sessions.prompt import Prompt
-from zsmerge_llm.types import Chunk, FinishReason, Message, Result, Usage
+from zsmerge_llm.types import Chunk, FinishReason, Message, Result, ToolCallDelta, Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +49,8 @@ class Answer:
     last_chunk: Chunk
     """The end of a stream: text that was held back, finish reason, usage and tool calls."""
     tokens: Sequence[int]
-    needs_fallback: bool
-    """Whether it only holds redundant tool calls, and its format has a fallback."""
+    retry_format: OutputFormat | None
+    """The format of another attempt, where this one only made redundant calls or repeated the prompt."""
 
     @property
     def message(self) -> Message:
@@ -81,12 +82,18 @@ class AnswerParser:
         self._reasoning = output_format.reasoning_parser()
         self._stop = StopStrings(stop)
         self._tool_calls = output_format.tool_call_parser()
+        self._echoes = output_format.echo_filter()
         self.reasoning_tokens = 0
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found."""
-        return self._stop.stopped
+        """Whether a stop string or an echo was found."""
+        return self._stop.stopped or bool(self.echoed)
+
+    @property
+    def echoed(self) -> str:
+        """The first word of a text in the prompt that the answer repeats; "" while it repeats none."""
+        return "" if self._echoes is None else self._echoes.echoed
 
     def push(self, token: int) -> AnswerPiece:
         """Add a token; return what of the answer is certain now."""
@@ -94,7 +101,20 @@ class AnswerParser:
         if reasoning or (self._reasoning is not None and self._reasoning.is_inside):
             self.reasoning_tokens += 1
         text = self._stop.push(text)
-        return AnswerPiece(reasoning, text if self._tool_calls is None else self._tool_calls.push(text))
+        text = text if self._tool_calls is None else self._tool_calls.push(text)
+        return AnswerPiece(reasoning, text if self._echoes is None else self._echoes.push(text))
+
+    def take_deltas(self) -> list[ToolCallDelta]:
+        """Return what was written of calls since the last time."""
+        if self._tool_calls is None:
+            return []
+        deltas, self._tool_calls.deltas = self._tool_calls.deltas, []
+        return deltas
+
+    @property
+    def has_unmarked_call(self) -> bool:
+        """Whether a call without a marker has begun."""
+        return self._tool_calls is not None and self._tool_calls.parsed.has_unmarked
 
     def finish(self, truncated: bool = False) -> tuple[AnswerPiece, ParsedAnswer]:
         """Return what was held back, and the whole answer's tool calls.
@@ -111,6 +131,8 @@ class AnswerParser:
             text = self._tool_calls.push(text)
             held, parsed = self._tool_calls.finish(truncated)
             text += held
+        if self._echoes is not None:
+            text = self._echoes.push(text) + self._echoes.finish()
         return AnswerPiece(reasoning, text), parsed
 
     def _split(self, piece: str) -> AnswerPiece:
@@ -120,7 +142,7 @@ class AnswerParser:
 class Attempt:
     """One try at answering a request, from a cache that has read or will read its prompt.
 
-    A second attempt, in the fallback format, follows one that only made redundant tool calls.
+    Another one follows where an answer only made redundant tool calls, or repeated what was added to the prompt.
 
     Raises:
         InputError: the output format cannot be enforced.
@@ -142,21 +164,25 @@ class Attempt:
         self._tokens: list[int] = []
         self._text = self._reasoning = ""
         context = list(request.prompt.ids[-CONTEXT_TOKENS:]) if request.continues_prompt else ()
+        # A call that is cut off could not be taken back.
+        self._streams_calls = bool(self.constraint and self.constraint.completes) and not request.sampling.stop
+        self._gate = self.output_format.redundancy_gate()
         self._parser = AnswerParser(tokenizer, self.output_format, request.sampling.stop, context)
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found. No tokens may follow."""
+        """Whether a stop string or an echo was found. No tokens may follow."""
         return self._parser.stopped
 
     def push(self, token: int) -> Chunk | None:
         """Add a token; return what of the answer is certain now, if anything."""
         self._tokens.append(token)
-        return self._chunk(self._parser.push(token))
+        piece = self._parser.push(token)
+        return self._chunk(piece, self._new_deltas() if self._streams_calls else ())
 
-    def fallback(self) -> Attempt:
-        """Return a second attempt in the fallback format. The cache must be as it was behind the prompt."""
-        attempt = Attempt(self.request, self.cache, self._tokenizer, self.output_format.fallback)
+    def retry(self, output_format: OutputFormat) -> Attempt:
+        """Return another attempt in another format. The cache must be as it was behind the prompt."""
+        attempt = Attempt(self.request, self.cache, self._tokenizer, output_format)
         attempt.prefill_seconds, attempt.decode_seconds = self.prefill_seconds, self.decode_seconds
         return attempt
 
@@ -171,15 +197,40 @@ class Attempt:
         usage = self._usage(cancelled)
         return Answer(
             result=Result(self._text, reason, usage, calls, parsed.invalid, self._reasoning),
-            last_chunk=Chunk(piece.text, reason, usage, calls, parsed.invalid, piece.reasoning),
+            last_chunk=Chunk(
+                piece.text, reason, usage, calls, parsed.invalid, piece.reasoning, self._last_deltas(calls)
+            ),
             tokens=self._tokens,
-            needs_fallback=bool(calls) and redundant and self.output_format.fallback is not None,
+            retry_format=None if self._text or cancelled else self._retry_format(bool(calls), redundant),
         )
 
-    def _chunk(self, piece: AnswerPiece) -> Chunk | None:
+    def _retry_format(self, has_calls: bool, redundant: bool) -> OutputFormat | None:
+        """Return the format of another attempt, for an answer without text; None if its calls are the answer."""
+        if has_calls:
+            return self.output_format.fallback if redundant else None
+        return self.output_format.without_echo(echoed) if (echoed := self._parser.echoed) else None
+
+    def _new_deltas(self) -> list[ToolCallDelta]:
+        """Return what is new of calls that the answer will have in any case."""
+        deltas = self._parser.take_deltas()
+        if self.output_format.require_marker and self._parser.has_unmarked_call:
+            return []  # redundant
+        return self._gate.push(deltas) if deltas else []
+
+    def _last_deltas(self, calls: Sequence[dict[str, Any]]) -> list[ToolCallDelta]:
+        """Return what was held back of these calls."""
+        if not calls:
+            return []
+        if not self._streams_calls:
+            return [whole_call(index, call) for index, call in enumerate(calls)]
+        return merge_deltas([*self._new_deltas(), *self._gate.flush()])
+
+    def _chunk(self, piece: AnswerPiece, deltas: Sequence[ToolCallDelta] = ()) -> Chunk | None:
         self._reasoning += piece.reasoning
         self._text += piece.text
-        return Chunk(piece.text, reasoning=piece.reasoning) if piece.text or piece.reasoning else None
+        if not (piece.text or piece.reasoning or deltas):
+            return None
+        return Chunk(piece.text, reasoning=piece.reasoning, tool_call_deltas=merge_deltas(deltas))
 
     @property
     def _is_full(self) -> bool:

@@ -23,27 +23,31 @@ if TYPE_CHECKING:
 
 
 def generate(
-    engine: Engine, attempt: Attempt, read: Callable[[], object], cancel: Event | None
+    engine: Engine,
+    attempt: Attempt,
+    read: Callable[[], object],
+    cancel: Event | None,
+    behind_prompt: Callable[[], Cache] | None = None,
 ) -> Generator[Chunk, None, Answer]:
     """Generate one answer: yield its pieces but the last, and return it.
 
     Args:
         read: reads the request's prompt into the attempt's cache.
+        behind_prompt: makes a copy of the cache as it was then, for another attempt. None: there is one attempt.
         cancel: an event that stops it within one token; the answer says so in its finish reason.
     """
     from zsmerge_llm.engine.scheduling import Cancelled
 
     try:
         attempt.prefill_seconds = _seconds(read)
-        checkpoint = attempt.cache.clone() if attempt.output_format.fallback is not None else None
         while True:
             yield from _decode(engine, attempt.cache, [attempt], cancel)
             attempt.cache.compress_stage()
             answer = attempt.finish()
-            if checkpoint is None or not answer.needs_fallback:
+            if behind_prompt is None or answer.retry_format is None:
                 return answer
-            attempt.cache.replace_with(checkpoint)
-            attempt = attempt.fallback()
+            attempt.cache.replace_with(behind_prompt())
+            attempt = attempt.retry(answer.retry_format)
     except Cancelled:
         return attempt.finish(cancelled=True)
 
@@ -75,9 +79,10 @@ def generate_batch(
         while pending:
             _decode_together(engine, [attempts[at] for at in pending], cancel)
             answers |= {at: attempts[at].finish() for at in pending}
-            pending = [at for at in pending if answers[at].needs_fallback]
+            formats = {at: retry for at in pending if (retry := answers[at].retry_format) is not None}
+            pending = list(formats)
             for at in pending:  # its own cache is as it was behind the prompt: what was decoded is in the batch's
-                attempts[at] = attempts[at].fallback()
+                attempts[at] = attempts[at].retry(formats[at])
     except Cancelled:
         answers |= {at: attempts[at].finish(cancelled=True) for at in pending}
     return [answers[at].result for at in range(len(attempts))]

@@ -30,7 +30,8 @@ def stream_turn(
     with engine.requests.admit():
         try:
             read = partial(_read_prompt, engine, turn, attempt, options)
-            answer = yield from generate(engine, attempt, read, options.cancel)
+            behind_prompt = None if turn is None else turn.cache_behind_prompt
+            answer = yield from generate(engine, attempt, read, options.cancel, behind_prompt)
         finally:
             if turn is not None:
                 complete = answer is not None and answer.result.finish_reason != "cancelled"

@@ -188,6 +188,10 @@ class Constraint(Protocol):
     def shortened(self) -> bool:
         """Whether a token was replaced so that the answer completes in time."""
 
+    @property
+    def completes(self) -> bool:
+        """Whether the answer will be complete, as far as its tokens go."""
+
     def mask(self, logits: Tensor) -> Tensor:
         """Return logits float32 [vocab] with -inf for tokens that cannot come next."""
 
@@ -230,6 +234,10 @@ class GrammarConstraint:
     @property
     def complete(self) -> bool:
         return self.ended or self._matcher.is_accepting()
+
+    @property
+    def completes(self) -> bool:
+        return self.tokens_left is None or self._plan is not None
 
     @property
     def planned_tokens(self) -> int:

@@ -11,15 +11,17 @@ for one without the family's markers: only small models leave them out.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError, shown
-from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
+from zsmerge_llm.language.chat_template import TOOL_INSTRUCTIONS, ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
+from zsmerge_llm.language.prompt_echo import NOTHING_ADDED, AddedTexts, EchoFilter
 from zsmerge_llm.language.reasoning import (
     CLOSE,
     OPEN,
@@ -29,8 +31,9 @@ from zsmerge_llm.language.reasoning import (
     added_token_id,
     reasoning_mode,
 )
-from zsmerge_llm.language.tool_calls import HERMES, ParsedAnswer, ToolCallParser, canonical_call, tool_call_style
-from zsmerge_llm.language.tool_grammar import ToolGrammar
+from zsmerge_llm.language.tool_call_stream import RedundancyGate, canonical_call
+from zsmerge_llm.language.tool_calls import HERMES, ParsedAnswer, ToolCallParser, tool_call_style
+from zsmerge_llm.language.tool_grammar import ToolGrammar, with_other_first_word
 from zsmerge_llm.types import Message, ResponseFormat, ToolChoice
 
 JSON_INSTRUCTION = "Answer with a JSON object and nothing else."
@@ -43,6 +46,8 @@ LATER_RESULT_INSTRUCTION = (
 """Follows the later results. It makes another call less likely: small models never stop calling."""
 MAX_UNMARKED_CALLS = 2
 """Calls of one turn after which further ones need the family's marker."""
+MAX_ECHOES = 3
+"""Attempts at one answer that may begin by repeating what was added to the prompt."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,12 @@ class OutputFormat:
     """The format of a second attempt, where the first only made redundant calls."""
     reasoning: ReasoningMode = "off"
     """Whether reasoning may precede the answer."""
+    is_text: bool = False
+    """Whether the answer is in text (or calls tools), and in no format that is asked for."""
+    added: AddedTexts = NOTHING_ADDED
+    """Texts in the prompt that an answer in text must not repeat."""
+    other_first_words: tuple[str, ...] = ()
+    """Words with which echoes of them began, and the answer must not begin."""
 
     def with_instruction(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages, the last of them with the instruction as its `note`."""
@@ -86,9 +97,31 @@ class OutputFormat:
         """Return a parser for one answer; None if it holds no calls."""
         return ToolCallParser(self.tool_names) if self.tool_names else None
 
+    def redundancy_gate(self) -> RedundancyGate:
+        """Return what holds back calls that may turn out to be redundant."""
+        return RedundancyGate(self.previous_calls)
+
     def reasoning_parser(self) -> ReasoningParser | None:
         """Return a parser for one answer; None if it holds no reasoning."""
         return None if self.reasoning == "off" else ReasoningParser(is_open=self.reasoning == "open")
+
+    def with_added(self, *texts: str, document: str = "") -> OutputFormat:
+        """Return the format of an answer in text for a prompt with further added texts, about a document."""
+        if not texts or not self.is_text:
+            return self
+        fallback = self.fallback and self.fallback.with_added(*texts, document=document)
+        return replace(self, added=self.added.plus(*texts, document=document), fallback=fallback)
+
+    def echo_filter(self) -> EchoFilter | None:
+        """Return a filter for one answer; None if nothing was added to the prompt."""
+        return EchoFilter(self.added) if self.added.texts else None
+
+    def without_echo(self, word: str) -> OutputFormat | None:
+        """Return the format of another attempt, whose first word is not this one; None after `MAX_ECHOES`."""
+        if len(self.other_first_words) == MAX_ECHOES or self.compiler is None:
+            return None
+        grammar = Grammar(with_other_first_word(self.grammar.source if self.grammar else "", word))
+        return replace(self, grammar=grammar, other_first_words=(*self.other_first_words, word))
 
     def calls_are_redundant(self, parsed: ParsedAnswer) -> bool:
         """Return whether there are calls, and all repeat calls of this turn or one lacks a required marker."""
@@ -144,7 +177,21 @@ class OutputFormats:
             output_format = self._with_tools(messages, tools, choice, parallel_tool_calls, rule)
         if parsed:
             output_format = replace(output_format, instruction=_unless_stated(parsed[1], messages))
+        elif grammar is None:
+            added = AddedTexts(self._added_texts(messages, tools), messages)
+            free = partial(replace, is_text=True, added=added, compiler=self._compiler)
+            fallback = output_format.fallback
+            output_format = free(output_format, fallback=None if fallback is None else free(fallback))
         return self._with_reasoning(output_format)
+
+    def _added_texts(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> tuple[str, ...]:
+        """Return what is added to a prompt for its tools, in this turn and in earlier ones."""
+        if not tools:
+            return ()
+        source, has_results = self._template.source(tools), any(message["role"] == "tool" for message in messages)
+        guided = has_results and tool_call_style(source) is HERMES
+        explanation = () if re.search(r"\btools\b", source) else (TOOL_INSTRUCTIONS,)
+        return (*explanation, *((FIRST_RESULT_INSTRUCTION, LATER_RESULT_INSTRUCTION) if guided else ()))
 
     def _with_tools(
         self,

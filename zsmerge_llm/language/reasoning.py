@@ -139,6 +139,10 @@ class ReasoningConstraint:
         return self._answer.shortened
 
     @property
+    def completes(self) -> bool:
+        return self._answer.completes
+
+    @property
     def done(self) -> bool:
         return not self._is_reasoning and self._answer.done
 

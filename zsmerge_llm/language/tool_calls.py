@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-import uuid
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+from zsmerge_llm.language.tool_call_stream import CallStream, JsonEnd, new_id
+from zsmerge_llm.types import ToolCallDelta
 
 MARKERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 """Text that begins a call anywhere."""
@@ -76,82 +77,100 @@ class ParsedAnswer:
 
 def parse_tool_calls(text: str, names: Collection[str]) -> ParsedAnswer:
     """Split a whole answer into text and calls. `names`: the tools that the model was given."""
-    parsed, at, heads = ParsedAnswer(), 0, _heads(names)
-    while (start := _find(text, heads, at)) is not None:
-        parsed.content += text[at:start].rstrip()
-        parsed.has_unmarked = parsed.has_unmarked or not text.startswith(MARKERS, start)
-        body, at = _body(text, start)
-        for call in _calls(body):
-            (parsed.invalid if "error" in call else parsed.calls).append(call)
-    rest = text[at:]
-    parsed.content += rest.lstrip() if at and not parsed.content else rest if rest.strip() or not at else ""
-    return parsed
+    parser = ToolCallParser(names)
+    parser.push(text)
+    return parser.finish()[1]
 
 
 class ToolCallParser:
-    """Pass on the text of an answer as it arrives, and hold back what is, or may become, a tool call.
+    """Pass on the text and the calls of an answer as they arrive.
+
+    Held back is what may become a call, and a call that cannot be followed, until it is complete.
 
     Args:
         names: the tools that the model was given.
+
+    Attributes:
+        deltas: pieces of calls; take them out once they are passed on.
+        parsed: the text and the calls so far.
     """
 
     def __init__(self, names: Collection[str]) -> None:
-        self._names = names
+        self.deltas: list[ToolCallDelta] = []
+        self.parsed = ParsedAnswer()
         self._heads = _heads(names)
         self._text = ""
-        self._emitted = 0
-        self._in_call = False
+        self._at = 0  # where what is not passed on begins
+        self._segment = 0  # where the text behind the last call begins
+        self._call: CallPart | None = None
+        self._next_index = 0
 
     def push(self, piece: str) -> str:
         """Add a piece of the answer; return the text that is certainly no call."""
         self._text += piece
-        if self._in_call:
-            return ""
-        start = _find(self._text, self._heads, self._emitted)
-        self._in_call = start is not None
-        end = self._undecided() if start is None else start
-        return self._emit(len(self._text[:end].rstrip()))
+        return self._advance(ended=False)
 
     def finish(self, truncated: bool = False) -> tuple[str, ParsedAnswer]:
         """Return the text that was held back and is no call, and the whole answer parsed.
 
         `truncated`: the answer was cut where it cannot end, so what was held back is the beginning of a call.
         """
-        parsed, held = parse_tool_calls(self._text, self._names), self._text[self._emitted :].strip()
-        if truncated and held and not (parsed.calls or parsed.invalid):
-            return "", ParsedAnswer(
-                self._text[: self._emitted], invalid=[_invalid(None, held, "The answer was cut here.")]
-            )
-        return parsed.content[self._emitted :], parsed
+        held = self._text[self._at :].strip()
+        if truncated and held and self._call is None and not (self.parsed.calls or self.parsed.invalid):
+            self.parsed.invalid.append(_invalid(None, held, "The answer was cut here."))
+            return "", self.parsed
+        text = self._advance(ended=True)
+        if self._segment == 0 or self._text[self._segment :].strip():
+            text += self._pass_on(len(self._text))
+        return text, self.parsed
 
-    def _emit(self, end: int) -> str:
-        end = max(end, self._emitted)
-        piece, self._emitted = self._text[self._emitted : end], end
+    def _advance(self, ended: bool) -> str:
+        passed_on = ""
+        while True:
+            if self._call is None:
+                start = _find(self._text, self._heads, self._at)
+                if start is None and ended:
+                    return passed_on
+                end = self._undecided() if start is None else start
+                passed_on += self._pass_on(len(self._text[:end].rstrip()))
+                if start is None:
+                    return passed_on
+                self._call = CallPart(self._text, start, self._next_index)
+                self.parsed.has_unmarked = self.parsed.has_unmarked or not self._call.marker
+            self.deltas += self._call.stream.push(self._text)
+            extent = self._call.extent(self._text, ended)
+            if extent is None:
+                return passed_on
+            calls = list(_calls(self._text[self._call.start : extent[0]]))
+            self.deltas += self._call.stream.finish(self._text, calls)
+            for call in calls:
+                (self.parsed.invalid if "error" in call else self.parsed.calls).append(call)
+            self._next_index = self._call.stream.next_index
+            self._at = self._segment = extent[1]
+            self._call = None
+
+    def _pass_on(self, end: int) -> str:
+        """Return the text up to `end`, without spaces between calls and the first text."""
+        piece = self._text[self._at : max(end, self._at)]
+        self._at += len(piece)
+        if self._segment and not self.parsed.content:
+            piece = piece.lstrip()
+        self.parsed.content += piece
         return piece
 
     def _undecided(self) -> int:
         """Return the index from which on the text may become a call."""
         text = self._text
-        for at in range(max(self._emitted, len(text) - max(map(len, MARKERS))), len(text)):
+        for at in range(max(self._at, len(text) - max(map(len, MARKERS))), len(text)):
             if any(marker.startswith(text[at:]) for marker in MARKERS):
                 break
         else:
             at = len(text)
-        for line in _lines(text, self._emitted):
+        for line in _lines(text, self._at):
             beginning = _compact(text[line:])
             if any(head.startswith(beginning) for head in self._heads):
                 return min(at, line)
         return at
-
-
-def canonical_call(call: dict[str, Any]) -> str:
-    """Return a text that is equal for calls of the same function with the same arguments."""
-    function = call["function"]
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        with suppress(ValueError):  # invalid JSON is compared as text
-            arguments = json.loads(arguments)
-    return json.dumps([function["name"], arguments], sort_keys=True)
 
 
 def _heads(names: Collection[str]) -> list[str]:
@@ -187,32 +206,76 @@ def _compact(text: str) -> str:
     return "".join(text[:MAX_HEAD].split())
 
 
-def _body(text: str, start: int) -> tuple[str, int]:
-    """Return the JSON of the call that begins at `start`, or what is in its place, and the index behind the call."""
-    marker = next((marker for marker in MARKERS if text.startswith(marker, start)), None)
-    if marker == HERMES.marker:
-        begin = start + len(marker)
-        end = text.find(END_MARKER, begin)
-        return (text[begin:], len(text)) if end < 0 else (text[begin:end], end + len(END_MARKER))
-    fenced = re.compile(r"\s*```(?:json)?").match(text, start) if marker is None else None
-    begin = fenced.end() if fenced else start + len(marker or "")
-    end = begin
-    while (value := _value(text, end)) is not None:
-        end = value[1]
-    if end == begin:
-        return text[begin:], len(text)
-    closing = re.compile(rf"\s*{FENCE}").match(text, end) if fenced else None
-    return text[begin:end], closing.end() if closing else end
+class CallPart:
+    """The part of an answer that holds one call, or several that follow each other.
+
+    Args:
+        text: the answer so far. begin: where the part begins in it. index: of its first call.
+
+    Attributes:
+        marker: its marker; "" for bare or fenced JSON.
+        start: where its JSON begins, or should.
+    """
+
+    def __init__(self, text: str, begin: int, index: int) -> None:
+        self.marker = next((marker for marker in MARKERS if text.startswith(marker, begin)), "")
+        fenced = None if self.marker else re.compile(r"\s*```(?:json)?").match(text, begin)
+        self.start = fenced.end() if fenced else begin + len(self.marker)
+        self.stream = CallStream(self.start, index)
+        self._is_fenced = fenced is not None
+        self._values_end = self.start
+        self._value: JsonEnd | None = None
+
+    def extent(self, text: str, ended: bool) -> tuple[int, int] | None:
+        """Return the index behind the calls, and the one behind the part; None while they are not known.
+
+        ended: no text follows.
+        """
+        if not self._read_values(text, ended):
+            return None
+        begin = end = self._values_end
+        if self.marker == HERMES.marker:
+            found = text.find(END_MARKER, begin)
+            if found >= 0:
+                return found, found + len(END_MARKER)
+            return (len(text), len(text)) if ended else None
+        if begin == self.start:
+            return (len(text), len(text)) if ended else None
+        if self._is_fenced:
+            closing = end + len(text[end:]) - len(text[end:].lstrip())
+            if text.startswith(FENCE, closing):
+                end = closing + len(FENCE)
+            elif not ended and FENCE.startswith(text[closing:]):
+                return None
+        return begin, end
+
+    def _read_values(self, text: str, ended: bool) -> bool:
+        """Pass over JSON objects and lists; return whether what follows is neither."""
+        while True:
+            begin = _behind_separators(text, self._values_end)
+            if text[begin : begin + 1] not in ("{", "["):
+                return ended or begin < len(text)
+            self._value = self._value or JsonEnd(begin)
+            if self._value.find(text) is None:
+                return ended
+            if (value := _value(text, begin)) is None:
+                return True
+            self._values_end, self._value = value[1], None
+
+
+def _behind_separators(text: str, at: int) -> int:
+    found = re.compile(r"[\s,;]*").match(text, at)
+    assert found is not None
+    return found.end()
 
 
 def _value(text: str, at: int) -> tuple[Any, int] | None:
     """Return the JSON object or list that comes next, behind separators, and the index behind it."""
-    begin = re.compile(r"[\s,;]*").match(text, at)
-    assert begin is not None
-    if text[begin.end() : begin.end() + 1] not in ("{", "["):
+    begin = _behind_separators(text, at)
+    if text[begin : begin + 1] not in ("{", "["):
         return None
     try:
-        return json.JSONDecoder(strict=False).raw_decode(text, begin.end())
+        return json.JSONDecoder(strict=False).raw_decode(text, begin)
     except (ValueError, RecursionError):
         return None
 
@@ -246,7 +309,7 @@ def _call(entry: Any) -> dict[str, Any]:
 
 def _openai_call(name: str | None, arguments: str) -> dict[str, Any]:
     function = {"name": name, "arguments": arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    return {"id": new_id(), "type": "function", "function": function}
 
 
 def _invalid(name: str | None, arguments: str, error: str) -> dict[str, Any]:

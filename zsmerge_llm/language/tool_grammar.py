@@ -30,6 +30,13 @@ SCHEMA_KEYS_WITHOUT_ARGUMENTS = {"$schema", "type", "title", "description", "pro
 NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
+def with_other_first_word(source: str, word: str) -> str:
+    """Return the grammar of an answer in text, of `ToolGrammar` or any text (""), whose first word is not `word`."""
+    source = source or "start: TEXT?\nTEXT: /(?s:.+)/\n"
+    lines = re.compile(r"^((?:TEXT|spelled\[lazy\]|(?:bare|fenced)_\d+\[lazy\]): .*)$", re.MULTILINE)
+    return lines.sub(lambda line: f"{line[1]} & ~/\\W*(?i:{re.escape(word)})(?s:.*)/", source)
+
+
 class ToolGrammar:
     """Build grammars for calls of these functions in one family's style.
 

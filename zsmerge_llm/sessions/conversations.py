@@ -18,7 +18,8 @@ from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
 from zsmerge_llm.language.digests import DigestChain
 from zsmerge_llm.language.messages import MessageHistory
-from zsmerge_llm.sessions.documents import Documents, num_merged, put_before
+from zsmerge_llm.retrieval.passage_search import INTRODUCTION
+from zsmerge_llm.sessions.documents import INSTRUCTION, Documents, num_merged, put_before
 from zsmerge_llm.sessions.folder import generate_name
 from zsmerge_llm.sessions.prompt_builder import Continuation, PromptBuilder
 from zsmerge_llm.sessions.session import Kind, Session, Snapshot
@@ -63,6 +64,22 @@ class Turn:
     def messages(self) -> list[Message]:
         """The messages as they are rendered: with a document at the beginning, and a note at the end."""
         return self.transcript.messages
+
+    @property
+    def document(self) -> str:
+        """The document that the conversation is about; "" if it is about none."""
+        return "" if self.transcript.document is None else self.transcript.document.text
+
+    @property
+    def added_texts(self) -> tuple[str, ...]:
+        """What was put before the document, and before passages that were read again in this turn or an earlier one."""
+        slots = self.cache.config.slots
+        may_repeat = slots is not None and len(self.tokens) > slots
+        return (INSTRUCTION,) * bool(self.document) + (INTRODUCTION,) * may_repeat
+
+    def cache_behind_prompt(self) -> Cache:
+        """Return a copy of the cache as it was when the prompt had been read: of the latest snapshot."""
+        return self.snapshots[-1].cache.clone()
 
     def add_snapshot(self, kind: Kind, messages: int, num_tokens: int) -> None:
         """Keep the cache as it is now, after so many messages and tokens of the turn."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.retrieval.passage_search import INTRODUCTION
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,8 @@ class Prompt:
     multi_turn: bool = False
     system_tokens: int = 0
     retrieved_tokens: int = 0
+
+    @property
+    def added_texts(self) -> tuple[str, ...]:
+        """What was put before passages that are read again, if there are any."""
+        return (INTRODUCTION,) * bool(self.retrieved_tokens)

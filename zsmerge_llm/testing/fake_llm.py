@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.engine.scheduling import Deadline
-from zsmerge_llm.types import Chunk, FinishReason, Message, Progress, Result, Usage
+from zsmerge_llm.types import Chunk, FinishReason, Message, Progress, Result, ToolCallDelta, Usage
 
 FAKE_USAGE = Usage(
     prompt_tokens=7,
@@ -78,7 +79,7 @@ class FakeSession:
 
 
 class FakeLLM:
-    """Answer from a script, one word per chunk, and record every request.
+    """Answer from a script, one word per chunk, calls in pieces, and record every request.
 
     Args:
         answers: texts or `scripted_answer` results, given in order; the last one repeats. Assign `answers` to change
@@ -210,12 +211,24 @@ class FakeLLM:
                 time.sleep(self.delay)
                 self.decoded_words, count = self.decoded_words + 1, count + 1
                 yield Chunk(word)
+            for delta in _deltas(answer.tool_calls) if reason != "cancelled" else ():
+                yield Chunk("", tool_call_deltas=[delta])
             if isinstance(stop, Deadline):
                 stop.check()
             usage = replace(FAKE_USAGE, completion_tokens=count)
             yield Chunk("", reason, usage, answer.tool_calls, answer.invalid_tool_calls)
         finally:
             self.closed_streams += 1
+
+
+def _deltas(calls: Sequence[dict[str, Any]]) -> Iterator[ToolCallDelta]:
+    """Yield the id and name of each call, and then its arguments in pieces."""
+    for index, call in enumerate(calls):
+        function = call["function"]
+        yield ToolCallDelta(index, "", call.get("id") or "", function["name"])
+        given = function.get("arguments") or ""
+        for piece in re.findall(r"(?s).{1,8}", given if isinstance(given, str) else json.dumps(given)):
+            yield ToolCallDelta(index, piece)
 
 
 def _collect(chunks: Iterator[Chunk]) -> Result:

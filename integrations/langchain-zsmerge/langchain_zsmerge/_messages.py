@@ -145,13 +145,15 @@ def to_ai_message(result: Result, model: str) -> AIMessage:
     )
 
 
-def to_ai_message_chunk(chunk: Chunk, model: str, first_call: int) -> AIMessageChunk:
-    """Return a chunk of an answer. `first_call`: the number of tool calls streamed before it."""
-    valid = [(call["function"]["name"], call["function"]["arguments"], call["id"]) for call in chunk.tool_calls]
-    invalid = [(call["name"], call["args"], call["id"]) for call in map(_invalid_call, chunk.invalid_tool_calls)]
+def to_ai_message_chunk(chunk: Chunk, model: str) -> AIMessageChunk:
+    """Return a chunk of an answer. The last one has the malformed calls, which are not streamed."""
     calls = [
-        tool_call_chunk(name=name, args=arguments, id=call_id, index=first_call + index)
-        for index, (name, arguments, call_id) in enumerate([*valid, *invalid])
+        tool_call_chunk(name=delta.name or None, args=delta.arguments, id=delta.id or None, index=delta.index)
+        for delta in chunk.tool_call_deltas
+    ]
+    calls += [
+        tool_call_chunk(name=call["name"], args=call["args"], id=call["id"], index=len(chunk.tool_calls) + at)
+        for at, call in enumerate(map(_invalid_call, chunk.invalid_tool_calls))
     ]
     if chunk.finish_reason is None:
         return AIMessageChunk(content=chunk.text, additional_kwargs=_additional_kwargs(chunk), tool_call_chunks=calls)

@@ -116,14 +116,12 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
     def _chunks(
         self, cancel: Event | None, prompt: list[BaseMessage], request: Request
     ) -> Generator[ChatGenerationChunk, None, None]:
-        num_calls = 0
         stream = request.llm.stream(to_messages(prompt), cancel=cancel, **request.options)
         with closing(cast("Generator[Chunk]", stream)) as chunks:
             for chunk in chunks:
                 if chunk.finish_reason is not None:
                     self._add_window_to_profile()
-                yield ChatGenerationChunk(message=to_ai_message_chunk(chunk, request.model, num_calls))
-                num_calls += len(chunk.tool_calls) + len(chunk.invalid_tool_calls)
+                yield ChatGenerationChunk(message=to_ai_message_chunk(chunk, request.model))
 
     def bind_tools(
         self,

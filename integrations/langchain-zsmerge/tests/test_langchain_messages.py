@@ -20,7 +20,7 @@ from langchain_core.messages import (
 )
 from langchain_zsmerge._messages import to_ai_message, to_ai_message_chunk, to_messages
 
-from zsmerge_llm import Chunk, Result, Usage
+from zsmerge_llm import Chunk, Result, ToolCallDelta, Usage
 from zsmerge_llm.errors import InputError
 
 USAGE = Usage(10, 4, 3, 0, 0.1, 0.2, 1024, "continued")
@@ -129,9 +129,11 @@ def test_calls_of_an_answer_are_parsed_and_malformed_ones_are_invalid_tool_calls
 
 
 def test_streamed_calls_add_up_to_the_same_message() -> None:
-    first = to_ai_message_chunk(Chunk("", tool_calls=CALLS[:1]), "m", 0)
-    last = to_ai_message_chunk(Chunk("", "tool_calls", USAGE, CALLS[1:], BROKEN), "m", 1)
-    whole = AIMessageChunk(content="") + first + last
+    deltas = [ToolCallDelta(0, "", "a", "f"), ToolCallDelta(0, '{"x"'), ToolCallDelta(0, ": 1}")]
+    begun = [to_ai_message_chunk(Chunk("", tool_call_deltas=[delta]), "m") for delta in deltas]
+    held = [ToolCallDelta(1, '{"y": "ü"}', "b", "g")]
+    last = to_ai_message_chunk(Chunk("", "tool_calls", USAGE, CALLS, BROKEN, tool_call_deltas=held), "m")
+    whole = sum([*begun, last], AIMessageChunk(content=""))
     assert [(call["name"], call["args"]) for call in whole.tool_calls] == [("f", {"x": 1}), ("g", {"y": "ü"})]
     assert [call["id"] for call in whole.invalid_tool_calls] == ["c", "d"]  # half an object is not mended
     assert whole.usage_metadata is not None
@@ -141,9 +143,9 @@ def test_streamed_calls_add_up_to_the_same_message() -> None:
 def test_reasoning_is_a_reasoning_block_in_both_directions() -> None:
     usage = dataclasses.replace(USAGE, reasoning_tokens=2)
     whole = to_ai_message(Result("4", "stop", usage, reasoning="2 and 2"), "m")
-    streamed = to_ai_message_chunk(Chunk("", reasoning="2 and"), "m", 0)
-    streamed += to_ai_message_chunk(Chunk("", reasoning=" 2"), "m", 0)
-    streamed += to_ai_message_chunk(Chunk("4", "stop", usage), "m", 0)
+    streamed = to_ai_message_chunk(Chunk("", reasoning="2 and"), "m")
+    streamed += to_ai_message_chunk(Chunk("", reasoning=" 2"), "m")
+    streamed += to_ai_message_chunk(Chunk("4", "stop", usage), "m")
     for message in (whole, streamed):
         assert message.text == "4"
         assert [block["type"] for block in message.content_blocks] == ["reasoning", "text"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -26,8 +28,40 @@ def test_bound_tools_reach_the_model_and_its_calls_come_back(llm: Any) -> None:
     answer = chat.invoke("weather in X?")
     assert llm.requests[0].tools[0]["function"]["name"] == "weather"
     assert answer.tool_calls == [{"name": "weather", "args": {"city": "X"}, "id": "id_0", "type": "tool_call"}]
-    streamed = list(chat.stream("weather in X?"))
-    assert [call["args"] for chunk in streamed for call in chunk.tool_calls] == [{"city": "X"}]
+
+
+def test_arguments_of_calls_are_streamed_as_they_are_written(llm: Any) -> None:
+    functions = [{"name": "weather", "arguments": json.dumps({"city": city})} for city in ("X", "Zürich")]
+    llm.answers = [scripted_answer("Let me see.", *functions)]
+    chat = ChatZSMerge(llm=llm).bind_tools([weather])
+    chunks = list(chat.stream("weather in X and Zürich?"))
+    pieces = [piece for chunk in chunks for piece in chunk.tool_call_chunks]
+    begun = [(piece["index"], piece["id"], piece["name"]) for piece in pieces if piece["name"]]
+    assert begun == [(0, "id_0", "weather"), (1, "id_1", "weather")]
+    assert len(pieces) > 4
+    for index, function in enumerate(functions):
+        assert "".join(piece["args"] or "" for piece in pieces if piece["index"] == index) == function["arguments"]
+    whole, invoked = sum(chunks[1:], chunks[0]), chat.invoke("weather in X and Zürich?")
+    assert whole.tool_calls == invoked.tool_calls
+    assert whole.content == invoked.content
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_events_have_the_pieces_of_calls(llm: Any, version: Any) -> None:
+    llm.answers = [scripted_answer("", {"name": "weather", "arguments": '{"city": "Zürich"}'})]
+    chat = ChatZSMerge(llm=llm).bind_tools([weather])
+
+    async def pieces() -> list[str]:
+        if version == "v2":
+            events = [event async for event in chat.astream_events("Where?", version="v2")]
+            chunks = [event["data"]["chunk"] for event in events if event["event"] == "on_chat_model_stream"]
+            return [piece["args"] for chunk in chunks for piece in chunk.tool_call_chunks if piece["args"]]
+        deltas = [event["delta"] for event in chat.stream_events("Where?", version="v3") if "delta" in event]
+        return [delta["args"] for delta in deltas if delta["type"] == "tool-call-delta"]
+
+    found = asyncio.run(pieces())
+    assert len(found) > 2
+    assert "".join(found) == '{"city": "Zürich"}'
 
 
 @pytest.mark.parametrize(

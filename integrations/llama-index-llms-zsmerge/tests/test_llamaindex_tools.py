@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
+import json
 from typing import Any
 
 import pytest
@@ -87,6 +89,27 @@ async def test_the_four_tool_methods_give_the_same_calls():
         ]
         assert [block.block_type for block in response.message.blocks] == ["text", "tool_call", "tool_call"]
         assert response.raw["finish_reason"] == "tool_calls"
+
+
+async def test_arguments_of_calls_are_streamed_as_they_are_written():
+    long = {"name": "add", "arguments": json.dumps({"a": 1234567890, "b": 2})}
+    llm = ZSMergeLLM(llm=FakeLLM(scripted_answer("Let me see.", long, NAME)))
+    options = {"user_msg": "Go!", "allow_parallel_tool_calls": True}
+    streamed = list(llm.stream_chat_with_tools(TOOLS, **options))
+    astreamed = [response async for response in await llm.astream_chat_with_tools(TOOLS, **options)]
+    for responses in (streamed, astreamed):
+        texts = [
+            response.message.additional_kwargs["tool_calls"][0]["function"]["arguments"]
+            for response in responses
+            if response.message.additional_kwargs
+        ]
+        assert len(set(texts)) > 3
+        assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+        partial = [llm.get_tool_calls_from_response(each, error_on_no_tool_call=False) for each in responses]
+        assert next([call.tool_name for call in calls] for calls in partial if calls) == ["add"]
+        assert partial[-1] == llm.get_tool_calls_from_response(llm.chat_with_tools(TOOLS, **options))
+        assert responses[-1].message == llm.chat_with_tools(TOOLS, **options).message
+        assert "".join(response.delta for response in responses) == "Let me see."
 
 
 def test_calls_without_ids_get_unique_stable_ids():

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from pydantic_core import from_json
 
 from zsmerge_llm.errors import InputError
 
@@ -127,15 +128,16 @@ def with_id(call: dict[str, Any]) -> dict[str, Any]:
     return call if call.get("id") else {**call, "id": f"call_{uuid.uuid4().hex}"}
 
 
-def arguments(call: dict[str, Any]) -> dict[str, Any]:
+def arguments(call: dict[str, Any], unfinished: bool = False) -> dict[str, Any]:
     """Return the arguments of a call in the OpenAI format; {} if they are no JSON object.
 
     The tool then reports missing arguments, and an agent passes that to the model, which can try again.
+    `unfinished`: the JSON is still being written.
     """
     given = call["function"].get("arguments") or {}
     if isinstance(given, str):
         try:
-            given = json.loads(given)
-        except json.JSONDecodeError:
+            given = from_json(given, allow_partial="trailing-strings") if unfinished else json.loads(given)
+        except ValueError:
             return {}
     return given if isinstance(given, dict) else {}

@@ -46,7 +46,11 @@ def to_tool_choice(choice: str | Mapping[str, Any] | None) -> ToolChoice | None:
 
 
 def to_tool_selections(response: ChatResponse, error_on_no_tool_call: bool = True) -> list[ToolSelection]:
-    """Return the calls of a response. Raises ValueError if there is none and `error_on_no_tool_call`."""
+    """Return the calls of a response. Raises ValueError if there is none and `error_on_no_tool_call`.
+
+    Of calls in an unfinished response, the arguments are those that have been written so far.
+    """
+    unfinished = isinstance(response.raw, dict) and response.raw.get("finish_reason", "") is None
     calls = [with_id(call) for call in tool_calls(response.message)]
     if not calls and error_on_no_tool_call:
         invalid = response.raw.get("invalid_tool_calls") if isinstance(response.raw, dict) else None
@@ -57,6 +61,6 @@ def to_tool_selections(response: ChatResponse, error_on_no_tool_call: bool = Tru
             "and raise max_tokens if the answer was cut."
         )
     return [
-        ToolSelection(tool_id=call["id"], tool_name=call["function"]["name"], tool_kwargs=arguments(call))
+        ToolSelection(tool_id=call["id"], tool_name=call["function"]["name"], tool_kwargs=arguments(call, unfinished))
         for call in calls
     ]
