@@ -24,6 +24,8 @@ from zsmerge_llm import LLM
 from zsmerge_llm.kvcache.cache import Cache
 
 NAMES = ["one", "two", "three", None]
+KILLS_OF_A_FOLDER = 25
+"""After so many, a new folder with new conversations: those of the old one have become long."""
 
 
 def start(folder: Path) -> LLM:
@@ -97,6 +99,10 @@ def check(folder: Path, answered: Path) -> dict[str, int]:
     return counts
 
 
+def write_check(kept: Path, answered: Path, report: Path) -> None:
+    report.write_text(json.dumps(check(kept, answered)))
+
+
 def forked(work: Callable[[], Any]) -> int:
     """Start a fork that does the work, and return its process id."""
     pid = os.fork()
@@ -115,11 +121,12 @@ def forked(work: Callable[[], Any]) -> int:
 def main(folder: Path, kills: int, seconds: float) -> None:
     totals: dict[str, int] = {"killed": 0, "failed": 0}
     choices, deadline = random.Random(0), time.monotonic() + seconds
-    answered, report = folder / "answered", folder / "report"
+    report = folder / "report"
     for number in range(kills):
         if time.monotonic() > deadline:
             break
-        pid = forked(partial(take_turns, folder / "kept", answered, number))
+        kept, answered = (folder / f"{name}-{number // KILLS_OF_A_FOLDER}" for name in ("kept", "answered"))
+        pid = forked(partial(take_turns, kept, answered, number))
         before = answered.stat().st_size if answered.exists() else 0
         while not answered.exists() or answered.stat().st_size == before:  # until a turn of its own is answered
             if os.waitpid(pid, os.WNOHANG)[0]:
@@ -129,7 +136,7 @@ def main(folder: Path, kills: int, seconds: float) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         report.unlink(missing_ok=True)
-        checking = forked(lambda: report.write_text(json.dumps(check(folder / "kept", answered))))
+        checking = forked(partial(write_check, kept, answered, report))
         totals["killed"] += 1
         totals["failed"] += os.waitpid(checking, 0)[1] != 0
         for key, count in (json.loads(report.read_text()) if report.exists() else {}).items():
