@@ -20,8 +20,14 @@ def check_types(options: Any) -> None:
     Raises:
         InputError: names the option, and what it must be.
     """
-    for name, (is_valid, expected) in _EXPECTED.items():
-        if not is_valid(value := getattr(options, name)):
+    check_arguments(**{name: getattr(options, name) for name in _EXPECTED})
+
+
+def check_arguments(**given: Any) -> None:
+    """Refuse arguments of a wrong type, by the names that options have. Raises InputError."""
+    for name, value in given.items():
+        is_valid, expected = _EXPECTED[name]
+        if not is_valid(value):
             raise InputError(f"{name} must be {expected}, not a {type(value).__name__}.")
 
 

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionError, SessionStorageError
+from zsmerge_llm.errors import ConfigError, InputError, SessionCorruptError, SessionError, SessionStorageError
 from zsmerge_llm.models.atomic_write import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, sync_folder
 from zsmerge_llm.models.file_locks import delete_leftovers, locked
+from zsmerge_llm.paths import as_path
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.seal import session_key
 from zsmerge_llm.sessions.session import Fingerprint, Session, SessionInfo, Snapshot, file_stamp, load_session
@@ -71,7 +72,7 @@ class Folder:
         durable: bool,
         expected: ExpectedCache | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = _folder_path(path)
         self.fingerprint = fingerprint
         self.durable = durable
         self.expected = expected
@@ -275,6 +276,13 @@ def _name(metadata: dict[str, Any], path: Path) -> str:
     suffix = _suffix(metadata["fingerprint"])
     unchanged = path.name == f"{_stem(metadata['name'])}{suffix}"
     return metadata["name"] if unchanged else path.name.removesuffix(suffix).removesuffix(SUFFIX)
+
+
+def _folder_path(path: Any) -> Path:
+    try:
+        return as_path(path, "sessions_dir")
+    except InputError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _suffix(fingerprint: dict[str, str]) -> str:

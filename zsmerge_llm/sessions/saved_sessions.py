@@ -41,7 +41,7 @@ class SavedSessions(TieredSessions):
         What it has continued is taken over. Where it has given the name to another conversation, the one in memory
         goes on under a generated name.
         """
-        if not self.persistent:
+        if not self.persistent or not isinstance(name, str):
             return
         with self._lock:
             entry = self._entries.get(name)

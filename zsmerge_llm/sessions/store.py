@@ -158,6 +158,7 @@ class Store(SavedSessions):
         """
         self.refresh(name)
         with self._lock:
+            self._entry(name)
             self._wait_until_free(name)
             file = self._entry(name).file
             delete_files((file and file.path) or self._folder.file(name))
