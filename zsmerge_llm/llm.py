@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.engine.scheduling import SchedulingConfig, check_cancelled
 from zsmerge_llm.generation.answer import Attempt, Request
-from zsmerge_llm.generation.arguments import check_arguments, check_batch, check_prompt, check_session, check_texts
+from zsmerge_llm.generation.arguments import check_arguments, check_batch, check_prompt, check_session
 from zsmerge_llm.generation.loops import check_length, collect, generate_batch
 from zsmerge_llm.generation.options import (
     BatchCompletionOptions,
@@ -284,8 +284,7 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         Raises:
             InputError: no text, or a file that is not text. Cancelled: `cancel` was set; nothing is kept.
         """
-        check_texts(name=name)
-        check_arguments(probe=probe, cancel=cancel, progress=progress)
+        check_arguments(name=name, probe=probe, cancel=cancel, progress=progress)
         content = read_text(document, text)
         return _read_document(self._load(), content, name, probe, self.max_input_tokens, cancel, progress)
 
