@@ -259,9 +259,8 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         return self.store.load(path)
 
     def add_session(self, session: Session) -> Session:
-        """Add a session made by `Session.fork` to this model's conversations, and return it."""
-        self.store.commit(check_session(session))
-        return session
+        """Add a session made by `Session.fork` to this model's conversations, and return it. Raises SessionError."""
+        return self.store.adopt(check_session(session))
 
     def read_document(
         self,

@@ -173,7 +173,7 @@ class Conversations:
     def _resolve(self, session: str | Session | None) -> tuple[str | None, str | None]:
         """Return a session's name and its document's text. A fork that is not in the store yet is put there."""
         if isinstance(session, Session) and session.name not in self.store:
-            self.store.commit(session)
+            self.store.adopt(session)
         name = session.name if isinstance(session, Session) else session
         if name is not None:
             self.store.refresh(name)

@@ -175,8 +175,21 @@ class Folder:
         session = load_session(path, self.fingerprint, self.expected)
         if session.head.digest != info.digest:
             raise SessionCorruptError(f"{path} was replaced by another conversation: it is read anew.")
-        session.name, session.named = info.name, info.named
+        session.name, session.named, session.origin = info.name, info.named, self
         return session
+
+    def checked(self, session: Session) -> Session:
+        """Return a session that another model or nobody has checked, its head rebuilt as its file would be loaded.
+
+        Raises:
+            SessionMismatchError, SessionCorruptError: as `load_session`. SessionStorageError: no room for a file.
+        """
+        with self._temporary() as path:
+            session.save(path, durable=False)
+            try:
+                return load_session(path, self.fingerprint, self.expected)
+            except SessionError as error:
+                raise type(error)(str(error).replace(str(path), f"Session {session.name!r}")) from error
 
     def rename(self, files: SavedFiles, name: str) -> SavedFiles:
         """Move the files of a session to a generated name. Raises OSError."""

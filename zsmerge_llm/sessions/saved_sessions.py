@@ -87,6 +87,7 @@ class SavedSessions(TieredSessions):
 
     def _put(self, session: Session, snapshots: Sequence[Snapshot], prefix_digests: Sequence[str]) -> None:
         session.add(snapshots, prefix_digests)
+        session.origin = self._folder
         entry = self._entries.pop(session.name, None) or StoreEntry(None)
         entry.session = session
         entry.uses, entry.version = entry.uses + 1, next(self._versions)

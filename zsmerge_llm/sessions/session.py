@@ -141,6 +141,7 @@ class Session:
         forked: whether `fork` made it, so that it continues under its own name even where it begins at a document.
         prefix_digests: digests of all prefixes of its messages, the shortest first. They explain what was not reused.
         transcript: what need not be computed again for its next turn; never saved.
+        origin: the folder of the store that has made or checked its caches; None: no model has checked them.
     """
 
     name: str
@@ -153,6 +154,7 @@ class Session:
     forked: bool = False
     prefix_digests: tuple[str, ...] = field(default=(), repr=False)
     transcript: Transcript | None = field(default=None, repr=False)
+    origin: object | None = field(default=None, repr=False)
 
     @property
     def head(self) -> Snapshot:
@@ -245,6 +247,7 @@ class Session:
             forked=True,
             prefix_digests=self.prefix_digests,
             transcript=self.transcript and self.transcript.of_session(None),
+            origin=self.origin,
         )
 
     def with_moved(self, snapshots: Iterable[Snapshot]) -> Session:
