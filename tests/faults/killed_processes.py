@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -75,12 +76,17 @@ def states(answered: Path) -> list[dict[str, Any]]:
 
 
 def check(folder: Path, answered: Path) -> dict[str, int]:
-    """Return counts of what was answered: found as it was, with a turn more, lost, or with another content."""
+    """Return counts of what was answered: found as it was, with a turn more, lost, or with another content.
+
+    It looks at a copy: a question to a conversation without a name would go on with it, and may displace others.
+    """
     counts = {"equal": 0, "newer": 0, "lost": 0, "wrong": 0, "leftovers": 0}
-    llm = start(folder)
+    copy = folder.with_name("copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    llm = start(shutil.copytree(folder, copy))
     llm.engine  # noqa: B018 - the folder is looked through now
     now = time.time()
-    counts["leftovers"] = sum(now - path.stat().st_mtime > 5 for path in folder.glob(".saving-*"))
+    counts["leftovers"] = sum(now - path.stat().st_mtime > 5 for path in copy.glob(".saving-*"))
     for name, state in zip(NAMES, states(answered), strict=True):
         if not state:
             continue

@@ -97,6 +97,10 @@ class Conversations:
         history, shared = find_history(known, request)
         return history.normalize(request, shared=shared)
 
+    def with_check(self, check: Callable[[], None]) -> Conversations:
+        """Return the same for one request, as `ChatTemplate.with_check`."""
+        return replace(self, template=self.template.with_check(check), prompts=self.prompts.with_check(check))
+
     def begin(
         self,
         history: MessageHistory,
