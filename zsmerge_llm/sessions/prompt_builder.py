@@ -47,8 +47,8 @@ class PromptBuilder:
     def with_check(self, check: Callable[[], None]) -> PromptBuilder:
         """Return the same for one request, as `ChatTemplate.with_check`."""
         template = self.template.with_check(check)
-        searches = (replace(each, template=template) for each in (self.passage_search, self.attention_search))
-        return PromptBuilder(template, self.config, *searches)
+        passages = replace(self.passage_search, template=template)
+        return PromptBuilder(template, self.config, passages, replace(self.attention_search, template=template))
 
     def build(
         self,
