@@ -30,7 +30,7 @@ KILLS_OF_A_FOLDER = 25
 
 
 def start(folder: Path) -> LLM:
-    return make_llm(sessions_dir=folder, retrieval_tokens=0, session_memory=3 * SNAPSHOT_NBYTES)
+    return make_llm(sessions_dir=folder, retrieval_tokens=0, compile=False, session_memory=3 * SNAPSHOT_NBYTES)
 
 
 def digest(cache: Cache) -> str:

@@ -43,7 +43,7 @@ def formats(name: str = "qwen3") -> OutputFormats:
 
 @cache
 def tiny() -> LLM:
-    return make_llm(cache=LARGE_CACHE)
+    return make_llm(cache=LARGE_CACHE, compile=False)
 
 
 def read_messages(value: Any) -> None:

@@ -80,6 +80,8 @@ class Folder:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             mode = self.path.stat().st_mode
+            with os.scandir(self.path):  # else it would only look empty
+                pass
         except OSError as error:
             raise ConfigError(f"Sessions cannot be kept in {path}: {error}. Give another folder.") from error
         if hasattr(os, "getuid") and mode & OTHERS_WRITE:
