@@ -15,6 +15,7 @@ second half of the run, handles and threads before and after.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -139,6 +140,7 @@ class Soak:
         self.wrong: list[dict[str, Any]] = []
         self.latencies: dict[str, list[float]] = {"turn": [], "first piece": []}
         self.samples: list[tuple[float, int, int, int]] = []
+        self.trimmed: list[int] = []
         self.over = threading.Event()
         self._start = start
         self._llm = start()
@@ -312,11 +314,15 @@ def run(soak: Soak, threads: int, seconds: float, restart_seconds: float) -> Non
     workers = [threading.Thread(target=soak.talk, args=(seed,)) for seed in range(threads)]
     for worker in workers:
         worker.start()
-    ends, next_restart, abrupt = time.monotonic() + seconds, time.monotonic() + restart_seconds, False
+    began, next_restart, abrupt = time.monotonic(), time.monotonic() + restart_seconds, False
+    half, ends = began + seconds / 2, began + seconds
     try:
         while time.monotonic() < ends and all(worker.is_alive() for worker in workers):
             time.sleep(min(1.0, max(0.0, ends - time.monotonic())))
             soak.observe()
+            if time.monotonic() > half:
+                half = ends
+                soak.trimmed.append(trimmed_resident())
             if time.monotonic() > next_restart:
                 soak.restart(abrupt)
                 next_restart, abrupt = time.monotonic() + restart_seconds, not abrupt
@@ -324,6 +330,14 @@ def run(soak: Soak, threads: int, seconds: float, restart_seconds: float) -> Non
         soak.over.set()
         for worker in workers:
             worker.join()
+        soak.trimmed.append(trimmed_resident())
+
+
+def trimmed_resident() -> int:
+    """Return the resident bytes after the C library has given back what is free in its arenas (glibc)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident()
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -370,6 +384,7 @@ def measure(
         soak.close()
         leftovers = [path.name for path in Path(folder).iterdir() if path.name.startswith(".")]
     samples, counts, errors, latencies, wrong = soak.samples, soak.counts, soak.errors, soak.latencies, soak.wrong
+    trimmed = soak.trimmed
     del soak, start
     gc.collect()
     after = open_resources()
@@ -382,6 +397,7 @@ def measure(
         "latency_ms": {name: percentiles(each) for name, each in latencies.items()},
         "resident_mb": {
             **{"before": resident_before / 1e6, "at_half": samples[len(samples) // 2][1] / 1e6},
+            **{"trimmed_at_half": trimmed[0] / 1e6, "trimmed_at_the_end": trimmed[-1] / 1e6},
             **{"at_the_end": samples[-1][1] / 1e6, "slope_per_hour": megabytes_per_hour(samples)},
         },
         "handles": {"before": before[0], "most": max(each[2] for each in samples), "after": after[0]},

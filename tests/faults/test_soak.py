@@ -15,8 +15,8 @@ import pytest
 from benchmarks.reliability.soak import make_llm, measure
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="handles and threads are those of Linux")
-GROWTH_MB = 150
-"""Most resident memory that may come in the second half of a run: less than what one cache of each thread takes."""
+GROWTH_MB = 50
+"""Most resident memory that may come in the second half of a run, beside what the C library holds in its arenas."""
 
 
 def assert_nothing_is_wrong_or_left(found: dict[str, Any]) -> None:
@@ -45,4 +45,4 @@ def test_thirty_two_threads_get_the_answers_of_a_single_one_for_minutes() -> Non
     assert_nothing_is_wrong_or_left(found)
     assert found["counts"]["compared"] > 500
     memory = found["resident_mb"]
-    assert memory["at_the_end"] - memory["at_half"] < GROWTH_MB, memory
+    assert memory["trimmed_at_the_end"] - memory["trimmed_at_half"] < GROWTH_MB, memory
