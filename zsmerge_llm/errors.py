@@ -21,7 +21,7 @@ ZSMergeError
     ├── SessionNotFoundError            no session of that name
     ├── SessionCorruptError             a saved session is truncated or was altered
     ├── SessionMismatchError            a session of another model, tokenizer, template or cache config
-    ├── SessionStorageError             the file of a session cannot be deleted
+    ├── SessionStorageError (OSError)   the file of a session cannot be written or deleted
     └── StoreFullError                  `session_memory` is too small for one session
 """
 
@@ -110,8 +110,8 @@ class SessionMismatchError(SessionError):
     """A session belongs to another model, tokenizer, template or cache configuration."""
 
 
-class SessionStorageError(SessionError):
-    """The file of a session cannot be deleted. The session is as it was before."""
+class SessionStorageError(SessionError, OSError):
+    """The file of a session cannot be written or deleted. The session is as it was before, and so is the file."""
 
 
 class StoreFullError(SessionError):

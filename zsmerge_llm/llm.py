@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.engine.scheduling import SchedulingConfig, check_cancelled
 from zsmerge_llm.generation.answer import Attempt, Request
-from zsmerge_llm.generation.arguments import check_batch, check_prompt, check_session, check_texts
-from zsmerge_llm.generation.loops import check_length, collect, generate_batch
+from zsmerge_llm.generation.arguments import check_arguments, check_batch, check_prompt, check_session
+from zsmerge_llm.generation.loops import check_length, collect
 from zsmerge_llm.generation.options import (
     BatchCompletionOptions,
     BatchOptions,
@@ -22,7 +22,7 @@ from zsmerge_llm.generation.options import (
     RequestOptions,
     with_options,
 )
-from zsmerge_llm.generation.turns import stream_turn
+from zsmerge_llm.generation.turns import answer_batch, start_turn
 from zsmerge_llm.language.grammar import Grammar
 from zsmerge_llm.language.messages import MessageHistory, normalize_messages
 from zsmerge_llm.models.device import validate_settings
@@ -232,16 +232,16 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         """
         wanted = RequestOptions.parse(ChatOptions, options)
         history, runtime = _check(messages, wanted.session, self._runtime.current), self._load()
-        turn, attempt = _begin_turn(runtime, history, wanted, self.max_input_tokens)
-        return stream_turn(runtime.engine, runtime.conversations, turn, attempt, wanted)
+        begin = partial(_begin_turn, runtime, history, wanted, self.max_input_tokens)
+        return start_turn(runtime.engine, runtime.conversations, begin, wanted)
 
     @with_options(BatchOptions)
     def batch(self, conversations: Sequence[Messages], **options: Unpack[BatchOptions]) -> list[Result]:
         """Answer several conversations together, in order, without sessions. Arguments and errors as for `stream`."""
         wanted, given = RequestOptions.parse(BatchOptions, options), check_batch(conversations, "conversations")
         checked, runtime = [normalize_messages(messages) for messages in given], self._load()
-        requests = [_batch_request(runtime, messages, wanted) for messages in checked]
-        return _generate_batch(runtime, requests, wanted, self.max_input_tokens)
+        build = partial(_batch_request, runtime, options=wanted)
+        return answer_batch(runtime.engine, runtime.tokenizer, build, checked, wanted, self.max_input_tokens)
 
     # -- sessions and documents --------------------------------------------------------------------------------------
 
@@ -259,9 +259,8 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         return self.store.load(path)
 
     def add_session(self, session: Session) -> Session:
-        """Add a session made by `Session.fork` to this model's conversations, and return it."""
-        self.store.commit(check_session(session))
-        return session
+        """Add a session made by `Session.fork` to this model's conversations, and return it. Raises SessionError."""
+        return self.store.adopt(check_session(session))
 
     def read_document(
         self,
@@ -284,7 +283,7 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         Raises:
             InputError: no text, or a file that is not text. Cancelled: `cancel` was set; nothing is kept.
         """
-        check_texts(name=name, probe=probe)
+        check_arguments(name=name, probe=probe, cancel=cancel, progress=progress)
         content = read_text(document, text)
         return _read_document(self._load(), content, name, probe, self.max_input_tokens, cancel, progress)
 
@@ -300,18 +299,16 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         """Continue a plain text, piece by piece, with nothing added to it. Arguments and errors as for `stream`."""
         wanted = RequestOptions.parse(CompletionOptions, options)
         text, runtime = check_prompt(prompt), self._load()
-        request = _completion_request(runtime, text, wanted)
-        check_length(len(request.prompt.ids), wanted.sampling, self.max_input_tokens, runtime.engine.exact_limit)
-        attempt = Attempt(request, runtime.engine.new_cache(request.prompt.config), runtime.tokenizer)
-        return stream_turn(runtime.engine, runtime.conversations, None, attempt, wanted)
+        begin = partial(_begin_completion, runtime, text, wanted, self.max_input_tokens)
+        return start_turn(runtime.engine, runtime.conversations, begin, wanted)
 
     @with_options(BatchCompletionOptions)
     def batch_complete(self, prompts: Sequence[str], **options: Unpack[BatchCompletionOptions]) -> list[Result]:
         """Continue several texts together, in order. Arguments and errors as for `stream`."""
         wanted = RequestOptions.parse(BatchCompletionOptions, options)
         texts, runtime = [check_prompt(prompt) for prompt in check_batch(prompts, "prompts")], self._load()
-        requests = [_completion_request(runtime, text, wanted) for text in texts]
-        return _generate_batch(runtime, requests, wanted, self.max_input_tokens)
+        build = partial(_completion_request, runtime, options=wanted)
+        return answer_batch(runtime.engine, runtime.tokenizer, build, texts, wanted, self.max_input_tokens)
 
 
 def _check(messages: Messages, session: str | Session | None, runtime: Runtime | None) -> MessageHistory:
@@ -323,15 +320,14 @@ def _begin_turn(
     runtime: Runtime, history: MessageHistory, options: RequestOptions, max_input_tokens: int | None
 ) -> tuple[Turn, Attempt]:
     """Find the conversation that these messages continue, and prepare the next answer. Raises as `LLM.stream`."""
-    messages, template = history.messages, runtime.template
+    conversations = runtime.conversations.with_check(partial(check_cancelled, options.cancel))
+    messages, template = history.messages, conversations.template
     output_format = options.output_format(runtime.output_formats, messages)
     instructed = output_format.with_instruction(messages)
     owner, reread = options.namespace, options.reread
-    turn = runtime.conversations.begin(
-        history, instructed, options.tools, options.session, namespace=owner, reread=reread
-    )
+    turn = conversations.begin(history, instructed, options.tools, options.session, namespace=owner, reread=reread)
     length = len(turn.tokens) - turn.retrieved_tokens
-    check_length(length, options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=5)
+    check_length(length, options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=6)
     question = messages[-1]["content"]
     prompt = Prompt(
         turn.tokens,
@@ -372,25 +368,26 @@ def _read_document(
 def _batch_request(runtime: Runtime, messages: list[Message], options: RequestOptions) -> Request:
     """Return the request for one conversation of a batch, which is read from its beginning."""
     output_format = options.output_format(runtime.output_formats, messages)
-    prompt = runtime.conversations.prompts.build(output_format.with_instruction(messages), options.tools)
+    prompts = runtime.conversations.prompts.with_check(partial(check_cancelled, options.cancel))
+    prompt = prompts.build(output_format.with_instruction(messages), options.tools)
     output_format = output_format.with_added(*prompt.added_texts)
     return Request(prompt, options.sampling, output_format, priority=options.priority)
 
 
-def _generate_batch(
-    runtime: Runtime, requests: Sequence[Request], options: RequestOptions, max_input_tokens: int | None
-) -> list[Result]:
-    with runtime.engine.requests.admit():
-        results = generate_batch(runtime.engine, runtime.tokenizer, requests, max_input_tokens, options.cancel)
-    if any(result.finish_reason == "cancelled" for result in results):
-        options.check_deadline()
-    return results
+def _begin_completion(
+    runtime: Runtime, text: str, options: RequestOptions, max_input_tokens: int | None
+) -> tuple[None, Attempt]:
+    """Prepare the continuation of a plain text, which is no turn of a conversation. Raises as `LLM.stream`."""
+    request = _completion_request(runtime, text, options)
+    check_length(len(request.prompt.ids), options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=6)
+    return None, Attempt(request, runtime.engine.new_cache(request.prompt.config), runtime.tokenizer)
 
 
 def _completion_request(runtime: Runtime, text: str, options: RequestOptions) -> Request:
     """Return the request for a plain text."""
-    ids = runtime.template.encode_prompt(text)
+    template = runtime.template.with_check(partial(check_cancelled, options.cancel))
+    ids = template.encode_prompt(text)
     config = runtime.layer_budgets.prompt_config(len(ids))
-    prompt = Prompt(ids, config, completion_probe(runtime.template, ids, text))
+    prompt = Prompt(ids, config, completion_probe(template, ids, text))
     output_format = runtime.output_formats.completion(options.response_format, options.grammar)
     return Request(prompt, options.sampling, output_format, continues_prompt=True, priority=options.priority)

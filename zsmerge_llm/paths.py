@@ -1,4 +1,4 @@
-"""Where this package keeps what it makes on a machine, in folders that only the user may write to."""
+"""Paths that users give, and where this package keeps what it makes: in folders that only the user may write to."""
 
 from __future__ import annotations
 
@@ -6,11 +6,32 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from zsmerge_llm.errors import ConfigError, UntrustedFolderError
+from zsmerge_llm.errors import ConfigError, InputError, UntrustedFolderError, shown
 
 KINDS = {stat.S_ISDIR: "folder", stat.S_ISREG: "file"}
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def as_path(path: Any, what: str) -> Path:
+    """Return a path that a user has given.
+
+    what: its name in the error.
+
+    Raises:
+        InputError: neither text nor a `Path`, empty, or with characters that no path has.
+    """
+    if not isinstance(path, (str, Path)):
+        raise InputError(f"{what} must be a path (text or a Path), not a {type(path).__name__}.")
+    text = str(path)
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        text = ""
+    if not path or not text or "\0" in text:
+        raise InputError(f"{what} must be the path of a file or folder, not {shown(path)}.")
+    return Path(path)
 
 
 def cache_folder(cache_dir: Path | str | None = None) -> Path:
@@ -73,7 +94,7 @@ def check_owner(path: Path, is_kind: Callable[[int], bool] = stat.S_ISREG) -> No
     """
     found = path.lstat()
     if not is_kind(found.st_mode):
-        raise UntrustedFolderError(f"{path} is a link or no {KINDS[is_kind]}. Remove it: it is made anew.")
+        raise UntrustedFolderError(f"{path} is a link or no {KINDS[is_kind]}. Move it elsewhere: it is made anew.")
     if hasattr(os, "getuid") and found.st_uid not in (0, os.getuid()):
         raise UntrustedFolderError(
             f"{path} belongs to another user, so it is not used. Remove it, or set ZSMERGE_CACHE_DIR to a folder of "

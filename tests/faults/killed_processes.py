@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -24,10 +25,12 @@ from zsmerge_llm import LLM
 from zsmerge_llm.kvcache.cache import Cache
 
 NAMES = ["one", "two", "three", None]
+KILLS_OF_A_FOLDER = 25
+"""After so many, a new folder with new conversations: those of the old one have become long."""
 
 
 def start(folder: Path) -> LLM:
-    return make_llm(sessions_dir=folder, retrieval_tokens=0, session_memory=3 * SNAPSHOT_NBYTES)
+    return make_llm(sessions_dir=folder, retrieval_tokens=0, compile=False, session_memory=3 * SNAPSHOT_NBYTES)
 
 
 def digest(cache: Cache) -> str:
@@ -73,12 +76,17 @@ def states(answered: Path) -> list[dict[str, Any]]:
 
 
 def check(folder: Path, answered: Path) -> dict[str, int]:
-    """Return counts of what was answered: found as it was, with a turn more, lost, or with another content."""
+    """Return counts of what was answered: found as it was, with a turn more, lost, or with another content.
+
+    It looks at a copy: a question to a conversation without a name would go on with it, and may displace others.
+    """
     counts = {"equal": 0, "newer": 0, "lost": 0, "wrong": 0, "leftovers": 0}
-    llm = start(folder)
+    copy = folder.with_name("copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    llm = start(shutil.copytree(folder, copy))
     llm.engine  # noqa: B018 - the folder is looked through now
     now = time.time()
-    counts["leftovers"] = sum(now - path.stat().st_mtime > 5 for path in folder.glob(".saving-*"))
+    counts["leftovers"] = sum(now - path.stat().st_mtime > 5 for path in copy.glob(".saving-*"))
     for name, state in zip(NAMES, states(answered), strict=True):
         if not state:
             continue
@@ -95,6 +103,10 @@ def check(folder: Path, answered: Path) -> dict[str, int]:
             usage = Chat(llm, name, state["messages"]).ask("Go on").usage
             counts["equal" if usage.reuse in ("continued", "restored") else "lost"] += 1
     return counts
+
+
+def write_check(kept: Path, answered: Path, report: Path) -> None:
+    report.write_text(json.dumps(check(kept, answered)))
 
 
 def forked(work: Callable[[], Any]) -> int:
@@ -115,11 +127,12 @@ def forked(work: Callable[[], Any]) -> int:
 def main(folder: Path, kills: int, seconds: float) -> None:
     totals: dict[str, int] = {"killed": 0, "failed": 0}
     choices, deadline = random.Random(0), time.monotonic() + seconds
-    answered, report = folder / "answered", folder / "report"
+    report = folder / "report"
     for number in range(kills):
         if time.monotonic() > deadline:
             break
-        pid = forked(partial(take_turns, folder / "kept", answered, number))
+        kept, answered = (folder / f"{name}-{number // KILLS_OF_A_FOLDER}" for name in ("kept", "answered"))
+        pid = forked(partial(take_turns, kept, answered, number))
         before = answered.stat().st_size if answered.exists() else 0
         while not answered.exists() or answered.stat().st_size == before:  # until a turn of its own is answered
             if os.waitpid(pid, os.WNOHANG)[0]:
@@ -129,7 +142,7 @@ def main(folder: Path, kills: int, seconds: float) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         report.unlink(missing_ok=True)
-        checking = forked(lambda: report.write_text(json.dumps(check(folder / "kept", answered))))
+        checking = forked(partial(write_check, kept, answered, report))
         totals["killed"] += 1
         totals["failed"] += os.waitpid(checking, 0)[1] != 0
         for key, count in (json.loads(report.read_text()) if report.exists() else {}).items():

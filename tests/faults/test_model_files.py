@@ -98,6 +98,8 @@ def test_a_hub_model_stays_at_the_revision_that_was_used_first(copies: Path) -> 
     assert load_tiny(NAME).source.name == OLD  # type: ignore[union-attr]
     (copies / "refs" / "main").write_text(NEW)
     assert hub.hub_folder(NAME, lambda step: None).name == OLD
+    assert hub.config_folder(NAME, lambda step: None).name == OLD  # of plans and `explain`
+    assert hub.config_folder(f"{NAME}@{NEW}", lambda step: None).name == NEW
     assert load_tiny(f"{NAME}@{NEW}").source.name == NEW  # type: ignore[union-attr]
     shutil.rmtree(copies / "snapshots" / OLD)
     assert hub.hub_folder(NAME, lambda step: None).name == NEW

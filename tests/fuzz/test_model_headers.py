@@ -74,8 +74,13 @@ def many(test: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a tiny model as a GGUF file and as a folder, and a cache folder for what is made of it."""
-    where = tmp_path_factory.mktemp("fuzz")
+    with tiny_models(tmp_path_factory.mktemp("fuzz")) as where:
+        yield where
+
+
+@contextmanager
+def tiny_models(where: Path) -> Iterator[Path]:
+    """Fill a folder with a tiny model as a GGUF file and as a folder, and a cache folder for what is made of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZSMERGE_CACHE_DIR", str(where / "cache"))
         file = write_gguf(where / "tiny.gguf", random_model("llama", tie_word_embeddings=True), "llama")

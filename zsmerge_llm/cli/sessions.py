@@ -81,10 +81,7 @@ def inspect_session(
         memory = memory_map(opened)
         tokenizer = _tokenizer(model, opened)
         target = output or Path(re.sub(r"[^\w.-]+", "-", opened.name).strip(".-") or "session").with_suffix(".html")
-        try:
-            write_html(memory, tokenizer, target, opened.name)
-        except OSError as error:
-            raise InputError(f"{target} cannot be written ({error.strerror}): give another --output.") from error
+        write_html(memory, tokenizer, target, opened.name)
     _print_summary(terminal, memory)
     terminal.print(f"{target}: {target.stat().st_size / 1e3:,.0f} kB")
     if show:

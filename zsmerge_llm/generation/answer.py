@@ -198,7 +198,8 @@ class Attempt:
         return Answer(
             result=Result(self._text, reason, usage, calls, parsed.invalid, self._reasoning),
             last_chunk=Chunk(
-                piece.text, reason, usage, calls, parsed.invalid, piece.reasoning, self._last_deltas(calls)
+                *(piece.text, reason, usage, calls, parsed.invalid, piece.reasoning),
+                tool_call_deltas=self._last_deltas(calls),
             ),
             tokens=self._tokens,
             retry_format=None if self._text or cancelled else self._retry_format(bool(calls), redundant),

@@ -20,8 +20,14 @@ def check_types(options: Any) -> None:
     Raises:
         InputError: names the option, and what it must be.
     """
-    for name, (is_valid, expected) in _EXPECTED.items():
-        if not is_valid(value := getattr(options, name)):
+    check_arguments(**{name: getattr(options, name) for name in _EXPECTED})
+
+
+def check_arguments(**given: Any) -> None:
+    """Refuse arguments of a wrong type, by the names that options have. Raises InputError."""
+    for name, value in given.items():
+        is_valid, expected = _TEXT if name == "name" else _EXPECTED[name]
+        if not is_valid(value):
             raise InputError(f"{name} must be {expected}, not a {type(value).__name__}.")
 
 
@@ -29,15 +35,8 @@ def check_session(session: Any) -> Session:
     """Return a session. Raises InputError: it is none."""
     if not _is_session(session):
         raise InputError(f"This must be a Session, not a {type(session).__name__}: Session.fork makes one.")
-    check_texts(name=session.name)
+    check_arguments(name=session.name)
     return cast("Session", session)
-
-
-def check_texts(**texts: Any) -> None:
-    """Refuse arguments, by their names, that are neither text nor None. Raises InputError."""
-    for name, text in texts.items():
-        if text is not None and not isinstance(text, str):
-            raise InputError(f"{name} must be text, not a {type(text).__name__}.")
 
 
 def check_batch(entries: Any, name: str) -> Sequence[Any]:
@@ -71,6 +70,7 @@ def _or_none(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or is_valid(value)
 
 
+_TEXT = _or_none(lambda value: isinstance(value, str)), "text"
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sampling": (lambda value: isinstance(value, SamplingParams), "a SamplingParams"),
     "session": (
@@ -81,7 +81,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         _or_none(lambda value: isinstance(value, str) and value != "" and "/" not in value),
         "a text without a slash",
     ),
-    "probe": (_or_none(lambda value: isinstance(value, str)), "text"),
+    "probe": _TEXT,
     "grammar": (_or_none(lambda value: isinstance(value, Grammar)), "a Grammar, such as Grammar.regex(...)"),
     "cancel": (_or_none(lambda value: callable(getattr(value, "is_set", None))), "a threading.Event"),
     "progress": (_or_none(callable), "a function of two numbers"),

@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from zsmerge_llm.generation.answer import Answer, Attempt
-from zsmerge_llm.generation.loops import generate
+from zsmerge_llm.engine.scheduling import Cancelled
+from zsmerge_llm.generation.answer import Answer, Attempt, Request
+from zsmerge_llm.generation.loops import collect, generate, generate_batch
 from zsmerge_llm.generation.options import RequestOptions
 from zsmerge_llm.retrieval.passage_search import pinned_tail_tokens
-from zsmerge_llm.types import Chunk
+from zsmerge_llm.types import Chunk, Result, Usage
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from zsmerge_llm.engine.engine import Engine
     from zsmerge_llm.sessions.conversations import Conversations, Turn
+
+
+def start_turn(
+    engine: Engine,
+    conversations: Conversations,
+    begin: Callable[[], tuple[Turn | None, Attempt]],
+    options: RequestOptions,
+) -> Iterator[Chunk]:
+    """Prepare an answer and return its stream: a cancelled one where it is stopped before. Raises as `begin`."""
+    try:
+        turn, attempt = begin()
+    except Cancelled:
+        return _cancelled_stream(options)
+    return stream_turn(engine, conversations, turn, attempt, options)
+
+
+def answer_batch(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    build: Callable[[Any], Request],
+    prompts: Sequence[Any],
+    options: RequestOptions,
+    max_input_tokens: int | None,
+) -> list[Result]:
+    """Answer several prompts together, in order. build: makes a prompt's request, and raises as this does."""
+    try:
+        requests = [build(prompt) for prompt in prompts]
+    except Cancelled:
+        return [collect(_cancelled_stream(options)) for _ in prompts]
+    with engine.requests.admit():
+        results = generate_batch(engine, tokenizer, requests, max_input_tokens, options.cancel)
+    if any(result.finish_reason == "cancelled" for result in results):
+        options.check_deadline()
+    return results
+
+
+def _cancelled_stream(options: RequestOptions) -> Iterator[Chunk]:
+    """Yield the last chunk of a request that was stopped before its prompt was known."""
+    options.check_deadline()
+    yield Chunk("", "cancelled", Usage(0, 0, 0, 0, 0.0, 0.0, 0))
 
 
 def stream_turn(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zsmerge_llm.errors import InputError
 from zsmerge_llm.inspection.memory_map import LayerMap, MemoryMap
 from zsmerge_llm.inspection.spans import (
     LEVELS,
@@ -33,6 +34,7 @@ from zsmerge_llm.inspection.spans import (
     split_passages,
     token_styles,
 )
+from zsmerge_llm.paths import as_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,11 +44,18 @@ LISTED_PASSAGES = 8
 
 
 def write_html(memory: MemoryMap, tokenizer: PreTrainedTokenizerBase, path: str | Path, title: str = "Session") -> Path:
-    """Write the page to `path` in UTF-8, and return the path. Only the owner may read it. Raises OSError."""
-    target = Path(path)
+    """Write the page to `path` in UTF-8, and return the path. Only the owner may read it.
+
+    Raises:
+        InputError: no path, or one that cannot be written to.
+    """
+    target = as_path(path, "The path of a page")
     page = render(memory, tokenizer, title)
-    with open(target, "w", encoding="utf-8", newline="\n", opener=_private) as file:
-        file.write(page)
+    try:
+        with open(target, "w", encoding="utf-8", newline="\n", opener=_private) as file:
+            file.write(page)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}): give another path.") from error
     return target
 
 

@@ -135,8 +135,10 @@ def memory_map(session: Session) -> MemoryMap:
     """Return what the newest snapshot of a session holds. The session is not changed.
 
     Raises:
-        InputError: a session that has read nothing.
+        InputError: no session, or one that has read nothing.
     """
+    if not isinstance(getattr(session, "cache", None), Cache):
+        raise InputError(f"This must be a Session, not a {type(session).__name__}: LLM.session gives one.")
     return map_cache(session.cache, session.tokens)
 
 

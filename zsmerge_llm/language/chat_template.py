@@ -75,6 +75,7 @@ class ChatTemplate:
         self.today = today or date.today()
         self.args = dict(args or {})
         self._control_tokens = None if allow_control_tokens else ControlTokens(tokenizer)
+        self._check: Callable[[], None] = lambda: None
         self._long_text = LongText(tokenizer)
         self._watchdog = Watchdog()
 
@@ -82,6 +83,15 @@ class ChatTemplate:
         """Return the same template with another date."""
         template = copy.copy(self)
         template.today = today
+        return template
+
+    def with_check(self, check: Callable[[], None]) -> ChatTemplate:
+        """Return the same template, which calls `check` before each piece of a long text that it tokenizes.
+
+        What that raises ends the work.
+        """
+        template = copy.copy(self)
+        template._check = check
         return template
 
     def source(self, tools: Tools = None) -> str:
@@ -147,10 +157,8 @@ class ChatTemplate:
                 "Change them accordingly, or pass another template as chat_template=."
             ) from error
 
-    def encode(self, text: str, check: Callable[[], None] | None = None) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Return the ids of rendered text. Nothing is added: a template writes its own BOS.
-
-        check: called before each piece of a long text; what it raises ends the work.
 
         Raises:
             InputError: no valid Unicode. ContextLimitError: as `LongText.pieces`.
@@ -158,8 +166,7 @@ class ChatTemplate:
         _check_text(text)
         ids: list[int] = []
         for piece in self._long_text.pieces(text):
-            if check is not None:
-                check()
+            self._check()
             if self._control_tokens is not None and SEPARATOR in piece:
                 ids += self._control_tokens.encode(piece)
             else:
@@ -184,6 +191,7 @@ class ChatTemplate:
         before = next(at for at in range(len(whole)) if whole[at : at + len(ids)] == ids)
         suffix = whole[before + len(ids) :]
         for piece in others:
+            self._check()
             ids += self._ids(piece, add_special_tokens=False)
         return [*whole[:before], *ids, *suffix]
 

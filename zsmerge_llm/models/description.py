@@ -45,11 +45,11 @@ def describe(
     name = str(model)
     if name in hub.BUILTINS:
         builtin = hub.BUILTINS[name]
-        path = hub.builtin_local(builtin, cache) or hub.config_folder(builtin.hub_id, report_status)
+        path = hub.builtin_local(builtin, cache) or hub.config_folder(builtin.hub_id, report_status, cache)
     elif (found := local_path(model)) is not None:
         path, name = found, found.resolve().name if found.is_dir() else found.stem
     else:
-        path = hub.config_folder(name, report_status)
+        path = hub.config_folder(name, report_status, cache)
     if path.is_file():
         converted = gguf.folder_for(path, cache)
         if not converted.is_dir():

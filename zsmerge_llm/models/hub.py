@@ -110,13 +110,13 @@ def builtin_local(model: Builtin, cache: Path) -> Path | None:
     return converted if is_complete(converted) else copy if copy.is_file() else _hub_copy(model.hub_id)
 
 
-def config_folder(hub_id: str, report_status: StatusCallback) -> Path:
-    """Return a folder with a Hub model's config: the model's own where it is cached, else without its weights.
+def config_folder(hub_id: str, report_status: StatusCallback, cache: Path | None = None) -> Path:
+    """Return a folder with a Hub model's config: the one that `hub_folder` takes if it is cached, else without weights.
 
     Raises:
         ModelNotFoundError, LoadError: as `hub_folder`.
     """
-    if cached := _hub_copy(hub_id):
+    if cached := _cached_copy(hub_id, cache or cache_folder()):
         return cached
     revision = _revision(_ask_hub(hub_id))
     report_status(f"Fetching the config of {hub_id}")
@@ -142,10 +142,8 @@ def hub_folder(hub_id: str, report_status: StatusCallback, cache: Path | None = 
         LoadError: the download was interrupted.
     """
     cache = cache or cache_folder()
-    pinned = None if "@" in hub_id else pinned_revision(hub_id, cache)
-    folder = _hub_copy(f"{hub_id}@{pinned}") if pinned else None
-    folder = folder or _hub_copy(hub_id) or _download(hub_id, report_status)
-    if "@" not in hub_id and folder.parent.name == "snapshots" and folder.name != pinned:
+    folder = _cached_copy(hub_id, cache) or _download(hub_id, report_status)
+    if "@" not in hub_id and folder.parent.name == "snapshots" and folder.name != pinned_revision(hub_id, cache):
         pin_revision(hub_id, folder.name, cache)
     verify(folder, cache, f"remove {folder} with what its files link to, and the model is fetched again")
     return folder
@@ -178,6 +176,12 @@ def has_weights(folder: Path) -> bool:
     """Return whether a model folder holds all shards of its weights."""
     files = weight_files(folder)
     return bool(files) and all(file.is_file() for file in files)
+
+
+def _cached_copy(hub_id: str, cache: Path) -> Path | None:
+    """Return the cached folder of a Hub model: of the named revision, else of the one that was used first."""
+    pinned = None if "@" in hub_id else pinned_revision(hub_id, cache)
+    return (_hub_copy(f"{hub_id}@{pinned}") if pinned else None) or _hub_copy(hub_id)
 
 
 def _hub_copy(hub_id: str) -> Path | None:

@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from zsmerge_llm.errors import ContextLimitError, InputError
 from zsmerge_llm.language.long_text import MAX_TEXT
+from zsmerge_llm.paths import as_path
 
 MAX_BYTES = 4 * MAX_TEXT
 """Bytes of a longest file: no character takes more than four."""
@@ -33,6 +34,7 @@ def read_text(document: str | Path | None, text: str | None = None) -> tuple[str
         raise InputError(f"A document is a text or the path of a text file, not a {kind}.")
     if isinstance(document, str):
         text, document = (document, None) if (path := _existing(document)) is None else (None, path)
+    document = as_path(document, "document") if document is not None else None
     try:
         content = io.TextIOWrapper(io.BytesIO(read_file(document)), "utf-8").read() if document else str(text)
     except (OSError, UnicodeDecodeError) as error:

@@ -114,6 +114,10 @@ class Conversations:
         history, shared = find_history(known, request)
         return history.normalize(request, shared=shared)
 
+    def with_check(self, check: Callable[[], None]) -> Conversations:
+        """Return the same for one request, as `ChatTemplate.with_check`."""
+        return replace(self, template=self.template.with_check(check), prompts=self.prompts.with_check(check))
+
     def begin(
         self,
         history: MessageHistory,
@@ -202,7 +206,7 @@ class Conversations:
     def _resolve(self, session: str | Session | None) -> tuple[str | None, str | None]:
         """Return a session's name and its document's text. A fork that is not in the store yet is put there."""
         if isinstance(session, Session) and session.name not in self.store:
-            self.store.commit(session)
+            self.store.adopt(session)
         name = session.name if isinstance(session, Session) else session
         if name is not None:
             self.store.refresh(name)

@@ -57,16 +57,16 @@ class Documents:
         name: str | None,
         title: str,
         question_known: bool = False,
-        check: Callable[[], None] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> DocumentReading:
         """Return the session of a document, and what is to be read of it.
 
         Args:
             name: the session's name. None: `title`, or something like it where that is another session's.
             question_known: whether the probe is what will be asked, so that the cache need not suit any question.
-            check: as for `ChatTemplate.encode`.
+            check: as for `ChatTemplate.with_check`.
         """
-        digest, template = self.digest(text), self.template.with_date(self.today())
+        digest, template = self.digest(text), self.template.with_date(self.today()).with_check(check)
         if name is not None:
             self.store.refresh(name)
         for candidate, _ in self.store.find_resume_points({digest: 0}, name):
@@ -78,7 +78,7 @@ class Documents:
                     continue
                 snapshot = found.snapshot
                 return DocumentReading(found.session, digest, snapshot.cache, TokenIds.of(snapshot.tokens), [])
-        ids = template.encode(document_head(template, text), check)
+        ids = template.encode(document_head(template, text))
         if name is None:
             name = title if title not in self.store else f"{title}-{digest[:8]}"
         session = Session(name, self.store.fingerprint, template.today, document=text)

@@ -129,8 +129,8 @@ def refusing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[FileIO]:
-    if not path.is_file():
-        raise SessionNotFoundError(f"There is no saved session at {path}.")
+    if not _is_file(path):
+        raise SessionNotFoundError(f"There is no saved session at {path}: check the path.")
     try:
         with path.open("rb", buffering=0) as file:
             yield file
@@ -138,15 +138,21 @@ def _open(path: Path) -> Iterator[FileIO]:
         raise corrupt_error(path, "cannot be read") from error
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _read_header(path: Path, file: FileIO, key: bytes | None) -> tuple[dict[str, Any], dict[str, TensorInfo], bytes]:
     """Return the JSON, the shapes of all tensors, and the bytes read. Raises what `refusing` turns into an error."""
     prefix = file.read(8)
     size = int.from_bytes(prefix, "little")
     if size > min(MAX_HEADER, os.fstat(file.fileno()).st_size - 8):
-        raise TypeError("no header")
+        raise _foreign_error(path)
     content = file.read(size)
-    header = _parse(content)
-    own = header.pop("__metadata__")
+    header, own = _own_header(path, content)
     text = own[METADATA]
     metadata = _parse(text)
     version = metadata["format"]
@@ -159,6 +165,18 @@ def _read_header(path: Path, file: FileIO, key: bytes | None) -> tuple[dict[str,
             "use the version it was saved with, or read the conversation anew."
         )
     return metadata, {name: TensorInfo.parse(each) for name, each in header.items()}, prefix + content
+
+
+def _own_header(path: Path, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a header, and what `write` has put into it. Raises SessionCorruptError: it was not written by that."""
+    try:
+        header = _parse(content)
+        own = header.pop("__metadata__")
+        if not {METADATA, METADATA_DIGEST, CHECKSUM} <= own.keys():
+            raise TypeError("another file of tensors")
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise _foreign_error(path) from error
+    return header, own
 
 
 def _parse(text: str | bytes) -> dict[str, Any]:
@@ -180,6 +198,13 @@ def corrupt_error(path: Path, problem: str) -> SessionCorruptError:
     """Return the error for a file that cannot be trusted."""
     return SessionCorruptError(
         f"{path} {problem}: it is truncated or was altered. Delete it and read the conversation anew."
+    )
+
+
+def _foreign_error(path: Path) -> SessionCorruptError:
+    """Return the error for a file that may be anything, and somebody's only copy: it is not to be deleted."""
+    return SessionCorruptError(
+        f"{path} is no saved session, or its beginning is damaged: give a file that Session.save has written."
     )
 
 

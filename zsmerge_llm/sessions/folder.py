@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionError, SessionStorageError
+from zsmerge_llm.errors import ConfigError, InputError, SessionCorruptError, SessionError, SessionStorageError
 from zsmerge_llm.models.atomic_write import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, sync_folder
 from zsmerge_llm.models.file_locks import delete_leftovers, locked
+from zsmerge_llm.paths import as_path
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.seal import session_key
 from zsmerge_llm.sessions.session import Fingerprint, Session, SessionInfo, Snapshot, file_stamp, load_session
@@ -71,7 +72,7 @@ class Folder:
         durable: bool,
         expected: ExpectedCache | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = _folder_path(path)
         self.fingerprint = fingerprint
         self.durable = durable
         self.expected = expected
@@ -79,6 +80,8 @@ class Folder:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             mode = self.path.stat().st_mode
+            with os.scandir(self.path):  # else it would only look empty
+                pass
         except OSError as error:
             raise ConfigError(f"Sessions cannot be kept in {path}: {error}. Give another folder.") from error
         if hasattr(os, "getuid") and mode & OTHERS_WRITE:
@@ -174,8 +177,21 @@ class Folder:
         session = load_session(path, self.fingerprint, self.expected)
         if session.head.digest != info.digest:
             raise SessionCorruptError(f"{path} was replaced by another conversation: it is read anew.")
-        session.name, session.named = info.name, info.named
+        session.name, session.named, session.origin = info.name, info.named, self
         return session
+
+    def checked(self, session: Session) -> Session:
+        """Return a session that another model or nobody has checked, its head rebuilt as its file would be loaded.
+
+        Raises:
+            SessionMismatchError, SessionCorruptError: as `load_session`. SessionStorageError: no room for a file.
+        """
+        with self._temporary() as path:
+            session.save(path, durable=False)
+            try:
+                return load_session(path, self.fingerprint, self.expected)
+            except SessionError as error:
+                raise type(error)(str(error).replace(str(path), f"Session {session.name!r}")) from error
 
     def rename(self, files: SavedFiles, name: str) -> SavedFiles:
         """Move the files of a session to a generated name. Raises OSError."""
@@ -286,6 +302,13 @@ def _name(metadata: dict[str, Any], path: Path) -> str:
     suffix = _suffix(metadata["fingerprint"])
     unchanged = path.name == f"{_stem(metadata['name'])}{suffix}"
     return metadata["name"] if unchanged else path.name.removesuffix(suffix).removesuffix(SUFFIX)
+
+
+def _folder_path(path: Any) -> Path:
+    try:
+        return as_path(path, "sessions_dir")
+    except InputError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _suffix(fingerprint: dict[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import InputError
@@ -43,6 +43,12 @@ class PromptBuilder:
     config: Callable[[int, int], CacheConfig]
     passage_search: PassageSearch
     attention_search: AttentionSearch
+
+    def with_check(self, check: Callable[[], None]) -> PromptBuilder:
+        """Return the same for one request, as `ChatTemplate.with_check`."""
+        template = self.template.with_check(check)
+        passages = replace(self.passage_search, template=template)
+        return PromptBuilder(template, self.config, passages, replace(self.attention_search, template=template))
 
     def build(
         self,

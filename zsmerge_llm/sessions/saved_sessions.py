@@ -56,7 +56,7 @@ class SavedSessions(TieredSessions):
         What it has continued is taken over. Where it has given the name to another conversation, the one in memory
         goes on under a generated name.
         """
-        if not self.persistent:
+        if not self.persistent or not isinstance(name, str):
             return
         with self._lock:
             entry = self._entries.get(name)
@@ -102,6 +102,7 @@ class SavedSessions(TieredSessions):
 
     def _put(self, session: Session, snapshots: Sequence[Snapshot], prefix_digests: Sequence[str]) -> None:
         session.add(snapshots, prefix_digests)
+        session.origin = self._folder
         entry = self._entries.pop(session.name, None) or StoreEntry(None)
         entry.session = session
         entry.uses, entry.version = entry.uses + 1, next(self._versions)

@@ -15,7 +15,7 @@ from zsmerge_llm.errors import ConfigError
 
 KEY_VARIABLE = "ZSMERGE_SESSION_KEY"
 """The variable that names the file of the key."""
-MIN_KEY_BYTES = 32
+MIN_KEY_BYTES, MAX_KEY_BYTES = 32, 4096
 OTHERS = 0o077
 
 
@@ -23,24 +23,26 @@ def session_key() -> bytes | None:
     """Return the key in the file that ZSMERGE_SESSION_KEY names; None where the variable is not set.
 
     Raises:
-        ConfigError: no such file, one that others may read, or fewer than 32 bytes.
+        ConfigError: no such file, one that others may read, or fewer than 32 bytes, or more than 4,096.
     """
     name = os.environ.get(KEY_VARIABLE)
     if not name:
         return None
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
+        if not path.is_file():  # a device may never end, and a pipe never begin
+            raise FileNotFoundError(f"there is no file {path}")
         with path.open("rb") as file:
-            found, key = os.fstat(file.fileno()), file.read()
-    except OSError as error:
-        remedy = f"(umask 077; head -c {MIN_KEY_BYTES} /dev/urandom > {path})"
+            found, key = os.fstat(file.fileno()), file.read(MAX_KEY_BYTES + 1)
+    except (OSError, RuntimeError) as error:  # or no home folder
+        remedy = f"(umask 077; head -c {MIN_KEY_BYTES} /dev/urandom > {name})"
         raise ConfigError(
             f"The session key that {KEY_VARIABLE} names cannot be read: {error}. Make one: {remedy}"
         ) from error
     if hasattr(os, "getuid") and (found.st_mode & OTHERS or found.st_uid not in (0, os.getuid())):
         raise ConfigError(f"Others may read the session key {path}: run chmod 600 {path}, or make a new one.")
-    if len(key) < MIN_KEY_BYTES:
-        raise ConfigError(f"The session key {path} has {len(key)} bytes: give at least {MIN_KEY_BYTES} random ones.")
+    if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
+        raise ConfigError(f"The session key {path} must have at least {MIN_KEY_BYTES} random bytes, at most 4,096.")
     return key
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from zsmerge_llm.errors import InputError, SessionMismatchError
+from zsmerge_llm.errors import InputError, SessionMismatchError, SessionStorageError
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.paths import as_path
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.identity import Fingerprint, Kind
 from zsmerge_llm.sessions.token_ids import TokenIds
@@ -140,6 +141,7 @@ class Session:
         forked: whether `fork` made it, so that it continues under its own name even where it begins at a document.
         prefix_digests: digests of all prefixes of its messages, the shortest first. They explain what was not reused.
         transcript: what need not be computed again for its next turn; never saved.
+        origin: the folder of the store that has made or checked its caches; None: no model has checked them.
     """
 
     name: str
@@ -152,6 +154,7 @@ class Session:
     forked: bool = False
     prefix_digests: tuple[str, ...] = field(default=(), repr=False)
     transcript: Transcript | None = field(default=None, repr=False)
+    origin: object | None = field(default=None, repr=False)
 
     @property
     def head(self) -> Snapshot:
@@ -244,6 +247,7 @@ class Session:
             forked=True,
             prefix_digests=self.prefix_digests,
             transcript=self.transcript and self.transcript.of_session(None),
+            origin=self.origin,
         )
 
     def with_moved(self, snapshots: Iterable[Snapshot]) -> Session:
@@ -271,9 +275,9 @@ class Session:
             durable: whether it must outlast a power failure too, and not only the end of the process.
 
         Raises:
-            OSError: no room or no permission. The file that was there stays.
+            InputError: no path. SessionStorageError: no room or no permission. The file that was there stays.
         """
-        head, target = self.head, Path(path)
+        head, target = self.head, as_path(path, "The path of a session's file")
         tensors, cache_metadata = head.cache.state()
         tensors = {**tensors, "tokens": torch.tensor(head.tokens[:], dtype=torch.int32)}
         if self.document:
@@ -286,7 +290,12 @@ class Session:
             "kind": head.kind,
             "cache": cache_metadata,
         }
-        file_format.write(target, metadata, tensors, durable)
+        try:
+            file_format.write(target, metadata, tensors, durable)
+        except OSError as error:
+            raise SessionStorageError(
+                f"The session cannot be saved as {target} ({error.strerror or error}): give another path, or make room."
+            ) from error
         return target
 
 
@@ -300,12 +309,12 @@ def load_session(
         expected: what its cache must be like. None: whatever the file describes, in host memory.
 
     Raises:
-        SessionNotFoundError: no such file.
+        InputError: no path. SessionNotFoundError: no such file.
         SessionCorruptError: truncated, altered, no session at all, or none that this model can have made.
         SessionMismatchError: saved with another model, tokenizer, template or cache configuration, or in another
             format.
     """
-    source = Path(path)
+    source = as_path(path, "The path of a session's file")
     checked: list[SavedCache] = []
 
     def check(facts: dict[str, Any], tensors: dict[str, file_format.TensorInfo]) -> None:

@@ -120,8 +120,8 @@ class SessionTable:
         with self._lock:
             return iter([self._describe(entry) for entry in reversed(self._entries.values())])
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._entries
 
     @property
     def nbytes(self) -> int:
@@ -157,7 +157,7 @@ class SessionTable:
     def info(self, name: str) -> SessionInfo | None:
         """Return the description of a session without loading it; None where there is none."""
         with self._lock:
-            return self._describe(self._entries[name]) if name in self._entries else None
+            return self._describe(self._entries[name]) if name in self else None
 
     def version(self, name: str) -> int | None:
         """Return a number that changes with every change of a session; None where there is no such session."""

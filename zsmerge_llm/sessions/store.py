@@ -109,6 +109,17 @@ class Store(SavedSessions):
         self._save(session.name)
         self._rebalance()
 
+    def adopt(self, session: Session) -> Session:
+        """Keep a session that a caller hands in, as `commit`, and return it; one of elsewhere is checked before.
+
+        Raises:
+            SessionMismatchError, SessionCorruptError: as `load_session`. SessionStorageError: it cannot be checked.
+        """
+        if session.origin is not self._folder:
+            session = self._folder.checked(session)
+        self.commit(session)
+        return session
+
     def commit_turn(
         self,
         session: Session,
@@ -162,6 +173,7 @@ class Store(SavedSessions):
         """
         self.refresh(name)
         with self._lock:
+            self._entry(name)
             self._wait_until_free(name)
             file = self._entry(name).file
             delete_files((file and file.path) or self._folder.file(name))
