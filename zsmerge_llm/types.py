@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 """`length`: limited by `max_tokens`. With a grammar or in a tool call the answer is complete all the same, only shorter
-than the model would have made it, if any complete one fits."""
+than the model would have made it, if any complete one fits. `Result.format_error` says if none did."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ class Result:
     """Calls that could not be parsed, in the same format, each with an `error`. Their name may be None."""
     reasoning: str = ""
     """What a reasoning model wrote before its answer (`<think>...</think>`); not part of the text."""
+    format_error: str = ""
+    """How the answer breaks the schema of its response format or its tools: it was cut, or has a value that a keyword
+    forbids which cannot be enforced while decoding. "" if it is valid."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,4 @@ class Chunk:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     invalid_tool_calls: list[dict[str, Any]] = field(default_factory=list)
     reasoning: str = ""
+    format_error: str = ""

@@ -169,9 +169,10 @@ class Attempt:
         calls = [] if self._text and redundant else parsed.calls
         reason = "cancelled" if cancelled else self._finish_reason(bool(calls))
         usage = self._usage(cancelled)
+        error = "" if cancelled else self.output_format.error(self._text, calls)
         return Answer(
-            result=Result(self._text, reason, usage, calls, parsed.invalid, self._reasoning),
-            last_chunk=Chunk(piece.text, reason, usage, calls, parsed.invalid, piece.reasoning),
+            result=Result(self._text, reason, usage, calls, parsed.invalid, self._reasoning, error),
+            last_chunk=Chunk(piece.text, reason, usage, calls, parsed.invalid, piece.reasoning, error),
             tokens=self._tokens,
             needs_fallback=bool(calls) and redundant and self.output_format.fallback is not None,
         )
