@@ -11,7 +11,8 @@ import pytest
 from tests.support.chat import make_llm
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.errors import InputError, UnsupportedSchemaError
-from zsmerge_llm.language.json_schema import check_schema, check_strict, enforceable, validation_error
+from zsmerge_llm.language.json_schema import enforceable, validation_error
+from zsmerge_llm.language.schema_checks import check_schema, check_strict
 
 DECIMAL = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"
 

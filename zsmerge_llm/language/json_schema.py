@@ -13,8 +13,6 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from zsmerge_llm.errors import InputError, UnsupportedSchemaError, shown
-
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords whose value maps names to schemas."""
 SCHEMA_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
@@ -36,13 +34,13 @@ def enforceable(schema: Any, root: Any = None) -> Any:
         return schema
     changed = dict(schema)
     pattern = changed.get("pattern")
-    if isinstance(pattern, str) and not _compiles(pattern):
+    if isinstance(pattern, str) and not compiles(pattern):
         relaxed = _without_look_around(pattern)
         changed["pattern"] = relaxed
-        if not _compiles(relaxed):
+        if not compiles(relaxed):
             del changed["pattern"]
     if isinstance(given := changed.get("patternProperties"), Mapping):
-        changed["patternProperties"] = {key: value for key, value in given.items() if _compiles(key)}
+        changed["patternProperties"] = {key: value for key, value in given.items() if compiles(key)}
         if len(changed["patternProperties"]) < len(given) and changed.get("additionalProperties") is False:
             del changed["additionalProperties"]  # properties of those patterns are additional now
     if "pattern" not in changed and (encoded := FORMAT_PATTERNS.get(str(changed.get("format")))):
@@ -57,28 +55,6 @@ def enforceable(schema: Any, root: Any = None) -> Any:
         elif key in SCHEMAS:
             changed[key] = enforceable(value, root)
     return changed
-
-
-def check_strict(schema: Mapping[str, Any], where: str) -> None:
-    """Refuse a schema with a keyword that cannot be enforced while decoding. `where`: what errors call the schema.
-
-    Raises:
-        UnsupportedSchemaError: names the keyword.
-    """
-    from zsmerge_llm.language.grammar import json_rule
-
-    if pattern := next((each for each in _patterns(schema) if not _compiles(each)), None):
-        keyword = f"pattern {shown(pattern)}"
-    else:
-        problem = _problem(json_rule(schema))
-        keys, named = re.search(r"Unimplemented keys: \[(.*?)\]", problem), re.search(r"Unknown format: (\S+)", problem)
-        if not keys and not named:
-            return  # another problem, which compiling reports
-        keyword = keys[1].replace('"', "") if keys else f"format {named[1]!r}" if named else ""
-    raise UnsupportedSchemaError(
-        f"{where} is strict and its keyword {keyword} cannot be enforced while decoding. Leave the keyword out, or "
-        "pass strict=False: then it is checked when the answer is complete."
-    )
 
 
 def validation_error(text: str, schema: Mapping[str, Any]) -> str:
@@ -119,59 +95,20 @@ def _exact(number: str) -> Decimal | float:
         return float(number)
 
 
-def check_schema(schema: Mapping[str, Any], where: str) -> None:
-    """Refuse a schema that a grammar cannot be made of. `where`: what errors call it.
-
-    Raises:
-        InputError: says what is wrong with it.
-    """
-    from zsmerge_llm.language.grammar import json_rule
-
-    if problem := _problem(json_rule(schema, lenient=True)):
-        first = problem.split(" 1 | ")[0].split("failed to compile JSON schema:")[-1].strip(": ")
-        raise InputError(f"{where} cannot be enforced: {first[:300]} Correct the schema.")
-    if not _is_finite(schema, schema, ()):
-        raise InputError(
-            f"{where} has no finite value: something in it always contains itself. Make that property optional, let it "
-            "be null, or allow its list to be empty."
-        )
-
-
-def _is_finite(schema: Any, root: Any, entered: tuple[str, ...]) -> bool:
-    """Return whether a schema has a value that ends. `entered`: the references that lead here."""
-    if not isinstance(schema, Mapping):
-        return True
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        target = _resolve(schema, root)
-        if reference in entered or not _is_finite(target, root, (*entered, reference)):
-            return False
-    for options in (schema.get("anyOf"), schema.get("oneOf")):
-        if isinstance(options, list) and not any(_is_finite(option, root, entered) for option in options):
-            return False
-    needed = list(schema["allOf"]) if isinstance(schema.get("allOf"), list) else []
-    kinds = schema.get("type")
-    if kinds == "object" and isinstance(properties := schema.get("properties"), Mapping):
-        needed += [properties.get(name) for name in schema.get("required") or ()]
-    if kinds == "array" and schema.get("minItems"):
-        prefix = schema.get("prefixItems") or []
-        needed += [*prefix[: schema["minItems"]], *([schema.get("items")] if schema["minItems"] > len(prefix) else [])]
-    return all(_is_finite(part, root, entered) for part in needed)
-
-
 @lru_cache(maxsize=256)
-def _problem(rule: str) -> str:
+def rule_error(rule: str) -> str:
     """Return why a rule of a Lark grammar does not compile, on one line, or ""."""
     from llguidance import LLMatcher
 
     return " ".join(LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(f"start: {rule}\n")).split())
 
 
-def _compiles(pattern: str) -> bool:
-    return not _problem("%json " + json.dumps({"type": "string", "pattern": pattern}))
+def compiles(pattern: str) -> bool:
+    """Return whether a grammar can enforce a pattern."""
+    return not rule_error("%json " + json.dumps({"type": "string", "pattern": pattern}))
 
 
-def _patterns(schema: Any) -> Iterator[str]:
+def patterns_of(schema: Any) -> Iterator[str]:
     """Yield the patterns of a schema and of those in it."""
     if not isinstance(schema, Mapping):
         return
@@ -185,7 +122,7 @@ def _patterns(schema: Any) -> Iterator[str]:
         else:
             parts = value if key in SCHEMA_LISTS and isinstance(value, list) else [value] if key in SCHEMAS else []
         for part in parts:
-            yield from _patterns(part)
+            yield from patterns_of(part)
 
 
 def _without_look_around(pattern: str) -> str:
@@ -226,14 +163,14 @@ def _name_properties(schema: dict[str, Any], root: Any) -> None:
     """Replace `propertyNames` that lists all names by `properties`, which a grammar can enforce."""
     if "propertyNames" not in schema or "properties" in schema or "patternProperties" in schema:
         return
-    rule, values = _resolve(schema["propertyNames"], root), schema.get("additionalProperties", True)
+    rule, values = resolve(schema["propertyNames"], root), schema.get("additionalProperties", True)
     names = rule.get("enum", [rule["const"]] if "const" in rule else None) if isinstance(rule, Mapping) else None
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         del schema["propertyNames"]
         schema |= {"properties": dict.fromkeys(names, values), "additionalProperties": False}
 
 
-def _resolve(schema: Any, root: Any) -> Any:
+def resolve(schema: Any, root: Any) -> Any:
     """Return what a reference to a definition of the same schema stands for."""
     reference = schema.get("$ref") if isinstance(schema, Mapping) else None
     if reference == "#":

@@ -20,7 +20,7 @@ from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
-from zsmerge_llm.language.json_schema import check_schema, check_strict, validation_error, value_error
+from zsmerge_llm.language.json_schema import validation_error, value_error
 from zsmerge_llm.language.reasoning import (
     CLOSE,
     OPEN,
@@ -30,6 +30,7 @@ from zsmerge_llm.language.reasoning import (
     added_token_id,
     reasoning_mode,
 )
+from zsmerge_llm.language.schema_checks import check_schema, check_strict
 from zsmerge_llm.language.tool_calls import HERMES, ParsedAnswer, ToolCallParser, canonical_call, tool_call_style
 from zsmerge_llm.language.tool_grammar import ToolGrammar
 from zsmerge_llm.types import Message, ResponseFormat, ToolChoice

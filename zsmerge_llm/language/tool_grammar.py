@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.grammar import json_rule
-from zsmerge_llm.language.json_schema import check_schema, check_strict
 from zsmerge_llm.language.reasoning import added_token_id
+from zsmerge_llm.language.schema_checks import check_schema, check_strict
 from zsmerge_llm.language.tool_calls import BARE, END_MARKER, LLAMA, MISTRAL, ToolCallStyle
 
 if TYPE_CHECKING:

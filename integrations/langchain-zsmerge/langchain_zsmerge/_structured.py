@@ -20,8 +20,8 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.json import parse_partial_json
 from typing_extensions import is_typeddict
 
+from zsmerge_llm import OutputType
 from zsmerge_llm.errors import ConfigError, InvalidOutputError, ShortenedOutputWarning, UnsupportedSchemaError
-from zsmerge_llm.language.output_types import OutputType
 
 METHODS = ("json_schema", "function_calling", "json_mode")
 WRAPPED = "value"

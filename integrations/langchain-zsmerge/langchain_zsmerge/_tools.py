@@ -9,8 +9,8 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 
+from zsmerge_llm import OutputType
 from zsmerge_llm.errors import ConfigError, UnsupportedSchemaError
-from zsmerge_llm.language.output_types import OutputType
 
 if TYPE_CHECKING:
     Tools = Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool]

@@ -10,8 +10,8 @@ from llama_index.core.bridge.pydantic import BaseModel, ValidationError
 from pydantic import RootModel
 from pydantic_core import from_json, to_json
 
+from zsmerge_llm import OutputType
 from zsmerge_llm.errors import ShortenedOutputWarning
-from zsmerge_llm.language.output_types import OutputType
 
 if TYPE_CHECKING:
     from llama_index.core.program.utils import FlexibleModel

@@ -10,8 +10,8 @@ from llama_index.core.llms.llm import ToolSelection
 from llama_index.llms.zsmerge._messages import arguments, tool_calls, with_id
 from llama_index.llms.zsmerge._parsing import warn_shortened
 
+from zsmerge_llm import OutputType
 from zsmerge_llm.errors import InputError
-from zsmerge_llm.language.output_types import OutputType
 from zsmerge_llm.types import ToolChoice
 
 if TYPE_CHECKING:
