@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from zsmerge_llm.inspection.memory_map import MemoryMap, memory_map
     from zsmerge_llm.kvcache.cache import Cache
     from zsmerge_llm.language.grammar import Grammar
+    from zsmerge_llm.language.output_types import OutputType
     from zsmerge_llm.llm import LLM
     from zsmerge_llm.sessions.session import Session
     from zsmerge_llm.sessions.store import Store
@@ -30,6 +31,7 @@ _HOMES = {
     "SchedulingConfig": "engine.scheduling",
     "Engine": "engine.engine",
     "Grammar": "language.grammar",
+    "OutputType": "language.output_types",
     "LLM": "llm",
     "MemoryMap": "inspection.memory_map",
     "memory_map": "inspection.memory_map",
@@ -52,6 +54,7 @@ __all__ = [
     "Grammar",
     "MemoryMap",
     "Message",
+    "OutputType",
     "Result",
     "SamplingParams",
     "SchedulingConfig",

@@ -5,6 +5,7 @@ ZSMergeError
 │   └── UntrustedFolderError            a cache folder that others may write to
 ├── InputError (ValueError)             invalid messages, prompts, tools or token ids
 │   ├── UnsupportedContentError         message content other than text, such as an image
+│   ├── UnsupportedSchemaError          a strict schema with a keyword that cannot be enforced while decoding
 │   └── ContextLimitError               a prompt longer than a set limit; nothing is ever truncated
 ├── LoadError                           the model cannot be loaded
 │   ├── ModelNotFoundError              no such Hub id, folder, file or built-in name
@@ -15,6 +16,7 @@ ZSMergeError
 ├── PackageError                        compiled code on disk that is not used
 ├── DeviceMemoryError (MemoryError)     the device has no memory left for what was asked
 ├── ForkedProcessError (RuntimeError)   a model is used in a fork of the process that loaded it
+├── InvalidOutputError (ValueError)     an answer that is not what its schema or class asks for
 ├── QueueFullError                      as many requests as allowed are waiting or being answered
 ├── DeadlineExceededError (TimeoutError)  a request's time was up before its answer was complete
 └── SessionError                        a session cannot be used
@@ -23,6 +25,8 @@ ZSMergeError
     ├── SessionMismatchError            a session of another model, tokenizer, template or cache config
     ├── SessionStorageError (OSError)   the file of a session cannot be written or deleted
     └── StoreFullError                  `session_memory` is too small for one session
+
+ShortenedOutputWarning (UserWarning): an answer that is valid, and shorter than the model would have made it.
 """
 
 
@@ -44,6 +48,10 @@ class InputError(ZSMergeError, ValueError):
 
 class UnsupportedContentError(InputError):
     """Message content is not text, such as an image block."""
+
+
+class UnsupportedSchemaError(InputError):
+    """A strict schema has a keyword that cannot be enforced while decoding, or a class has no JSON schema."""
 
 
 class ContextLimitError(InputError):
@@ -84,6 +92,17 @@ class DeviceMemoryError(ZSMergeError, MemoryError):
 
 class ForkedProcessError(ZSMergeError, RuntimeError):
     """A model is used in a fork of a process that had loaded one. Nothing is changed in either process."""
+
+
+class InvalidOutputError(ZSMergeError, ValueError):
+    """An answer is not what its schema or class asks for: it was cut, or breaks a rule that decoding cannot enforce."""
+
+
+class ShortenedOutputWarning(UserWarning):
+    """An answer is valid under its schema and was ended early, to be complete within `max_tokens`. Parts are missing.
+
+    `warnings.filterwarnings("error", category=ShortenedOutputWarning)` makes it an error.
+    """
 
 
 class QueueFullError(ZSMergeError):

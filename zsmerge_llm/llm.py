@@ -206,8 +206,9 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         Args:
             messages: a string (one user message) or a list of dicts in the OpenAI format.
             sampling: how tokens are sampled, and when the answer ends (`SamplingParams`).
-            tools: definitions in the OpenAI format, rendered by the model's chat template. Arguments of calls are
-                always valid under their schema. Calls are no part of the text: chunks have them as they are written.
+            tools: definitions in the OpenAI format, rendered by the model's chat template. Arguments of calls follow
+                their schema (see `Result.format_error`). Calls are no part of the text: chunks have them as they are
+                written.
             tool_choice: "auto" (default), "required", "none", or `{"type": "function", "function": {"name": ...}}`.
             parallel_tool_calls: whether one answer may hold several calls.
             response_format: `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"name": ...,

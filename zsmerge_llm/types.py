@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 """`length`: limited by `max_tokens`. With a grammar or in a tool call the answer is complete all the same, only shorter
-than the model would have made it, if any complete one fits."""
+than the model would have made it, if any complete one fits. `Result.format_error` says if none did."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class Result:
     """What a reasoning model wrote before its answer (`<think>...</think>`); not part of the text."""
     session: str = ""
     """Name of the conversation, which `session=` takes; empty for a completion or a batch, which are not kept."""
+    format_error: str = ""
+    """How the answer breaks the schema of its response format or its tools: it was cut, or has a value that a keyword
+    forbids which cannot be enforced while decoding. "" if it is valid."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class ToolCallDelta:
 class Chunk:
     """A piece of an answer: of its text, its reasoning or its calls.
 
-    Only the last one has `finish_reason`, `usage`, `session` and whole calls, which the pieces of calls add up to.
+    Only the last one has the other fields. The pieces of calls (`tool_call_deltas`) add up to its `tool_calls`.
     """
 
     text: str
@@ -99,4 +102,5 @@ class Chunk:
     invalid_tool_calls: list[dict[str, Any]] = field(default_factory=list)
     reasoning: str = ""
     session: str = ""
+    format_error: str = ""
     tool_call_deltas: list[ToolCallDelta] = field(default_factory=list)

@@ -195,10 +195,12 @@ class Attempt:
         calls = [] if self._text and redundant else parsed.calls
         reason = "cancelled" if cancelled else self._finish_reason(bool(calls))
         usage = self._usage(cancelled)
+        error = "" if cancelled else self.output_format.error(self._text, calls)
         return Answer(
-            result=Result(self._text, reason, usage, calls, parsed.invalid, self._reasoning),
+            result=Result(*(self._text, reason, usage, calls, parsed.invalid, self._reasoning), format_error=error),
             last_chunk=Chunk(
                 *(piece.text, reason, usage, calls, parsed.invalid, piece.reasoning),
+                format_error=error,
                 tool_call_deltas=self._last_deltas(calls),
             ),
             tokens=self._tokens,

@@ -145,9 +145,8 @@ def collect(chunks: Iterable[Chunk]) -> Result:
     text, reasoning = "".join(piece.text for piece in pieces), "".join(piece.reasoning for piece in pieces)
     assert last.usage is not None
     assert last.finish_reason is not None
-    return Result(
-        text, last.finish_reason, last.usage, last.tool_calls, last.invalid_tool_calls, reasoning, last.session
-    )
+    calls = (last.tool_calls, last.invalid_tool_calls)
+    return Result(text, last.finish_reason, last.usage, *calls, reasoning, last.session, last.format_error)
 
 
 def check_length(

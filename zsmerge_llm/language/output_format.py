@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import TOOL_INSTRUCTIONS, ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
+from zsmerge_llm.language.json_schema import validation_error, value_error
 from zsmerge_llm.language.prompt_echo import NOTHING_ADDED, AddedTexts, EchoFilter
 from zsmerge_llm.language.reasoning import (
     CLOSE,
@@ -31,6 +32,7 @@ from zsmerge_llm.language.reasoning import (
     added_token_id,
     reasoning_mode,
 )
+from zsmerge_llm.language.schema_checks import check_schema, check_strict
 from zsmerge_llm.language.tool_call_stream import RedundancyGate, canonical_call
 from zsmerge_llm.language.tool_calls import HERMES, ParsedAnswer, ToolCallParser, tool_call_style
 from zsmerge_llm.language.tool_grammar import ToolGrammar, with_other_first_word
@@ -71,6 +73,10 @@ class OutputFormat:
     """The format of a second attempt, where the first only made redundant calls."""
     reasoning: ReasoningMode = "off"
     """Whether reasoning may precede the answer."""
+    schema: Mapping[str, Any] | None = None
+    """The JSON schema of an answer without calls."""
+    argument_schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The JSON schema of the arguments, by the name of a tool."""
     is_text: bool = False
     """Whether the answer is in text (or calls tools), and in no format that is asked for."""
     added: AddedTexts = NOTHING_ADDED
@@ -123,6 +129,18 @@ class OutputFormat:
         grammar = Grammar(with_other_first_word(self.grammar.source if self.grammar else "", word))
         return replace(self, grammar=grammar, other_first_words=(*self.other_first_words, word))
 
+    def error(self, text: str, calls: Sequence[Mapping[str, Any]]) -> str:
+        """Return how a finished answer breaks its schemas, or ""."""
+        if calls:
+            functions = [call["function"] for call in calls]
+            wrong = ((each["name"], self._argument_error(each)) for each in functions)
+            return " ".join(f"Call of {name}: {problem}" for name, problem in wrong if problem)
+        return validation_error(text, self.schema) if self.schema is not None else ""
+
+    def _argument_error(self, function: Mapping[str, Any]) -> str:
+        schema = self.argument_schemas.get(function["name"])
+        return value_error(json.loads(function["arguments"]), schema) if schema else ""
+
     def calls_are_redundant(self, parsed: ParsedAnswer) -> bool:
         """Return whether there are calls, and all repeat calls of this turn or one lacks a required marker."""
         if self.require_marker and parsed.has_unmarked:
@@ -150,8 +168,9 @@ class OutputFormats:
         if grammar is not None and response_format is not None:
             raise ConfigError("Give either grammar or response_format, not both.")
         parsed = _parse_response_format(response_format)
-        wanted = Grammar(f"start: {parsed[0]}\n") if parsed else grammar
-        return OutputFormat(wanted, compiler=self._compiler) if wanted else UNCONSTRAINED
+        if parsed:
+            return OutputFormat(Grammar(f"start: {parsed.rule}\n"), compiler=self._compiler, schema=parsed.schema)
+        return OutputFormat(grammar, compiler=self._compiler) if grammar else UNCONSTRAINED
 
     def chat(
         self,
@@ -173,10 +192,11 @@ class OutputFormats:
             raise ConfigError("Give either grammar or tools, not both.")
         output_format = self.completion(response_format, grammar)
         if tools:
-            rule = parsed[0] if parsed else None
+            rule = parsed.rule if parsed else None
             output_format = self._with_tools(messages, tools, choice, parallel_tool_calls, rule)
         if parsed:
-            output_format = replace(output_format, instruction=_unless_stated(parsed[1], messages))
+            stated = _unless_stated(parsed.instruction, messages)
+            output_format = replace(output_format, instruction=stated, schema=parsed.schema)
         elif grammar is None:
             added = AddedTexts(self._added_texts(messages, tools), messages)
             free = partial(replace, is_text=True, added=added, compiler=self._compiler)
@@ -212,6 +232,7 @@ class OutputFormats:
             tool_names=tuple(_name(tool) for tool in tools),
             visible_special_ids=grammar.visible_special_ids,
             compiler=self._compiler,
+            argument_schemas={_name(tool): tool["function"].get("parameters") or {} for tool in tools},
         )
         if choice != "auto":
             return replace(with_calls, grammar=Grammar(grammar.calls()))
@@ -274,20 +295,33 @@ def _parse_tool_choice(tools: Sequence[dict[str, Any]] | None, choice: ToolChoic
     return choice
 
 
-def _parse_response_format(response_format: ResponseFormat | None) -> tuple[str, str] | None:
-    """Return the grammar rule and the instruction of a response format; None for free text."""
+class _JsonFormat(NamedTuple):
+    """What a response format asks for."""
+
+    rule: str
+    """The rule of a Lark grammar."""
+    instruction: str
+    schema: Mapping[str, Any]
+
+
+def _parse_response_format(response_format: ResponseFormat | None) -> _JsonFormat | None:
+    """Return what a response format asks for; None for free text."""
     if response_format is None or (isinstance(response_format, Mapping) and response_format.get("type") == "text"):
         return None
     kind = given = response_format.get("type") if isinstance(response_format, Mapping) else response_format
     if kind == "json_object":
-        return json_rule({"type": "object"}), JSON_INSTRUCTION
+        return _JsonFormat(json_rule({"type": "object"}), JSON_INSTRUCTION, {"type": "object"})
     described = response_format.get("json_schema") if kind == "json_schema" else None
     schema = described.get("schema") if isinstance(described, Mapping) else None
     if not isinstance(described, Mapping) or not isinstance(schema, Mapping):
         expected = '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
         raise InputError(f'response_format must be {{"type": "json_object"}} or {expected}, not {shown(given)}.')
-    rule = json_rule(schema, lenient=described.get("strict") is False)
-    return rule, SCHEMA_INSTRUCTION + json.dumps(schema, ensure_ascii=False)
+    if described.get("strict") is True:
+        check_strict(schema, "The schema of the response format")
+    check_schema(schema, "The schema of the response format")
+    return _JsonFormat(
+        json_rule(schema, lenient=True), SCHEMA_INSTRUCTION + json.dumps(schema, ensure_ascii=False), schema
+    )
 
 
 def _calls_of_this_turn(messages: Sequence[Message]) -> frozenset[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.grammar import json_rule
 from zsmerge_llm.language.reasoning import added_token_id
+from zsmerge_llm.language.schema_checks import check_schema, check_strict
 from zsmerge_llm.language.tool_calls import BARE, END_MARKER, LLAMA, MISTRAL, ToolCallStyle
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class ToolGrammar:
         parallel: whether one answer may hold several calls, where the family can.
 
     Raises:
-        InputError: a function's parameters are not a JSON schema.
+        InputError: a function's parameters are not a JSON schema, or no arguments can follow it.
+        UnsupportedSchemaError: a keyword of a function with `strict: True` cannot be enforced.
     """
 
     def __init__(
@@ -176,4 +178,10 @@ def _argument_schema(function: Mapping[str, Any]) -> Mapping[str, Any]:
             f"The parameters of tool {function['name']!r} must be a JSON schema, not a {type(schema).__name__}."
         )
     takes_arguments = schema.get("properties") or set(schema) - SCHEMA_KEYS_WITHOUT_ARGUMENTS
-    return schema if takes_arguments else NO_ARGUMENTS
+    if not takes_arguments:
+        return NO_ARGUMENTS
+    where = f"The schema of tool {function['name']!r}"
+    if function.get("strict") is True:
+        check_strict(schema, where)
+    check_schema(schema, where)
+    return schema

@@ -175,6 +175,8 @@ def _additional_kwargs(answer: Result | Chunk) -> dict[str, Any]:
 def response_metadata(answer: Result | Chunk, model: str) -> dict[str, Any]:
     """Return the metadata that LangChain and LangSmith show; `token_usage` has every field of `Usage`."""
     metadata = {"model_name": model, "model_provider": PROVIDER, "finish_reason": answer.finish_reason}
+    if answer.format_error:
+        metadata["format_error"] = answer.format_error
     return metadata if answer.usage is None else {**metadata, "token_usage": asdict(answer.usage)}
 
 

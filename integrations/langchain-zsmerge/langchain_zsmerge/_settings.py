@@ -111,6 +111,8 @@ class ZSMergeSettings(BaseModel):
     """Seconds that one answer may take; then decoding stops and DeadlineExceededError, a TimeoutError, is raised."""
     priority: int = 0
     """Where several requests wait for the model, the lowest number goes first."""
+    retry_invalid: bool = False
+    """Whether structured output asks once more, with the error, where an answer breaks its schema or class."""
     streaming: bool = False
     """Make `invoke` use the stream, for callbacks that want each token."""
     max_retries: int | None = Field(default=None, exclude=True)

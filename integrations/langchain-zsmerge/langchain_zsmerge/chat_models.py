@@ -12,11 +12,12 @@ from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from langchain_zsmerge._generation import Request, ZSMergeGeneration
 from langchain_zsmerge._messages import to_ai_message, to_ai_message_chunk, to_messages
-from langchain_zsmerge._tools import structured_output, to_tool_choice, to_tools
+from langchain_zsmerge._structured import structured_output
+from langchain_zsmerge._tools import to_tool_choice, to_tools
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
@@ -140,7 +141,8 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
             tool_choice: "auto" (default: the model decides), "any", "required" or True (it must call some tool),
                 "none", or the name of the tool it must call.
             parallel_tool_calls: whether one answer may hold several calls. Default: it may.
-            strict: True refuses schemas with keywords that a grammar cannot enforce; by default they are ignored.
+            strict: True refuses schemas with keywords that cannot be enforced while decoding. By default they are left
+                out; a call that breaks one is named in `response_metadata["format_error"]`.
             kwargs: options of the calls, such as `temperature` or `response_format`.
 
         Raises:
@@ -155,30 +157,39 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
 
     def with_structured_output(
         self,
-        schema: dict[str, Any] | type,
+        schema: Any,
         *,
         method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
         include_raw: bool = False,
         strict: bool | None = None,
+        retry_invalid: bool | None = None,
         **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
-        """Return a runnable whose answers follow a schema: instances of a pydantic class, dicts for other schemas.
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Return a runnable whose answers follow a schema: instances of a type, JSON values for other schemas.
 
-        A grammar enforces the schema. A pydantic class also checks constraints that no grammar can express.
+        A grammar enforces the schema while the answer is decoded. What no grammar can express is checked afterwards, by
+        the class or by jsonschema. An answer that was ended early to fit into `max_tokens` warns with
+        `ShortenedOutputWarning`; `raw.response_metadata["finish_reason"]` is "length" then.
 
         Args:
-            schema: a pydantic class, a TypedDict, a JSON schema, or a tool in the OpenAI format.
+            schema: a pydantic class, a dataclass or another type such as `list[Person]`; a TypedDict (gives dicts); a
+                JSON schema with any root; OpenAI's `{"name": ..., "schema": ..., "strict": ...}`; a tool.
             method: "json_schema" enforces JSON of the schema, "function_calling" the call of a tool with that schema,
                 "json_mode" JSON of any form: the prompt must describe the schema.
             include_raw: return a dict of `raw` (the message), `parsed` and `parsing_error` instead of raising.
-            strict: as for `bind_tools`; by default a schema for JSON is strict, one of a tool is not.
+            strict: True refuses schemas with keywords that cannot be enforced while decoding.
+            retry_invalid: answer once more, and show the model the error, where an answer is not valid. Default: the
+                setting of this object. Such answers are not streamed.
             kwargs: options of the calls, such as `temperature`.
 
         Raises:
-            ConfigError: an unknown method, or `strict` without a schema to enforce.
+            ConfigError: an unknown method or schema, or `strict` without a schema to enforce.
+            UnsupportedSchemaError: a type without a JSON schema; at the call, a strict schema that is not enforceable.
+            StructuredOutputError: at the call, an answer that was cut or is not valid; an OutputParserException.
         """
         model = self.bind(**kwargs) if kwargs else self
-        return structured_output(model, schema, method, include_raw, strict)
+        retry = self.retry_invalid if retry_invalid is None else retry_invalid
+        return structured_output(model, schema, method, include_raw, strict, retry)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of the prompt that the model's template makes of messages and tools. Loads the model.

@@ -11,9 +11,9 @@ from langchain_core.documents import Document
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
-from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator
+from pydantic import ConfigDict, PrivateAttr, field_validator
 
-from langchain_zsmerge._tools import structured_output
+from langchain_zsmerge._structured import structured_output
 from langchain_zsmerge.chat_models import ChatZSMerge
 from zsmerge_llm import aio
 from zsmerge_llm.errors import ConfigError, InputError
@@ -90,12 +90,13 @@ class ZSMergeDocuments(RunnableSerializable[LanguageModelInput, AIMessage]):
 
     def with_structured_output(
         self,
-        schema: dict[str, Any] | type,
+        schema: Any,
         *,
         method: Literal["json_schema", "json_mode"] = "json_schema",
         include_raw: bool = False,
         strict: bool | None = None,
-    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        retry_invalid: bool | None = None,
+    ) -> Runnable[LanguageModelInput, Any]:
         """Return a runnable whose answers follow a schema. See `ChatZSMerge.with_structured_output`.
 
         Raises:
@@ -104,7 +105,8 @@ class ZSMergeDocuments(RunnableSerializable[LanguageModelInput, AIMessage]):
         """
         if method not in ("json_schema", "json_mode"):
             raise ConfigError(f"method={method!r} cannot be used on documents: use 'json_schema' or 'json_mode'.")
-        return structured_output(self, schema, method, include_raw, strict)
+        retry = self.model.retry_invalid if retry_invalid is None else retry_invalid
+        return structured_output(self, schema, method, include_raw, strict, retry)
 
     def __getstate__(self) -> dict[Any, Any]:
         return {**super().__getstate__(), "__pydantic_private__": None}

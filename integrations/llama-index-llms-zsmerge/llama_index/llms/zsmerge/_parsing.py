@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+import warnings
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from llama_index.core.base.llms.types import ChatResponse, CompletionResponse
 from llama_index.core.bridge.pydantic import BaseModel, ValidationError
-from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import from_json
+from pydantic import RootModel
+from pydantic_core import from_json, to_json
+
+from zsmerge_llm import OutputType
+from zsmerge_llm.errors import ShortenedOutputWarning
 
 if TYPE_CHECKING:
     from llama_index.core.program.utils import FlexibleModel
@@ -16,31 +20,44 @@ M = TypeVar("M", bound=BaseModel)
 Response = ChatResponse | CompletionResponse
 
 
-class _UntitledSchema(GenerateJsonSchema):
-    """Leaves out the title of each field: it repeats the field's name, and the model reads the schema."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-
 def json_schema(output_cls: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON schema that the prompt shows and the grammar enforces."""
-    return output_cls.model_json_schema(schema_generator=_UntitledSchema)
-
-
-def parse(output_cls: type[M], text: str) -> M:
-    """Return the object of class `output_cls` that `text` holds as JSON.
+    """Return the JSON schema that the prompt shows and the grammar enforces.
 
     Raises:
-        ValueError: `text` was cut, or breaks a rule of the class that no grammar can express.
+        UnsupportedSchemaError: the class has none.
     """
-    try:
-        return output_cls.model_validate_json(text)
-    except ValidationError as error:
-        raise ValueError(
-            f"The answer is no valid {output_cls.__name__}: {error} Raise max_tokens if it was cut; state in the "
-            "prompt what the schema does not."
-        ) from error
+    return OutputType.of_type(output_cls).schema
+
+
+def parse(output_cls: type[M], response: Response | None) -> M:
+    """Return the object of class `output_cls` that a finished answer holds as JSON.
+
+    Warns with ShortenedOutputWarning where the answer was ended early to fit into `max_tokens`.
+
+    Raises:
+        InvalidOutputError: a ValueError; the answer was cut, or breaks a rule of the class that no grammar can express.
+    """
+    reason = None if response is None else finish_reason_of(response)
+    text = "" if response is None else text_of(response)
+    output = OutputType.of_type(output_cls).parse(text, reason)
+    if reason == "length":
+        warn_shortened(output_cls.__name__)
+    return cast("M", output)
+
+
+def warn_shortened(name: str) -> None:
+    """Warn that an answer or a call is valid and incomplete."""
+    warnings.warn(
+        f"This {name} is valid and incomplete: the answer was ended early to fit into its token limit (finish_reason "
+        "'length'). Raise max_tokens.",
+        ShortenedOutputWarning,
+        stacklevel=3,
+    )
+
+
+def finish_reason_of(response: Response) -> str | None:
+    """Return why an answer ended; None while it is streamed."""
+    return response.raw.get("finish_reason") if isinstance(response.raw, dict) else None
 
 
 class PartialParser(Generic[M]):
@@ -49,7 +66,9 @@ class PartialParser(Generic[M]):
     def __init__(self, output_cls: type[M]) -> None:
         from llama_index.core.program.utils import create_flexible_model
 
-        self._classes: tuple[type[M | FlexibleModel], ...] = (output_cls, create_flexible_model(output_cls))
+        self._classes: tuple[type[M | FlexibleModel], ...] = (output_cls,)
+        if not issubclass(output_cls, RootModel):  # a root has no fields that could be optional
+            self._classes += (create_flexible_model(output_cls),)
 
     def __call__(self, text: str) -> M | FlexibleModel | None:
         """Return the object that `text` holds so far, or None if that is nothing yet."""
@@ -59,8 +78,8 @@ class PartialParser(Generic[M]):
             return None
         for cls in self._classes:
             try:
-                return cls.model_validate(values)
-            except ValidationError:
+                return cls.model_validate_json(to_json(values))
+            except (ValidationError, ValueError, TypeError, ArithmeticError, RecursionError):
                 continue
         return None
 

@@ -98,7 +98,9 @@ def _calls(calls: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _raw(answer: Result | Chunk, model: str) -> dict[str, Any]:
-    invalid = {"invalid_tool_calls": answer.invalid_tool_calls} if answer.invalid_tool_calls else {}
+    invalid: dict[str, Any] = {"invalid_tool_calls": answer.invalid_tool_calls} if answer.invalid_tool_calls else {}
+    if answer.format_error:
+        invalid["format_error"] = answer.format_error
     return {"model": model, "finish_reason": answer.finish_reason, "usage": _usage(answer.usage), **invalid}
 
 

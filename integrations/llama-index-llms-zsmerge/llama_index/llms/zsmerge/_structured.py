@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import aclosing, closing
+import warnings
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import aclosing, closing, contextmanager
 from typing import TYPE_CHECKING, Any, Generic
 
 from llama_index.core import instrumentation
-from llama_index.core.base.llms.types import ChatMessage
-from llama_index.core.bridge.pydantic import BaseModel
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.bridge.pydantic import BaseModel, Field
 from llama_index.core.instrumentation.events.llm import (
     LLMStructuredPredictEndEvent,
     LLMStructuredPredictInProgressEvent,
@@ -18,8 +19,10 @@ from llama_index.core.instrumentation.events.llm import (
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.types import PydanticProgramMode
-from llama_index.llms.zsmerge._parsing import M, PartialParser, json_schema, parse, text_of
+from llama_index.llms.zsmerge._parsing import M, PartialParser, Response, json_schema, parse, text_of
 from llama_index.llms.zsmerge.structured import StructuredRequest, ZSMergeStructuredLLM
+
+from zsmerge_llm.errors import InvalidOutputError, ShortenedOutputWarning, ZSMergeError
 
 if TYPE_CHECKING:
     from llama_index.core.llms.structured_llm import StructuredLLM
@@ -37,6 +40,11 @@ class StructuredPrediction(FunctionCallingLLM):
     With another `pydantic_program_mode` than the default LlamaIndex's own program runs instead, as in any LLM.
     """
 
+    retry_invalid: bool = Field(
+        default=False,
+        description="Whether structured_predict asks once more, with the error, where an answer breaks its class.",
+    )
+
     def structured_request(
         self, output_cls: type[BaseModel], messages: Sequence[ChatMessage], options: dict[str, Any]
     ) -> StructuredRequest:
@@ -52,6 +60,22 @@ class StructuredPrediction(FunctionCallingLLM):
         assert self.messages_to_prompt is not None  # set by the base class
         instruction = ChatMessage(content=_INSTRUCTION.format(schema=json.dumps(schema, ensure_ascii=False)))
         return "complete", self.messages_to_prompt([*messages, instruction]), {"formatted": True, **options}
+
+    def _corrected(self, output_cls: type[BaseModel], method: str, argument: Any, response: Response) -> Any:
+        """Return what to ask after an answer that is not valid, with its error; None to leave it as it is."""
+        if not self.retry_invalid:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ShortenedOutputWarning)
+            try:
+                parse(output_cls, response)
+            except InvalidOutputError as error:
+                question = f"{str(error)[:600]}\nAnswer again, with all of this corrected."
+                if method == "complete":
+                    return f"{argument}{text_of(response)}\n\n{question}\n\nJSON:\n"
+                said = ChatMessage(role=MessageRole.ASSISTANT, content=text_of(response))
+                return [*argument, said, ChatMessage(role=MessageRole.USER, content=question)]
+        return None
 
     def _predict_request(
         self, output_cls: type[BaseModel], prompt: BasePromptTemplate, options: dict[str, Any] | None, args: Any
@@ -75,12 +99,17 @@ class StructuredPrediction(FunctionCallingLLM):
         """Return an object of `output_cls`. `llm_kwargs` are options of the call, `prompt_args` fill the prompt.
 
         Raises:
-            ValueError: the answer was cut, or breaks a rule of the class that no grammar can express.
+            InvalidOutputError: the answer was cut, or breaks a rule of the class that no grammar can express. It is a
+                ValueError.
         """
         if not self._uses_grammar:
-            return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            with own_errors(output_cls):
+                return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
         method, argument, options = self._predict_request(output_cls, prompt, llm_kwargs, prompt_args)
-        return _finished(parse(output_cls, text_of(getattr(self, method)(argument, **options))))
+        response = getattr(self, method)(argument, **options)
+        if (asked := self._corrected(output_cls, method, argument, response)) is not None:
+            response = getattr(self, method)(asked, **options)
+        return _finished(parse(output_cls, response))
 
     async def astructured_predict(
         self,
@@ -91,9 +120,13 @@ class StructuredPrediction(FunctionCallingLLM):
     ) -> M:
         """Async `structured_predict`."""
         if not self._uses_grammar:
-            return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
+            with own_errors(output_cls):
+                return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
         method, argument, options = self._predict_request(output_cls, prompt, llm_kwargs, prompt_args)
-        return _finished(parse(output_cls, text_of(await getattr(self, f"a{method}")(argument, **options))))
+        response = await getattr(self, f"a{method}")(argument, **options)
+        if (asked := self._corrected(output_cls, method, argument, response)) is not None:
+            response = await getattr(self, f"a{method}")(asked, **options)
+        return _finished(parse(output_cls, response))
 
     def stream_structured_predict(
         self,
@@ -105,7 +138,7 @@ class StructuredPrediction(FunctionCallingLLM):
         """Yield the object each time it grows: with optional fields until it validates, last of class `output_cls`.
 
         Raises:
-            ValueError: as `structured_predict`, at the end.
+            InvalidOutputError: as `structured_predict`, at the end.
         """
         if not self._uses_grammar:
             yield from super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
@@ -114,7 +147,7 @@ class StructuredPrediction(FunctionCallingLLM):
         growing = _GrowingObject(output_cls)
         with closing(getattr(self, f"stream_{method}")(argument, **options)) as responses:
             for response in responses:
-                if (output := growing.update(text_of(response))) is not None:
+                if (output := growing.update(response)) is not None:
                     yield output
         yield from growing.finish()
 
@@ -134,7 +167,7 @@ class StructuredPrediction(FunctionCallingLLM):
             growing = _GrowingObject(output_cls)
             async with aclosing(await getattr(self, f"astream_{method}")(argument, **options)) as responses:
                 async for response in responses:
-                    if (output := growing.update(text_of(response))) is not None:
+                    if (output := growing.update(response)) is not None:
                         yield output
             for output in growing.finish():
                 yield output
@@ -155,11 +188,11 @@ class _GrowingObject(Generic[M]):
         self._output_cls = output_cls
         self._parse_partial = PartialParser(output_cls)
         self._latest: BaseModel | None = None
-        self._text = ""
+        self._response: Response | None = None
 
-    def update(self, text: str) -> M | FlexibleModel | None:
-        """Return the object that `text` holds so far, or None if it is the latest one."""
-        self._text, output = text, self._parse_partial(text)
+    def update(self, response: Response) -> M | FlexibleModel | None:
+        """Return the object that a response holds so far, or None if it is the latest one."""
+        self._response, output = response, self._parse_partial(text_of(response))
         if output is None or output == self._latest:
             return None
         self._latest = output
@@ -168,8 +201,22 @@ class _GrowingObject(Generic[M]):
 
     def finish(self) -> list[M]:
         """Return the final object, or nothing if it was yielded already. Raises as `parse`."""
-        final = _finished(parse(self._output_cls, self._text))
+        final = _finished(parse(self._output_cls, self._response))
         return [] if final == self._latest else [final]
+
+
+@contextmanager
+def own_errors(output_cls: type[BaseModel]) -> Iterator[None]:
+    """Raise what LlamaIndex's programs raise for an invalid answer as an InvalidOutputError, which is a ValueError."""
+    try:
+        yield
+    except ZSMergeError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise InvalidOutputError(
+            f"The answer is no valid {output_cls.__name__}: {error} Raise max_tokens if it was cut, or use the default "
+            "pydantic_program_mode."
+        ) from error
 
 
 def _finished(output: M) -> M:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.base.llms.types import ChatResponse
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.llms.zsmerge._messages import arguments, tool_calls, with_id
+from llama_index.llms.zsmerge._parsing import warn_shortened
 
+from zsmerge_llm import OutputType
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.types import ToolChoice
 
@@ -22,9 +24,17 @@ def to_tool(tool: BaseTool) -> dict[str, Any]:
     function = {
         "name": metadata.get_name(),
         "description": metadata.description or "",
-        "parameters": metadata.get_parameters_dict(),
+        "parameters": _parameters(tool),
     }
     return {"type": "function", "function": function}
+
+
+def _parameters(tool: BaseTool) -> dict[str, Any]:
+    """Return the schema of a tool's arguments. LlamaIndex leaves out `$ref` and `additionalProperties` of a class."""
+    if tool.metadata.fn_schema is None:
+        return tool.metadata.get_parameters_dict()
+    schema = OutputType.of_type(tool.metadata.fn_schema).schema
+    return schema if "$ref" in schema else tool.metadata.get_parameters_dict()
 
 
 def to_tool_choice(choice: str | Mapping[str, Any] | None) -> ToolChoice | None:
@@ -60,6 +70,8 @@ def to_tool_selections(response: ChatResponse, error_on_no_tool_call: bool = Tru
             f"The model called no tool; it {output}. Pass tool_required=True to require a call, "
             "and raise max_tokens if the answer was cut."
         )
+    if calls and isinstance(response.raw, dict) and response.raw.get("finish_reason") == "length":
+        warn_shortened("call of " + ", ".join(call["function"]["name"] for call in calls))
     return [
         ToolSelection(tool_id=call["id"], tool_name=call["function"]["name"], tool_kwargs=arguments(call, unfinished))
         for call in calls

@@ -138,7 +138,7 @@ class ZSMergeDocumentQueryEngine(BaseQueryEngine):
     def _response(self, response: ChatResponse, sources: list[NodeWithScore]) -> RESPONSE_TYPE:
         metadata, text = {**_source_metadata(sources), "usage": usage_of(response)}, text_of(response)
         if self._output_cls is not None:
-            return PydanticResponse(parse(self._output_cls, text), source_nodes=sources, metadata=metadata)
+            return PydanticResponse(parse(self._output_cls, response), source_nodes=sources, metadata=metadata)
         return Response(text, source_nodes=sources, metadata=metadata)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, closing
-from typing import Any, cast
+from typing import Any
 
 from llama_index.core.base.llms.generic_utils import (
     achat_to_completion_decorator,
@@ -24,7 +24,7 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.structured_llm import StructuredLLM
-from llama_index.llms.zsmerge._parsing import PartialParser, Response, parse, text_of
+from llama_index.llms.zsmerge._parsing import PartialParser, Response, finish_reason_of, parse, text_of
 
 StructuredRequest = tuple[str, Any, dict[str, Any]]
 """A call of an LLM: its method ("chat" or "complete"), the argument and the options."""
@@ -33,8 +33,8 @@ StructuredRequest = tuple[str, Any, dict[str, Any]]
 class ZSMergeStructuredLLM(StructuredLLM):
     """An LLM whose answers are objects of `output_cls`.
 
-    `message.content` is their JSON, `raw` the object; token counts are in `additional_kwargs`. While an answer is
-    streamed its JSON grows, and `raw` with it.
+    `message.content` is their JSON, `raw` the object; token counts and the finish reason are in
+    `additional_kwargs`. While an answer is streamed its JSON grows, and `raw` with it.
     """
 
     def _request(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> StructuredRequest:
@@ -42,15 +42,14 @@ class ZSMergeStructuredLLM(StructuredLLM):
         return inner.structured_request(self.output_cls, inner._extend_messages(list(messages)), options)
 
     def _response(self, response: Response) -> ChatResponse:
-        text = text_of(response)
-        return _response(text, parse(self.output_cls, text), response)
+        return _response(text_of(response), parse(self.output_cls, response), response)
 
     def _stream_response(self) -> Callable[[Response], ChatResponse]:
         """Return a function that converts the responses of one stream; only the last one is validated in full."""
         parse_partial = PartialParser(self.output_cls)
 
         def convert(response: Response) -> ChatResponse:
-            if cast("dict[str, Any]", response.raw)["finish_reason"]:
+            if finish_reason_of(response):
                 return self._response(response)
             return _response(text_of(response), parse_partial(text_of(response)), response)
 
@@ -108,9 +107,10 @@ class ZSMergeStructuredLLM(StructuredLLM):
 
 
 def _response(text: str, output: Any, response: Response) -> ChatResponse:
+    reason = finish_reason_of(response)
     return ChatResponse(
         message=ChatMessage(role=MessageRole.ASSISTANT, content=text),
         delta=response.delta,
         raw=output,
-        additional_kwargs=response.additional_kwargs,
+        additional_kwargs={**response.additional_kwargs, **({"finish_reason": reason} if reason else {})},
     )

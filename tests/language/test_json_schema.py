@@ -1,0 +1,112 @@
+"""What of a JSON schema is enforced while decoding, what is checked afterwards, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from tests.support.chat import make_llm
+from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from zsmerge_llm.errors import InputError, UnsupportedSchemaError
+from zsmerge_llm.language.json_schema import enforceable, validation_error
+from zsmerge_llm.language.schema_checks import check_schema, check_strict
+
+DECIMAL = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return make_llm("smollm2", cache=CacheConfig.full())
+
+
+def ask(llm: LLM, schema: Any, seed: int = 0, **described: Any) -> Any:
+    wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, **described}}
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=seed)
+    return llm.complete("Say it.", sampling=params, response_format=wanted)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "enforced"),
+    [
+        (DECIMAL, r"^[+-]?[0-9]\d*\.?\d*$"),
+        (r"^(?=a[)]b)x(?<!y(z)w)c\(?$", r"^xc\(?$"),
+        (r"^(a|b)\1$", None),
+        ("(", None),
+    ],
+)
+def test_of_a_pattern_what_a_grammar_knows_is_enforced(pattern: str, enforced: str | None) -> None:
+    assert enforceable({"type": "string", "pattern": pattern}).get("pattern") == enforced
+
+
+def test_a_decimal_as_text_matches_its_pattern(llm: LLM) -> None:
+    for seed in range(4):
+        result = ask(llm, {"type": "string", "pattern": DECIMAL}, seed)
+        assert re.fullmatch(DECIMAL, json.loads(result.text))
+        assert result.format_error == ""
+
+
+def test_property_names_that_are_listed_are_enforced(llm: LLM) -> None:
+    schema = {
+        "type": "object",
+        "propertyNames": {"$ref": "#/$defs/C"},
+        "additionalProperties": {"type": "boolean"},
+        "$defs": {"C": {"enum": ["a", "b"]}},
+    }
+    assert set(json.loads(ask(llm, schema).text)) <= {"a", "b"}
+
+
+def test_a_keyword_that_is_not_enforced_is_checked_afterwards(llm: LLM) -> None:
+    flags = {"type": "array", "items": {"type": "boolean"}, "minItems": 3, "maxItems": 4, "uniqueItems": True}
+    assert "non-unique" in ask(llm, flags).format_error
+
+
+def test_an_answer_that_was_cut_says_so(llm: LLM) -> None:
+    result = ask(llm, {"type": "array", "items": {"type": "integer"}, "minItems": 99})
+    assert (result.finish_reason, "no complete JSON" in result.format_error) == ("length", True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "string", "format": "binary"}, "format 'binary'"),
+        ({"properties": {"n": {"type": "string", "pattern": "^(?!a)b$"}}}, "pattern"),
+        ({"type": "object", "patternProperties": {"(?!a)b": {}}}, "pattern"),
+        ({"not": {"type": "string"}}, "not"),
+    ],
+)
+def test_a_strict_schema_is_refused_with_the_keyword_and_the_remedy(schema: Any, keyword: str) -> None:
+    with pytest.raises(UnsupportedSchemaError, match=f"{re.escape(keyword)}.*strict=False"):
+        check_strict(schema, "The schema")
+    check_schema(schema, "The schema")
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "greater than"),
+        ({"$ref": "#/$defs/missing"}, "missing"),
+        ({"$ref": "#"}, "no finite value"),
+        ({"type": "object", "properties": {"c": {"$ref": "#"}}, "required": ["c"]}, "no finite value"),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "no finite value"),
+    ],
+)
+def test_a_schema_that_no_answer_can_follow_is_refused_before_anything_is_read(
+    llm: LLM, schema: Any, problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        ask(llm, schema)
+
+
+def test_recursion_that_can_end_is_not_refused() -> None:
+    check_schema({"type": "object", "properties": {"c": {"type": "array", "items": {"$ref": "#"}}}}, "It")
+    check_schema({"anyOf": [{"type": "array", "items": {"$ref": "#"}, "minItems": 1}, {"type": "null"}]}, "It")
+
+
+@pytest.mark.parametrize("text", ["0.07", "2.21", "-98.99", "1E999999999999999999999"])
+def test_numbers_are_checked_exactly_and_never_raise(text: str) -> None:
+    problem = validation_error(text, {"type": "number", "multipleOf": 0.01})
+    assert bool(problem) == ("E" in text)
