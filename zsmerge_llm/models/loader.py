@@ -344,7 +344,10 @@ def _find_tokenizer(given: Any, origin: str | Path, report_status: StatusCallbac
     if not folder.is_dir():
         folder = hub.hub_folder(where, report_status)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Texts beyond the trained window are read, so that the warning about indexing errors would be untrue.
+        found.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        return found
     except Exception as error:  # tokenizers raises this type itself
         remedy = "pass tokenizer= (a tokenizer, a folder or a Hub id)"
         raise ModelNotFoundError(f"{where} holds no usable tokenizer ({_first_line(error)}): {remedy}.") from error
