@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from zsmerge_llm import LLM, SchedulingConfig, errors
 from zsmerge_llm.config import CacheConfig, SamplingParams, parse_bytes
 from zsmerge_llm.errors import ConfigError, ZSMergeError
 
@@ -93,6 +95,34 @@ def test_sizes_are_parsed_with_their_units(text: str | int, size: int) -> None:
 def test_invalid_sizes_are_refused(text: object) -> None:
     with pytest.raises(ConfigError, match="2GiB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("call", "nearest"),
+    [
+        (lambda: LLM("smollm2", quantisation="int8"), "quantization"),  # type: ignore[call-arg]
+        (lambda: LLM("smollm2", session_dir="x"), "sessions_dir"),  # type: ignore[call-arg]
+        (lambda: SamplingParams(max_token=3), "max_tokens"),  # type: ignore[call-arg]
+        (lambda: CacheConfig(slot=3), "slots"),  # type: ignore[call-arg]
+        (lambda: SchedulingConfig(max_request=3), "max_requests"),  # type: ignore[call-arg]
+        (lambda: LLM("smollm2").chat("x", temperatur=0.5), "temperature"),  # type: ignore[call-arg]
+        (lambda: LLM("smollm2").chat("x", session_id="a"), "session"),  # type: ignore[call-arg]
+        (lambda: LLM("smollm2").complete("x", respons_format={}), "response_format"),  # type: ignore[call-arg]
+    ],
+)
+def test_a_wrong_name_of_a_setting_shows_the_nearest_one(call: Any, nearest: str) -> None:
+    with pytest.raises(TypeError, match=rf"Did you mean {nearest}\?"):
+        call()
+
+
+def test_errors_are_of_the_classes_of_python_that_callers_catch() -> None:
+    with pytest.raises(FileNotFoundError):
+        LLM("./no-such-folder/model.gguf").warm_up()
+    assert issubclass(errors.SessionNotFoundError, (FileNotFoundError, KeyError))
+    assert issubclass(errors.DeadlineExceededError, TimeoutError)
+    assert issubclass(errors.ContextLimitError, ValueError)
+    assert issubclass(errors.MissingTemplateError, ValueError)
+    assert str(errors.SessionNotFoundError("There is no 'x'.")) == "There is no 'x'."
 
 
 def test_every_error_is_a_zsmerge_error_and_creating_an_llm_imports_no_torch() -> None:

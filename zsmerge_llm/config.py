@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from zsmerge_llm.errors import ConfigError, shown
+from zsmerge_llm.errors import ConfigError, did_you_mean, shown
+from zsmerge_llm.types import NamedSettings
 
 QUERY_AGNOSTIC_FLOOR = 0.02
 """`score_floor` where no question is known yet. Found by measuring (docs/research/eviction)."""
 PREFIX_MULTIPLE = 64
 """A pinned system prompt is rounded up to a multiple of this many slots."""
-ROUNDING = 1e-6
-"""Tolerance for a fractional number of slots."""
+ROUNDING = 1e-6  # tolerance for a fractional number of slots
 OBSERVATION_WINDOW = "observation_window"
 POLICIES = (OBSERVATION_WINDOW, "cumulative_attention", "recency")
 """Names of the built-in eviction policies; `kvcache.policies` has one file for each."""
@@ -41,7 +41,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(NamedSettings):
     """Set the budget of the compressed KV cache and the policy that evicts from it.
 
     Every KV head of every full-attention layer holds `slots` entries: the first `sink` tokens, the `recent` newest
@@ -285,7 +285,7 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(NamedSettings):
     """How one answer is drawn.
 
     `temperature=0` is greedy. `max_tokens=None` goes on until the model ends its answer. `stop` strings end the answer
@@ -395,6 +395,6 @@ def _mean_one(weights: Any) -> tuple[float, ...]:
 def _replace(settings: Any, changes: dict[str, Any]) -> Any:
     known = {field.name for field in fields(settings)}
     if unknown := sorted(shown(name).strip("'") for name in changes.keys() - known):
-        kind = type(settings).__name__
-        raise ConfigError(f"{kind} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+        what = f"{type(settings).__name__} has no setting {', '.join(unknown)}"
+        raise ConfigError(f"{what}; it has {', '.join(sorted(known))}.{did_you_mean(unknown, known)}")
     return replace(settings, **changes)

@@ -1,5 +1,7 @@
 """All errors that this package raises on purpose. Each message states what is wrong and how to fix it.
 
+In brackets: the class of Python that an error is, too. `langchain_zsmerge` raises each as a class of LangChain as well.
+
 ZSMergeError
 ├── ConfigError (ValueError)            invalid or contradictory settings
 │   └── UntrustedFolderError            a cache folder that others may write to
@@ -8,10 +10,10 @@ ZSMergeError
 │   ├── UnsupportedSchemaError          a strict schema with a keyword that cannot be enforced while decoding
 │   └── ContextLimitError               a prompt longer than a set limit; nothing is ever truncated
 ├── LoadError                           the model cannot be loaded
-│   ├── ModelNotFoundError              no such Hub id, folder, file or built-in name
+│   ├── ModelNotFoundError (FileNotFoundError)  no such Hub id, folder, file or built-in name
 │   ├── CorruptModelError               a model file is empty, truncated or fails its checksum
 │   ├── UnsupportedModelError           an architecture or feature that the compressed cache does not support
-│   └── MissingTemplateError            chat with a model that has no chat template
+│   └── MissingTemplateError (ValueError)  chat with a model that has no chat template
 ├── MissingDependencyError (ImportError)  an optional package is not installed
 ├── PackageError                        compiled code on disk that is not used
 ├── DeviceMemoryError (MemoryError)     the device has no memory left for what was asked
@@ -20,7 +22,7 @@ ZSMergeError
 ├── QueueFullError                      as many requests as allowed are waiting or being answered
 ├── DeadlineExceededError (TimeoutError)  a request's time was up before its answer was complete
 └── SessionError                        a session cannot be used
-    ├── SessionNotFoundError            no session of that name
+    ├── SessionNotFoundError (FileNotFoundError, KeyError)  no session of that name
     ├── SessionCorruptError             a saved session is truncated or was altered
     ├── SessionMismatchError            a session of another model, tokenizer, template or cache config
     ├── SessionStorageError (OSError)   the file of a session cannot be written or deleted
@@ -28,6 +30,13 @@ ZSMergeError
 
 ShortenedOutputWarning (UserWarning): an answer that is valid, and shorter than the model would have made it.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class ZSMergeError(Exception):
@@ -62,7 +71,7 @@ class LoadError(ZSMergeError):
     """The model cannot be loaded."""
 
 
-class ModelNotFoundError(LoadError):
+class ModelNotFoundError(LoadError, FileNotFoundError):
     """There is no such Hub id, folder, GGUF file or built-in name."""
 
 
@@ -74,7 +83,7 @@ class UnsupportedModelError(LoadError):
     """The compressed cache does not support the model's architecture or one of its features."""
 
 
-class MissingTemplateError(LoadError):
+class MissingTemplateError(LoadError, ValueError):
     """The model has no chat template, so it cannot chat."""
 
 
@@ -117,7 +126,7 @@ class SessionError(ZSMergeError):
     """A session cannot be used."""
 
 
-class SessionNotFoundError(SessionError):
+class SessionNotFoundError(SessionError, FileNotFoundError, KeyError):
     """There is no session of that name or at that path."""
 
 
@@ -144,3 +153,12 @@ def shown(value: object) -> str:
     except Exception:  # a number of too many digits, or an object whose own code fails
         return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def did_you_mean(names: Iterable[object], known: Iterable[str]) -> str:
+    """Return a question that names the known name nearest to each of some others; "" where none is near."""
+    from difflib import get_close_matches
+
+    choices = sorted(known)
+    near = [match for name in names for match in get_close_matches(str(name), choices, n=1)]
+    return f" Did you mean {', '.join(near)}?" if near else ""

@@ -17,6 +17,7 @@ from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.grammar import GrammarCompiler
 from zsmerge_llm.language.output_format import OutputFormats
 from zsmerge_llm.models.owner_process import check_process, is_forked
+from zsmerge_llm.types import NamedSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,7 +83,7 @@ class LazyRuntime:
             runtime.conversations.store.close()
 
 
-class CopiedBySettings:
+class CopiedBySettings(NamedSettings):
     """What is deep-copied and pickled by its settings: the copy loads its model anew, when it is first used.
 
     Attributes:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from zsmerge_llm.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Message = dict[str, Any]
 """One chat message as in the OpenAI format: `role`, `content` (text or text blocks), `tool_calls`, `tool_call_id`."""
@@ -104,3 +110,16 @@ class Chunk:
     session: str = ""
     format_error: str = ""
     tool_call_deltas: list[ToolCallDelta] = field(default_factory=list)
+
+
+class NamedSettings:
+    """Base of what is made of settings by name: of a wrong name, the error shows the nearest one."""
+
+    def __new__(cls, *_: Any, **settings: Any) -> Self:
+        """Raises TypeError: a setting that the constructor does not take."""
+        known = inspect.signature(cls.__init__).parameters.keys() if settings else ()
+        if unknown := [name for name in settings if name not in known]:
+            names = [name for name in known if name != "self"]
+            hint = did_you_mean(unknown, names) or f" It has {', '.join(names)}."
+            raise TypeError(f"{cls.__name__} has no setting {', '.join(unknown)}.{hint}")
+        return super().__new__(cls)

@@ -25,6 +25,14 @@ SPECIAL_TOKENS = {
     "gemma2": ("<end_of_turn>", ["<start_of_turn>"]),
     "gemma3": ("<end_of_turn>", ["<start_of_turn>"]),
 }
+# templates with rules, for messages that they refuse or ignore
+STRICT_TOKENS = {
+    "mistral-v0.1": ("</s>", ["[INST]", "[/INST]"]),
+    "llama2": ("</s>", ["[INST]", "[/INST]"]),
+    "phi3": ("<|end|>", ["<|user|>", "<|assistant|>", "<|system|>"]),
+    "deepseek": ("</s>", ["<|User|>", "<|Assistant|>", "<|call|>", "<|output|>"]),
+    "qwen3.5": ("<|im_end|>", ["<|im_start|>"]),
+}
 # templates that render earlier messages as they were first rendered
 STABLE_TEMPLATES = ("smollm2", "qwen2.5", "llama3", "gemma3")
 TOOLS = [
@@ -68,7 +76,7 @@ def sentencepiece(prefix_space: bool = True) -> PreTrainedTokenizerFast:
 
 def template(name: str, **settings: Any) -> ChatTemplate:
     """Return the template of that name, with a tokenizer that has its special tokens."""
-    end, others = SPECIAL_TOKENS[name]
+    end, others = {**SPECIAL_TOKENS, **STRICT_TOKENS}[name]
     text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return ChatTemplate(byte_level(end, tuple(others)), text, **settings)
 

@@ -18,7 +18,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from zsmerge_llm.attention import adapters
 from zsmerge_llm.attention.call import AttentionCall, AttentionHandler, dense_attention
-from zsmerge_llm.errors import InputError, UnsupportedModelError
+from zsmerge_llm.attention.offloading import input_device
+from zsmerge_llm.errors import InputError, UnsupportedModelError, ZSMergeError
 from zsmerge_llm.kvcache.rope import Rotation, fit_rotation
 from zsmerge_llm.kvcache.slots import LayerSpec
 
@@ -115,9 +116,16 @@ def prepare_model(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
     adapters.check(model)
     adapters.install(model, zsmerge_attention, NAME)
     trace = _Trace()
-    embedding: Any = model.get_input_embeddings()
-    token = torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device)
-    forward(model, trace, input_ids=token, position_ids=token, logits_to_keep=1)
+    token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    try:
+        forward(model, trace, input_ids=token, position_ids=token, logits_to_keep=1)
+    except (ZSMergeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # weights of several devices or dtypes, hooks of others
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} cannot read a single token ({str(error).strip().partition(chr(10))[0]}): "
+            "make it work by itself first, or give its name or folder instead."
+        ) from error
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     missing = sorted(set(range(config.num_hidden_layers)) - set(trace.calls))
@@ -133,7 +141,7 @@ def prepare_model(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
 def measure_rotations(model: PreTrainedModel, positions: Sequence[int]) -> list[Rotation | None]:
     """Find how each layer rotates its keys, from its keys at position 0 and at `positions`; None if unknown."""
     embedding: Any = model.get_input_embeddings()
-    vocab, device = embedding.weight.shape[0], embedding.weight.device
+    vocab, device = embedding.weight.shape[0], input_device(model)
     tokens = torch.linspace(0, vocab - 1, 8, device=device).long()[:, None]
 
     def keys(position: int) -> dict[int, Tensor]:

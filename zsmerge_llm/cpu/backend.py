@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from zsmerge_llm.attention.backend import AttentionOps, DecodeStep, TorchBackend, TorchOps
 from zsmerge_llm.attention.call import AttentionCall
 from zsmerge_llm.attention.masks import PassLayout
+from zsmerge_llm.attention.offloading import input_device
 from zsmerge_llm.cpu import native
 from zsmerge_llm.cpu.compiled_steps import CompiledSteps
 from zsmerge_llm.cpu.patches import ForwardPatches, GemmLinear, GemvLinear, covers_model, is_matrix
@@ -131,7 +132,7 @@ class CPUBackend(TorchBackend):
     @staticmethod
     def serves(model: PreTrainedModel) -> bool:
         """Return whether a model runs on the CPU."""
-        return model.device.type == "cpu"
+        return input_device(model).type == "cpu"
 
     @property
     def batch_invariant(self) -> bool:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from zsmerge_llm.attention.backend import AttentionBackend
 from zsmerge_llm.attention.interface import forward
 from zsmerge_llm.attention.masks import PassLayout
+from zsmerge_llm.attention.offloading import input_device
 from zsmerge_llm.attention.passes import ForwardPass, QueryPass, SpeculativePass, VotingPass
 from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
@@ -56,8 +57,7 @@ class ModelRunner:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        embedding: Any = self.model.get_input_embeddings()
-        return embedding.weight.device
+        return input_device(self.model)
 
     @torch.inference_mode()
     def run(

@@ -10,10 +10,11 @@ from threading import Event, Lock
 
 from zsmerge_llm.config import check_integer, check_number
 from zsmerge_llm.errors import DeadlineExceededError, QueueFullError
+from zsmerge_llm.types import NamedSettings
 
 
 @dataclass(frozen=True)
-class SchedulingConfig:
+class SchedulingConfig(NamedSettings):
     """How requests that run at the same time share the device.
 
     Args:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.engine.scheduling import Deadline
+from zsmerge_llm.errors import did_you_mean
 from zsmerge_llm.generation.arguments import check_types
 from zsmerge_llm.language.grammar import Grammar
 from zsmerge_llm.language.json_values import MAX_SCHEMA, MAX_TOOLS, plain_json
@@ -88,9 +89,10 @@ class RequestOptions:
         """
         known = allowed.__annotations__
         if unknown := [name for name in given if name not in known]:
+            sampling = [each.name for each in fields(SamplingParams)]
             raise TypeError(
                 f"Unknown keyword argument {', '.join(unknown)}: known are {', '.join(known)}. Settings of sampling, "
-                "such as max_tokens, go into sampling=SamplingParams(...)."
+                f"such as max_tokens, go into sampling=SamplingParams(...).{did_you_mean(unknown, [*known, *sampling])}"
             )
         options = cls(**{**given, "sampling": SamplingParams() if given.get("sampling") is None else given["sampling"]})
         check_types(options)

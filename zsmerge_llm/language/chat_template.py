@@ -1,7 +1,7 @@
 """Messages to text and ids by the model's chat template. Imports nothing heavy.
 
-Messages are dicts in the OpenAI format, from `normalize_messages`. Where a template knows no tools, they go into the
-system message, and tool calls and results become tagged text.
+Messages are dicts in the OpenAI format, from `normalize_messages`. What a template refuses, or would leave out
+silently, is rendered in another form (`message_forms`): where it knows no tools, they go into the system message.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
@@ -21,8 +21,14 @@ from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError
 from zsmerge_llm.language.control_tokens import SEPARATOR, ControlTokens
 from zsmerge_llm.language.digests import DigestChain
 from zsmerge_llm.language.long_text import LongText
+from zsmerge_llm.language.message_forms import (
+    calls_as_text,
+    other_forms,
+    with_text_arguments,
+    with_tool_instructions,
+)
 from zsmerge_llm.language.messages import normalize_messages as normalize_messages
-from zsmerge_llm.language.messages import short_id
+from zsmerge_llm.language.template_probe import TemplateProbe, TemplateRefusal
 from zsmerge_llm.language.watchdog import TimeExceeded, Watchdog
 from zsmerge_llm.types import Message
 
@@ -33,16 +39,6 @@ MAX_RENDER_SECONDS = 20.0
 """How long a template may take: ten thousand messages take a second."""
 Tools = Sequence[dict[str, Any]] | None
 """Tool definitions in the OpenAI format."""
-TOOL_INSTRUCTIONS = """# Tools
-
-You may call these functions:
-{tools}
-
-To call one, answer with its name and arguments as JSON between tags, and nothing else:
-<tool_call>
-{{"name": "...", "arguments": {{...}}}}
-</tool_call>
-The results come back between <tool_response> and </tool_response>."""
 
 
 class ChatTemplate:
@@ -78,6 +74,7 @@ class ChatTemplate:
         self._check: Callable[[], None] = lambda: None
         self._long_text = LongText(tokenizer)
         self._watchdog = Watchdog()
+        self._probes: dict[str, TemplateProbe] = {}  # by the text of a template
 
     def with_date(self, today: date) -> ChatTemplate:
         """Return the same template with another date."""
@@ -114,10 +111,12 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], tools: Tools = None, add_generation_prompt: bool = True) -> str:
         """Return the conversation as the text that the model reads, special tokens included. It is for `encode` alone.
 
-        Control tokens that messages or tools spell have separators in them.
+        Control tokens that messages or tools spell have separators in them. Messages that the template refuses are
+        rendered in the closest form that it accepts.
 
         Raises:
-            InputError: the template refuses these messages (its own message is passed on), fails or does not end.
+            InputError: the template refuses every form (its own message about the first is passed on), fails or does
+                not end.
             MissingTemplateError: the model has none.
             ConfigError: the template is no valid Jinja.
         """
@@ -126,14 +125,26 @@ class ChatTemplate:
         if self._control_tokens is not None:
             given = [self._control_tokens.guard_message(message) for message in given]
             offered = self._control_tokens.guard_values(offered)
-        adapted, listed = _adapt(source, given, offered)
-        try:
-            return self._apply(source, adapted, listed, add_generation_prompt)
-        except InputError:
-            if (renumbered := _renumbered(adapted)) == adapted:
-                raise
-            # Mistral's templates accept ids of nine characters only
-            return self._apply(source, renumbered, listed, add_generation_prompt)
+        probe, arguments = self._probe(source), "objects"
+        if offered and not probe.shows_tools:
+            given, offered = with_tool_instructions(given, offered), None
+        if any("tool_calls" in message or message["role"] == "tool" for message in given):
+            arguments = probe.call_arguments or ""
+            given = given if arguments else calls_as_text(given)
+        refusals = []
+        for form in other_forms(given):
+            if not probe.leaves_out(form):
+                try:
+                    form = with_text_arguments(form) if arguments == "text" else form
+                    return self._apply(source, form, offered, add_generation_prompt)
+                except TemplateRefusal as refusal:
+                    refusals.append(refusal)
+        raise refusals[0]
+
+    def _probe(self, source: str) -> TemplateProbe:
+        if source not in self._probes:
+            self._probes[source] = TemplateProbe(source, partial(self._apply, source, prompt=False))
+        return self._probes[source]
 
     def _apply(self, source: str, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
         from jinja2 import TemplateSyntaxError
@@ -152,7 +163,7 @@ class ChatTemplate:
                 f"The chat template did not end within {MAX_RENDER_SECONDS:g} s: pass another as chat_template=."
             ) from error
         except Exception as error:  # a template is a program, and may fail in any way
-            raise InputError(
+            raise TemplateRefusal(
                 f"The model's chat template refuses these messages: {error} "
                 "Change them accordingly, or pass another template as chat_template=."
             ) from error
@@ -316,58 +327,3 @@ def _with_notes(messages: Sequence[Message]) -> list[Message]:
 
 def _content_with_note(message: Message) -> str:
     return f"{message['content']}\n\n{message['note']}" if message.get("note") else cast(str, message["content"])
-
-
-def _adapt(
-    source: str, messages: list[Message], tools: list[dict[str, Any]] | None
-) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """Express in plain messages what the template does not handle: its text shows whether it reads tools and calls."""
-    if tools and not re.search(r"\btools\b", source):
-        instructions = TOOL_INSTRUCTIONS.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-        first, tools = messages[0], None
-        if first["role"] == "system" or _refuses_system(source):
-            both = [first["content"], instructions] if first["role"] == "system" else [instructions, first["content"]]
-            messages = [{**first, "content": "\n\n".join(both)}, *messages[1:]]
-        else:
-            messages = [{"role": "system", "content": instructions}, *messages]
-    return (messages if "tool_calls" in source else _as_plain_text(messages)), tools
-
-
-def _refuses_system(source: str) -> bool:
-    """Return whether a template takes no system message (Gemma 2)."""
-    return "system role not supported" in source.lower()
-
-
-def _as_plain_text(messages: list[Message]) -> list[Message]:
-    """Write calls as tagged JSON in the assistant's text, and results as a user message, joined with the next one."""
-    plain: list[Message] = []
-    after_result = False
-    for message in messages:
-        role, text = message["role"], message["content"]
-        for call in message.get("tool_calls", ()):
-            body = json.dumps(call["function"], ensure_ascii=False)
-            text += ("\n" if text else "") + f"<tool_call>\n{body}\n</tool_call>"
-        if role == "tool":
-            role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
-        if role == "user" and after_result:
-            plain[-1] = {"role": role, "content": f"{plain[-1]['content']}\n{text}"}
-        else:
-            plain.append({"role": role, "content": text})
-        after_result = message["role"] == "tool"
-    return plain
-
-
-def _renumbered(messages: list[Message]) -> list[Message]:
-    """Return the messages with short ids, by order, for tool calls and their results."""
-    short: dict[str, str] = {}
-    changed = []
-    for message in messages:
-        message = dict(message)
-        if calls := message.get("tool_calls"):
-            for call in calls:
-                short[call["id"]] = short_id(len(short))
-            message["tool_calls"] = [{**call, "id": short[call["id"]]} for call in calls]
-        if wanted := message.get("tool_call_id"):
-            message["tool_call_id"] = short.setdefault(wanted, short_id(len(short)))
-        changed.append(message)
-    return changed

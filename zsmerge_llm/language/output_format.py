@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError, shown
-from zsmerge_llm.language.chat_template import TOOL_INSTRUCTIONS, ChatTemplate, validate_tools
+from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
 from zsmerge_llm.language.json_schema import validation_error, value_error
 from zsmerge_llm.language.prompt_echo import NOTHING_ADDED, AddedTexts, EchoFilter

@@ -52,8 +52,8 @@ BARE = ToolCallStyle("")
 def tool_call_style(template_source: str) -> ToolCallStyle:
     """Return the style of a model family, by the Jinja text of its chat template.
 
-    A template without tools is Hermes: `chat_template.TOOL_GUIDE` in the system message asks for that. A template with
-    an unknown style of its own is taken to understand plain JSON.
+    A template without tools is Hermes: `message_forms.TOOL_INSTRUCTIONS` in the system message asks for that. A
+    template with an unknown style of its own is taken to understand plain JSON.
     """
     if "[TOOL_CALLS]" in template_source:
         return MISTRAL

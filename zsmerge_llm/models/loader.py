@@ -35,7 +35,6 @@ from zsmerge_llm.models.device import (
 from zsmerge_llm.models.hub import StatusCallback
 from zsmerge_llm.models.integrity import read_json, weights_digest
 from zsmerge_llm.models.log_filters import log_int8_cast_once, quiet_transformers
-from zsmerge_llm.models.lora import without_wrapper
 from zsmerge_llm.models.weight_files import check_claims, check_fits
 from zsmerge_llm.paths import cache_folder
 
@@ -312,11 +311,9 @@ def _read_weights(source: _Source, options: dict[str, Any]) -> PreTrainedModel:
 def _from_object(
     model: Any, tokenizer: Any, chat_template: str | None, changes: dict[str, Any], report_status: StatusCallback
 ) -> LoadedModel:
-    from transformers import PreTrainedModel
+    from zsmerge_llm.models.model_object import checked_model  # needs torch
 
-    model = without_wrapper(model)
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"model must be a name, a path or a transformers model, not {type(model).__name__}.")
+    model = checked_model(model)
     if given := [name for name, value in changes.items() if value not in (None, "auto")]:
         raise ConfigError(
             f"{', '.join(given)} cannot be applied to a model that is loaded already: give its name or folder instead."
@@ -326,6 +323,7 @@ def _from_object(
     _check_causal(model.config, name)
     if tokenizer is None and not origin:
         raise ConfigError("A model object without config.name_or_path needs its tokenizer: pass tokenizer=.")
+    log_int8_cast_once()
     with quiet_transformers():
         found_tokenizer = _find_tokenizer(tokenizer, origin, report_status)
     return LoadedModel(model, _with_template(found_tokenizer, chat_template), name, None)
@@ -344,7 +342,10 @@ def _find_tokenizer(given: Any, origin: str | Path, report_status: StatusCallbac
     if not folder.is_dir():
         folder = hub.hub_folder(where, report_status)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Texts beyond the trained window are read, so that the warning about indexing errors would be untrue.
+        found.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        return found
     except Exception as error:  # tokenizers raises this type itself
         remedy = "pass tokenizer= (a tokenizer, a folder or a Hub id)"
         raise ModelNotFoundError(f"{where} holds no usable tokenizer ({_first_line(error)}): {remedy}.") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zsmerge_llm.attention.offloading import offloaded_tensor
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.models.lora import AdapterState
 from zsmerge_llm.sessions.session import Fingerprint
@@ -46,8 +47,8 @@ def fingerprint(
         own = {id(part): part for _, part in parts}
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases Python's lock
             digests = dict(zip(own, pool.map(_digest, own.values()), strict=True))
-        for _, part in parts:
-            weights.update(digests[id(part)])
+        for name, part in parts:
+            weights.update(_offloaded_digest(model, name) if part.is_meta else digests[id(part)])
     weights.update(AdapterState(model).text().encode())
     return Fingerprint(
         weights=weights.hexdigest(),
@@ -81,10 +82,15 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     return [part for name in flatten()[0] for part in _parts(getattr(tensor, name))]
 
 
+def _offloaded_digest(model: nn.Module, name: str) -> bytes:
+    with offloaded_tensor(model, name) as tensor:
+        return _digest(tensor)
+
+
 def _digest(tensor: Tensor) -> bytes:
     """Return the SHA-256 of a tensor's bytes, in the order of its elements."""
     digest = hashlib.sha256()
-    if not tensor.is_meta and tensor.numel():  # of one that is offloaded to disk, name and shape must do
+    if not tensor.is_meta and tensor.numel():
         content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, len(content), BLOCK):
             digest.update(content[start : start + BLOCK].cpu().numpy().data)

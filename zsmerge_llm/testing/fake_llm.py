@@ -67,7 +67,7 @@ class FakeRequest:
 class FakeTokenizer:
     """One token per word; its id is the word's length."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:
         return [len(word) for word in text.split()] + [0] * add_special_tokens
 
 
@@ -76,6 +76,13 @@ class FakeSession:
     """What `FakeLLM.read_document` returns."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class FakeStore:
+    """As much of `LLM.store` as an integration reads."""
+
+    fingerprint: str = "fake"
 
 
 class FakeLLM:
@@ -102,6 +109,7 @@ class FakeLLM:
         self.cache = CacheConfig()
         self.context_window: int | None = 2048
         self.tokenizer = FakeTokenizer()
+        self.store = FakeStore()
         self.requests: list[FakeRequest] = []
         self.threads: set[int] = set()
         self.documents: dict[str, str] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import threading
 import weakref
@@ -11,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from langchain_core.globals import get_llm_cache
 from langchain_core.utils import from_env
 from pydantic import (
     AliasChoices,
@@ -24,8 +24,9 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from langchain_zsmerge._errors import langchain_errors
 from zsmerge_llm import LLM, CacheConfig, SamplingParams, SchedulingConfig
-from zsmerge_llm.errors import ConfigError
+from zsmerge_llm.errors import ConfigError, did_you_mean
 
 
 class _ModelRegistry:
@@ -148,8 +149,7 @@ class ZSMergeSettings(BaseModel):
     def _refuse_unknown(cls, values: dict[str, Any]) -> None:
         known = set(cls.model_fields) | {"model_name", "stop_sequences", "request_timeout"}
         for name in values.keys() - known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else f" It has {', '.join(sorted(known))}."
+            hint = did_you_mean([name], known) or f" It has {', '.join(sorted(known))}."
             raise ConfigError(f"{cls.__name__} has no setting {name}.{hint}")
 
     @field_validator("model", "sessions_dir", mode="before")
@@ -198,8 +198,9 @@ class ZSMergeSettings(BaseModel):
         """
         known = (*SAMPLING_SETTINGS, *others, *REQUEST_SETTINGS, "model", "stream")
         if unknown := sorted(options.keys() - set(known)):
+            hint = did_you_mean(unknown, known)
             raise ConfigError(
-                f"A call of {type(self).__name__} has no option {', '.join(unknown)}; it has {', '.join(known)}."
+                f"A call of {type(self).__name__} has no option {', '.join(unknown)}; it has {', '.join(known)}.{hint}"
             )
         return {name: options[name] for name in SAMPLING_SETTINGS if name in options}
 
@@ -231,16 +232,28 @@ class ZSMergeSettings(BaseModel):
         llm: LLM = self._llm
         return llm
 
+    def _uses_cache(self) -> bool:
+        """Return whether LangChain looks for answers in a cache."""
+        cache: Any = getattr(self, "cache", None)
+        return get_llm_cache() is not None if cache is None else cache is not False
+
+    @langchain_errors()
+    def _fingerprint(self, model: str | None = None) -> str:
+        """Return what answers in LangChain's cache belong to: digests of weights, tokenizer and template. Loads."""
+        return str(self._llm_for(model or self.model).store.fingerprint)
+
+    @langchain_errors()
     def warm_up(self) -> Self:
         """Load the model now, not at its first use: loading may block an event loop."""
         self.core.warm_up()
         return self
 
+    @langchain_errors()
     def get_token_ids(self, text: str) -> list[int]:
         """Return the token ids of a text by the model's tokenizer, without special tokens. Loads the model."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
-        ids: list[int] = self._llm.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self._llm.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:

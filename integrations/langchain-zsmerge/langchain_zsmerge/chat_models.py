@@ -14,6 +14,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import ConfigDict
 
+from langchain_zsmerge._errors import langchain_errors
 from langchain_zsmerge._generation import Request, ZSMergeGeneration
 from langchain_zsmerge._messages import to_ai_message, to_ai_message_chunk, to_messages
 from langchain_zsmerge._structured import structured_output
@@ -58,7 +59,7 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         kwargs.pop("session_id", None)  # LangChain's cache of answers may serve every session
-        return super()._get_llm_string(stop=stop, **kwargs)
+        return f"{super()._get_llm_string(stop=stop, **kwargs)}---{self._fingerprint(kwargs.get('model'))}"
 
     def _resolve_model_profile(self) -> Any:
         limit = {} if self.max_input_tokens is None else {"max_input_tokens": self.max_input_tokens}
@@ -124,6 +125,7 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
                     self._add_window_to_profile()
                 yield ChatGenerationChunk(message=to_ai_message_chunk(chunk, request.model))
 
+    @langchain_errors()
     def bind_tools(
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
@@ -155,6 +157,7 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
             tools=definitions, **{name: value for name, value in given.items() if value is not None}, **kwargs
         )
 
+    @langchain_errors()
     def with_structured_output(
         self,
         schema: Any,
@@ -191,6 +194,7 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
         retry = self.retry_invalid if retry_invalid is None else retry_invalid
         return structured_output(model, schema, method, include_raw, strict, retry)
 
+    @langchain_errors()
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of the prompt that the model's template makes of messages and tools. Loads the model.
 

@@ -13,6 +13,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict, PrivateAttr, field_validator
 
+from langchain_zsmerge._errors import langchain_errors
 from langchain_zsmerge._structured import structured_output
 from langchain_zsmerge.chat_models import ChatZSMerge
 from zsmerge_llm import aio
@@ -51,6 +52,7 @@ class ZSMergeDocuments(RunnableSerializable[LanguageModelInput, AIMessage]):
             raise InputError("There are no documents: give at least one text, path or Document.")
         return documents
 
+    @langchain_errors()
     def read(self, cancel: threading.Event | None = None) -> str:
         """Read the documents unless a session holds them, and return the name of that session.
 
@@ -88,6 +90,7 @@ class ZSMergeDocuments(RunnableSerializable[LanguageModelInput, AIMessage]):
         async for chunk in self.model.astream(input, config, **{**kwargs, "session_id": await self.aread()}):
             yield chunk
 
+    @langchain_errors()
     def with_structured_output(
         self,
         schema: Any,

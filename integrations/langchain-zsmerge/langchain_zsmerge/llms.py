@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from threading import Event
@@ -41,7 +42,12 @@ class ZSMergeLLM(ZSMergeGeneration, BaseLLM):  # type: ignore[misc]  # it names 
     def _llm_type(self) -> str:
         return "zsmerge"
 
-    def _request(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Request:
+    def dict(self, **kwargs: Any) -> builtins.dict[str, Any]:
+        """Return the settings, which are the key of LangChain's cache, where it is used: then the weights count too."""
+        settings = super().dict(**kwargs)
+        return {**settings, "fingerprint": self._fingerprint()} if self._uses_cache() else settings
+
+    def _request(self, stop: list[str] | None, kwargs: builtins.dict[str, Any]) -> Request:
         changes = self._sampling_options(kwargs, _FORMAT_OPTIONS)
         given = {name: kwargs[name] for name in _FORMAT_OPTIONS if kwargs.get(name) is not None}
         model = kwargs.get("model") or self.model
@@ -67,7 +73,7 @@ class ZSMergeLLM(ZSMergeGeneration, BaseLLM):  # type: ignore[misc]  # it names 
                 yield GenerationChunk(text=chunk.text, generation_info=info)
 
 
-def _total_usage(results: Sequence[Result], model: str) -> dict[str, Any]:
+def _total_usage(results: Sequence[Result], model: str) -> builtins.dict[str, Any]:
     prompt = sum(result.usage.prompt_tokens for result in results)
     completion = sum(result.usage.completion_tokens for result in results)
     usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -209,6 +209,16 @@ def test_a_bad_setting_is_refused_when_the_object_is_made(settings):
         ZSMergeLLM(**settings)
 
 
+@pytest.mark.parametrize(
+    ("given", "nearest"), [("temperatur", "temperature"), ("max_token", "max_tokens"), ("sessionid", "session_id")]
+)
+def test_a_wrong_name_shows_the_nearest_one(given, nearest):
+    with pytest.raises(ConfigError, match=rf"no setting {given};.* Did you mean {nearest}\?"):
+        ZSMergeLLM(llm=FakeLLM()).complete("x", **{given: 1})
+    with pytest.raises(ConfigError, match=rf"no setting {given}\. Did you mean {nearest.removesuffix('_id')}\?"):
+        ZSMergeLLM(llm=FakeLLM(), **{given: 1})
+
+
 def test_an_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="colour"):
         ZSMergeLLM(colour="blue")

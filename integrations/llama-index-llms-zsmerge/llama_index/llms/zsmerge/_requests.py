@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.llms.zsmerge._tools import to_tool_choice
 
 from zsmerge_llm import LLM, SamplingParams
-from zsmerge_llm.errors import ConfigError
+from zsmerge_llm.errors import ConfigError, did_you_mean
 from zsmerge_llm.types import Chunk, Message, Result
 
 _CHAT_OPTIONS = ("tools", "session", "session_id", "namespace", "probe", "reread")
@@ -47,6 +48,24 @@ class Request:
             yield from self.llm.stream_complete(self.prompt, cancel=cancel, **self.options)
         else:
             yield from self.llm.stream(self.prompt, cancel=cancel, **self.options)
+
+
+def refuse_unknown_settings(kind: type[BaseModel], settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError on a setting that a class does not have: it names the nearest one."""
+    fields = kind.model_fields
+    known = {*fields, *(str(field.alias) for field in fields.values() if field.alias)}
+    if unknown := sorted(settings.keys() - known):
+        hint = did_you_mean(unknown, known) or f" It has {', '.join(sorted(known))}."
+        raise ConfigError(f"{kind.__name__} has no setting {', '.join(unknown)}.{hint}")
+
+
+def sampling_changes(options: Mapping[str, Any], sampling: Collection[str]) -> dict[str, Any]:
+    """Return the options of a call that change its sampling. Raises ConfigError: an unknown one, with the nearest."""
+    known = (*sampling, *OPTIONS)
+    if unknown := sorted(options.keys() - set(known)):
+        hint = did_you_mean(unknown, known)
+        raise ConfigError(f"A call has no setting {', '.join(unknown)}; it has {', '.join(known)}.{hint}")
+    return {name: value for name, value in options.items() if name in sampling}
 
 
 def text_request(llm: LLM, text: str, sampling: SamplingParams, options: Mapping[str, Any]) -> Request:

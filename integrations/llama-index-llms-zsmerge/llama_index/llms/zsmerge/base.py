@@ -25,7 +25,13 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.llms.zsmerge import _responses as responses
 from llama_index.llms.zsmerge._messages import to_messages
-from llama_index.llms.zsmerge._requests import OPTIONS, Request, message_request, text_request
+from llama_index.llms.zsmerge._requests import (
+    Request,
+    message_request,
+    refuse_unknown_settings,
+    sampling_changes,
+    text_request,
+)
 from llama_index.llms.zsmerge._structured import StructuredPrediction
 from llama_index.llms.zsmerge._tools import to_tool, to_tool_selections
 from typing_extensions import Self
@@ -138,6 +144,7 @@ class ZSMergeLLM(StructuredPrediction):
             ):
                 raise ConfigError(f"llm has its own {', '.join(given)}: give llm or these settings, not both.")
             model, settings["cache"] = _model_name(llm), llm.cache
+        refuse_unknown_settings(type(self), settings)
         if isinstance(settings.get("cache"), dict):
             settings["cache"] = CacheConfig.from_dict(settings["cache"])
         super().__init__(**({"model": model} if model else {}), **settings)  # type: ignore[arg-type]
@@ -172,7 +179,7 @@ class ZSMergeLLM(StructuredPrediction):
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of `text` without special tokens, for `Settings.tokenizer`. Loads the model."""
-        return list(self._llm.tokenizer.encode(text, add_special_tokens=False))
+        return list(self._llm.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def warm_up(self) -> Self:
         """Load the model now, not at its first use: loading may block an event loop."""
@@ -181,7 +188,7 @@ class ZSMergeLLM(StructuredPrediction):
 
     def _sampling_params(self, options: dict[str, Any]) -> SamplingParams:
         """Return this object's settings with the changes of a call. Raises ConfigError: an unknown or bad option."""
-        changes = {name: value for name, value in options.items() if name not in OPTIONS}
+        changes = sampling_changes(options, SAMPLING_SETTINGS)
         return SamplingParams().replace(**{**{name: getattr(self, name) for name in SAMPLING_SETTINGS}, **changes})
 
     def _text_request(self, text: str, options: dict[str, Any]) -> Request:
