@@ -1,7 +1,12 @@
-"""LangChain's own standard integration suite, on Qwen2.5-Coder-0.5B-Instruct; SmolLM2 is the other model of a call."""
+"""LangChain's own standard integration suite on two models, Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct.
+
+The other of the two is the model of a call that names its own. `ZSMERGE_TEST_QWEN` puts a larger file in the first one's
+place.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,16 +18,9 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_zsmerge import ChatZSMerge
 
 
-@pytest.mark.slow
-class TestChatZSMergeStandardIntegration(ChatModelIntegrationTests):
-    qwen: ClassVar[str]
-
-    @pytest.fixture(scope="class", autouse=True)
-    @classmethod
-    def _loaded(cls, gguf: Mapping[str, Path]) -> list[ChatZSMerge]:
-        """Models stay loaded from test to test as long as something uses them."""
-        cls.qwen = str(gguf["qwen2.5-coder-0.5b-instruct"])
-        return [ChatZSMerge(model=cls.qwen), ChatZSMerge(model="smollm2")]
+class Suite(ChatModelIntegrationTests):
+    name: ClassVar[str]
+    other: ClassVar[str]
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -31,7 +29,7 @@ class TestChatZSMergeStandardIntegration(ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         # without any penalty so small a model runs in circles where JSON mode leaves it free to
-        return {"model": self.qwen, "timeout": 900, "repetition_penalty": 1.05}
+        return {"model": self.name, "timeout": 900, "repetition_penalty": 1.05}
 
     @property
     def supports_json_mode(self) -> bool:
@@ -43,7 +41,7 @@ class TestChatZSMergeStandardIntegration(ChatModelIntegrationTests):
 
     @property
     def model_override_value(self) -> str:
-        return "smollm2"
+        return self.other
 
     @property
     def supported_usage_metadata_details(self) -> Any:
@@ -60,3 +58,21 @@ class TestChatZSMergeStandardIntegration(ChatModelIntegrationTests):
             whole = chunk if whole is None else whole + chunk
         assert whole is not None
         return whole
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded(gguf: Mapping[str, Path]) -> list[ChatZSMerge]:
+    """Models stay loaded from test to test as long as something uses them."""
+    qwen = os.environ.get("ZSMERGE_TEST_QWEN") or str(gguf["qwen2.5-coder-0.5b-instruct"])
+    TestQwenCoder.name = TestSmolLM2.other = qwen
+    return [ChatZSMerge(model=qwen), ChatZSMerge(model="smollm2")]
+
+
+@pytest.mark.slow
+class TestQwenCoder(Suite):
+    other = "smollm2"
+
+
+@pytest.mark.slow
+class TestSmolLM2(Suite):
+    name = "smollm2"
