@@ -1,6 +1,6 @@
-"""A server of the Model Context Protocol with one tool, for `llamaindex_mcp_agent.py`. It speaks through stdin and stdout.
+"""A server of the Model Context Protocol with one tool, which speaks through stdin and stdout.
 
-pip install "mcp>=2"
+`llamaindex_mcp_agent.py` starts it.
 """
 
 from mcp.server.mcpserver import MCPServer
