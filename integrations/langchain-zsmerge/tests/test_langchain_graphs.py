@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deepagents import create_deep_agent
 from langchain.agents import create_agent
 from langchain.agents.middleware import HumanInTheLoopMiddleware, wrap_model_call
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
@@ -190,7 +189,11 @@ DELEGATE = called("task", description="Find it.", subagent_type="general-purpose
 def deep(engine: FakeLLM) -> Any:
     """Return a deep agent on a model whose window is larger than the instructions."""
     engine.context_window = 8192
-    return create_deep_agent(ChatZSMerge(llm=engine))
+    return make_deep_agent(ChatZSMerge(llm=engine))
+
+
+def make_deep_agent(chat: ChatZSMerge, **options: Any) -> Any:
+    return pytest.importorskip("deepagents", reason="needs Python 3.11").create_deep_agent(chat, **options)
 
 
 @pytest.mark.parametrize("method", ["invoke", "ainvoke"])
@@ -225,7 +228,7 @@ def test_a_deep_agent_reads_its_instructions_once() -> None:
         return handler(request.override(tool_choice="ls" if choice(request.messages) == "clock" else "none"))
 
     with SqliteSaver.from_conn_string(":memory:") as saver:
-        agent = create_deep_agent(chat, middleware=[forced], checkpointer=saver)
+        agent = make_deep_agent(chat, middleware=[forced], checkpointer=saver)
         agent.invoke(turn("One."), THREAD)
         (whole, new), *later = usages(agent.invoke(turn("Two."), THREAD)["messages"])
     assert new == whole > 5000
