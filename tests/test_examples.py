@@ -91,3 +91,54 @@ def test_objects_are_extracted_from_a_long_document() -> None:
     assert "Marigold" in found[0]["ship_name"]
     assert "Stone" in found[0]["captain_name"]
     assert "Agnes Hill" in found[1]["keeper_name"]
+
+
+def test_a_langgraph_agent_waits_for_approval_and_continues_from_an_earlier_turn(gguf: Mapping[str, Path]) -> None:
+    printed = run("langgraph_time_travel.py", "--model", str(gguf["qwen2.5-coder-0.5b-instruct"]))
+    decisions = re.findall(r"waits for approval: .*: (\w+)$", printed, re.MULTILINE)
+    assert decisions == ["approve", "reject", "approve"]
+    before, after = printed.split("-- back to the first turn")
+    assert "No mail to Eve today." in before
+    assert "Lunch at noon" in after
+    assert "Eve" not in after
+    assert "Sent to" in after[after.index("Dinner at eight") :]
+    for conversation in (before[before.index("reject") :], after):
+        first, *others = counts_in(conversation)
+        assert len(others) == 3
+        assert all(new < first[0] / 2 for _, new in others)
+
+
+def test_a_deep_agent_reads_its_long_instructions_once(gguf: Mapping[str, Path]) -> None:
+    printed = run("deepagents_notes.py", "--model", str(gguf["qwen2.5-coder-0.5b-instruct"]))
+    assert re.findall(r"(\w+)\(\{'file_path'", printed) == ["write_file", "read_file"]
+    assert "'content': 'The keeper is Agnes Hill" in printed[printed.index("files:") :]
+    first, *others = counts_in(printed)
+    assert first[0] > 2000
+    assert len(others) == 2
+    assert all(new < 100 for _, new in others)
+
+
+def test_an_agent_hands_off_to_another_one(gguf: Mapping[str, Path]) -> None:
+    printed = run("llamaindex_handoff.py", "--model", str(gguf["qwen2.5-coder-0.5b-instruct"]))
+    assert re.findall(r"^(\w+): ", printed, re.MULTILINE) == ["reception", "meteorologist", "meteorologist"]
+    assert "handoff({'to_agent': 'meteorologist'" in printed
+    assert "weather({'city': 'Paris'}) -> It is sunny in Paris" in printed
+    assert counts_in(printed)[-1][1] < counts_in(printed)[-1][0] / 2
+
+
+def test_an_agent_calls_the_tool_of_an_mcp_server(gguf: Mapping[str, Path]) -> None:
+    printed = run("llamaindex_mcp_agent.py", "--model", str(gguf["qwen2.5-coder-0.5b-instruct"]))
+    assert "tide({'harbour': 'Dover', 'hour': 9})" in printed
+    assert "is_error=False" in printed
+    assert "3 metres" in printed.splitlines()[-1]
+    assert counts_in(printed)[-1][1] < counts_in(printed)[-1][0] / 2
+
+
+def test_router_sub_question_and_citation_engines_answer(gguf: Mapping[str, Path]) -> None:
+    printed = run("llamaindex_query_engines.py", "--model", str(gguf["qwen2.5-coder-0.5b-instruct"]))
+    router, asked, cited = re.split(r"^sub-questions: |^citation: ", printed, flags=re.MULTILINE)
+    assert router.startswith("router: lighthouses: ")
+    assert "Agnes Hill" in router
+    assert asked.count("Sub question: ") == 2
+    assert "[1]" in cited.splitlines()[0]
+    assert re.findall(r"^  Source (\d): ", cited, re.MULTILINE) == ["1", "2"]

@@ -1,7 +1,11 @@
-"""LangChain's own standard integration suite, on Qwen2.5-Coder-0.5B-Instruct; SmolLM2 is the other model of a call."""
+"""LangChain's own standard integration suite on two models, Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct.
+
+Each is the other's `model_override_value`. `ZSMERGE_TEST_QWEN` puts a larger file in the first one's place.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,16 +17,9 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_zsmerge import ChatZSMerge
 
 
-@pytest.mark.slow
-class TestChatZSMergeStandardIntegration(ChatModelIntegrationTests):
-    qwen: ClassVar[str]
-
-    @pytest.fixture(scope="class", autouse=True)
-    @classmethod
-    def _loaded(cls, gguf: Mapping[str, Path]) -> list[ChatZSMerge]:
-        """Models stay loaded from test to test as long as something uses them."""
-        cls.qwen = str(gguf["qwen2.5-coder-0.5b-instruct"])
-        return [ChatZSMerge(model=cls.qwen), ChatZSMerge(model="smollm2")]
+class Suite(ChatModelIntegrationTests):
+    name: ClassVar[str]
+    other: ClassVar[str]
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -31,7 +28,7 @@ class TestChatZSMergeStandardIntegration(ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         # without any penalty so small a model runs in circles where JSON mode leaves it free to
-        return {"model": self.qwen, "timeout": 900, "repetition_penalty": 1.05}
+        return {"model": self.name, "timeout": 900, "repetition_penalty": 1.05}
 
     @property
     def supports_json_mode(self) -> bool:
@@ -43,7 +40,7 @@ class TestChatZSMergeStandardIntegration(ChatModelIntegrationTests):
 
     @property
     def model_override_value(self) -> str:
-        return "smollm2"
+        return self.other
 
     @property
     def supported_usage_metadata_details(self) -> Any:
@@ -60,3 +57,43 @@ class TestChatZSMergeStandardIntegration(ChatModelIntegrationTests):
             whole = chunk if whole is None else whole + chunk
         assert whole is not None
         return whole
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded(gguf: Mapping[str, Path]) -> list[ChatZSMerge]:
+    """Models stay loaded from test to test as long as something uses them."""
+    qwen = os.environ.get("ZSMERGE_TEST_QWEN") or str(gguf["qwen2.5-coder-0.5b-instruct"])
+    TestQwenCoder.name = TestSmolLM2.other = qwen
+    return [ChatZSMerge(model=qwen), ChatZSMerge(model="smollm2")]
+
+
+@pytest.mark.slow
+class TestQwenCoder(Suite):
+    other = "smollm2"
+
+
+@pytest.mark.slow
+class TestSmolLM2(Suite):
+    """What a model of 135 million parameters fails at by itself is expected to fail: the calls are well formed."""
+
+    name = "smollm2"
+
+    @pytest.mark.xfail(reason="SmolLM2 repeats the call")
+    def test_tool_calling(self, model: BaseChatModel) -> None:
+        super().test_tool_calling(model)
+
+    @pytest.mark.xfail(reason="SmolLM2 repeats the call")
+    async def test_tool_calling_async(self, model: BaseChatModel) -> None:
+        await super().test_tool_calling_async(model)
+
+    @pytest.mark.xfail(reason="SmolLM2 repeats the call")
+    def test_tool_calling_with_no_arguments(self, model: BaseChatModel) -> None:
+        super().test_tool_calling_with_no_arguments(model)
+
+    @pytest.mark.xfail(reason="SmolLM2 answers without the tool")
+    def test_agent_loop(self, model: BaseChatModel) -> None:
+        super().test_agent_loop(model)
+
+    @pytest.mark.xfail(run=False, reason="SmolLM2 writes no Japanese")
+    def test_unicode_tool_call_integration(self, model: BaseChatModel, **options: Any) -> None:
+        super().test_unicode_tool_call_integration(model, **options)
