@@ -22,6 +22,7 @@ from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
 from zsmerge_llm.language.json_schema import validation_error, value_error
+from zsmerge_llm.language.message_forms import TOOL_INSTRUCTIONS
 from zsmerge_llm.language.prompt_echo import NOTHING_ADDED, AddedTexts, EchoFilter
 from zsmerge_llm.language.reasoning import (
     CLOSE,
