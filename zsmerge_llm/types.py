@@ -24,6 +24,9 @@ ResponseFormat = dict[str, Any]
 Progress = Callable[[int, int], None]
 """Called with (tokens read, tokens to read) during prefill."""
 
+CONFIG_ORIGIN = ("_name_or_path", "_commit_hash", "transformers_version")
+"""Keys of a transformers config that say where it is from, and nothing about the model."""
+
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 """`length`: limited by `max_tokens`. With a grammar or in a tool call the answer is complete all the same, only shorter
 than the model would have made it, if any complete one fits. `Result.format_error` says if none did."""

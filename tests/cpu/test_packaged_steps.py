@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.cpu_kernels import load_kernels
 from tests.support.tiny_models import FAMILIES, tiny_model
 from zsmerge_llm import CacheConfig, SamplingParams
 from zsmerge_llm.cpu import native, quantized_linear
@@ -196,7 +197,7 @@ def test_the_kernels_give_a_row_the_same_logits_bit_for_bit_beside_others_and_in
     if compiled:
         start(engine)
     else:
-        engine.backend._load_decode()  # type: ignore[attr-defined]
+        load_kernels(engine)
     prompts = [PROMPT[: 3 + row] for row in range(5)]
     alone = [engine.new_cache() for _ in prompts]
     for cache, prompt in zip(alone, prompts, strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.cpu_kernels import load_kernels
 from tests.support.static_backend import StaticBackend
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm import CacheConfig, SamplingParams, SchedulingConfig
@@ -93,7 +94,7 @@ def test_with_kernels_every_answer_and_cache_is_the_same_beside_others(
     dtype: torch.dtype, shared_rows: list[int]
 ) -> None:
     engine = Engine(tiny_model().to(dtype), CONFIG, compile=False)
-    engine.backend._load_decode()  # type: ignore[attr-defined]
+    load_kernels(engine)
     assert engine.backend.batch_invariant
 
     assert_same_alone_and_together(engine)
@@ -107,8 +108,7 @@ def test_with_kernels_an_answer_is_the_same_on_fewer_threads(dtype: torch.dtype)
         for threads in (1, 2):
             torch.set_num_threads(threads)
             engine = Engine(tiny_model().to(dtype), CONFIG, compile=False)
-            engine.backend._load_decode()  # type: ignore[attr-defined]
-            engine.backend._load_prefill()  # type: ignore[attr-defined]
+            load_kernels(engine, prefill=True)
             found.append(answer(engine, 2, lambda: None))
     finally:
         torch.set_num_threads(before)
@@ -136,6 +136,6 @@ def test_steps_in_fixed_memory_have_one_shape_where_answers_must_not_depend_on_o
 
 def test_experts_are_not_taken_for_matrices_of_the_kernels() -> None:
     engine = Engine(tiny_model("gpt_oss-sinks"), CONFIG, compile=False)
-    engine.backend._load_decode()  # type: ignore[attr-defined]
+    load_kernels(engine)
 
     assert not engine.backend.batch_invariant

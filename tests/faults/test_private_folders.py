@@ -115,7 +115,7 @@ def test_kernels_are_compiled_elsewhere_with_a_warning_where_the_folder_is_not_t
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     private_folder(cache / "kernels").chmod(0o777)
-    assert native._writable(cache / "kernels") is None
+    assert trusted_files.writable_folder(lambda: private_folder(cache / "kernels"), "Compiled elsewhere") is None
     assert "chmod 700" in caplog.text
 
 

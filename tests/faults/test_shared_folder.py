@@ -23,6 +23,14 @@ def start(folder: Path) -> LLM:
     return llm
 
 
+def assert_another_process_continues(folder: Path, *chats: Chat) -> LLM:
+    llm = start(folder)
+    for chat in chats:
+        chat.llm = llm
+        assert chat.ask("Go on").usage.reuse == "continued"
+    return llm
+
+
 def test_processes_take_turns_in_one_conversation(tmp_path: Path) -> None:
     chat = Chat(start(tmp_path), "it")
     llms = [chat.llm, start(tmp_path), start(tmp_path)]
@@ -44,10 +52,7 @@ def test_conversations_of_one_name_are_all_kept_and_continued_and_that_is_said_o
         assert take_turns()[1:] == [["continued"] * 3] * 2
     assert 1 <= len(caught) <= 3  # once in each process
 
-    again = start(tmp_path)
-    for chat in chats:
-        chat.llm = again
-        assert chat.ask("Go on").usage.reuse == "continued"
+    assert_another_process_continues(tmp_path, *chats)
 
 
 def test_an_edit_does_not_delete_what_another_process_has_answered(tmp_path: Path) -> None:
@@ -57,26 +62,21 @@ def test_an_edit_does_not_delete_what_another_process_has_answered(tmp_path: Pat
     two.ask("Where are you?")
     one.ask("Who are you?")  # from the same point, in another process
 
-    again = start(tmp_path)
-    for chat in (one, two):
-        chat.llm = again
-        assert chat.ask("Go on").usage.reuse == "continued"
+    assert_another_process_continues(tmp_path, one, two)
 
 
 def test_a_turn_that_another_process_overtakes_becomes_a_conversation_of_its_own(tmp_path: Path) -> None:
     one = Chat(start(tmp_path), "it")
     one.ask("Hello")
     two = Chat(start(tmp_path), "it", one.messages)
-    stream = one.llm.stream([*one.messages, {"role": "user", "content": "Who are you?"}], session="it")
-    next(iter(stream))  # begun
+    one.messages.append({"role": "user", "content": "Who are you?"})
+    stream = one.llm.stream(one.messages, session="it")
+    text = next(stream).text
     two.ask("Where are you?")
     with pytest.warns(UserWarning, match=CONFLICT):
-        text = "".join(chunk.text for chunk in stream)
-    one.llm = two.llm = start(tmp_path)
-
-    assert two.ask("Go on").usage.reuse == "continued"
-    assert text is not None
-    assert len(one.llm.store) >= 2
+        text += "".join(chunk.text for chunk in stream)
+    one.messages.append({"role": "assistant", "content": text})
+    assert_another_process_continues(tmp_path, one, two)
 
 
 def test_other_names_are_free_of_each_other(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ class CPUBackend(TorchBackend):
             for module in matrices:
                 self.patches.replace(module, GemvLinear(module))
             self.has_decode_kernels = True
-            self._covers_model = self._model.dtype in native.DTYPES and covers_model(matrices, self._model)
+            self._covers_model = covers_model(matrices, self._model)
         return self.has_decode_kernels
 
     def _load_prefill(self) -> None:

@@ -6,9 +6,9 @@ A model that cannot be compiled goes on as it was, and `disabled_reason` says wh
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -21,8 +21,8 @@ from zsmerge_llm.cpu.package_process import LOW_PRIORITY, PackageProcess, packag
 from zsmerge_llm.cpu.packaged_layers import PackagedLayers
 from zsmerge_llm.cpu.step_capture import step_forms
 from zsmerge_llm.cpu.step_package import package_folder, packages_folder, read_manifest, remove_package
-from zsmerge_llm.cpu.trusted_files import temporary_folder
-from zsmerge_llm.errors import PackageError, UnsupportedModelError, UntrustedFolderError
+from zsmerge_llm.cpu.trusted_files import temporary_folder, writable_folder
+from zsmerge_llm.errors import PackageError, UnsupportedModelError
 from zsmerge_llm.paths import private_folder
 
 log = logging.getLogger(__name__)
@@ -166,8 +166,7 @@ class CompiledSteps:
     def _begin(self, nice: int) -> None:
         """Start the process that makes the package."""
         try:
-            folder = _writable(packages_folder()) / self.folder.name
-            self.folder = folder
+            folder = self.folder = _writable_packages_folder() / self.folder.name
             job = package_job(self._model, self._decoders, self._forms, self._key, folder, nice)
             self._process = PackageProcess(job)
         except (UnsupportedModelError, OSError) as error:
@@ -188,14 +187,8 @@ class CompiledSteps:
             remove_package(self.folder.parent)
 
 
-def _writable(folder: Path) -> Path:
-    """Return a folder for packages: `folder`, or a temporary one of this process where that is not possible."""
-    try:
-        private_folder(folder)
-        if os.access(folder, os.W_OK):
-            return folder
-        reason = f"{folder} cannot be written to"
-    except (OSError, UntrustedFolderError) as error:
-        reason = str(error)
-    log.warning("Compiled decode steps are not kept for later processes: %s.", reason.rstrip("."))
-    return temporary_folder(None, "zsmerge-")
+def _writable_packages_folder() -> Path:
+    """Return the folder for packages, or a temporary one of this process where that cannot be written to."""
+    find = partial(private_folder, packages_folder())
+    folder = writable_folder(find, "Compiled decode steps are not kept for later processes")
+    return folder or temporary_folder(None, "zsmerge-")

@@ -6,7 +6,6 @@ A `can_...` function tells which inputs an operator takes; callers use plain PyT
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -15,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,11 +22,9 @@ import torch
 from torch import Tensor
 
 from zsmerge_llm.cpu.quantized_linear import int4_layout
-from zsmerge_llm.cpu.trusted_files import digest
-from zsmerge_llm.errors import UnsupportedModelError, UntrustedFolderError
+from zsmerge_llm.cpu.trusted_files import digest, writable_folder
+from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.paths import cache_folder, check_folder, check_owner, private_folder
-
-log = logging.getLogger(__name__)
 
 DECODE_SOURCES = ("simd", "shapes", "quantization", "gemv", "decode_attention", "packaged_step")
 PREFILL_SOURCES = ("simd", "shapes", "quantization", "quantized_gemm", "prefill_attention")
@@ -98,7 +95,7 @@ def _digest_path(library: Path) -> Path:
 
 def _compile_and_load(source: str, library: Path) -> None:
     """Compile in a private folder and move the result to its place at once: other processes never see half a file."""
-    parent = _writable(library.parent)
+    parent = writable_folder(partial(private_folder, library.parent), "C++ kernels are compiled again by each process")
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         compiled = _compile(source, Path(folder))
         if parent is not None:
@@ -107,18 +104,6 @@ def _compile_and_load(source: str, library: Path) -> None:
             compiled = compiled.replace(library)
             written.replace(_digest_path(library))
         torch.ops.load_library(compiled)
-
-
-def _writable(folder: Path) -> Path | None:
-    """Return a folder of the user's own, made if it is missing; None where each process has to compile again."""
-    try:
-        if os.access(private_folder(folder), os.W_OK):
-            return folder
-        reason = f"{folder} cannot be written to"
-    except (OSError, UntrustedFolderError) as error:
-        reason = str(error)
-    log.warning("C++ kernels are compiled again by each process: %s.", reason.rstrip("."))
-    return None
 
 
 def _compile(source: str, folder: Path) -> Path:

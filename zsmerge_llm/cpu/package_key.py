@@ -21,17 +21,16 @@ from zsmerge_llm.cpu import native
 from zsmerge_llm.cpu.decoder_layers import named_weights
 from zsmerge_llm.cpu.patches import is_patch_attribute, original_forward
 from zsmerge_llm.cpu.step_capture import StepForm
+from zsmerge_llm.types import CONFIG_ORIGIN
 
 SOURCES = ("package_builder", "step_capture", "step_package", "graph_passes", "patches", "quantized_linear")
 """The modules of this folder whose text decides about the code."""
-UNIMPORTANT = ("_name_or_path", "_commit_hash", "transformers_version")
-"""Keys of a model's config that say where it is from."""
 MAX_DEPTH = 6
 
 
 def package_key(model: PreTrainedModel, layers: Sequence[nn.Module], forms: Sequence[StepForm]) -> str:
     """Return a hexadecimal name for the packages of a model on this machine."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in UNIMPORTANT}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in CONFIG_ORIGIN}
     kinds: set[Any] = {type(module) for layer in layers for module in layer.modules()}
     parts = [
         *(torch.__version__, version("transformers"), version("zsmerge-llm")),

@@ -28,8 +28,8 @@ from zsmerge_llm.cpu.package_key import describe_layer
 from zsmerge_llm.cpu.patches import is_patch_attribute, original_forward
 from zsmerge_llm.cpu.step_capture import StepForm, capture_step
 from zsmerge_llm.cpu.step_package import Manifest, packaged_form
-from zsmerge_llm.cpu.trusted_files import INDUCTOR_CACHE, compiler_cache
-from zsmerge_llm.errors import PackageError, UnsupportedModelError, UntrustedFolderError
+from zsmerge_llm.cpu.trusted_files import INDUCTOR_CACHE, compiler_cache, writable_folder
+from zsmerge_llm.errors import PackageError, UnsupportedModelError
 from zsmerge_llm.paths import private_folder
 
 log = logging.getLogger(__name__)
@@ -132,14 +132,8 @@ class PackageProcess:
 
 def _compiler_cache(packages: Path) -> Path:
     """Return a folder of the user's own for what the compiler keeps: among the packages where there is no other."""
-    try:
-        if os.access(found := compiler_cache(), os.W_OK):
-            return found
-        reason = f"{found} cannot be written to"
-    except (OSError, UntrustedFolderError) as error:
-        reason = str(error)
-    log.warning("What is compiled on the way to a package is not kept: %s.", reason.rstrip("."))
-    return private_folder(packages / "inductor")
+    folder = writable_folder(compiler_cache, "What is compiled on the way to a package is not kept")
+    return folder or private_folder(packages / "inductor")
 
 
 def _without_weights(layer: nn.Module) -> nn.Module:

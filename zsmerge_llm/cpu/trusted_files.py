@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from zsmerge_llm.errors import UntrustedFolderError
 from zsmerge_llm.paths import cache_folder, private_folder
+
+log = logging.getLogger(__name__)
 
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """The variable with which TorchInductor is told where to keep code, headers and libraries."""
@@ -28,6 +33,21 @@ def compiler_cache() -> Path:
     if not chosen or str(Path(chosen).resolve()).startswith(str(default)):
         return private_folder(cache_folder() / "inductor")
     return private_folder(Path(chosen).resolve())
+
+
+def writable_folder(find: Callable[[], Path], consequence: str) -> Path | None:
+    """Return the private folder that `find` finds or makes; None, and a warning, where it cannot be written to.
+
+    find: may raise UntrustedFolderError or OSError. consequence: what the warning says before the reason.
+    """
+    try:
+        if os.access(folder := find(), os.W_OK):
+            return folder
+        reason = f"{folder} cannot be written to"
+    except (OSError, UntrustedFolderError) as error:
+        reason = str(error)
+    log.warning("%s: %s.", consequence, reason.rstrip("."))
+    return None
 
 
 def digest(path: Path) -> str:

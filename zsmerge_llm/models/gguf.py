@@ -106,7 +106,7 @@ def _typed_errors(path: Path) -> Iterator[None]:
         yield
     except ZSMergeError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a damaged file makes of transformers
         if isinstance(error, OSError) and error.errno == ENOSPC:
             raise LoadError(f"There is no room for what is made of {path} ({error}): free some space.") from error
         reason = next(iter(str(error).strip().splitlines()), "")

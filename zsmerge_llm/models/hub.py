@@ -211,7 +211,7 @@ def _ask_hub(hub_id: str) -> Any:
             answers.append(
                 HfApi().model_info(name, revision=revision or None, timeout=HUB_SECONDS, files_metadata=True)
             )
-        except Exception as error:
+        except Exception as error:  # of a thread: raised below, as the caller's
             answers.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)

@@ -17,11 +17,10 @@ from zsmerge_llm.errors import ConfigError, CorruptModelError
 from zsmerge_llm.models.atomic_write import write_atomically
 from zsmerge_llm.models.weight_files import weight_files
 from zsmerge_llm.paths import check_folder, private_folder
+from zsmerge_llm.types import CONFIG_ORIGIN
 
 SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin")
 """Endings of the files that make up a model."""
-PASSING = ("_name_or_path", "_commit_hash", "transformers_version")
-"""Keys of a config that say where it is from."""
 SETTLED_NS = 100_000_000
 """Nanoseconds after which a file that is written again has another time on every file system."""
 
@@ -33,7 +32,9 @@ def weights_digest(folder: Path, cache: Path) -> str:
         CorruptModelError: a file cannot be read.
     """
     config = read_json(folder / "config.json")
-    kept = {key: value for key, value in config.items() if key not in PASSING} if isinstance(config, dict) else config
+    kept = config
+    if isinstance(config, dict):
+        kept = {key: value for key, value in config.items() if key not in CONFIG_ORIGIN}
     digests = file_digests(folder, (path.name for path in weight_files(folder)), cache)
     return _sha256(json.dumps([kept, sorted(digests.items())], sort_keys=True))
 

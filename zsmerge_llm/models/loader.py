@@ -255,7 +255,7 @@ def _typed_errors(name: str, file: str) -> Iterator[None]:
         yield
     except ZSMergeError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever settings that cannot be make of transformers
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise CorruptModelError(f"The {file} of {name} cannot be used ({reason}): download it again.") from error
 

@@ -21,7 +21,7 @@ from typing import Any
 from zsmerge_llm.errors import ConfigError, InputError, SessionCorruptError, SessionError, SessionStorageError
 from zsmerge_llm.models.atomic_write import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, sync_folder
 from zsmerge_llm.models.file_locks import delete_leftovers, locked
-from zsmerge_llm.paths import as_path
+from zsmerge_llm.paths import OTHERS_WRITE, as_path
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.seal import session_key
 from zsmerge_llm.sessions.session import Fingerprint, Session, SessionInfo, Snapshot, file_stamp, load_session
@@ -33,7 +33,6 @@ EARLIER_SUFFIX = ".earlier"
 SAFE_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 MAX_STEM = 120
 GENERATED_NAME = re.compile(r"(.*/)?chat-[0-9a-f]{8}", re.DOTALL)
-OTHERS_WRITE = 0o022
 LOCK_SECONDS = 2.0
 """Longest wait for another process that renames files in the folder: that takes milliseconds."""
 

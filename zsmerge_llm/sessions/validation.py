@@ -34,6 +34,8 @@ CACHE_FACTS: dict[str, type] = dict.fromkeys(("specs", "lengths", "position_maps
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """dtypes of safetensors that keys, values, queries and logits may have."""
 DTYPES = {**FLOATS, "I32": torch.int32, "BOOL": torch.bool, "U8": torch.uint8}
+LAYER_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""dtypes of layers, by their names in the facts."""
 COUNTED = ("multiplicity", "position", "dropped", "multi_turn", "accumulated_until", "query_positions")
 """Tensors of a layer whose numbers must agree with the tokens that were read."""
 MAX_TOKENS = 2**31 - 1
@@ -166,7 +168,7 @@ def _specs(saved: list[Any], expected: ExpectedCache | None) -> tuple[LayerSpec,
     """Return the layers of the model, which must be those that were saved, or those that were saved."""
     if expected is None:
         return tuple(_spec(each) for each in saved)
-    names = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+    names = {dtype: name for name, dtype in LAYER_DTYPES.items()}
     known = [{**asdict(spec), "dtype": names.get(spec.dtype), "device": None} for spec in expected.specs]
     if [{**each, "device": None} if isinstance(each, dict) else None for each in saved] != known:
         raise ValueError("describes the attention layers of another model")
@@ -177,7 +179,6 @@ def _spec(saved: Any) -> LayerSpec:
     """Return a saved description of a layer, in host memory."""
     if not isinstance(saved, dict) or set(saved) != {field.name for field in fields(LayerSpec)}:
         raise ValueError("describes attention layers in other words")
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     sizes = [saved[name] for name in ("query_heads", "kv_heads", "key_dim", "value_dim")]
     window, factors = saved["window"], [saved[name] for name in ("scaling", "softcap") if saved[name] is not None]
     if any(type(size) is not int or not 0 < size <= MAX_SIZE for size in sizes) or sizes[0] % sizes[1]:
@@ -186,9 +187,9 @@ def _spec(saved: Any) -> LayerSpec:
         raise ValueError("describes an impossible window")
     if any(type(factor) not in (int, float) or not math.isfinite(factor) for factor in factors):
         raise ValueError("describes impossible factors of its logits")
-    if type(saved["dtype"]) is not str or saved["dtype"] not in dtypes:
+    if type(saved["dtype"]) is not str or saved["dtype"] not in LAYER_DTYPES:
         raise ValueError("describes an impossible dtype")
-    return LayerSpec(**{**saved, "dtype": dtypes[saved["dtype"]], "device": torch.device(HOST)})
+    return LayerSpec(**{**saved, "dtype": LAYER_DTYPES[saved["dtype"]], "device": torch.device(HOST)})
 
 
 def _config(saved: dict[str, Any], expected: ExpectedCache | None) -> CacheConfig:
@@ -237,10 +238,10 @@ def check_tensors(saved: SavedCache, tensors: Mapping[str, Tensor]) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     """Return whether no number is infinite or NaN: those have the largest patterns of bits of either sign."""
     size = 8 * tensor.element_size()
-    bits = tensor.view({16: torch.int16, 32: torch.int32}[size]).numpy()
-    infinity = int(torch.tensor(math.inf, dtype=tensor.dtype).view({16: torch.int16, 32: torch.int32}[size]))
-    unsigned = bits.view({16: np.uint16, 32: np.uint32}[size])
-    return bool(bits.max() < infinity and unsigned.max() < infinity + (1 << (size - 1)))
+    signed, unsigned = {16: (torch.int16, np.uint16), 32: (torch.int32, np.uint32)}[size]
+    bits = tensor.view(signed).numpy()
+    infinity = int(torch.tensor(math.inf, dtype=tensor.dtype).view(signed))
+    return bool(bits.max() < infinity and bits.view(unsigned).max() < infinity + (1 << (size - 1)))
 
 
 def _check_slots(own: Mapping[str, Any], config: CacheConfig, filled: int, seen: int, index: int) -> None:

@@ -9,7 +9,7 @@ struct AttentionParams {
   int64_t window;                  // sliding window in tokens; 0: none
 };
 
-// Append new tokens to each row's slots. Rows that are not active (null: all are) get empty slots, of multiplicity 0.
+// Append new tokens to each row's slots. Rows that are not active get empty slots, of multiplicity 0.
 template <typename T>
 void append_tokens(const Slots& slots, const Tensor& key, const Tensor& value, const int32_t* token_position,
                    at::IntArrayRef num_filled, const int64_t* active) {
@@ -24,7 +24,7 @@ void append_tokens(const Slots& slots, const Tensor& key, const Tensor& value, c
         std::memcpy(slots.values.data_ptr<T>() + at * E,
                     value.const_data_ptr<T>() + b * value.stride(0) + h * value.stride(1) + t * value.stride(2),
                     E * sizeof(T));
-        slots.multiplicity.data_ptr<float>()[at] = active == nullptr || active[b] ? 1 : 0;
+        slots.multiplicity.data_ptr<float>()[at] = active[b] ? 1 : 0;
         slots.score.data_ptr<float>()[at] = 0;
         slots.cumulative_attention.data_ptr<float>()[at] = 0;
         slots.position.data_ptr<int32_t>()[at] = token_position[b * num_tokens + t];

@@ -28,7 +28,7 @@ inline void dot(const W* weight, const float* x, int64_t K, float* out) {
 struct GemvInput {
   int64_t M, K;                // buffers hold zero rows up to the compiled M
   std::vector<float> f32;      // [M, K], interleaved float32
-  std::vector<BFloat16> bf16;  // [M, K], for vdpbf16ps: with several rows, float32 FMAs would be compute-bound
+  std::vector<BFloat16> bf16;  // [M, K], for vdpbf16ps: with several rows float32 FMAs would be compute-bound, and one sums alike
   // Integer codes with one scale per `group_size` inputs; only one of the two is filled. int16 (vpdpwssd, 2 products
   // per lane) is as exact as float32 beside 8- and 4-bit weights; int8 (vpdpbusd) does 4 products per lane.
   std::vector<int16_t> i16;              // [M, K]
@@ -161,7 +161,7 @@ inline void dot_w8a16(const int8_t* weight, const GemvInput& input, float* out) 
 #endif
 
 #if HAS_AVX512_BF16
-// bfloat16 weights and several bfloat16 rows (vdpbf16ps): weights [R, K] -> out[r * M + m].
+// bfloat16 weights and rows (vdpbf16ps): weights [R, K] -> out[r * M + m].
 template <int M, int R>
 inline void dot_bf16(const BFloat16* weight, const BFloat16* x, int64_t K, float* out) {
   __m512 acc[R][M];
