@@ -55,7 +55,7 @@ $(VENV)/.installed: $(PROJECTS) | $(VENV)/bin/pip
 
 $(VENV)/.installed-dev: $(PROJECTS) | $(VENV)/bin/pip
 	@echo "Installing zsmerge-llm, its integrations and the test tools into $(VENV)"
-	$(BIN)/pip install --quiet -e ".[dev]" $(EDITABLE)
+	$(BIN)/pip install --quiet -e ".[dev,server]" $(EDITABLE)
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/pip

@@ -16,6 +16,10 @@ def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+def is_set_on_self(node: ast.Attribute) -> bool:
+    return isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
 def test_benchmarks_use_no_private_name_of_the_library() -> None:
     for path in FOLDER.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -56,6 +56,30 @@ def test_whatever_a_model_calls_its_pieces_add_up(name: str) -> None:
         assert chunks[-1].tool_calls
 
 
+REPEATED = {
+    "qwen2.5": "\n".join([f"<tool_call>\n{call}\n</tool_call>" for call in (ELSEWHERE, CALL)] * 3),
+    "mistral-v0.3": f"[TOOL_CALLS] [{', '.join([ELSEWHERE, CALL] * 3)}]",
+}
+
+
+@pytest.mark.parametrize("name", [*REPEATED])
+def test_a_call_that_repeats_another_one_ends_the_answer_and_is_never_shown(name: str) -> None:
+    llm = make_llm(name, cache=LARGE_CACHE)
+    wanted = [json.loads(call)["arguments"] for call in (ELSEWHERE, CALL)]
+    for stop in ((), ("###",)):
+        sampling, question = SamplingParams(max_tokens=600, stop=stop), f"Hello {stop}"
+        with scripted_answers(llm, REPEATED[name]):
+            chunks = list(llm.stream(question, tools=ALL_TOOLS, sampling=sampling))
+        check(chunks)
+        last = chunks[-1]
+        assert [json.loads(call["function"]["arguments"]) for call in last.tool_calls] == wanted
+        assert (last.finish_reason, last.invalid_tool_calls) == ("tool_calls", [])
+        answer = {"role": "assistant", "content": "", "tool_calls": last.tool_calls}
+        results = [{"role": "tool", "tool_call_id": call["id"], "content": "rain"} for call in last.tool_calls]
+        messages = [{"role": "user", "content": question}, answer, *results]
+        assert llm.chat(messages, tools=ALL_TOOLS, sampling=TOKENS).usage.reuse == "continued"
+
+
 def test_parallel_calls_and_the_text_before_them_are_streamed_in_order() -> None:
     llm = make_llm("qwen2.5", cache=LARGE_CACHE)
     calls = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in (CALL, ELSEWHERE))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.language.messages import assistant_message
 from zsmerge_llm.language.output_format import UNCONSTRAINED, OutputFormat
 from zsmerge_llm.language.reasoning import AnswerPiece
-from zsmerge_llm.language.tool_call_stream import merge_deltas, whole_call
+from zsmerge_llm.language.tool_call_stream import RepetitionGate, merge_deltas, whole_call
 from zsmerge_llm.language.tool_calls import ParsedAnswer
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.types import Chunk, FinishReason, Message, Result, ToolCallDelta, Usage
@@ -82,13 +82,15 @@ class AnswerParser:
         self._reasoning = output_format.reasoning_parser()
         self._stop = StopStrings(stop)
         self._tool_calls = output_format.tool_call_parser()
+        self._repetition = RepetitionGate()
+        self._new_deltas: list[ToolCallDelta] = []
         self._echoes = output_format.echo_filter()
         self.reasoning_tokens = 0
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string or an echo was found."""
-        return self._stop.stopped or bool(self.echoed)
+        """Whether a stop string, an echo or a call that repeats another one was found."""
+        return self._stop.stopped or bool(self.echoed) or self._repetition.repeats
 
     @property
     def echoed(self) -> str:
@@ -102,14 +104,18 @@ class AnswerParser:
             self.reasoning_tokens += 1
         text = self._stop.push(text)
         text = text if self._tool_calls is None else self._tool_calls.push(text)
+        self._follow_calls()
         return AnswerPiece(reasoning, text if self._echoes is None else self._echoes.push(text))
 
     def take_deltas(self) -> list[ToolCallDelta]:
-        """Return what was written of calls since the last time."""
-        if self._tool_calls is None:
-            return []
-        deltas, self._tool_calls.deltas = self._tool_calls.deltas, []
+        """Return what was written of calls since the last time, without those that repeat earlier ones."""
+        deltas, self._new_deltas = self._new_deltas, []
         return deltas
+
+    def _follow_calls(self) -> None:
+        if self._tool_calls is not None:
+            deltas, self._tool_calls.deltas = self._tool_calls.deltas, []
+            self._new_deltas += self._repetition.push(deltas)
 
     @property
     def has_unmarked_call(self) -> bool:
@@ -131,6 +137,10 @@ class AnswerParser:
             text = self._tool_calls.push(text)
             held, parsed = self._tool_calls.finish(truncated)
             text += held
+            self._follow_calls()
+            if self._repetition.repeats:
+                # What follows these calls is the repetition.
+                parsed = replace(parsed, calls=self._repetition.calls, invalid=[])
         if self._echoes is not None:
             text = self._echoes.push(text) + self._echoes.finish()
         return AnswerPiece(reasoning, text), parsed
@@ -171,7 +181,7 @@ class Attempt:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string or an echo was found. No tokens may follow."""
+        """Whether a stop string, an echo or a call that repeats another one was found. No tokens may follow."""
         return self._parser.stopped
 
     def push(self, token: int) -> Chunk | None:

@@ -156,6 +156,57 @@ class RedundancyGate:
         return canonical_call({"function": {"name": name, "arguments": value}}) not in self._previous
 
 
+class RepetitionGate:
+    """Hold back a call while it may repeat an earlier one of its answer, and drop it if it does.
+
+    Attributes:
+        repeats: whether one does. Small models go on so without end.
+    """
+
+    def __init__(self) -> None:
+        self.repeats = False
+        self._passed_on: list[ToolCallDelta] = []
+        self._earlier: set[str] = set()
+        self._index = -1
+        self._gate = RedundancyGate(())
+        self._name = self._arguments = ""
+
+    def push(self, deltas: Iterable[ToolCallDelta]) -> list[ToolCallDelta]:
+        """Add what is new of the calls; return what may be passed on."""
+        passed_on = list[ToolCallDelta]()
+        for delta in deltas:
+            if delta.index != self._index:
+                self._begin(delta)
+            self._arguments += delta.arguments
+            new = self._gate.push([delta])
+            passed_on += new
+            self.repeats = self.repeats or (not new and _is_complete(self._arguments))
+        self._passed_on += passed_on
+        return passed_on
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The calls that were passed on, in the OpenAI format."""
+        return [
+            {"id": each.id, "type": "function", "function": {"name": each.name, "arguments": each.arguments}}
+            for each in merge_deltas(self._passed_on)
+        ]
+
+    def _begin(self, delta: ToolCallDelta) -> None:
+        if _is_complete(self._arguments):
+            self._earlier.add(canonical_call({"function": {"name": self._name, "arguments": self._arguments}}))
+        self._index, self._name, self._arguments = delta.index, delta.name, ""
+        self._gate = RedundancyGate(self._earlier)
+
+
+def _is_complete(arguments: str) -> bool:
+    try:
+        json.loads(arguments)
+    except ValueError:
+        return False
+    return True
+
+
 def _only_text(arguments: Any) -> str | None:
     """Return the only way to write these arguments, but for spaces and escapes; None if there are several."""
     values = list(arguments.values()) if isinstance(arguments, dict) else [arguments]

@@ -166,7 +166,10 @@ def response(request: ChatRequest, result: Result) -> dict[str, Any]:
         blocks.append({"type": "thinking", "thinking": result.reasoning, "signature": ""})
     if result.text or not result.tool_calls:
         blocks.append({"type": "text", "text": result.text})
-    blocks += [_tool_use(call, json.loads(call["function"]["arguments"])) for call in result.tool_calls]
+    for call in result.tool_calls:
+        function = call["function"]
+        arguments = json.loads(function["arguments"])
+        blocks.append({"type": "tool_use", "id": call["id"], "name": function["name"], "input": arguments})
     return {
         **_base(request.model),
         "content": blocks,
@@ -179,10 +182,6 @@ def response(request: ChatRequest, result: Result) -> dict[str, Any]:
 
 def _base(model: str) -> dict[str, Any]:
     return {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model}
-
-
-def _tool_use(call: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "input": arguments}
 
 
 class MessageEvents:
@@ -207,10 +206,12 @@ class MessageEvents:
         if chunk.text:
             yield from self._open_block("text", {"type": "text", "text": ""})
             yield self._delta({"type": "text_delta", "text": chunk.text})
-        for call in chunk.tool_calls:
-            yield from self._close_block()
-            yield from self._open_block("tool_use", _tool_use(call, {}))
-            yield self._delta({"type": "input_json_delta", "partial_json": call["function"]["arguments"]})
+        for delta in chunk.tool_call_deltas:
+            if delta.id:
+                yield from self._close_block()
+                block = {"type": "tool_use", "id": delta.id, "name": delta.name, "input": {}}
+                yield from self._open_block("tool_use", block)
+            yield self._delta({"type": "input_json_delta", "partial_json": delta.arguments})
         if chunk.usage is not None and chunk.finish_reason is not None:
             yield from self._end(chunk, chunk.usage)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from zsmerge_llm.server.errors import invalid
 from zsmerge_llm.server.requests import Body, ChatRequest, Context, new_id, now, own_counts, refuse
-from zsmerge_llm.types import Chunk, Message, Result, Usage
+from zsmerge_llm.types import Chunk, Message, Result, ToolCallDelta, Usage
 
 
 class StreamOptions(Body):
@@ -188,9 +188,8 @@ class ChatEvents:
             yield self._event({"reasoning_content": chunk.reasoning})
         if chunk.text:
             yield self._event({"content": chunk.text})
-        if chunk.tool_calls:
-            calls = [{"index": index, **call} for index, call in enumerate(chunk.tool_calls)]
-            yield self._event({"tool_calls": calls})
+        if chunk.tool_call_deltas:
+            yield self._event({"tool_calls": [_call_delta(delta) for delta in chunk.tool_call_deltas]})
         if chunk.usage is not None:
             yield {**self._event({}, chunk.finish_reason), "session_id": chunk.session}
             if self._include_usage:
@@ -199,3 +198,10 @@ class ChatEvents:
     def _event(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
         return {**self._base, "choices": [choice]}
+
+
+def _call_delta(delta: ToolCallDelta) -> dict[str, Any]:
+    """Return a piece of a call; the first one has the id and the name."""
+    function = {"name": delta.name, "arguments": delta.arguments} if delta.name else {"arguments": delta.arguments}
+    first = {"id": delta.id, "type": "function"} if delta.id else {}
+    return {"index": delta.index, **first, "function": function}

@@ -10,7 +10,7 @@ from typing import Any
 
 from zsmerge_llm.server.errors import invalid, not_found
 from zsmerge_llm.server.requests import Body, ChatRequest, Context, new_id, now, own_counts, refuse
-from zsmerge_llm.types import Chunk, Message, Result, Usage
+from zsmerge_llm.types import Chunk, Message, Result, ToolCallDelta, Usage
 
 
 class ResponseBody(Body):
@@ -215,7 +215,8 @@ class ResponseEvents:
         self._name = new_id("resp_")
         self._keep = keep
         self._text = self._reasoning = ""
-        self._message_id = new_id("msg_")
+        self._message: dict[str, Any] | None = None
+        self._call: dict[str, Any] | None = None
         self._output: list[dict[str, Any]] = []
         self._number = -1
         self._base = {
@@ -249,18 +250,14 @@ class ResponseEvents:
         """Yield the events of a chunk."""
         self._reasoning += chunk.reasoning
         if chunk.text:
-            if not self._text:
-                yield from self._begin_text()
-            self._text += chunk.text
-            yield self._text_event("response.output_text.delta", delta=chunk.text, logprobs=[])
+            yield from self._write_text(chunk.text)
+        for delta in chunk.tool_call_deltas:
+            yield from self._write_call(delta)
         if chunk.usage is None:
             return
-        if self._text or not chunk.tool_calls:
-            if not self._text:
-                yield from self._begin_text()
-            yield from self._end_text()
-        for call in chunk.tool_calls:
-            yield from self._call(call)
+        if not self._output and self._call is None:
+            yield from self._write_text("")
+        yield from self._end_item()
         answer: Message = {"role": "assistant", "content": self._text}
         self._keep(self._name, {**answer, "tool_calls": chunk.tool_calls} if chunk.tool_calls else answer)
         response = self._finished(chunk, chunk.usage)
@@ -268,9 +265,15 @@ class ResponseEvents:
 
     def response(self, result: Result) -> dict[str, Any]:
         """Return a whole answer."""
-        calls, invalid_calls = result.tool_calls, result.invalid_tool_calls
+        calls = [
+            ToolCallDelta(index, call["function"]["arguments"], call["id"], call["function"]["name"])
+            for index, call in enumerate(result.tool_calls)
+        ]
         chunk = Chunk(
-            result.text, result.finish_reason, result.usage, calls, invalid_calls, result.reasoning, result.session
+            *(result.text, result.finish_reason, result.usage, result.tool_calls),
+            reasoning=result.reasoning,
+            session=result.session,
+            tool_call_deltas=calls,
         )
         *_, last = self.push(chunk)
         response: dict[str, Any] = last["response"]
@@ -289,36 +292,53 @@ class ResponseEvents:
             "session_id": chunk.session,
         }
 
-    def _begin_text(self) -> Iterator[dict[str, Any]]:
-        item = {"id": self._message_id, "type": "message", "role": "assistant", "status": "in_progress", "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        yield self._text_event("response.content_part.added", part=_part(""))
+    def _write_text(self, text: str) -> Iterator[dict[str, Any]]:
+        if self._message is None:
+            yield from self._end_item()
+            self._message = {"id": new_id("msg_"), "type": "message", "role": "assistant", "text": ""}
+            item = {**self._message, "status": "in_progress", "content": []}
+            del item["text"]
+            yield self._event("response.output_item.added", output_index=len(self._output), item=item)
+            yield self._text_event("response.content_part.added", part=_part(""))
+        self._text += text
+        self._message["text"] += text
+        if text:
+            yield self._text_event("response.output_text.delta", delta=text, logprobs=[])
 
-    def _end_text(self) -> Iterator[dict[str, Any]]:
-        part = _part(self._text)
-        item = {"id": self._message_id, "type": "message", "role": "assistant", "status": "completed"}
-        item_with_text = {**item, "content": [part]}
-        yield self._text_event("response.output_text.done", text=self._text, logprobs=[])
-        yield self._text_event("response.content_part.done", part=part)
-        yield self._event("response.output_item.done", output_index=0, item=item_with_text)
-        self._output.append(item_with_text)
+    def _write_call(self, delta: ToolCallDelta) -> Iterator[dict[str, Any]]:
+        if delta.id:
+            yield from self._end_item()
+            item = {"id": new_id("fc_"), "type": "function_call", "call_id": delta.id, "name": delta.name}
+            self._call = {**item, "arguments": ""}
+            begun = {**self._call, "status": "in_progress"}
+            yield self._event("response.output_item.added", output_index=len(self._output), item=begun)
+        if self._call is not None and delta.arguments:
+            self._call["arguments"] += delta.arguments
+            where = {"output_index": len(self._output), "item_id": self._call["id"]}
+            yield self._event("response.function_call_arguments.delta", **where, delta=delta.arguments)
 
-    def _call(self, call: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        index, function = len(self._output), call["function"]
-        item = {"id": new_id("fc_"), "type": "function_call", "call_id": call["id"], "name": function["name"]}
-        done = {**item, "arguments": function["arguments"], "status": "completed"}
-        where = {"output_index": index, "item_id": item["id"]}
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        yield self._event("response.output_item.added", output_index=index, item=begun)
-        yield self._event("response.function_call_arguments.delta", **where, delta=function["arguments"])
-        yield self._event(
-            "response.function_call_arguments.done", **where, name=function["name"], arguments=function["arguments"]
-        )
-        yield self._event("response.output_item.done", output_index=index, item=done)
-        self._output.append(done)
+    def _end_item(self) -> Iterator[dict[str, Any]]:
+        """Yield the events at the end of the text or the call that was begun, if there is one."""
+        if self._message is not None:
+            message, part = self._message, _part(self._message["text"])
+            yield self._text_event("response.output_text.done", text=message.pop("text"), logprobs=[])
+            yield self._text_event("response.content_part.done", part=part)
+            yield from self._add({**message, "status": "completed", "content": [part]})
+        if self._call is not None:
+            done = {"name": self._call["name"], "arguments": self._call["arguments"]}
+            where = {"output_index": len(self._output), "item_id": self._call["id"]}
+            yield self._event("response.function_call_arguments.done", **where, **done)
+            yield from self._add({**self._call, "status": "completed"})
+        self._message = self._call = None
+
+    def _add(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield self._event("response.output_item.done", output_index=len(self._output), item=item)
+        self._output.append(item)
 
     def _text_event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        return self._event(kind, item_id=self._message_id, output_index=0, content_index=0, **fields)
+        assert self._message is not None
+        where = {"item_id": self._message["id"], "output_index": len(self._output), "content_index": 0}
+        return self._event(kind, **where, **fields)
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         self._number += 1
