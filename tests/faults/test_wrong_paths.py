@@ -112,6 +112,16 @@ def test_a_session_that_cannot_be_saved_is_a_storage_error_and_an_os_error(llm: 
     assert kept.read_bytes() == content
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_saving_never_replaces_what_is_no_file(llm: LLM, tmp_path: Path) -> None:
+    """As root it could: a device such as /dev/null would be a file from then on, for all programs."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SessionStorageError):
+        llm.session("it").save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    assert Path("/dev/zero").is_char_device()
+
+
 @pytest.mark.parametrize("key", ["/dev/zero", "~nobody-of-that-name/key", "folder", "pipe"])
 def test_a_session_key_that_is_no_file_is_a_config_error(
     llm: LLM, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

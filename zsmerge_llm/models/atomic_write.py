@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +23,9 @@ def write_atomically(path: Path, content: bytes | bytearray, durable: bool = Tru
         durable: whether the file must outlast a power failure too, and not only the end of the process.
 
     Raises:
-        OSError: no room or no permission. The file that was there stays.
+        OSError: no room or no permission, or there is something that is no file. What was there stays.
     """
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY_PREFIX, suffix=TEMPORARY_SUFFIX)
     try:
@@ -38,6 +41,14 @@ def write_atomically(path: Path, content: bytes | bytearray, durable: bool = Tru
         raise
     if durable:
         sync_folder(path.parent)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace devices, pipes and sockets, which root could: `/dev/null` would be a file from then on."""
+    with suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise FileExistsError(errno.EEXIST, "This is no regular file", str(path))
 
 
 def sync_folder(folder: Path) -> None:
