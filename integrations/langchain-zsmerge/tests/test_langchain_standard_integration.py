@@ -78,18 +78,6 @@ class TestSmolLM2(Suite):
 
     name = "smollm2"
 
-    @pytest.mark.xfail(reason="SmolLM2 repeats the call")
-    def test_tool_calling(self, model: BaseChatModel) -> None:
-        super().test_tool_calling(model)
-
-    @pytest.mark.xfail(reason="SmolLM2 repeats the call")
-    async def test_tool_calling_async(self, model: BaseChatModel) -> None:
-        await super().test_tool_calling_async(model)
-
-    @pytest.mark.xfail(reason="SmolLM2 repeats the call")
-    def test_tool_calling_with_no_arguments(self, model: BaseChatModel) -> None:
-        super().test_tool_calling_with_no_arguments(model)
-
     @pytest.mark.xfail(reason="SmolLM2 answers without the tool")
     def test_agent_loop(self, model: BaseChatModel) -> None:
         super().test_agent_loop(model)
