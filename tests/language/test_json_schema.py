@@ -11,7 +11,7 @@ import pytest
 from tests.support.chat import make_llm
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.errors import InputError, UnsupportedSchemaError
-from zsmerge_llm.language.json_schema import enforceable, validation_error
+from zsmerge_llm.language.json_schema import enforceable, validation_error, value_error
 from zsmerge_llm.language.schema_checks import check_schema, check_strict
 
 DECIMAL = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"
@@ -110,3 +110,13 @@ def test_recursion_that_can_end_is_not_refused() -> None:
 def test_numbers_are_checked_exactly_and_never_raise(text: str) -> None:
     problem = validation_error(text, {"type": "number", "multipleOf": 0.01})
     assert bool(problem) == ("E" in text)
+
+
+def test_a_pattern_that_would_search_for_ever_is_given_up() -> None:
+    schema = {"type": "string", "pattern": "^(?!x)(a|aa)+$"}
+    assert value_error("aaaa", schema) == ""
+    assert "does not match" in value_error("xaa", schema)
+    assert "TimeoutError" in value_error("a" * 64 + "b", schema)
+    named = {"type": "object", "patternProperties": {"^n": {"type": "integer"}}}
+    assert value_error({"n": 1, "m": "x"}, named) == ""
+    assert "$.n" in value_error({"n": "x"}, named)

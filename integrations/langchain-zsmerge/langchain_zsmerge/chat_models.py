@@ -66,10 +66,13 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
         return {**dict.fromkeys(_SUPPORTED, True), **dict.fromkeys(_UNSUPPORTED, False), **limit}
 
     def _add_window_to_profile(self) -> None:
-        """Add the context window to the profile: it is known once the model is loaded."""
-        profile = getattr(self, "profile", None)  # langchain-core has profiles since 1.1
-        if profile is not None and "max_input_tokens" not in profile and self._llm.context_window is not None:
-            profile["max_input_tokens"] = self._llm.context_window
+        """Add the context window of an exact cache to the profile: it is known once the model is loaded.
+
+        A compressed cache has none. With one in the profile, agents would summarize a history that costs nothing here.
+        """
+        profile = self.profile
+        if profile is not None and "max_input_tokens" not in profile and self._llm.cache.slots is None:
+            profile |= {"max_input_tokens": window} if (window := self._llm.context_window) is not None else {}
 
     # LangChain does not pass the config, which may name the session, to `_generate` and `_stream`.
 

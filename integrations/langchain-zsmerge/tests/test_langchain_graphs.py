@@ -187,8 +187,6 @@ DELEGATE = called("task", description="Find it.", subagent_type="general-purpose
 
 
 def deep(engine: FakeLLM) -> Any:
-    """Return a deep agent on a model whose window is larger than the instructions."""
-    engine.context_window = 8192
     return make_deep_agent(ChatZSMerge(llm=engine))
 
 

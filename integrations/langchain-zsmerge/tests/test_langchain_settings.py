@@ -107,9 +107,12 @@ def test_trim_messages_counts_with_the_model(chat: ChatZSMerge) -> None:
     assert kept == [HumanMessage("g h")]
 
 
-def test_the_profile_has_the_context_window_once_the_model_is_loaded(llm: Any) -> None:
+def test_the_profile_has_the_context_window_of_an_exact_cache_once_the_model_is_loaded(llm: Any) -> None:
     chat = ChatZSMerge(llm=llm)
     assert chat.profile is not None
+    chat.invoke("hi")
+    assert "max_input_tokens" not in chat.profile  # a compressed cache reads any length
+    llm.cache = CacheConfig.full()
     assert "max_input_tokens" not in chat.profile
     chat.invoke("hi")
     assert chat.profile["max_input_tokens"] == 2048
