@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from threading import Thread
 from unittest import mock
 
@@ -82,7 +85,7 @@ def test_a_watchdog_stops_its_own_blocks_only() -> None:
         for thread in threads:
             thread.join()
         assert sorted(stopped) == [0.1, 0.2]
-        with dog.limit(0.0):
+        with suppress(TimeExceeded), dog.limit(0.0):
             pass
         time.sleep(0.3)  # nothing is raised here
 
@@ -90,3 +93,27 @@ def test_a_watchdog_stops_its_own_blocks_only() -> None:
 def test_keywords_of_calls_are_no_powers() -> None:
     source = "{% macro f(a) %}{{ a }}{% endmacro %}{{ f(**{'a': messages[0].content}) }}"
     assert ChatTemplate(byte_level(), source).render(USER) == "Hello"
+
+
+def test_traced_functions_run_after_a_block() -> None:
+    """In CPython 3.11 an error that was taken back kept functions from beginning under a debugger, for ever."""
+    code = """
+import sys
+from zsmerge_llm.language.watchdog import Watchdog
+
+with Watchdog().limit(60):
+    pass
+sys.settrace(lambda frame, event, argument: None)
+print((lambda: "runs")())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "runs"
+
+
+def test_what_is_raised_as_a_block_ends_does_not_reach_the_code_behind_it() -> None:
+    dog = Watchdog()
+    with mock.patch.object(watchdog, "PERIOD", 0.05):
+        for _ in range(5):
+            with pytest.raises(TimeExceeded), dog.limit(0.01):
+                time.sleep(0.2)  # one step: the error comes behind it
+            assert sum(range(10_000)) == 49_995_000

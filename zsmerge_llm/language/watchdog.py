@@ -12,6 +12,10 @@ PERIOD = 0.5
 """Seconds between two looks at the clock: what runs is stopped so much later at most."""
 
 
+STEPS = 100
+"""Steps of Python within which an error is raised in a thread; one is enough."""
+
+
 class TimeExceeded(Exception):  # noqa: N818 - it interrupts
     """The time of the running code is up."""
 
@@ -40,8 +44,9 @@ class Watchdog:
             yield
         finally:
             with self._lock:
-                self._ends.pop(own, None)
-            _raise_in(own, None)  # it may have been raised while the block ended
+                is_over = self._ends.pop(own, None) is None
+            for _ in range(STEPS if is_over else 0):
+                pass  # what is still to be raised is raised here, and not in the code behind the block
 
     def _watch(self) -> None:
         while True:
@@ -56,7 +61,10 @@ class Watchdog:
                         _raise_in(thread, TimeExceeded)
 
 
-def _raise_in(thread: int, error: type[Exception] | None) -> None:
-    """Raise an error in a thread at its next step; None: raise no longer what is pending."""
-    pending = None if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), pending)
+def _raise_in(thread: int, error: type[Exception]) -> None:
+    """Raise an error in a thread at its next step.
+
+    It is never taken back: CPython 3.11 would look for it before every later step, and a traced function, as in a
+    debugger, would never begin.
+    """
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
