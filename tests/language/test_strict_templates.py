@@ -175,7 +175,7 @@ def _answer(llm: Any, messages: list[dict[str, Any]]) -> str:
 MESSAGE = st.sampled_from(["system", "user", "assistant", "call", "calls"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(name=st.sampled_from(NAMES), roles=st.lists(MESSAGE, min_size=1, max_size=8), with_tools=st.booleans())
 def test_any_order_of_roles_is_rendered_whole_and_has_a_delta(name: str, roles: list[str], with_tools: bool) -> None:
     messages: list[dict[str, Any]] = []

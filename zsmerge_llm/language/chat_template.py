@@ -133,7 +133,7 @@ class ChatTemplate:
             given = given if arguments else calls_as_text(given)
         refusals = []
         for form in other_forms(given):
-            if not probe.leaves_out(form):
+            if not probe.leaves_out(form, given):
                 try:
                     form = with_text_arguments(form) if arguments == "text" else form
                     return self._apply(source, form, offered, add_generation_prompt)

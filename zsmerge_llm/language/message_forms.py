@@ -35,7 +35,7 @@ def other_forms(messages: list[Message]) -> Iterator[list[Message]]:
     seen: list[list[Message]] = []
     for calls in (_unchanged, one_call_each, calls_as_text):
         for system in (_unchanged, _later_system_as_user, _all_system_as_user):
-            for roles in (_unchanged, _by_turns):
+            for roles in (_unchanged, _texts_by_turns, _by_turns):
                 for ids in (_unchanged, _renumbered):
                     form = ids(roles(system(calls(messages))))
                     if form not in seen:
@@ -141,11 +141,17 @@ def _all_system_as_user(messages: list[Message]) -> list[Message]:
     return result
 
 
-def _by_turns(messages: list[Message]) -> list[Message]:
+def _texts_by_turns(messages: list[Message]) -> list[Message]:
+    """As `_by_turns`, but leave calls apart from text: Mistral's templates write no text beside calls."""
+    return _by_turns(messages, joins_calls=False)
+
+
+def _by_turns(messages: list[Message], joins_calls: bool = True) -> list[Message]:
     """Join messages of one role in a row, but for results; begin with a user message, if only an empty one."""
     result: list[Message] = []
     for message in messages:
-        if result and message["role"] == result[-1]["role"] != "tool":
+        apart = not joins_calls and result and ("tool_calls" in message or "tool_calls" in result[-1])
+        if result and message["role"] == result[-1]["role"] != "tool" and not apart:
             result[-1] = _joined(result[-1], message)
         else:
             result.append(message)

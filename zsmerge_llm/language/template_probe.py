@@ -10,7 +10,7 @@ from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.message_forms import with_text_arguments
 from zsmerge_llm.types import Message
 
-MARKER, OTHER_MARKER = "zq7Kx", "wv3Jy"
+MARKER, OTHER_MARKER, TEXT_MARKER = "zq7Kx", "wv3Jy", "pL5Rd"
 """Words that no template writes by itself."""
 USER: Message = {"role": "user", "content": "?"}
 ANSWER: Message = {"role": "assistant", "content": "!"}
@@ -36,8 +36,15 @@ class TemplateProbe:
         self._source = source
         self._render = render
 
-    def leaves_out(self, messages: list[Message]) -> bool:
-        """Return whether the template would accept these messages and ignore a system message among them."""
+    def leaves_out(self, messages: list[Message], given: list[Message]) -> bool:
+        """Return whether the template would accept these messages and ignore a part of them.
+
+        That is a system message, or text that was put beside calls. Text that was `given` beside calls is left to the
+        template.
+        """
+        joined = _texts_beside_calls(messages) - _texts_beside_calls(given)
+        if joined and self._ignores_text_beside_calls:
+            return True
         system = [at for at, message in enumerate(messages) if message["role"] == "system"]
         if not system:
             return False
@@ -59,6 +66,13 @@ class TemplateProbe:
         if self._shows(CALLING, tools, f'"{MARKER}"', OTHER_MARKER):
             return "objects"
         return "text" if self._shows(with_text_arguments(CALLING), tools, f'"{MARKER}"', OTHER_MARKER) else None
+
+    @cached_property
+    def _ignores_text_beside_calls(self) -> bool:
+        call = {**CALL, "function": {"name": "f", "arguments": {}}}
+        beside: list[Message] = [USER, {"role": "assistant", "content": TEXT_MARKER, "tool_calls": [call]}, CALLING[-1]]
+        tools = [TOOL] if self.shows_tools else None
+        return any(self._shows(form, tools, TEXT_MARKER) is False for form in (beside, with_text_arguments(beside)))
 
     @cached_property
     def _ignores_system(self) -> bool:
@@ -84,3 +98,7 @@ class TemplateProbe:
 
 class TemplateRefusal(InputError):  # noqa: N818 - an answer of the template
     """A chat template refuses messages, or fails."""
+
+
+def _texts_beside_calls(messages: list[Message]) -> set[str]:
+    return {message["content"] for message in messages if message.get("tool_calls") and message["content"]}
