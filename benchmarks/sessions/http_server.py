@@ -45,14 +45,14 @@ QUESTIONS = ("Name a tree and say why you like it.", "And a river?", "What would
 def serving(model: str, folder: str) -> Iterator[tuple[str, psutil.Process]]:
     """Start a server; yield its address and its process."""
     command = [*COMMAND, "--model", model, "--slots", str(SLOTS), "--sessions-dir", folder]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
     found = None
-    for line in process.stderr:
+    for line in process.stdout:
         if found := re.search(r"http://127\.0\.0\.1:\d+", line):
             break
     assert found is not None, "the server did not start"
-    threading.Thread(target=process.stderr.read, daemon=True).start()
+    threading.Thread(target=process.stdout.read, daemon=True).start()
     try:
         yield found[0], psutil.Process(process.pid)
     finally:

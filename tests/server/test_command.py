@@ -27,11 +27,12 @@ def server(folder: Path, stop: signal.Signals) -> Iterator[httpx.Client]:
     """Start a server of SmolLM2; yield a client of it. At the end it gets the signal."""
     environment = {**os.environ, "ZSMERGE_API_KEYS": KEY}
     command = [*SERVE, "--sessions-dir", str(folder), "--slots", "256"]
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **output)
     lines: Queue[str] = Queue()
-    assert process.stderr is not None
-    stderr = process.stderr
-    threading.Thread(target=lambda: [lines.put(line) for line in stderr], daemon=True).start()
+    assert process.stdout is not None
+    stdout = process.stdout
+    threading.Thread(target=lambda: [lines.put(line) for line in stdout], daemon=True).start()
     try:
         while (found := re.search(r"http://127\.0\.0\.1:\d+", lines.get(timeout=120))) is None:
             pass
