@@ -138,6 +138,7 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.wrong: list[dict[str, Any]] = []
+        self.lost: list[dict[str, Any]] = []
         self.latencies: dict[str, list[float]] = {"turn": [], "first piece": []}
         self.samples: list[tuple[float, int, int, int]] = []
         self.trimmed: list[int] = []
@@ -268,6 +269,9 @@ class Soak:
         """Return whether a turn read no more than what followed the last answer; else another answer may follow."""
         if usage.cached_tokens < talk.points[-1]:
             self.counts["read again, without a name" if talk.name is None else "lost"] += 1
+            if talk.name is not None:
+                read = {"cached": usage.cached_tokens, "last answer": talk.points[-1], "reuse": usage.reuse}
+                self.lost.append({"turn": talk.turn, "name": talk.name, **read})
             return False
         return True
 
