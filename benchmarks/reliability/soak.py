@@ -201,7 +201,7 @@ class Soak:
             act = choices.choices((self.ask, self.drop, self.repeat, self.fork), (8, 2, 1, 1))[0]
             try:
                 goes_on = act(talks[at], choices)
-            except Exception as error:
+            except Exception as error:  # counted by its type
                 goes_on = self._count(error) and talks[at].name is not None  # else it may be read again unseen
             if not goes_on or talks[at].is_over:
                 self._remove(talks[at])
@@ -304,7 +304,7 @@ class Soak:
                 name = f"{talk.namespace}/{talk.name}"
                 if name in llm.store:
                     llm.store.remove(name)
-        except Exception as error:
+        except Exception as error:  # counted by its type
             self._count(error)
 
 

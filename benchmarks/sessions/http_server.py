@@ -156,7 +156,7 @@ def hold_conversations(address: str, model: str, number: int, until: float, load
             leave_after = chance.randrange(1, 12) if chance.random() < 0.25 else None
             try:
                 reply = ask(client, {"model": model, "messages": asked, "max_tokens": 32}, leave_after)
-            except Exception as error:
+            except Exception as error:  # counted by its type
                 with load.lock:
                     load.errors[f"{type(error).__name__}: {error}"[:120]] += 1
                 continue

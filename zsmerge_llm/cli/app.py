@@ -260,7 +260,7 @@ def _load(
 def _read(file: Path) -> str:
     """Return the text of a file, or of standard input for "-". Raises InputError: no text."""
     name = "standard input" if str(file) == "-" else str(file)
-    from zsmerge_llm.retrieval.documents import read_file, read_stream
+    from zsmerge_llm.retrieval.documents import decode_text, read_file, read_stream
 
     try:
         data = read_stream(sys.stdin.buffer, name) if str(file) == "-" else read_file(file)
@@ -268,11 +268,8 @@ def _read(file: Path) -> str:
         raise InputError(f"There is no file {name}: check the path.") from error
     except (OSError, ValueError) as error:  # a folder, no permission
         raise InputError(f"{name} cannot be read ({error}): give a text file.") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text or data.startswith(DOCUMENTS):
+    text = decode_text(data)
+    if text is None or data.startswith(DOCUMENTS):
         raise InputError(f"{name} is not text in UTF-8: convert it first (a PDF with pdftotext, say).")
     if not text.strip():
         raise InputError(f"{name} is empty: give a file with some text.")

@@ -66,6 +66,15 @@ def read_stream(stream: BinaryIO, name: str) -> bytes:
     return data
 
 
+def decode_text(data: bytes) -> str | None:
+    """Return the text of a file's bytes; None where they are no text in UTF-8."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
+
+
 def _existing(text: str) -> Path | None:
     """Return the file that a string names; None if it names no file, as texts do."""
     try:

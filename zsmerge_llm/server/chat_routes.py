@@ -13,7 +13,6 @@ from zsmerge_llm.server import anthropic_messages, openai_chat, openai_completio
 from zsmerge_llm.server.answers import Answering, Asking
 from zsmerge_llm.server.delivery import EventForm, json_reply, run
 from zsmerge_llm.server.errors import anthropic_error, openai_error
-from zsmerge_llm.server.openai_chat import StreamOptions
 from zsmerge_llm.server.requests import ChatRequest, Context
 from zsmerge_llm.types import Chunk, Result
 
@@ -49,7 +48,7 @@ async def chat_completions(
     wanted = openai_chat.parse(body, asking, session)
     chat = Chat(asking, wanted)
     if body.stream:
-        events = openai_chat.ChatEvents(wanted, _includes_usage(body.stream_options))
+        events = openai_chat.ChatEvents(wanted, body.includes_usage)
         return await answering.events(chat.chunks, events, OPENAI)
     return json_reply(openai_chat.response(wanted, await answering.whole(chat.answer)))
 
@@ -59,7 +58,7 @@ async def completions(body: openai_completions.CompletionBody, asking: Asking, a
     """Continue a text, as OpenAI."""
     prompt, options = openai_completions.parse(body, asking)
     if body.stream:
-        events = openai_completions.CompletionEvents(body.model, _includes_usage(body.stream_options))
+        events = openai_completions.CompletionEvents(body.model, body.includes_usage)
         return await answering.events(
             lambda cancel: asking.llm.stream_complete(prompt, **options, cancel=cancel), events, OPENAI
         )
@@ -124,7 +123,3 @@ def _model(name: str) -> dict[str, object]:
     """Return what both dialects say of a model."""
     openai = {"id": name, "object": "model", "created": 0, "owned_by": "zsmerge-llm"}
     return {**openai, "type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
-
-
-def _includes_usage(options: StreamOptions | None) -> bool:
-    return options is not None and options.include_usage

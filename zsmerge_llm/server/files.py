@@ -5,6 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 
 from zsmerge_llm.errors import InputError, MissingDependencyError
+from zsmerge_llm.retrieval.documents import decode_text
 
 MAX_PAGES = 5_000
 
@@ -17,11 +18,8 @@ def text_of_file(data: bytes, name: str) -> str:
     """
     if data.startswith(b"%PDF-"):
         return _pdf_text(data, name)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
+    text = decode_text(data)
+    if text is None:
         raise InputError(f"{name} is neither text in UTF-8 nor a PDF: convert it first.")
     return text
 

@@ -6,40 +6,22 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from zsmerge_llm.server.errors import invalid
-from zsmerge_llm.server.requests import Body, ChatRequest, Context, new_id, now, own_counts, refuse
-from zsmerge_llm.types import Chunk, Message, Result, ToolCallDelta, Usage
+from zsmerge_llm.server.openai_fields import GenerationBody, usage_json
+from zsmerge_llm.server.requests import ChatRequest, Context, new_id, now, refuse
+from zsmerge_llm.types import Chunk, Message, Result, ToolCallDelta
 
 
-class StreamOptions(Body):
-    """OpenAI's `stream_options`."""
-
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-
-class ChatCompletionBody(Body):
+class ChatCompletionBody(GenerationBody):
     """A request. Fields in the last group are accepted and have no effect here."""
 
-    model: str
     messages: list[dict[str, Any]]
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-
-    max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
 
     # of this server
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
     session_id: str | None = None
     document_id: str | None = None
     probe: str | None = None
@@ -47,12 +29,8 @@ class ChatCompletionBody(Body):
     prompt_cache_key: str | None = None
 
     # refused where they ask for something
-    n: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
     modalities: list[str] | None = None
     audio: Any = None
     web_search_options: Any = None
@@ -60,7 +38,6 @@ class ChatCompletionBody(Body):
     function_call: Any = None
 
     # without effect
-    user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -79,34 +56,19 @@ def parse(body: ChatCompletionBody, context: Context, header: str | None) -> Cha
     Raises:
         RequestError, ConfigError: fields that are not supported, or out of range.
     """
-    context.check_model(body.model)
+    body.check(context)
     context.check_messages(len(body.messages))
     refuse(
         logprobs=body.logprobs,
         top_logprobs=body.top_logprobs,
-        logit_bias=body.logit_bias,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
         audio=body.audio,
         web_search_options=body.web_search_options,
         functions=body.functions,
         function_call=body.function_call,
     )
-    if body.n not in (None, 1):
-        raise invalid("n must be 1: ask again for another answer.", "n")
     if body.modalities not in (None, ["text"]):
         raise invalid("modalities must be ['text'].", "modalities")
-    sampling = context.sampling(
-        body.max_completion_tokens,
-        body.max_tokens,
-        stop=body.stop,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        seed=body.seed,
-    )
+    sampling = body.sampling(context, body.max_completion_tokens)
     session = context.session(body.document_id, body.session_id, header, body.prompt_cache_key)
     options = context.options(
         sampling,
@@ -128,18 +90,6 @@ def _message(message: Message) -> Message:
 
 def _response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if given is None or given.get("type") == "text" else given
-
-
-def usage_json(usage: Usage) -> dict[str, Any]:
-    """Return what a request cost, as OpenAI counts it, and our own counts."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        "zsmerge": own_counts(usage),
-    }
 
 
 def response(request: ChatRequest, result: Result) -> dict[str, Any]:

@@ -6,39 +6,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from zsmerge_llm.server.errors import invalid
-from zsmerge_llm.server.openai_chat import StreamOptions, usage_json
-from zsmerge_llm.server.requests import Body, Context, new_id, now, refuse
+from zsmerge_llm.server.openai_fields import GenerationBody, refuse_several, usage_json
+from zsmerge_llm.server.requests import Context, new_id, now, refuse
 from zsmerge_llm.types import Chunk, Result
 
 
-class CompletionBody(Body):
-    """A request. Fields in the last group are accepted and have no effect here."""
+class CompletionBody(GenerationBody):
+    """A request. The last group is refused where it asks for something."""
 
-    model: str
     prompt: str | list[Any]
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
 
-    # refused where they ask for something
-    n: int | None = None
     best_of: int | None = None
     echo: bool | None = None
     suffix: str | None = None
     logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-
-    # without effect
-    user: str | None = None
 
 
 def parse(body: CompletionBody, context: Context) -> tuple[str, dict[str, Any]]:
@@ -47,32 +28,13 @@ def parse(body: CompletionBody, context: Context) -> tuple[str, dict[str, Any]]:
     Raises:
         RequestError, ConfigError: fields that are not supported, or out of range.
     """
-    context.check_model(body.model)
-    refuse(
-        echo=body.echo,
-        suffix=body.suffix,
-        logprobs=body.logprobs is not None,
-        logit_bias=body.logit_bias,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-    )
-    for name in ("n", "best_of"):
-        if getattr(body, name) not in (None, 1):
-            raise invalid(f"{name} must be 1: ask again for another answer.", name)
+    body.check(context)
+    refuse(echo=body.echo, suffix=body.suffix, logprobs=body.logprobs is not None)
+    refuse_several(best_of=body.best_of)
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if len(prompts) != 1 or not isinstance(prompts[0], str):
         raise invalid("prompt must be one text: send one request for each.", "prompt")
-    sampling = context.sampling(
-        body.max_tokens,
-        stop=body.stop,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        seed=body.seed,
-    )
-    return prompts[0], {"sampling": sampling, "timeout": context.settings.timeout}
+    return prompts[0], {"sampling": body.sampling(context), "timeout": context.settings.timeout}
 
 
 def response(model: str, result: Result) -> dict[str, Any]:

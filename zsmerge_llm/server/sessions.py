@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from zsmerge_llm.errors import SessionNotFoundError
 from zsmerge_llm.inspection.html import render
 from zsmerge_llm.inspection.memory_map import memory_map
 from zsmerge_llm.server.errors import ErrorReply, RequestError, not_found
@@ -40,14 +41,13 @@ def describe(context: Context, info: SessionInfo) -> dict[str, Any]:
 
 
 def find(context: Context, name: str) -> Session:
-    """Return a user's session. Raises RequestError: no name. SessionError: it is not there, or damaged."""
+    """Return a user's session. Raises RequestError: no name, or it is not there. SessionError: it is damaged."""
     checked = session_name(name)
     assert checked is not None
-    if context.qualified(checked) not in context.llm.store:
-        context.llm.store.refresh(context.qualified(checked))
-        if context.qualified(checked) not in context.llm.store:
-            raise not_found(f"There is no session {checked!r}.")
-    return context.llm.session(context.qualified(checked))
+    try:
+        return context.llm.session(context.qualified(checked))
+    except SessionNotFoundError as error:  # its message has the user's prefix
+        raise not_found(f"There is no session {checked!r}.") from error
 
 
 def inspect(context: Context, name: str) -> dict[str, Any]:

@@ -194,8 +194,8 @@ class Conversations:
     ) -> list[tuple[str, str]]:
         """Return what `Store.find_resume_points` does, also where another process has given the last answer."""
         points = self.store.find_resume_points(known, name)
-        roles = [message["role"] for message in transcript.messages]
-        answered = max((n for n, role in enumerate(roles, 1) if role == "assistant"), default=0)
+        messages = transcript.messages
+        answered = next((n for n in range(len(messages), 0, -1) if messages[n - 1]["role"] == "assistant"), 0)
         if answered > max((known[digest] for _, digest in points), default=0):
             self.store.refresh_all()
             points = self.store.find_resume_points(known, name)
