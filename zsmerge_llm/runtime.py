@@ -183,7 +183,7 @@ def assemble(
         undo.callback(engine.close)
         source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
         mark = fingerprint(loaded.model, tokenizer, source, cache, loaded.weights_digest)
-        expected = ExpectedCache(engine.config, engine.specs, engine.vocab_size)
+        expected = ExpectedCache(engine.config, *engine.layers, engine.vocab_size)
         size, device = engine.new_cache().nbytes, device_tier(engine, loading["quantization"], gpu_session_memory)
         store = Store(mark, session_memory, size, sessions_dir, expected, device)
         output_formats = OutputFormats(template, GrammarCompiler(tokenizer, engine.vocab_size, engine.stop_ids))
@@ -209,7 +209,7 @@ def device_tier(engine: Engine, quantization: str | None, limit: int | str) -> D
     from zsmerge_llm.sessions.tiers import DeviceTier
     from zsmerge_llm.sessions.transfer import Transfer
 
-    devices = [spec.device for spec in engine.specs]
+    devices = engine.layers.devices
     if all(map(is_host, devices)):
         return None
     free = free_for_idle(engine, quantization) if limit == "auto" else parse_bytes(limit)

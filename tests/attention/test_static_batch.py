@@ -70,7 +70,7 @@ class HostTraffic(TorchDispatchMode):
 def model_on_meta(family: str) -> tuple[PreTrainedModel, list[LayerSpec]]:
     """A tiny model without values, and what its layers need there. In bfloat16, which a GPU computes in."""
     model = tiny_model(family).to(torch.bfloat16)
-    specs = [replace(spec, device=META) for spec in prepare_model(model)]
+    specs = [replace(spec, device=META) for spec in prepare_model(model).attention]
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -122,7 +122,7 @@ def test_reading_a_full_chunk_does_not_touch_the_host(family: str, preset: str, 
 
 def test_layers_of_one_budget_are_stacked_and_others_apart() -> None:
     model = tiny_model("llama")
-    specs = prepare_model(model)
+    specs = prepare_model(model).attention
 
     def groups(config: CacheConfig) -> list[list[int]]:
         batch = StaticBatch(config, specs, 97, model.dtype, rows=2, num_tokens=1)

@@ -15,6 +15,7 @@ from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Cancelled, Engine
 from zsmerge_llm.errors import ConfigError, InputError
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import cache_state, restore_cache
 
 SMALL = CacheConfig(slots=24, recent=6, stage=4, sink=2)
 MERGING = CacheConfig(slots=24, recent=6, stage=4, sink=2, residual=3)
@@ -96,8 +97,8 @@ def test_a_clone_is_independent_of_its_original(engine: Engine, config: CacheCon
 def test_a_cache_restored_from_its_state_continues_bit_for_bit(engine: Engine, config: CacheConfig) -> None:
     cache = engine.new_cache(config)
     engine.read(cache, tokens(60))
-    tensors, metadata = cache.clone().state()
-    copy = Cache.from_state(dict(tensors), metadata)
+    tensors, metadata = cache_state(cache.clone())
+    copy = restore_cache(dict(tensors), metadata)
     assert torch.equal(engine.read(copy, tokens(7)), engine.read(cache, tokens(7)))
     assert copy.nbytes == cache.nbytes
 

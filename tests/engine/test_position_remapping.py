@@ -22,6 +22,7 @@ from zsmerge_llm.engine.position_remapping import PositionRemapper, RemapLayout
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.generation.loops import check_length
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import cache_state, restore_cache
 from zsmerge_llm.kvcache.rope import PositionMap, Rotation, fit_rotation
 
 WINDOW = 96
@@ -299,8 +300,8 @@ def test_copies_and_restored_states_continue_bit_for_bit_across_the_next_remap(
     small.read(other, tokens(20))
     before = cache.position_maps[0]
     clone, stacked = cache.clone(), Cache.stack([other, cache]).row(1)
-    tensors, metadata = clone.clone().state()
-    loaded = Cache.from_state(dict(tensors), json.loads(json.dumps(metadata)))
+    tensors, metadata = cache_state(clone.clone())
+    loaded = restore_cache(dict(tensors), json.loads(json.dumps(metadata)))
     logits = small.read(cache, tokens(150, seed=1))
     assert clone.position_maps[0] == before != cache.position_maps[0]
     for copy in (clone, stacked, loaded):

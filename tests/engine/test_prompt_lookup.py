@@ -15,6 +15,7 @@ from zsmerge_llm.attention.passes import ForwardPass
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS, NGRAM, SEARCHED_TOKENS, PromptLookup
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import cache_state
 
 CONFIGS = {
     "default": CacheConfig(slots=32, sink=2, recent=6, stage=16, observation_window=4),
@@ -54,8 +55,8 @@ def generate(engine: Engine, config: CacheConfig, prompt: list[int], lookup: boo
 
 def nearly_equal(left: Cache, right: Cache) -> bool:
     """Return whether two caches are equal, but for rounding and for the contents of empty slots."""
-    left_tensors, left_metadata = left.state()
-    right_tensors, right_metadata = right.state()
+    left_tensors, left_metadata = cache_state(left)
+    right_tensors, right_metadata = cache_state(right)
     for name, tensor in left_tensors.items():
         index, _, part = name.partition(".")
         used = left_tensors[f"{index}.multiplicity"] > 0 if part in ("keys", "values", "score", "position") else None

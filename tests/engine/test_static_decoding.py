@@ -21,6 +21,7 @@ from zsmerge_llm.engine.engine import Cancelled, Engine
 from zsmerge_llm.engine.static_decoder import STEP_TOKENS, StaticDecoder, make_decoder
 from zsmerge_llm.errors import ContextLimitError, DeviceMemoryError
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import cache_state, restore_cache
 from zsmerge_llm.kvcache.layer_cache import SAVED
 from zsmerge_llm.kvcache.policies import EvictionPolicy
 from zsmerge_llm.kvcache.policies.recency import Recency
@@ -372,9 +373,9 @@ class Conversations(RuleBasedStateMachine):
     def fork(self, pick: int, restored: bool) -> None:
         outside = [index for index in range(len(self.batched)) if index not in self.row_of]
         cache = self.batched[outside[pick % len(outside)]]
-        tensors, facts = cache.state()
+        tensors, facts = cache_state(cache)
         copied = {name: tensor.clone() for name, tensor in tensors.items()}
-        self.batched.append(Cache.from_state(copied, facts) if restored else cache.clone())
+        self.batched.append(restore_cache(copied, facts) if restored else cache.clone())
         self.alone.append(self.alone[outside[pick % len(outside)]].clone())
 
     def teardown(self) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from tests.support.chat import SNAPSHOT_NBYTES, Chat, make_llm
 from zsmerge_llm import LLM
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import cache_state
 
 NAMES = ["one", "two", "three", None]
 KILLS_OF_A_FOLDER = 25
@@ -36,7 +37,7 @@ def start(folder: Path) -> LLM:
 def digest(cache: Cache) -> str:
     """Return a digest of all tensors of a cache."""
     content = hashlib.sha256()
-    for name, tensor in sorted(cache.state()[0].items()):
+    for name, tensor in sorted(cache_state(cache)[0].items()):
         content.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return content.hexdigest()
 

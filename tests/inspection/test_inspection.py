@@ -34,6 +34,7 @@ from zsmerge_llm.inspection.spans import (
     split_passages,
     token_styles,
 )
+from zsmerge_llm.kvcache.cache_state import cache_state
 from zsmerge_llm.sessions.session import Session
 
 MERGING = SMALL_CACHE.replace(residual=8)
@@ -189,9 +190,9 @@ def test_the_figures_of_a_model_with_sliding_windows_alone_count_all_layers() ->
 
 def test_a_memory_map_does_not_change_the_cache() -> None:
     _, session = chat_session(CacheConfig.paper(64))
-    before = {name: tensor.clone() for name, tensor in session.cache.state()[0].items()}
+    before = {name: tensor.clone() for name, tensor in cache_state(session.cache)[0].items()}
     memory_map(session)
-    assert all(torch.equal(before[name], tensor) for name, tensor in session.cache.state()[0].items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in cache_state(session.cache)[0].items())
 
 
 def test_an_empty_cache_and_missing_ids_are_refused() -> None:

@@ -13,7 +13,7 @@ from zsmerge_llm.config import QUERY_AGNOSTIC_FLOOR, CacheConfig
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.kvcache import equations
-from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import cache_state, restore_cache
 from zsmerge_llm.kvcache.layer_cache import LayerCache
 
 CONFIG = CacheConfig(
@@ -165,8 +165,8 @@ def test_a_long_turn_keeps_the_slot_of_the_highest_cumulative_attention(engine: 
 def test_a_cache_with_a_history_share_is_restored_bit_for_bit(engine: Engine) -> None:
     cache = engine.new_cache()
     engine.read(cache, tokens(60), probe=QUESTION, multi_turn=True)
-    tensors, metadata = cache.state()
-    restored = Cache.from_state({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
+    tensors, metadata = cache_state(cache)
+    restored = restore_cache({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
     for reader in (cache, restored):
         engine.read(reader, tokens(20, seed=2), probe=QUESTION, multi_turn=True)
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, restored.layers, strict=True))

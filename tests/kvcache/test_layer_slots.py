@@ -17,6 +17,7 @@ from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.inspection.memory_map import map_cache
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import cache_state, restore_cache
 
 UNEVEN = CacheConfig(slots=40, sink=2, recent=8, stage=8, observation_window=4, layer_budgets=(0.5, 1.5))
 """20 and 60 slots in a model of two layers."""
@@ -150,8 +151,8 @@ def test_caches_are_stacked_into_a_batch_and_split_again(engine: Engine) -> None
 def test_a_restored_cache_continues_bit_for_bit(engine: Engine, length: int, budget: float) -> None:
     cache = engine.new_cache(UNEVEN.replace(layer_budgets=(budget, 2 - budget)))
     engine.read(cache, tokens(length))
-    tensors, metadata = cache.state()
-    restored = Cache.from_state({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
+    tensors, metadata = cache_state(cache)
+    restored = restore_cache({name: tensor.clone() for name, tensor in tensors.items()}, metadata)
     assert restored.config == cache.config
     assert torch.equal(engine.read(restored, tokens(9)), engine.read(cache, tokens(9)))
 

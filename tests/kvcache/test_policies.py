@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm import CacheConfig, Engine, SamplingParams
 from zsmerge_llm.errors import ConfigError
-from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import cache_state, restore_cache
 from zsmerge_llm.kvcache.layer_cache import KVView
 from zsmerge_llm.kvcache.policies import BUILT_IN, EvictionPolicy, RankingContext
 from zsmerge_llm.kvcache.slots import AttentionInputs
@@ -83,14 +83,14 @@ def test_a_cache_with_a_policy_object_is_saved_by_name_and_restored_with_the_obj
     engine = Engine(tiny_model(), config(policy), compile=False)
     cache = engine.new_cache()
     engine.read(cache, tokens(40))
-    tensors, metadata = cache.clone().state()
+    tensors, metadata = cache_state(cache.clone())
     metadata = json.loads(json.dumps(metadata))
     assert metadata["config"]["policy"] == "small-keys"
-    restored = Cache.from_state(dict(tensors), metadata, policy)
+    restored = restore_cache(dict(tensors), metadata, policy)
     assert restored.config == cache.config
     assert torch.equal(engine.read(restored, tokens(9)), engine.read(cache, tokens(9)))
     with pytest.raises(ConfigError, match="small-keys"):
-        Cache.from_state(dict(tensors), metadata)
+        restore_cache(dict(tensors), metadata)
 
 
 def test_built_in_policies_are_found_by_name() -> None:

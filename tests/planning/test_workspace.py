@@ -61,7 +61,7 @@ def peak(engine: Engine, length: int, probe: bool) -> int:
 def test_the_formula_is_near_the_bytes_that_live(slots: int, chunk: int, dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype, vocab=1000, intermediate_size=512, **SIZES)
     engine = Engine(model, CacheConfig(slots=slots), chunk, compile=False)
-    planned = live_nbytes(shape_of(engine.model, engine.specs), engine.config, chunk, fused=True)
+    planned = live_nbytes(shape_of(engine.model, engine.layers), engine.config, chunk, fused=True)
     measured = peak(engine, 4 * (slots + chunk), probe=True)
     assert 0.95 * measured <= planned <= 1.5 * measured
 
@@ -70,13 +70,13 @@ def test_the_formula_is_near_the_bytes_that_live(slots: int, chunk: int, dtype: 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2-softcap", "gpt_oss-sinks"])
 def test_the_formula_covers_every_policy_and_kind_of_attention(config: CacheConfig, family: str) -> None:
     engine = Engine(tiny_model(family), config, 128, compile=False)
-    planned = live_nbytes(shape_of(engine.model, engine.specs), config, 128, fused=True)
+    planned = live_nbytes(shape_of(engine.model, engine.layers), config, 128, fused=True)
     assert planned >= 0.9 * peak(engine, 1000, probe=False)
 
 
 def test_it_grows_with_chunk_and_budget_and_not_with_anything_else() -> None:
     engine = Engine(tiny_model(), compile=False)
-    shape = shape_of(engine.model, engine.specs)
+    shape = shape_of(engine.model, engine.layers)
 
     def live(slots: int, chunk: int) -> int:
         return live_nbytes(shape, CacheConfig(slots=slots), chunk, fused=True)

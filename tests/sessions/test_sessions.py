@@ -26,6 +26,7 @@ from tests.support.chat import (
 from tests.support.templates import SPECIAL_TOKENS, TOOLS, generated_text, long_chat
 from zsmerge_llm import LLM, CacheConfig, Grammar, SamplingParams
 from zsmerge_llm.errors import InputError
+from zsmerge_llm.kvcache.cache_state import cache_state
 from zsmerge_llm.language.chat_template import normalize_messages
 from zsmerge_llm.sessions.conversations import Conversations
 
@@ -349,12 +350,12 @@ def test_conversations_never_share_what_they_write_to() -> None:
     chat = Chat(llm, "it")
     chat.ask("Hello")
     session = llm.session("it")
-    before = {name: tensor.clone() for name, tensor in session.cache.state()[0].items()}
+    before = {name: tensor.clone() for name, tensor in cache_state(session.cache)[0].items()}
     cache = session.cache
     for text in ("Left", "Right"):
         llm.chat([*chat.messages, *dialogue(text)], sampling=SHORT)
 
-    assert all(torch.equal(tensor, before[name]) for name, tensor in cache.state()[0].items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in cache_state(cache)[0].items())
 
 
 def test_an_unfinished_stream_that_nobody_reads_leaves_no_trace() -> None:

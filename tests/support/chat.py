@@ -17,6 +17,7 @@ from zsmerge_llm.attention.interface import forward
 from zsmerge_llm.attention.passes import ForwardPass
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import cache_state
 from zsmerge_llm.sessions.conversations import Conversations
 
 LARGE_CACHE = CacheConfig(slots=16_000, recent=8, stage=64)
@@ -49,8 +50,8 @@ def dialogue(*texts: str) -> list[dict[str, Any]]:
 
 def equal_caches(left: Cache, right: Cache) -> bool:
     """Return whether two caches are equal bit for bit."""
-    left_tensors, left_metadata = left.state()
-    right_tensors, right_metadata = right.state()
+    left_tensors, left_metadata = cache_state(left)
+    right_tensors, right_metadata = cache_state(right)
     names = {*left_tensors, *right_tensors}
     return left_metadata == right_metadata and all(
         torch.equal(left_tensors[each], right_tensors[each]) for each in names

@@ -54,6 +54,65 @@ FAMILIES: dict[str, dict[str, object]] = {
     "falcon-mha": {"model_type": "falcon", "multi_query": False, "new_decoder_architecture": False, "alibi": False},
     "falcon-new": {"model_type": "falcon", "num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
 }
+DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 4,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
+HYBRIDS: dict[str, dict[str, object]] = {
+    "qwen3_next": {
+        **DELTA_NET,
+        "model_type": "qwen3_next",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "qwen3_5": {**DELTA_NET, "model_type": "qwen3_5_text", "head_dim": 16},
+    "olmo_hybrid": {**DELTA_NET, "model_type": "olmo_hybrid"},
+    "lfm2": {
+        "model_type": "lfm2",
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    },
+    "granite-hybrid": {
+        **MAMBA,
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "shared_intermediate_size": 32,
+    },
+    "falcon_h1": {**MAMBA, "model_type": "falcon_h1", "mamba_d_ssm": 64},
+    "nemotron_h": {
+        "model_type": "nemotron_h",
+        "num_hidden_layers": None,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+        "head_dim": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 16,
+    },
+    "jamba": {
+        "model_type": "jamba",
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 8,
+    },
+    "bamba": {**MAMBA, "model_type": "bamba", "num_hidden_layers": 3, "attn_layer_indices": [1]},
+}
+"""Families with recurrent layers beside attention."""
 
 
 def tiny_model(
@@ -65,11 +124,12 @@ def tiny_model(
     **sizes: int,
 ) -> PreTrainedModel:
     """Return a random model whose attention is far from uniform, so that logits depend on which slots are evicted."""
-    parameters = {**COMMON, "vocab_size": vocab, "intermediate_size": intermediate_size, **FAMILIES[family], **sizes}
+    own = FAMILIES.get(family) or HYBRIDS[family]
+    parameters = {**COMMON, "vocab_size": vocab, "intermediate_size": intermediate_size, **own, **sizes}
     settings = {name: value for name, value in parameters.items() if value is not None}
-    if family.startswith("falcon"):
+    if family.startswith("falcon-"):
         settings.pop("num_key_value_heads")
-    if FAMILIES[family].get("sliding_window", 0) is None:
+    if own.get("sliding_window", 0) is None:
         settings["sliding_window"] = None
     config = AutoConfig.for_model(str(settings.pop("model_type")), **settings)
     torch.manual_seed(seed)

@@ -11,7 +11,12 @@ from transformers import PreTrainedModel
 from zsmerge_llm.attention.call import AttentionHandler
 from zsmerge_llm.errors import InputError, UnsupportedModelError
 
-SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
+"""What configs call layers that only attend."""
+RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "mamba2", "recurrent"}
+"""What they call layers with a state of constant size, beside attention or without it."""
+TOKENWISE_LAYERS = {"mlp", "moe", "dummy"}
+"""What they call layers in which no token sees another."""
 
 
 def keyword(model: PreTrainedModel) -> str:
@@ -32,24 +37,27 @@ def check(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} uses ALiBi, whose bias depends on distances that merged slots do not have. Use a RoPE model."
         )
-    if other := set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYERS:
+    known = ATTENTION_LAYERS | RECURRENT_LAYERS | TOKENWISE_LAYERS
+    if other := set(getattr(config, "layer_types", None) or ()) - known:
         raise UnsupportedModelError(
-            f"{name} has {', '.join(sorted(other))} layers; only full and sliding-window attention layers can be "
-            "compressed. Use a model whose layers are all of these kinds."
-        )
-    if "mrope_section" in str(getattr(config, "rope_parameters", None)):
-        raise UnsupportedModelError(f"{name} uses M-RoPE (positions of images and video). Use its text-only sibling.")
-    if not (getattr(model, "_supports_attention_backend", False) or _is_falcon(model)):
-        raise UnsupportedModelError(
-            f"{name} does not use transformers' attention interface, through which the compressed cache works. "
-            "Llama, Mistral, Qwen2, Qwen3, Gemma 3, Phi-3, GPT-NeoX, Falcon and most recent decoders do."
+            f"{name} has {', '.join(sorted(other))} layers; only full and sliding-window attention can be compressed, "
+            "beside recurrent layers. Use a model whose layers are all of these kinds."
         )
 
 
 def install(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]], name: str) -> None:
-    """Make the model's layers call `attention`, registered with transformers as `name`."""
+    """Make the model's layers call `attention`, registered with transformers as `name`.
+
+    Raises:
+        UnsupportedModelError: the model has no such seam.
+    """
     if not _is_falcon(model):
         model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not use transformers' attention interface, through which the compressed "
+                "cache works. Llama, Mistral, Qwen, Gemma, Phi-3, GPT-NeoX, Falcon and most recent decoders do."
+            )
         return
     model.config._attn_implementation = name
     decoder: Any = model.transformer

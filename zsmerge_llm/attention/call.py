@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +31,30 @@ class AttentionCall:
     sinks: Tensor | None
 
 
+@dataclass(frozen=True)
+class RecurrentCall:
+    """What a model's recurrent layer asks for: to mix its input, hidden [B, T, D].
+
+    layer: its index in the model. index: of its state in a cache. run: mixes [B, T, D] on a cache of transformers' kind
+    (`attention.recurrent.MixerCache`), or on None, from an empty state that is not kept.
+    """
+
+    layer: int
+    index: int
+    hidden: Tensor
+    run: Callable[[Tensor, Any], Tensor]
+
+
 class AttentionHandler(ABC):
     """What the engine hands through the model to each attention layer."""
 
     @abstractmethod
     def attend(self, call: AttentionCall) -> Tensor:
         """Compute the layer's attention output, [B, Hq, T, D]."""
+
+    def mix(self, call: RecurrentCall) -> Tensor:
+        """Compute a recurrent layer's output, [B, T, D]. Here, as if the tokens were a text of their own."""
+        return call.run(call.hidden, None)
 
     def get_seq_length(self) -> int:
         """Return 0, for models that take this object for a cache of transformers (Falcon)."""

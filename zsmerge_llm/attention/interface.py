@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from zsmerge_llm.attention import adapters
 from zsmerge_llm.attention.call import AttentionCall, AttentionHandler, dense_attention
 from zsmerge_llm.attention.offloading import input_device
+from zsmerge_llm.attention.recurrent import CURRENT_PASS, cache_takers, find_mixers, install_mixers
 from zsmerge_llm.errors import InputError, UnsupportedModelError, ZSMergeError
+from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec
 from zsmerge_llm.kvcache.rope import Rotation, fit_rotation
 from zsmerge_llm.kvcache.slots import LayerSpec
 
 NAME = "zsmerge"
+ATTENTION_INDEX = "zsmerge_attention_index"
+"""Attribute of attention modules in models whose other layers do not attend: which of those that do a module is."""
 IGNORED_KEYWORDS = {
     *("dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position")
 }
@@ -62,7 +67,8 @@ def zsmerge_attention(
     if not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{kind} attends in both directions; the compressed cache is for causal decoders.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(module.layer_idx, query, key, value, scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
+    index: Any = getattr(module, ATTENTION_INDEX, module.layer_idx)
+    call = AttentionCall(index, query, key, value, scale, sliding_window, softcap, s_aux)
     return zsmerge.attend(call).transpose(1, 2).contiguous(), None
 
 
@@ -71,13 +77,25 @@ AttentionInterface.register(NAME, zsmerge_attention)
 
 @dataclass
 class _Trace(AttentionHandler):
-    """Records what each layer asks for in a forward pass without a cache."""
+    """Records what each layer asks for in a forward pass without a cache.
+
+    calls: by the layer's index in the model. entered: the module that takes a cache and was entered last. modules:
+    those that attended.
+    """
 
     calls: dict[int, AttentionCall] = field(default_factory=dict)
+    entered: Any = None
+    modules: list[nn.Module] = field(default_factory=list)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        self.calls[call.layer] = call
+        if self.entered is not None:
+            self.modules.append(self.entered)
+        self.calls[call.layer if self.entered is None else self.entered.layer_idx] = call
         return dense_attention(call, call.key, call.value, None)
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        """Take note of a module whose forward begins."""
+        self.entered = module
 
 
 @dataclass
@@ -103,11 +121,27 @@ def forward(model: PreTrainedModel, handler: AttentionHandler, **inputs: Any) ->
             f'model.set_attn_implementation("{NAME}") to use it through the engine again.'
         )
     keyword = adapters.keyword(model)
-    return model(**inputs, use_cache=False, **{keyword: handler}).logits
+    token = CURRENT_PASS.set(handler)
+    try:
+        return model(**inputs, use_cache=False, **{keyword: handler}).logits
+    finally:
+        CURRENT_PASS.reset(token)
+
+
+class ModelLayers(NamedTuple):
+    """What the layers of a model need of a cache: those that attend, and those that keep a state, in order."""
+
+    attention: tuple[LayerSpec, ...]
+    recurrent: tuple[RecurrentSpec, ...]
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where they compute: those that attend and, behind them, those that keep a state."""
+        return [*(spec.device for spec in self.attention), *(spec.device for spec in self.recurrent)]
 
 
 @torch.inference_mode()
-def prepare_model(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
+def prepare_model(model: PreTrainedModel) -> ModelLayers:
     """Make `model` use the compressed cache, and return what each of its layers needs.
 
     Raises:
@@ -116,9 +150,33 @@ def prepare_model(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
     adapters.check(model)
     adapters.install(model, zsmerge_attention, NAME)
     trace = _Trace()
+    _run_one_token(model, trace)
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    attending = sorted(trace.calls)
+    recurrent: tuple[RecurrentSpec, ...] = ()
+    others = sorted(set(range(config.num_hidden_layers)) - set(attending))
+    if others or not set(kinds) <= {None, *adapters.ATTENTION_LAYERS}:
+        mixers = find_mixers(model, trace.modules)
+        recurrent = install_mixers(mixers, partial(_run_one_token, model))
+    _check_layers(model, kinds, others, recurrent)
+    if others:
+        for module in trace.modules:
+            setattr(module, ATTENTION_INDEX, attending.index(int(module.layer_idx)))  # type: ignore[arg-type]
+    return ModelLayers(tuple(_spec(trace.calls[index], kinds[index], config) for index in attending), recurrent)
+
+
+def _run_one_token(model: PreTrainedModel, handler: AttentionHandler) -> None:
+    """Read a single token without a cache.
+
+    Raises:
+        UnsupportedModelError: the model cannot, for whatever reason.
+    """
     token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    enter = getattr(handler, "enter", None)
+    hooks = [] if enter is None else [module.register_forward_pre_hook(enter) for module in cache_takers(model)]
     try:
-        forward(model, trace, input_ids=token, position_ids=token, logits_to_keep=1)
+        forward(model, handler, input_ids=token, position_ids=token, logits_to_keep=1)
     except (ZSMergeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # weights of several devices or dtypes, hooks of others
@@ -126,15 +184,27 @@ def prepare_model(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
             f"This {type(model).__name__} cannot read a single token ({str(error).strip().partition(chr(10))[0]}): "
             "make it work by itself first, or give its name or folder instead."
         ) from error
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    missing = sorted(set(range(config.num_hidden_layers)) - set(trace.calls))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_layers(
+    model: PreTrainedModel, kinds: Sequence[str | None], others: Sequence[int], recurrent: Sequence[RecurrentSpec]
+) -> None:
+    """Refuse layers that neither attend nor keep a state, though they seem to mix tokens."""
+    if len(others) == len(kinds):
+        raise UnsupportedModelError(
+            f"No layer of {type(model).__name__} attends through transformers' attention interface: there is nothing "
+            "that a compressed cache could hold. Use transformers itself."
+        )
+    known = {spec.layer for spec in recurrent}
+    missing = [layer for layer in others if layer not in known and kinds[layer] not in adapters.TOKENWISE_LAYERS]
     if missing:
         raise UnsupportedModelError(
-            f"Layers {missing} of {type(model).__name__} do not attend through transformers' attention interface "
-            "(linear attention or a state space, perhaps): the compressed cache cannot carry them."
+            f"Layers {missing} of {type(model).__name__} do not attend through transformers' attention interface, and "
+            "keep no state in its cache: the compressed cache cannot carry them."
         )
-    return tuple(_spec(trace.calls[index], kinds[index], config) for index in range(config.num_hidden_layers))
 
 
 @torch.inference_mode()

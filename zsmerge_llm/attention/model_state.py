@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from zsmerge_llm.attention import adapters
 from zsmerge_llm.attention.backend import AttentionBackend
-from zsmerge_llm.attention.interface import NAME
+from zsmerge_llm.attention.interface import ATTENTION_INDEX, NAME
+from zsmerge_llm.attention.recurrent import uninstall_mixers
 
 
 class ModelState:
@@ -32,6 +33,9 @@ class ModelState:
     def restore(self) -> None:
         """Put it back; an attention implementation that the owner has set since stays."""
         adapters.uninstall(self.model)
+        uninstall_mixers(self.model)
+        for module in self.model.modules():
+            vars(module).pop(ATTENTION_INDEX, None)
         for config, attention in self._attention:
             if config._attn_implementation == NAME:
                 config._attn_implementation_internal = attention

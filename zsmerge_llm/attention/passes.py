@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from zsmerge_llm.attention.backend import AttentionBackend, AttentionOps
-from zsmerge_llm.attention.call import AttentionCall, AttentionHandler
+from zsmerge_llm.attention.call import AttentionCall, AttentionHandler, RecurrentCall
 from zsmerge_llm.attention.masks import PassLayout
+from zsmerge_llm.attention.recurrent import MixerCache
 from zsmerge_llm.kvcache import equations, eviction
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.layer_cache import KVView, LayerCache
@@ -45,6 +46,22 @@ class ForwardPass(AttentionHandler):
         inputs = self._inputs(call, ops)
         view, output = ops.attend(layer, call, inputs, self.layout)
         self._update(view, inputs)
+        return output
+
+    def mix(self, call: RecurrentCall) -> Tensor:
+        """Take the new tokens into a recurrent layer's state: [B, T, D]. Padding and a probe leave no trace in it."""
+        state, new = self.cache.states[call.index], self.layout.num_new
+        counts, total = self.layout.num_new_tokens, call.hidden.shape[1]
+        if total == new and counts == [new] * len(counts):
+            return call.run(call.hidden, MixerCache(state))
+        output = torch.zeros_like(call.hidden)
+        for count in sorted(set(counts) - {0}):
+            rows = [row for row, each in enumerate(counts) if each == count]
+            part = state.select_rows(rows)
+            output[rows, :count] = call.run(call.hidden[rows, :count], MixerCache(part))
+            state.put_rows(rows, part)
+        if total > new:
+            output[:, new:] = call.run(call.hidden[:, new:], MixerCache(state.clone()))
         return output
 
     def after_attention(self, call: AttentionCall) -> None:
@@ -149,6 +166,10 @@ class QueryPass(ForwardPass):
 
     attention: list[Tensor] = field(default_factory=list)
 
+    def mix(self, call: RecurrentCall) -> Tensor:
+        """Run the tokens behind a recurrent layer's state, which stays as it is."""
+        return call.run(call.hidden, MixerCache(self.cache.states[call.index].clone()))
+
     def _update(self, view: KVView, inputs: AttentionInputs) -> None:
         if view.spec.window is not None:
             return
@@ -169,6 +190,12 @@ class SpeculativePass(ForwardPass):
     """
 
     pending: list[tuple[KVView, AttentionInputs]] = field(default_factory=list)
+    mixed: list[RecurrentCall] = field(default_factory=list)
+
+    def mix(self, call: RecurrentCall) -> Tensor:
+        """Run the tokens behind a recurrent layer's state, which takes none of them in before `keep`."""
+        self.mixed.append(call)
+        return call.run(call.hidden, MixerCache(self.cache.states[call.index].clone()))
 
     def _update(self, view: KVView, inputs: AttentionInputs) -> None:
         self.pending.append((view, inputs))
@@ -178,4 +205,7 @@ class SpeculativePass(ForwardPass):
         self.layout.seen = self.layout.seen - (self.layout.num_new - count)
         for view, inputs in self.pending:
             eviction.update_first([count], view, inputs)
+        for call in self.mixed:  # a state cannot forget: the layer's input is run again as far as it was right
+            call.run(call.hidden[:, :count], MixerCache(self.cache.states[call.index]))
         self.pending.clear()
+        self.mixed.clear()

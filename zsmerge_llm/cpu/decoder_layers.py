@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.call import AttentionHandler
+from zsmerge_llm.attention.recurrent import mixers_of
 from zsmerge_llm.errors import UnsupportedModelError
 
 
@@ -20,6 +21,8 @@ def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
     """
     if getattr(model.config.get_text_config(), "num_experts_per_tok", None):
         raise UnsupportedModelError("Layers whose experts are chosen by the data are not compiled.")
+    if mixers_of(model):
+        raise UnsupportedModelError("Layers that keep a recurrent state are not compiled.")
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     stacks = [stack for stack in stacks if all(_attends(layer) for layer in stack)]
     if len(stacks) != 1:

@@ -63,7 +63,7 @@ class Engine:
         scheduling: how requests share the device.
 
     Attributes:
-        requests: counts the requests of callers, for the limit of `scheduling`.
+        layers: what each layer needs of a cache. specs: of those that attend. requests: counts them, for a limit.
 
     Raises:
         UnsupportedModelError: an architecture or feature the cache cannot carry.
@@ -86,7 +86,8 @@ class Engine:
         self.requests = RequestLimit(how.max_requests)
         self._held = HeldModel(self, model)
         try:
-            self.specs = prepare_model(model.eval())
+            self.layers = prepare_model(model.eval())
+            self.specs = self.layers.attention
             self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
             self.stop_ids = _stop_ids(model)
             kind = CPUBackend if CPUBackend.serves(model) else GPUBackend
@@ -144,7 +145,7 @@ class Engine:
 
     def new_cache(self, config: CacheConfig | None = None, rows: int = 1) -> Cache:
         """Make an empty cache for `rows` conversations, by default of the engine's configuration."""
-        return Cache(config or self.config, self.specs, rows)
+        return Cache(config or self.config, self.specs, rows, self.layers.recurrent)
 
     # -- prefill -----------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class StaticReader:
 
     def takes(self, cache: Cache, num_new: int, probe: Probe | None) -> bool:
         """Return whether a chunk can be read here: all layers are full to their slots, and have no room for it."""
-        if cache.rows > 1 or cache.config.slots is None:
+        if cache.rows > 1 or cache.config.slots is None or cache.states:
             return False
         layers = cache.layers
         steady = all(each.num_filled[0] == each.config.slots and not each.has_room(num_new) for each in layers)

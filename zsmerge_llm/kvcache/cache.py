@@ -6,8 +6,7 @@ Everything that reads mutates it in place; `clone`, `row` and `stack` copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from torch import Tensor
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.kvcache import eviction
-from zsmerge_llm.kvcache.layer_cache import SAVED, TENSORS, LayerCache, layer_configs
+from zsmerge_llm.kvcache.layer_cache import TENSORS, LayerCache, layer_configs
+from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec, RecurrentState
 from zsmerge_llm.kvcache.rope import PositionMap, Rotation
 from zsmerge_llm.kvcache.slots import PER_SLOT, LayerSpec
 
@@ -27,18 +27,28 @@ class Cache:
 
     Attributes:
         config: the configuration of the whole cache; each layer has its own (`layer_configs`).
-        specs: the shapes of the model's layers.
-        layers: one `LayerCache` each.
+        specs: the shapes of the model's attention layers.
+        recurrent_specs: the shapes of its recurrent layers' states.
+        layers: one `LayerCache` for each attention layer.
+        states: one `RecurrentState` for each recurrent layer.
         lengths: tokens that each row has read.
         position_maps: for each row, which RoPE position its tokens have.
         logits: [B, vocab] in the model's dtype, after each row's last token; None before anything was read.
     """
 
-    def __init__(self, config: CacheConfig, specs: Sequence[LayerSpec], rows: int = 1) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        specs: Sequence[LayerSpec],
+        rows: int = 1,
+        recurrent_specs: Sequence[RecurrentSpec] = (),
+    ) -> None:
         self.config = config
         self.specs = tuple(specs)
+        self.recurrent_specs = tuple(recurrent_specs)
         configs = layer_configs(config, self.specs)
         self.layers = [LayerCache(own, spec, rows) for own, spec in zip(configs, self.specs, strict=True)]
+        self.states = [RecurrentState(spec, rows) for spec in self.recurrent_specs]
         self.lengths = [0] * rows
         self.position_maps = [PositionMap()] * rows
         self.logits: Tensor | None = None
@@ -73,7 +83,8 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes held by all tensors of all layers, and by the logits after the last token."""
-        return sum(layer.nbytes for layer in self.layers) + (0 if self.logits is None else self.logits.nbytes)
+        held = sum(layer.nbytes for layer in self.layers) + sum(state.nbytes for state in self.states)
+        return held + (0 if self.logits is None else self.logits.nbytes)
 
     @property
     def dropped_tokens(self) -> int:
@@ -90,9 +101,9 @@ class Cache:
         return round(sum(full) / len(full)) if full else 0
 
     def full_nbytes(self, tokens: int | None = None) -> int:
-        """Return the bytes of keys and values of an exact cache after `tokens` (default: those read)."""
+        """Return the bytes of an exact cache after `tokens` (default: those read): keys, values, recurrent states."""
         total = sum(self.lengths) if tokens is None else tokens
-        return sum(
+        return sum(state.nbytes for state in self.states) + sum(
             (min(total, spec.window) if spec.window else total)
             * spec.kv_heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize
             for spec in self.specs
@@ -131,7 +142,8 @@ class Cache:
 
     def replace_with(self, other: Cache) -> None:
         """Take over everything `other` holds; it must not be used any more."""
-        self.layers, self.lengths, self.logits = other.layers, other.lengths, other.logits
+        self.layers, self.states = other.layers, other.states
+        self.lengths, self.logits = other.lengths, other.logits
         self.position_maps = other.position_maps
 
     # -- copies ------------------------------------------------------------------------------------------------------
@@ -157,23 +169,32 @@ class Cache:
             layer.num_filled = [own.num_filled[row] for row in chosen]
             for name in TENSORS:
                 setattr(layer, name, getattr(own, name)[part].clone())
+        some.states = [state.select_rows(part) for state in self.states]
         return some
 
     def copy_to(self, devices: Sequence[torch.device], copy: Callable[[Tensor, torch.device], Tensor]) -> Cache:
-        """Return an independent copy whose layers are on `devices`, one each. copy: copies a tensor to a device."""
-        specs = [replace(spec, device=device) for spec, device in zip(self.specs, devices, strict=True)]
-        other = Cache(self.config, specs, rows=0)
+        """Return an independent copy on other devices.
+
+        devices: one for each attention layer and, behind them, one for each recurrent layer. copy: copies a tensor to a
+        device.
+        """
+        count = len(self.specs)
+        specs = [replace(spec, device=device) for spec, device in zip(self.specs, devices[:count], strict=True)]
+        recurrent = zip(self.recurrent_specs, devices[count:], strict=True)
+        other = Cache(self.config, specs, 0, [replace(spec, device=device) for spec, device in recurrent])
         other.lengths, other.position_maps = list(self.lengths), list(self.position_maps)
         other.logits = None if self.logits is None else copy(self.logits, specs[-1].device)
         for layer, own in zip(other.layers, self.layers, strict=True):
             layer.num_filled = list(own.num_filled)
             for name in TENSORS:
                 setattr(layer, name, copy(getattr(own, name), layer.spec.device))
+        for state, given in zip(other.states, self.states, strict=True):
+            state.tensors = {name: copy(tensor, state.spec.device) for name, tensor in given.tensors.items()}
         return other
 
     def _empty_like(self) -> Cache:
         """Return a cache of the same kind without rows."""
-        return Cache(self.config, self.specs, rows=0)
+        return Cache(self.config, self.specs, 0, self.recurrent_specs)
 
     @classmethod
     def stack(cls, caches: Sequence[Cache]) -> Cache:
@@ -183,7 +204,8 @@ class Cache:
             ConfigError: caches of different configurations.
         """
         first = caches[0]
-        if any(cache.config != first.config or cache.specs != first.specs for cache in caches):
+        kind = (first.config, first.specs, first.recurrent_specs)
+        if any((cache.config, cache.specs, cache.recurrent_specs) != kind for cache in caches):
             raise ConfigError("Only caches of one model and one CacheConfig can be stacked into a batch.")
         batch = first._empty_like()
         batch.lengths = [length for cache in caches for length in cache.lengths]
@@ -201,71 +223,5 @@ class Cache:
                 if name in PER_SLOT:
                     tensors = [tensor[:, :, :room] for tensor in tensors]
                 setattr(layer, name, torch.cat(tensors))
+        batch.states = [RecurrentState.stack([cache.states[at] for cache in caches]) for at in range(len(first.states))]
         return batch
-
-    # -- saving ------------------------------------------------------------------------------------------------------
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return everything there is to save: tensors by name (the cache's own), and facts as JSON values."""
-        tensors = {f"{index}.{name}": getattr(layer, name) for index, layer in enumerate(self.layers) for name in SAVED}
-        if self.logits is not None:
-            tensors["logits"] = self.logits
-        specs = [
-            {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch."), "device": str(spec.device)}
-            for spec in self.specs
-        ]
-        facts = {
-            "config": self.config.to_dict(),
-            "specs": specs,
-            "lengths": list(self.lengths),
-            "position_maps": [positions.knots for positions in self.position_maps],
-            "num_filled": [layer.num_filled for layer in self.layers],
-        }
-        return tensors, facts
-
-    @classmethod
-    def from_state(
-        cls,
-        tensors: dict[str, Tensor],
-        facts: dict[str, Any],
-        policy: Any = None,
-        specs: Sequence[LayerSpec] | None = None,
-    ) -> Cache:
-        """Invert `state`. The tensors are taken over, and moved to each layer's device where they are elsewhere.
-
-        Args:
-            tensors: those without elements may be left out.
-            policy: the `EvictionPolicy` object whose name the facts hold, if they hold no built-in one.
-            specs: the model's layers; None takes those of the facts.
-
-        Raises:
-            ValueError, KeyError: tensors that do not fit the facts. ConfigError: facts of an unknown configuration.
-        """
-        specs = specs or [
-            LayerSpec(**{**spec, "dtype": getattr(torch, spec["dtype"]), "device": torch.device(spec["device"])})
-            for spec in facts["specs"]
-        ]
-        cache = cls(CacheConfig.from_dict(facts["config"], policy), specs, rows=0)
-        cache.lengths = list(facts["lengths"])
-        cache.position_maps = [PositionMap(tuple((at, to) for at, to in knots)) for knots in facts["position_maps"]]
-        logits = tensors.get("logits")
-        cache.logits = logits.to(specs[-1].device) if logits is not None and specs else logits
-        for index, (layer, num_filled) in enumerate(zip(cache.layers, facts["num_filled"], strict=True)):
-            layer.num_filled = list(num_filled)
-            layer.filled = torch.tensor(layer.num_filled, dtype=torch.int32, device=layer.spec.device)
-            for name in SAVED:
-                empty = getattr(layer, name)
-                shape = (cache.rows, *empty.shape[1:])
-                given = tensors.get(f"{index}.{name}")
-                tensor = empty.new_zeros(shape) if given is None and 0 in shape else tensors[f"{index}.{name}"]
-                if tensor.dtype != empty.dtype or not _fits(tensor.shape, shape, layer.config.slots is None):
-                    raise ValueError(f"{index}.{name} is {tensor.dtype}{list(tensor.shape)}, not {empty.dtype}{shape}")
-                setattr(layer, name, tensor.to(layer.spec.device))
-        return cache
-
-
-def _fits(shape: Sequence[int], wanted: Sequence[int], grows: bool) -> bool:
-    """Return whether a tensor has the shape of a fresh cache; the exact cache's slots (dimension 2) may be more."""
-    if grows and len(shape) > 2:
-        shape, wanted = (*shape[:2], *shape[3:]), (*wanted[:2], *wanted[3:])
-    return tuple(shape) == tuple(wanted)

@@ -89,14 +89,14 @@ class Explanation:
 
 def free_for_idle(engine: Engine, quantization: str | None) -> int:
     """Return the bytes that idle conversations may take on the devices of a loaded model; 0 where they do not tell."""
-    devices = [spec.device for spec in engine.specs]
+    devices = engine.layers.devices
     memory = {device: device_memory(device) for device in set(devices)}
     # Each device holds a part of every cache, and the fullest one decides.
     available = min(
         int(found.available * len(devices) / devices.count(device)) if found is not None else 0
         for device, found in memory.items()
     )
-    shape = shape_of(engine.model, engine.specs)
+    shape = shape_of(engine.model, engine.layers)
     return idle_nbytes(available, _workspace(engine, shape, quantization), shape.conversation_nbytes(engine.config))
 
 
@@ -110,7 +110,7 @@ def _workspace(engine: Engine, shape: ModelShape, quantization: str | None) -> i
 def explain_loaded(name: str, engine: Engine, store: Store, quantization: str | None, compile: Compile) -> Explanation:
     """Explain a loaded model: by its engine and its store."""
     cache, target = engine.config, engine.device
-    shape = shape_of(engine.model, engine.specs)
+    shape = shape_of(engine.model, engine.layers)
     workspace = _workspace(engine, shape, quantization)
     memory, step = device_memory(target), running_step(engine.backend, compile)
     threads, threads_reason = engine.backend.thread_choice() or (None, None)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.interface import prepare_model
+from zsmerge_llm.attention.interface import ModelLayers, prepare_model
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec
 from zsmerge_llm.kvcache.slots import LayerSpec
 
 META = torch.device("meta")
@@ -22,7 +22,8 @@ class ModelShape:
     """What a plan needs of a model.
 
     Attributes:
-        specs: what each layer needs of its cache, on the meta device.
+        specs: what each attention layer needs of its cache, on the meta device.
+        recurrent: what each recurrent layer keeps, on the meta device.
         dtype: of activations and logits.
         hidden, intermediate, vocab: widths of the residual stream, of an MLP's inner layer, of the logits.
         window: positions that the model was trained on, where its config says so.
@@ -31,6 +32,7 @@ class ModelShape:
     """
 
     specs: tuple[LayerSpec, ...]
+    recurrent: tuple[RecurrentSpec, ...]
     dtype: torch.dtype
     hidden: int
     intermediate: int
@@ -47,7 +49,7 @@ class ModelShape:
         Raises:
             ConfigError: `layer_budgets` for another number of layers.
         """
-        cache = Cache(config, self.specs)
+        cache = Cache(config, self.specs, 1, self.recurrent)
         if config.slots is None and self.window is not None:
             for layer in cache.layers:
                 layer.grow_to(self.window)
@@ -55,14 +57,14 @@ class ModelShape:
 
     def full_cache_nbytes(self, tokens: int) -> int:
         """Return the bytes of keys and values of an exact cache after `tokens`."""
-        return Cache(CacheConfig(), self.specs, rows=0).full_nbytes(tokens)
+        return Cache(CacheConfig(), self.specs, 1, self.recurrent).full_nbytes(tokens)
 
 
-def shape_of(model: PreTrainedModel, specs: Sequence[LayerSpec] | None = None) -> ModelShape:
+def shape_of(model: PreTrainedModel, layers: ModelLayers | None = None) -> ModelShape:
     """Return the shape of a model, which may be on the meta device.
 
     Args:
-        specs: where they are known; else a one-token pass without data finds them, which changes the model's attention
+        layers: where they are known; else a one-token pass without data finds them, which changes the model's attention
             to the engine's.
 
     Raises:
@@ -70,21 +72,22 @@ def shape_of(model: PreTrainedModel, specs: Sequence[LayerSpec] | None = None) -
     """
     config = model.config.get_text_config()
     head: Any = model.get_output_embeddings()
-    layers: list[Any] = [each for each in model.modules() if each is not head and hasattr(each, "in_features")]
-    found = _trace(model) if specs is None else tuple(_on_meta(spec) for spec in specs)
+    matrices: list[Any] = [each for each in model.modules() if each is not head and hasattr(each, "in_features")]
+    attention, recurrent = _trace(model) if layers is None else layers
     return ModelShape(
-        specs=found,
-        dtype=found[0].dtype,
+        specs=tuple(replace(spec, device=META) for spec in attention),
+        recurrent=tuple(replace(spec, device=META) for spec in recurrent),
+        dtype=attention[0].dtype,
         hidden=config.hidden_size,
         intermediate=_intermediate(config),
         vocab=head.weight.shape[0],
         window=getattr(config, "max_position_embeddings", None) or None,
-        largest_matrix=max((layer.in_features * layer.out_features for layer in layers), default=0),
+        largest_matrix=max((layer.in_features * layer.out_features for layer in matrices), default=0),
         sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
     )
 
 
-def _trace(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
+def _trace(model: PreTrainedModel) -> ModelLayers:
     """Find the specs by a pass of one token without data; by the config where a model's code needs data."""
     if model._can_set_experts_implementation():
         model.set_experts_implementation("batched_mm")  # the others choose experts by the data
@@ -94,18 +97,14 @@ def _trace(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
         return _by_config(model)
 
 
-def _by_config(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
+def _by_config(model: PreTrainedModel) -> ModelLayers:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     windows = [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds]
-    return tuple(LayerSpec(heads, kv_heads, dim, dim, window, model.dtype, META) for window in windows)
-
-
-def _on_meta(spec: LayerSpec) -> LayerSpec:
-    return LayerSpec(**{**{name: getattr(spec, name) for name in spec.__dataclass_fields__}, "device": META})
+    return ModelLayers(tuple(LayerSpec(heads, kv_heads, dim, dim, window, model.dtype, META) for window in windows), ())
 
 
 def _intermediate(config: Any) -> int:

@@ -21,6 +21,7 @@ import torch
 
 from zsmerge_llm.errors import InputError, SessionMismatchError, SessionStorageError
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import cache_state, restore_cache
 from zsmerge_llm.paths import as_path
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.identity import Fingerprint, Kind
@@ -278,7 +279,7 @@ class Session:
             InputError: no path. SessionStorageError: no room or no permission. The file that was there stays.
         """
         head, target = self.head, as_path(path, "The path of a session's file")
-        tensors, cache_metadata = head.cache.state()
+        tensors, cache_metadata = cache_state(head.cache)
         tensors = {**tensors, "tokens": torch.tensor(head.tokens[:], dtype=torch.int32)}
         if self.document:
             tensors["document"] = torch.frombuffer(bytearray(self.document.encode()), dtype=torch.uint8)
@@ -329,7 +330,7 @@ def load_session(
         document = tensors.pop("document").numpy().tobytes().decode() if facts["has_document"] else None
     tokens = array("i", tensors.pop("tokens").numpy().tobytes() if saved.num_tokens else b"")
     policy = None if expected is None else expected.config.policy
-    cache = Cache.from_state(tensors, facts["cache"], policy, saved.specs)
+    cache = restore_cache(tensors, facts["cache"], policy, saved.specs, saved.recurrent)
     head = Snapshot(facts["digest"], facts["messages"], tokens, cache, facts["kind"])
     return Session(
         facts["name"],

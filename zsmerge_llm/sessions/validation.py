@@ -18,7 +18,9 @@ from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.cache_state import recurrent_facts, recurrent_specs, state_key
 from zsmerge_llm.kvcache.layer_cache import SAVED, LayerCache
+from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec
 from zsmerge_llm.kvcache.slots import PER_SLOT, LayerSpec
 from zsmerge_llm.models.device import HOST
 from zsmerge_llm.sessions.file_format import TensorInfo
@@ -52,11 +54,12 @@ class ExpectedCache:
     """What the cache of a saved session must be like: the model that reads it knows.
 
     config: of new conversations; one that was saved may have other budgets of layers, sinks and recent slots.
-    specs: of the model's layers, on their devices. vocab_size: number of logits.
+    specs, recurrent: of the model's layers, on their devices. vocab_size: number of logits.
     """
 
     config: CacheConfig
     specs: tuple[LayerSpec, ...]
+    recurrent: tuple[RecurrentSpec, ...]
     vocab_size: int
 
 
@@ -65,6 +68,7 @@ class SavedCache:
     """The shape of a saved cache, once the header is known to fit. layers: empty, without rows."""
 
     specs: tuple[LayerSpec, ...]
+    recurrent: tuple[RecurrentSpec, ...]
     layers: list[LayerCache]
     seen: int
     num_filled: list[int]
@@ -139,6 +143,7 @@ def check_header(
     if len(cache["specs"]) > len(tensors):
         raise ValueError("describes more layers than it holds")
     specs, config = _specs(cache["specs"], expected), _config(cache["config"], expected)
+    recurrent = _recurrent_specs(cache.get("recurrent_specs", []), expected)
     layers = Cache(config, specs, rows=0).layers
     seen, num_filled = cache["lengths"][0], [row[0] for row in cache["num_filled"]]
     vocab_size = _vocab_size(tensors, expected)
@@ -152,6 +157,8 @@ def check_header(
             wanted[f"{index}.{name}"] = (empty.dtype, (*shape[:2], capacity, *shape[3:]) if name in PER_SLOT else shape)
         if not layer.config.residual <= num_filled[index] <= capacity or not capacity:
             raise ValueError(f"uses {num_filled[index]} of {capacity} slots in layer {index}")
+    for index, spec in enumerate(recurrent):
+        wanted |= {state_key(index, each.name): (each.dtype, (1, *each.shape)) for each in spec.tensors}
     wanted = {name: known for name, known in wanted.items() if 0 not in known[1]}
     beside = {name for name, is_there in (("logits", seen), ("document", facts["has_document"])) if is_there}
     if set(tensors) != beside | set(wanted):
@@ -161,7 +168,7 @@ def check_header(
             raise ValueError(f"holds {name} as {tensors[name].dtype}{list(tensors[name].shape)}")
     if "document" in tensors and (tensors["document"].dtype != "U8" or len(tensors["document"].shape) != 1):
         raise ValueError("holds no text as its document")
-    return SavedCache(specs, layers, seen, num_filled, facts["tokens"], vocab_size)
+    return SavedCache(specs, recurrent, layers, seen, num_filled, facts["tokens"], vocab_size)
 
 
 def _specs(saved: list[Any], expected: ExpectedCache | None) -> tuple[LayerSpec, ...]:
@@ -173,6 +180,26 @@ def _specs(saved: list[Any], expected: ExpectedCache | None) -> tuple[LayerSpec,
     if [{**each, "device": None} if isinstance(each, dict) else None for each in saved] != known:
         raise ValueError("describes the attention layers of another model")
     return expected.specs
+
+
+def _recurrent_specs(saved: Any, expected: ExpectedCache | None) -> tuple[RecurrentSpec, ...]:
+    """Return the recurrent layers of the model, which must be those that were saved, or those that were saved."""
+    if expected is not None:
+        if saved != recurrent_facts(expected.recurrent):
+            raise ValueError("describes the recurrent layers of another model")
+        return expected.recurrent
+    for each in saved if isinstance(saved, list) else [None]:
+        if not isinstance(each, dict) or set(each) != {"layer", "tensors"} or type(each["layer"]) is not int:
+            raise ValueError("describes recurrent layers in other words")
+        for tensor in each["tensors"] if isinstance(each["tensors"], list) else [None]:
+            if not isinstance(tensor, list) or len(tensor) != 3 or type(tensor[0]) is not str:
+                raise ValueError("describes recurrent layers in other words")
+            sizes, dtype = tensor[1:]
+            if not isinstance(sizes, list) or any(type(size) is not int or not 0 < size <= MAX_SIZE for size in sizes):
+                raise ValueError("describes states of impossible shapes")
+            if type(dtype) is not str or dtype not in LAYER_DTYPES:
+                raise ValueError("describes an impossible dtype")
+    return recurrent_specs(saved, torch.device(HOST))
 
 
 def _spec(saved: Any) -> LayerSpec:
