@@ -40,6 +40,7 @@ class Conversation:
     answers: list[str] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     first_token: list[float] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
     tokens: int = 0
     stream_seconds: float = 0.0
 
@@ -62,6 +63,8 @@ def run(llm: LLM, conversation: Conversation, text: str, until: float, mean_paus
         for chunk in llm.stream(conversation.messages, sampling=SAMPLING):
             if chunk.finish_reason is None:
                 stamps.append(time.perf_counter())
+            if chunk.usage is not None:
+                conversation.reused.append(chunk.usage.reuse)
             pieces.append(chunk.text)
         answer = "".join(pieces)
         conversation.first_token.append(stamps[1] - stamps[0])
@@ -72,14 +75,20 @@ def run(llm: LLM, conversation: Conversation, text: str, until: float, mean_paus
         conversation.messages.append({"role": "assistant", "content": answer})
 
 
-def wrong_answers(llm: LLM, conversations: list[Conversation]) -> tuple[int, int]:
-    """Ask the same conversations one at a time: (answers that differ, answers)."""
-    wrong = total = 0
+def wrong_answers(llm: LLM, conversations: list[Conversation]) -> tuple[list[str], int]:
+    """Ask the same conversations one at a time: (the first answer of each that differs, answers).
+
+    What follows a different answer is another conversation and is not asked.
+    """
+    wrong, total = [], 0
     for conversation in conversations:
-        for at in range(0, len(conversation.answers)):
+        for at, answer in enumerate(conversation.answers):
             result = llm.chat(conversation.messages[: 2 * at + 1], sampling=SAMPLING)
-            wrong += result.text != conversation.answers[at]
             total += 1
+            if result.text != answer:
+                how = f"{conversation.reused[at]}; alone {result.usage.reuse}"
+                wrong.append(f"conversation {conversation.number}, turn {at + 1} ({how})")
+                break
     return wrong, total
 
 
@@ -137,7 +146,9 @@ def main() -> None:
         },
         "first_token_seconds": {"median": round(statistics.median(firsts), 3), "worst": round(firsts[-1], 3)},
         "fairness": round(min(rates) / max(rates), 3),
-        "answers": total,
+        "answers": sum(len(each.answers) for each in conversations),
+        "answers_compared": total,
+        "turns_read_again": sum(not how.startswith("continued") for each in conversations for how in each.reused[1:]),
         "answers_that_differ_from_one_at_a_time": wrong,
     }
     for name, value in {**provenance(), **result}.items():
