@@ -11,7 +11,7 @@ from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch, Search
-from zsmerge_llm.retrieval.query_probe import is_multi_turn, message_probe
+from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, is_multi_turn, message_probe
 from zsmerge_llm.sessions.documents import document_head
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.sessions.session import Snapshot
@@ -148,7 +148,7 @@ def _num_system_tokens(template: ChatTemplate, messages: list[Message], tools: T
 
 def _before_question(template: ChatTemplate, system: list[Message], tools: Tools) -> tuple[str, str]:
     """Return what stands between the last special token and the text of a first question, and the whole prompt."""
-    prompt = template.render([*system, {"role": "user", "content": "\x1f"}], tools)
-    before = prompt.rpartition("\x1f")[0]
+    prompt = template.render([*system, {"role": "user", "content": PLACEHOLDER}], tools)
+    before = prompt.rpartition(PLACEHOLDER)[0]
     special = (token for token in template.tokenizer.all_special_tokens if token in before)
     return before[max((before.rindex(token) + len(token) for token in special), default=0) :], prompt
