@@ -170,13 +170,14 @@ def run_turn(agent: Any, question: str, thread: str, seen: set[str]) -> tuple[di
     calls = Counter(json.dumps([call["name"], call["args"]], sort_keys=True) for call in made)
     results = [re.findall(r"[\d,.]*\d", message.text)[:1] for message in new if isinstance(message, ToolMessage)]
     answer = said[-1].text if said else ""
+    numbers = re.sub(r"(?<=\d),(?=\d{3})", "", answer)
     return {
         "question": question,
         "answer": answer,
         "leaked": any(repeats(message.text, product_texts()) for message in said),
         "endless": endless or any(count >= 3 for count in calls.values()),
         "tool_calls": sum(calls.values()),
-        "informed": bool(results) and all(not found or found[0] in answer for found in results),
+        "informed": bool(results) and all(not found or found[0] in numbers for found in results),
     }, said
 
 
