@@ -106,6 +106,11 @@ class ForkedProcessError(ZSMergeError, RuntimeError):
 class InvalidOutputError(ZSMergeError, ValueError):
     """An answer is not what its schema or class asks for: it was cut, or breaks a rule that decoding cannot enforce."""
 
+    @property
+    def correction(self) -> str:
+        """What to tell a model that gave this answer, so that it answers again."""
+        return f"{str(self)[:600]}\nAnswer again, with all of this corrected."
+
 
 class ShortenedOutputWarning(UserWarning):
     """An answer is valid under its schema and was ended early, to be complete within `max_tokens`. Parts are missing.

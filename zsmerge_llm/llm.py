@@ -22,7 +22,7 @@ from zsmerge_llm.generation.options import (
     RequestOptions,
     with_options,
 )
-from zsmerge_llm.generation.turns import answer_batch, start_turn
+from zsmerge_llm.generation.turns import answer_batch, start_chat, start_turn
 from zsmerge_llm.language.grammar import Grammar
 from zsmerge_llm.language.messages import MessageHistory, normalize_messages
 from zsmerge_llm.models.device import validate_settings
@@ -220,8 +220,9 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
             probe: a question that decides what of this prompt the cache keeps; by default the message's last line.
             reread: read the whole conversation again and keep what this question needs, for a question about something
                 that earlier ones did not need. It costs what a new conversation costs.
-            cancel: an event that stops prefill after the current chunk and decoding within one token. Closing the
-                iterator does the same.
+            retry_invalid: where the answer breaks the schema of its format or tools (`Result.format_error`), show the
+                model the error and answer once more. The first answer is passed on once it is complete and valid.
+            cancel: an event that stops prefill within a chunk and decoding within a token, as closing the iterator.
             timeout: seconds for the answer. priority: of requests that wait for the device, the lowest goes first.
             progress: called with (tokens read, tokens to read) during prefill.
 
@@ -233,8 +234,8 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         """
         wanted = RequestOptions.parse(ChatOptions, options)
         history, runtime = _check(messages, wanted.session, self._runtime.current), self._load()
-        begin = partial(_begin_turn, runtime, history, wanted, self.max_input_tokens)
-        return start_turn(runtime.engine, runtime.conversations, begin, wanted)
+        begin = partial(_begin_turn, runtime, options=wanted, max_input_tokens=self.max_input_tokens)
+        return start_chat(runtime.engine, runtime.conversations, begin, wanted, history)
 
     @with_options(BatchOptions)
     def batch(self, conversations: Sequence[Messages], **options: Unpack[BatchOptions]) -> list[Result]:
@@ -328,7 +329,7 @@ def _begin_turn(
     owner, reread = options.namespace, options.reread
     turn = conversations.begin(history, instructed, options.tools, options.session, namespace=owner, reread=reread)
     length = len(turn.tokens) - turn.retrieved_tokens
-    check_length(length, options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=6)
+    check_length(length, options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=8)
     question = messages[-1]["content"]
     prompt = Prompt(
         turn.tokens,

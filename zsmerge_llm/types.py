@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID
 
-from zsmerge_llm.errors import did_you_mean
+from zsmerge_llm.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,6 +115,19 @@ class Chunk:
     session: str = ""
     format_error: str = ""
     tool_call_deltas: list[ToolCallDelta] = field(default_factory=list)
+
+
+def session_name(given: Any) -> Any:
+    """Return the id of a session as its name: numbers and UUIDs become text, anything else stays as it is."""
+    return str(given) if isinstance(given, (int, UUID)) and not isinstance(given, bool) else given
+
+
+def arguments_text(arguments: Any) -> str:
+    """Return the arguments of a tool call as JSON text. Raises InputError: they hold something that is no JSON."""
+    try:
+        return json.dumps(arguments, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"The arguments of a tool call must be JSON values ({error}).") from error
 
 
 class NamedSettings:

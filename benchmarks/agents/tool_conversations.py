@@ -1,11 +1,13 @@
 """Tool conversations of LangChain agents: what they end with, how many calls they make, and what is read again.
 
     python benchmarks/agents/tool_conversations.py --model qwen.gguf [--turns 200] [--agents plain,todos,limits,summary]
+        [--quantization int4] [--resume]
 
 Each conversation has two user messages: one that needs one tool, and one that needs two. An agent is `create_agent`
 with one middleware or none. Counted are, for each agent: answers that repeat a text which zsmerge-llm itself puts into
 prompts, turns that make the same call three times or never end, answers that hold what the tools returned, and model
-calls that read a conversation again. Writes results/tool-conversations-MODEL.json.
+calls that read a conversation again. Writes results/tool-conversations-MODEL.json after each conversation; `--resume`
+goes on from that file. All agents have a conversation before any has the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from langchain_zsmerge import ChatZSMerge
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import GraphRecursionError
 
-from benchmarks.common import write
+from benchmarks.common import RESULTS, write
 from zsmerge_llm.language import chat_template, output_format
 from zsmerge_llm.retrieval import passage_search
 from zsmerge_llm.sessions import documents
@@ -38,6 +40,8 @@ AGENTS = ("plain", "todos", "limits", "summary")
 CITIES = ("Paris", "Oslo", "Lima", "Cairo", "Hanoi", "Quito", "Dakar", "Turin", "Perth", "Kyoto", "Porto", "Basel")
 ITEMS = ("lamp", "chair", "kettle", "tent", "violin", "clock", "scarf", "ladder", "radio", "basket", "globe", "saddle")
 MAX_MODEL_CALLS = 12
+Rows = list[dict[str, Any]]
+"""What is counted of each turn."""
 NOTE_WORDS = 6
 """Successive words of one of the product's texts that make an answer a repetition of it."""
 
@@ -166,36 +170,46 @@ def run_turn(agent: Any, question: str, thread: str, seen: set[str]) -> tuple[di
     calls = Counter(json.dumps([call["name"], call["args"]], sort_keys=True) for call in made)
     results = [re.findall(r"[\d,.]*\d", message.text)[:1] for message in new if isinstance(message, ToolMessage)]
     answer = said[-1].text if said else ""
+    numbers = re.sub(r"(?<=\d),(?=\d{3})", "", answer)
     return {
         "question": question,
         "answer": answer,
         "leaked": any(repeats(message.text, product_texts()) for message in said),
         "endless": endless or any(count >= 3 for count in calls.values()),
         "tool_calls": sum(calls.values()),
-        "informed": bool(results) and all(not found or found[0] in answer for found in results),
+        "informed": bool(results) and all(not found or found[0] in numbers for found in results),
     }, said
 
 
-def run_agent(kind: str, chat: ChatZSMerge, turns: int) -> dict[str, Any]:
-    """Run conversations of two turns each; return the counts, and the turns one by one."""
-    rows, reuse, started = list[dict[str, Any]](), Counter[str](), time.perf_counter()
-    for number, (tools, questions) in enumerate(conversations((turns + 1) // 2)):
-        agent, seen = make_agent(kind, chat, tools), set[str]()
-        for at, question in enumerate(questions):
-            row, said = run_turn(agent, question, f"{kind}-{number}", seen)
-            usages = [message.response_metadata["token_usage"] for message in said]
-            row["reuse"] = [usage["reuse"] for usage in usages]
-            # The first request of a conversation is new; so is the one behind a summary that replaces the history.
-            reuse.update(each if at or place else "first" for place, each in enumerate(row["reuse"]))
-            rows.append(row)
-            print(f"{kind} {number} {row['leaked']} {row['endless']} {row['answer'][:100]!r}", flush=True)
+def run_conversation(kind: str, chat: ChatZSMerge, number: int, tools: Sequence[Any], questions: Sequence[str]) -> Rows:
+    """Return what is counted of each turn of one conversation."""
+    agent, seen, rows = make_agent(kind, chat, tools), set[str](), Rows()
+    for at, question in enumerate(questions):
+        started = time.perf_counter()
+        row, said = run_turn(agent, question, f"{kind}-{number}", seen)
+        usages = [message.response_metadata["token_usage"] for message in said]
+        # The first request of a conversation is new; so is the one behind a summary that replaces the history.
+        reuse = [each["reuse"] if at or place else "first" for place, each in enumerate(usages)]
+        rows.append({"conversation": number, **row, "reuse": reuse, "seconds": time.perf_counter() - started})
+        print(f"{kind} {number} {row['leaked']} {row['endless']} {row['answer'][:100]!r}", flush=True)
+    return rows
+
+
+def summary(rows: Rows) -> dict[str, Any]:
+    """Return the counts of one agent's turns, and the turns one by one."""
     return {
         "turns": len(rows),
-        **{name: sum(row[name] for row in rows) for name in ("leaked", "endless", "informed", "tool_calls")},
-        "reuse": dict(reuse),
-        "seconds": time.perf_counter() - started,
+        **{name: sum(row[name] for row in rows) for name in ("leaked", "endless", "informed", "tool_calls", "seconds")},
+        "reuse": dict(Counter(each for row in rows for each in row["reuse"])),
         "rows": rows,
     }
+
+
+def saved_rows(name: str) -> dict[str, Rows]:
+    """Return the turns that an earlier run has written, by agent."""
+    path = RESULTS / f"{name}.json"
+    agents = json.loads(path.read_text())["agents"] if path.is_file() else {}
+    return {kind: found["rows"] for kind, found in agents.items()}
 
 
 def main() -> None:
@@ -203,14 +217,22 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--turns", type=int, default=200, help="of all agents together")
     parser.add_argument("--agents", default=",".join(AGENTS))
+    parser.add_argument("--quantization", help="of the weights, such as int4")
     parser.add_argument("--name", help="of the result; by default the model's")
+    parser.add_argument("--resume", action="store_true", help="go on from the result of that name")
     arguments = parser.parse_args()
     kinds = arguments.agents.split(",")
-    chat = ChatZSMerge(model=arguments.model, temperature=0, max_tokens=100)
-    name, results = arguments.name or Path(arguments.model).stem, dict[str, Any]()
-    for kind in kinds:
-        results[kind] = run_agent(kind, chat, arguments.turns // len(kinds))
-        write(f"tool-conversations-{name}", {"model": name, "agents": results})
+    model = ChatZSMerge(model=arguments.model, quantization=arguments.quantization, temperature=0, max_tokens=100)
+    name = arguments.name or Path(arguments.model).stem
+    rows = saved_rows(f"tool-conversations-{name}") if arguments.resume else {}
+    for number, (tools, questions) in enumerate(conversations((arguments.turns // len(kinds) + 1) // 2)):
+        for kind in kinds:
+            known = rows.setdefault(kind, [])
+            if all(row["conversation"] != number for row in known):
+                known += run_conversation(kind, model, number, tools, questions)
+                agents = {each: summary(found) for each, found in rows.items()}
+                about = {"model": name, "quantization": arguments.quantization}
+                write(f"tool-conversations-{name}", {**about, "agents": agents})
 
 
 if __name__ == "__main__":

@@ -73,6 +73,25 @@ def test_tools_are_held_as_the_system_message_is() -> None:
     assert held_by_all(cache, cache.config.sink)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "llama2", "mistral-v0.3"])
+def test_a_system_message_that_is_folded_into_the_question_is_held_too(name: str) -> None:
+    llm = make_llm(name, cache=SMALL_CACHE.replace(slots=160))
+    cache = chat_on(llm, [SYSTEM])
+    read = [llm.tokenizer.decode(llm.session("it").tokens[:end]) for end in range(cache.config.sink + 1)]
+
+    assert any("Begin each answer with AHOY." in text for text in read)
+    assert held_by_all(cache, cache.config.sink)
+
+
+def test_tools_in_the_user_s_message_are_held_as_well() -> None:
+    llm = make_llm("llama3", cache=WIDE)
+    cache = chat_on(llm, [], 24, tools=[LOOKUP], tool_choice="none")
+    text = llm.tokenizer.decode(llm.session("it").tokens[: cache.config.sink])
+
+    assert '"name": "look"' in text
+    assert held_by_all(cache, cache.config.sink)
+
+
 def test_a_restart_and_a_fork_keep_it(tmp_path: Any) -> None:
     llm = make_llm(sessions_dir=tmp_path)
     chat = Chat(llm, "it", [SYSTEM])

@@ -66,6 +66,10 @@ class AnswerParser:
 
     Args:
         context: ids before the answer, if it continues their text.
+
+    Attributes:
+        reasoning_tokens: how many tokens are reasoning.
+        reasoning_end: how many tokens there are before the text: reasoning, and spaces behind it.
     """
 
     def __init__(
@@ -85,7 +89,9 @@ class AnswerParser:
         self._repetition = RepetitionGate()
         self._new_deltas: list[ToolCallDelta] = []
         self._echoes = output_format.echo_filter()
+        self._num_tokens = 0
         self.reasoning_tokens = 0
+        self.reasoning_end = 0
 
     @property
     def stopped(self) -> bool:
@@ -99,9 +105,13 @@ class AnswerParser:
 
     def push(self, token: int) -> AnswerPiece:
         """Add a token; return what of the answer is certain now."""
-        reasoning, text = self._split(self._detokenizer.push(token))
+        piece = self._detokenizer.push(token)
+        reasoning, text = self._split(piece)
+        self._num_tokens += 1
         if reasoning or (self._reasoning is not None and self._reasoning.is_inside):
             self.reasoning_tokens += 1
+        if piece and self._reasoning is not None and self._reasoning.is_before_text:
+            self.reasoning_end = self._num_tokens
         text = self._stop.push(text)
         text = text if self._tool_calls is None else self._tool_calls.push(text)
         self._follow_calls()
@@ -152,7 +162,12 @@ class AnswerParser:
 class Attempt:
     """One try at answering a request, from a cache that has read or will read its prompt.
 
-    Another one follows where an answer only made redundant tool calls, or repeated what was added to the prompt.
+    Another one follows where an answer only made redundant tool calls, or repeated what was added to the prompt. Its
+    reasoning was passed on by then, so the next attempt begins with it, and passes on what follows.
+
+    Args:
+        output_format: instead of the request's.
+        reasoning: ids of an earlier attempt that this one begins with.
 
     Raises:
         InputError: the output format cannot be enforced.
@@ -164,14 +179,16 @@ class Attempt:
         cache: Cache,
         tokenizer: PreTrainedTokenizerBase,
         output_format: OutputFormat | None = None,
+        reasoning: Sequence[int] = (),
     ) -> None:
         self.request = request
         self.cache = cache
         self.output_format = output_format or request.output_format
-        self.constraint = self.output_format.constraint(request.sampling)
+        self.constraint = self.output_format.constraint(request.sampling, reasoning)
         self.prefill_seconds = self.decode_seconds = 0.0
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
+        self._num_known = len(reasoning)
         self._text = self._reasoning = ""
         context = list(request.prompt.ids[-CONTEXT_TOKENS:]) if request.continues_prompt else ()
         # A call that is cut off could not be taken back.
@@ -188,11 +205,13 @@ class Attempt:
         """Add a token; return what of the answer is certain now, if anything."""
         self._tokens.append(token)
         piece = self._parser.push(token)
-        return self._chunk(piece, self._new_deltas() if self._streams_calls else ())
+        chunk = self._chunk(piece, self._new_deltas() if self._streams_calls else ())
+        return chunk if len(self._tokens) > self._num_known else None
 
     def retry(self, output_format: OutputFormat) -> Attempt:
         """Return another attempt in another format. The cache must be as it was behind the prompt."""
-        attempt = Attempt(self.request, self.cache, self._tokenizer, output_format)
+        reasoning = self._tokens[: self._parser.reasoning_end]
+        attempt = Attempt(self.request, self.cache, self._tokenizer, output_format, reasoning)
         attempt.prefill_seconds, attempt.decode_seconds = self.prefill_seconds, self.decode_seconds
         return attempt
 

@@ -55,6 +55,7 @@ class ChatOptions(BatchOptions, total=False):
     namespace: str | None
     probe: str | None
     reread: bool
+    retry_invalid: bool
     progress: Progress | None
 
 
@@ -72,6 +73,7 @@ class RequestOptions:
     namespace: str | None = None
     probe: str | None = None
     reread: bool = False
+    retry_invalid: bool = False
     cancel: Event | None = None
     timeout: float | None = None
     priority: int = 0

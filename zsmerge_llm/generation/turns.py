@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.engine.scheduling import Cancelled
 from zsmerge_llm.generation.answer import Answer, Attempt, Request
+from zsmerge_llm.generation.corrections import answer_corrected
 from zsmerge_llm.generation.loops import collect, generate, generate_batch
 from zsmerge_llm.generation.options import RequestOptions
+from zsmerge_llm.language.messages import MessageHistory
 from zsmerge_llm.retrieval.passage_search import pinned_tail_tokens
 from zsmerge_llm.types import Chunk, Result, Usage
 
@@ -33,6 +35,21 @@ def start_turn(
     except Cancelled:
         return _cancelled_stream(options)
     return stream_turn(engine, conversations, turn, attempt, options)
+
+
+def start_chat(
+    engine: Engine,
+    conversations: Conversations,
+    begin: Callable[[MessageHistory], tuple[Turn, Attempt]],
+    options: RequestOptions,
+    history: MessageHistory,
+) -> Iterator[Chunk]:
+    """Prepare the answer to a conversation, corrected once if the options say so. Raises as `begin`."""
+
+    def answer(history: MessageHistory) -> Iterator[Chunk]:
+        return start_turn(engine, conversations, partial(begin, history), options)
+
+    return answer_corrected(answer, history) if options.retry_invalid else answer(history)
 
 
 def answer_batch(

@@ -36,7 +36,7 @@ from zsmerge_llm.language.reasoning import (
 from zsmerge_llm.language.schema_checks import check_schema, check_strict
 from zsmerge_llm.language.tool_call_stream import RedundancyGate, canonical_call
 from zsmerge_llm.language.tool_calls import HERMES, ParsedAnswer, ToolCallParser, tool_call_style
-from zsmerge_llm.language.tool_grammar import ToolGrammar, with_other_first_word
+from zsmerge_llm.language.tool_grammar import NO_CALL_OBJECT, ToolGrammar, with_other_first_word
 from zsmerge_llm.types import Message, ResponseFormat, ToolChoice
 
 JSON_INSTRUCTION = "Answer with a JSON object and nothing else."
@@ -91,14 +91,17 @@ class OutputFormat:
             return list(messages)
         return [*messages[:-1], {**messages[-1], "note": self.instruction}]
 
-    def constraint(self, sampling: SamplingParams) -> Constraint | None:
-        """Return the state of constrained decoding for one answer. Raises as `GrammarCompiler.constraint`."""
+    def constraint(self, sampling: SamplingParams, reasoning: Sequence[int] = ()) -> Constraint | None:
+        """Return the state of constrained decoding for one answer. Raises as `GrammarCompiler.constraint`.
+
+        reasoning: ids that the answer begins with, of an attempt before; (): the model reasons itself.
+        """
         if self.grammar is None or self.compiler is None:
             return None
         answer = self.compiler.constraint(self.grammar, sampling.max_tokens)
         if self.reasoning == "off":
             return answer
-        return ReasoningConstraint(answer, self.compiler.tokenizer, is_open=self.reasoning == "open")
+        return ReasoningConstraint(answer, self.compiler.tokenizer, self.reasoning == "open", reasoning)
 
     def tool_call_parser(self) -> ToolCallParser | None:
         """Return a parser for one answer; None if it holds no calls."""
@@ -194,6 +197,8 @@ class OutputFormats:
         output_format = self.completion(response_format, grammar)
         if tools:
             rule = parsed.rule if parsed else None
+            if choice == "none" and parsed and parsed.instruction == JSON_INSTRUCTION:
+                rule = json_rule(NO_CALL_OBJECT)  # of any form, and so of a call's
             output_format = self._with_tools(messages, tools, choice, parallel_tool_calls, rule)
         if parsed:
             stated = _unless_stated(parsed.instruction, messages)

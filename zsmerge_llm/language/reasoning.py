@@ -6,6 +6,7 @@ it is closed, so that the answer still comes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ class ReasoningParser:
         """Whether the reasoning has begun and not ended."""
         return self._part == "reasoning"
 
+    @property
+    def is_before_text(self) -> bool:
+        """Whether all of the answer so far is reasoning and the spaces behind it."""
+        return self._part in ("reasoning", "gap")
+
     def push(self, piece: str) -> AnswerPiece:
         """Add a piece of the answer; return what of it is certain."""
         if self._part == "text":
@@ -115,19 +121,26 @@ class ReasoningConstraint:
         answer: the constraint on the answer; reasoning is taken from its token budget.
         tokenizer: a transformers tokenizer.
         is_open: whether the answer begins within the reasoning. Else the model may begin it, if `<think>` is a token.
+        given: ids of whole reasoning that the answer begins with; (): the model writes it.
     """
 
-    def __init__(self, answer: GrammarConstraint, tokenizer: PreTrainedTokenizerBase, is_open: bool) -> None:
+    def __init__(
+        self,
+        answer: GrammarConstraint,
+        tokenizer: PreTrainedTokenizerBase,
+        is_open: bool,
+        given: Sequence[int] = (),
+    ) -> None:
         self._answer = answer
         self._tokenizer = tokenizer
-        self._is_inside = is_open
+        self._is_inside = is_open and not given
         self._tokens: list[int] = []
         self._break_ids, self._close_ids = (_encode(tokenizer, text) for text in (BREAK, CLOSE + BREAK))
-        self._pending: list[int] = []  # ids that must come next, one by one
+        self._pending = list(given)  # ids that must come next, one by one
         limit = answer.tokens_left
         # At most half of all tokens, and none of those that the known way to complete the answer needs.
         self._budget = None if limit is None else max(0, min(limit // 2, limit - answer.planned_tokens))
-        may_open = not is_open and (self._budget is None or self._budget >= MIN_REASONING_TOKENS)
+        may_open = not (is_open or given) and (self._budget is None or self._budget >= MIN_REASONING_TOKENS)
         self._open_id = added_token_id(tokenizer, OPEN) if may_open else None
 
     @property

@@ -16,18 +16,33 @@ from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.grammar import json_rule
 from zsmerge_llm.language.reasoning import added_token_id
 from zsmerge_llm.language.schema_checks import check_schema, check_strict
-from zsmerge_llm.language.tool_calls import BARE, END_MARKER, LLAMA, MISTRAL, ToolCallStyle
+from zsmerge_llm.language.tool_calls import (
+    ARGUMENT_KEYS,
+    BARE,
+    END_MARKER,
+    LLAMA,
+    MARKERS,
+    MISTRAL,
+    ToolCallStyle,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPACES = r"[ \n]{0,16}"
 FEW_SPACES = r"[ \n]{0,6}"
-ANY_SPACES = r"[ \n]*"
+ANY_SPACES = r"[ \t\r\n]*"
 """For calls that are looked for behind any text: counting spaces there would need too many states."""
 PLAIN_TEXT = r" ?[^\s{}\[\]`(<>,](?s:.*)"
 """Text that does not begin like JSON or code."""
 SCHEMA_KEYS_WITHOUT_ARGUMENTS = {"$schema", "type", "title", "description", "properties", "required"}
+BANNED_MARKERS = (*(each[:-1] for each in (*MARKERS, END_MARKER)), "<function=", "<invoke name=", "<|tool_call")
+"""What no answer without calls holds: all but the last character of the markers that are read, so that a model turns to
+something else early, and those of further families."""
+NAMING_KEYS = "name|tool|tool_name|function|function_name"
+"""Keys of JSON whose value is the tool that a call is for."""
+NO_CALL_OBJECT = {"type": "object", "properties": dict.fromkeys(ARGUMENT_KEYS, False), "additionalProperties": True}
+"""The schema of any JSON object but a call."""
 NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -95,15 +110,21 @@ class ToolGrammar:
         return f"start: {' | '.join([*starts, *unmarked])}\n" + "\n".join([*lines, *rules]) + f"\n{self._call_rules()}"
 
     def no_calls(self, answer: str | None) -> str:
-        """Return the grammar of an answer by another rule or, without one, of text that holds no call."""
+        """Return the grammar of an answer by another rule or, without one, of text that holds no call.
+
+        That is no family's marker, no JSON that names one of the functions, and none with a name and arguments behind
+        it, as in a call of a function that is not there.
+        """
         if answer:
             return f"start: {answer}\n"
-        names = "|".join(map(_name_pattern, self._names))
-        banned = [re.escape(self._style.marker)] if self._style.marker else []
-        spaces = ANY_SPACES
-        banned.append(rf"\n{spaces}(```(json)?{spaces})?\{{{spaces}\"name\"{spaces}:{spaces}({names})")
-        without = "".join(f" & ~/(?s:.*){each}(?s:.*)/" for each in banned)
-        return f"start: TEXT\nTEXT: /{PLAIN_TEXT}/{without}\n"
+        between = rf"[\"']{ANY_SPACES}:{ANY_SPACES}"
+        names = "|".join(_escaped(json.dumps(name, ensure_ascii=False)[1:-1]) for name in self._names)
+        banned = [
+            *map(_escaped, BANNED_MARKERS),
+            rf"[\"']({NAMING_KEYS}){between}[\"']({names})[\"']",
+            rf"[\"']name{between}[\"'][^\"'\n]*[\"']{ANY_SPACES},{ANY_SPACES}[\"']({'|'.join(ARGUMENT_KEYS)}){between}",
+        ]
+        return f"start: TEXT\nTEXT: /{PLAIN_TEXT}/ & ~/(?s:.*)({'|'.join(banned)})(?s:.*)/\n"
 
     def _call_rules(self) -> str:
         """Return the rule `calls`, for what follows the marker, with the rules it needs."""
@@ -167,7 +188,12 @@ def _literal(text: str) -> str:
 
 def _name_pattern(name: str) -> str:
     """Return a regular expression for a function's name as JSON."""
-    return re.escape(json.dumps(name, ensure_ascii=False)).replace("/", "\\/")
+    return _escaped(json.dumps(name, ensure_ascii=False))
+
+
+def _escaped(text: str) -> str:
+    """Return a text as a regular expression of a Lark grammar."""
+    return re.escape(text).replace("/", "\\/")
 
 
 def _argument_schema(function: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,6 +15,8 @@ MAX_QUESTION_TOKENS = 64
 """Tokens of a question found at a prompt's end; of a longer last line, the end is taken (docs/research/eviction)."""
 MAX_LABEL_WORDS = 3
 """Words of a last line that only says where the answer goes."""
+PLACEHOLDER = "\x02"
+"""Stands for a question, to see what a template writes around it. Templates strip spaces, and this is none."""
 GENERIC_QUESTION = "What is said in the text above? Repeat its facts, names, numbers, dates and places word for word."
 """Stands for the questions that are not known yet when a document is read ahead (docs/research/eviction)."""
 
@@ -54,4 +56,4 @@ def is_multi_turn(messages: Sequence[Message]) -> bool:
 
 
 def _closing(template: ChatTemplate) -> list[int]:
-    return template.encode(template.render([{"role": "user", "content": "\x1f"}]).rpartition("\x1f")[2])
+    return template.encode(template.render([{"role": "user", "content": PLACEHOLDER}]).rpartition(PLACEHOLDER)[2])

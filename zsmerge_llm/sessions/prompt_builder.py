@@ -11,7 +11,7 @@ from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch, Search
-from zsmerge_llm.retrieval.query_probe import is_multi_turn, message_probe
+from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, is_multi_turn, message_probe
 from zsmerge_llm.sessions.documents import document_head
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.sessions.session import Snapshot
@@ -130,11 +130,25 @@ class PromptBuilder:
 
 
 def _num_system_tokens(template: ChatTemplate, messages: list[Message], tools: Tools, ids: list[int]) -> int:
-    """Return how many of the ids are the system message and the tools alone, up to a special token."""
+    """Return how many of the ids are the system message and the tools alone.
+
+    That is up to a special token or, where a template puts them into the user's message, up to its text.
+    """
     system = messages[:1] if messages[0]["role"] == "system" else []
     if len(messages) == len(system) or not (system or tools):
         return 0
-    other = template.encode(template.render([*system, {"role": "user", "content": "\x1f"}], tools))
-    special = set(template.tokenizer.all_special_ids)
+    before, text = _before_question(template, system, tools)
+    other = template.encode(text)
     same = next((at for at, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), len(other))
+    if before != _before_question(template, [], None)[0]:
+        return same
+    special = set(template.tokenizer.all_special_ids)
     return max((at for at in range(same) if ids[at] in special), default=0)
+
+
+def _before_question(template: ChatTemplate, system: list[Message], tools: Tools) -> tuple[str, str]:
+    """Return what stands between the last special token and the text of a first question, and the whole prompt."""
+    prompt = template.render([*system, {"role": "user", "content": PLACEHOLDER}], tools)
+    before = prompt.rpartition(PLACEHOLDER)[0]
+    special = (token for token in template.tokenizer.all_special_tokens if token in before)
+    return before[max((before.rindex(token) + len(token) for token in special), default=0) :], prompt

@@ -59,6 +59,7 @@ class FakeRequest:
     namespace: str | None = None
     probe: str | None = None
     reread: bool = False
+    retry_invalid: bool = False
     timeout: float | None = None
     priority: int = 0
     cancel: Event | None = None

@@ -21,6 +21,7 @@ from langchain_core.messages.tool import InvalidToolCall, ToolCall, invalid_tool
 
 from zsmerge_llm import Chunk, Message, Result, Usage
 from zsmerge_llm.errors import InputError
+from zsmerge_llm.types import arguments_text
 
 PROVIDER = "zsmerge"
 _CALL_TAG = "<tool_call>"
@@ -118,14 +119,14 @@ def _reasoning(message: AIMessage) -> str:
 
 def _tool_calls(message: AIMessage) -> list[dict[str, Any]]:
     """Return the tool calls of an assistant's message in the OpenAI format; malformed arguments stay as they are."""
-    calls = [_call(call["id"], call["name"], _json(call["args"])) for call in message.tool_calls]
+    calls = [_call(call["id"], call["name"], arguments_text(call["args"])) for call in message.tool_calls]
     invalid = [(call["id"], call["name"], call["args"] or "") for call in message.invalid_tool_calls]
     calls += [_call(call_id, name, text) for call_id, name, text in invalid if name]
     known = {call["id"] for call in calls}
     for block in message.content if isinstance(message.content, list) else []:
         # messages of other providers may hold their calls in the content alone
         if isinstance(block, dict) and block.get("type") == "tool_use" and block.get("id") not in known:
-            calls.append(_call(block.get("id"), block.get("name"), _json(block.get("input") or {})))
+            calls.append(_call(block.get("id"), block.get("name"), arguments_text(block.get("input") or {})))
     return calls
 
 
@@ -206,10 +207,3 @@ def _invalid_call(call: dict[str, Any]) -> InvalidToolCall:
     name, text = call["function"]["name"], call["function"]["arguments"]
     raw = _CALL_TAG + text if text.lstrip().startswith("{") else text
     return invalid_tool_call(name=name, args=raw, id=call["id"], error=call["error"])
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"The arguments of a tool call must be JSON values ({error}).") from error

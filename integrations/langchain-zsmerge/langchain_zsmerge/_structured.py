@@ -15,6 +15,7 @@ from langchain_core.output_parsers import BaseCumulativeTransformOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnableMap, RunnablePassthrough
+from langchain_core.runnables.config import merge_configs
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
@@ -24,6 +25,8 @@ from zsmerge_llm import OutputType
 from zsmerge_llm.errors import ConfigError, InvalidOutputError, ShortenedOutputWarning, UnsupportedSchemaError
 
 METHODS = ("json_schema", "function_calling", "json_mode")
+FIRST_ATTEMPT, SECOND_ATTEMPT = RunnableConfig(tags=["nostream"]), RunnableConfig(tags=["retry:attempt:2"])
+"""Configs of the runs where an invalid answer is asked for again, with the tags of LangGraph and LangChain."""
 WRAPPED = "value"
 """The argument that holds a value which is no object: arguments of a tool are one."""
 
@@ -221,7 +224,11 @@ class StructuredParser(BaseCumulativeTransformOutputParser[Any]):
 
 
 def _with_retry(model: Runnable[Any, Any], parser: StructuredParser) -> Runnable[Any, Any]:
-    """Return a model that answers once more, and is shown the error, where its answer breaks the schema."""
+    """Return a model that answers once more, and is shown the error, where its answer breaks the schema.
+
+    Callbacks get no tokens of a first answer, which may be discarded, and LangGraph streams nothing of it.
+    """
+    tentative = model.bind(stream=False)
 
     def again(given: LanguageModelInput, message: AIMessage) -> list[Any] | None:
         with warnings.catch_warnings():
@@ -230,19 +237,18 @@ def _with_retry(model: Runnable[Any, Any], parser: StructuredParser) -> Runnable
                 parser.parse_result([ChatGeneration(message=message)])
             except StructuredOutputError as error:
                 said = str(message.text) or str(error.llm_output)
-                question = f"{str(error)[:600]}\nAnswer again, with all of this corrected."
-                return [*_messages(given), AIMessage(said), HumanMessage(question)]
+                return [*_messages(given), AIMessage(said), HumanMessage(error.correction)]
         return None
 
     def invoke(given: LanguageModelInput, config: RunnableConfig) -> Any:
-        message = model.invoke(given, config)
+        message = tentative.invoke(given, merge_configs(config, FIRST_ATTEMPT))
         asked = again(given, message)
-        return message if asked is None else model.invoke(asked, config)
+        return message if asked is None else model.invoke(asked, merge_configs(config, SECOND_ATTEMPT))
 
     async def ainvoke(given: LanguageModelInput, config: RunnableConfig) -> Any:
-        message = await model.ainvoke(given, config)
+        message = await tentative.ainvoke(given, merge_configs(config, FIRST_ATTEMPT))
         asked = again(given, message)
-        return message if asked is None else await model.ainvoke(asked, config)
+        return message if asked is None else await model.ainvoke(asked, merge_configs(config, SECOND_ATTEMPT))
 
     return RunnableLambda(invoke, ainvoke)
 

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from contextlib import closing
 from threading import Event
 from typing import TYPE_CHECKING, Any, Literal, cast
-from uuid import UUID
 
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
@@ -19,6 +18,7 @@ from langchain_zsmerge._generation import Request, ZSMergeGeneration
 from langchain_zsmerge._messages import to_ai_message, to_ai_message_chunk, to_messages
 from langchain_zsmerge._structured import structured_output
 from langchain_zsmerge._tools import to_tool_choice, to_tools
+from zsmerge_llm.types import session_name
 
 if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
@@ -104,7 +104,7 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
         changes = self._sampling_options(kwargs, ("session_id", "namespace", "reread", *_FORMAT_OPTIONS))
         tools = to_tools(kwargs.get("tools") or ())
         choice = to_tool_choice(kwargs.get("tool_choice"), tools) if tools else None
-        options = {"tools": tools, "tool_choice": choice, "session": _session_name(kwargs.get("session_id"))}
+        options = {"tools": tools, "tool_choice": choice, "session": session_name(kwargs.get("session_id"))}
         options |= {name: kwargs.get(name) for name in ("namespace", "reread")}
         given = {name: option for name, option in options.items() if option}
         for name in ("parallel_tool_calls", "response_format", "grammar"):
@@ -208,11 +208,6 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
             return 0
         count: int = self._llm.count_prompt_tokens(to_messages(messages), to_tools(tools or ()) or None)
         return count
-
-
-def _session_name(given: Any) -> Any:
-    """Return the id of a session as its name: numbers and UUIDs are taken as text."""
-    return str(given) if isinstance(given, (int, UUID)) and not isinstance(given, bool) else given
 
 
 def _with_session(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:

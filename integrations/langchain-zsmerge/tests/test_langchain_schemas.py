@@ -10,8 +10,10 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.exceptions import OutputParserException
 from langchain_zsmerge import ChatZSMerge
+from langgraph.graph import START, StateGraph
 from pydantic import BaseModel
 from pydantic.v1 import BaseModel as BaseModelV1
 
@@ -151,6 +153,30 @@ def test_an_invalid_answer_is_asked_for_once_more_with_its_error(llm: Any) -> No
     assert made == Tree(value=True, children=[])
     said, question = llm.requests[1].prompt[-2:]
     assert (said["role"], "valid Tree" in question["content"]) == ("assistant", True)
+
+
+def test_callbacks_and_graphs_get_no_tokens_of_an_answer_that_is_discarded(llm: Any) -> None:
+    wrong, right = '{"value": "maybe", "children": []}', '{"value": true, "children": []}'
+
+    class Tokens(BaseCallbackHandler):
+        text = ""
+
+        def on_llm_new_token(self, token: str, **kwargs: Any) -> None:
+            self.text += token
+
+    tokens = Tokens()
+    model = ChatZSMerge(llm=llm, streaming=True, retry_invalid=True).with_structured_output(Tree)
+    llm.answers = [scripted_answer(wrong, reasoning="Hm."), right]
+    assert model.invoke("?", {"callbacks": [tokens]}) == Tree(value=True, children=[])
+    assert tokens.text == right
+
+    graph = StateGraph(dict)
+    graph.add_node("ask", lambda state: {"made": model.invoke("?")})
+    graph.add_edge(START, "ask")
+    llm.answers = [scripted_answer(wrong, reasoning="Hm."), right]
+    pieces = [message for message, _ in graph.compile().stream({}, stream_mode="messages")]
+    assert "".join(message.text for message in pieces) == right
+    assert not any(message.additional_kwargs.get("reasoning_content") for message in pieces)
 
 
 def test_what_is_no_schema_is_refused_by_name(chat: ChatZSMerge) -> None:

@@ -11,6 +11,7 @@ from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from pydantic_core import from_json
 
 from zsmerge_llm.errors import InputError
+from zsmerge_llm.types import arguments_text
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
@@ -111,16 +112,9 @@ def _call(call: Any) -> dict[str, Any]:
         "type": "function",
         "function": {
             "name": name,
-            "arguments": value if isinstance(value, str) else _json(value),
+            "arguments": value if isinstance(value, str) else arguments_text(value),
         },
     }
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"The arguments of a tool call must be JSON values ({error}).") from error
 
 
 def with_id(call: dict[str, Any]) -> dict[str, Any]:

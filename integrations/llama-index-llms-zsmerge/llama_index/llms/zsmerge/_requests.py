@@ -6,14 +6,13 @@ import threading
 from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import UUID
 
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.llms.zsmerge._tools import to_tool_choice
 
 from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.errors import ConfigError, did_you_mean
-from zsmerge_llm.types import Chunk, Message, Result
+from zsmerge_llm.types import Chunk, Message, Result, session_name
 
 _CHAT_OPTIONS = ("tools", "session", "session_id", "namespace", "probe", "reread")
 _FORMAT_OPTIONS = ("response_format", "grammar")
@@ -84,7 +83,7 @@ def message_request(llm: LLM, messages: list[Message], sampling: SamplingParams,
         messages,
         {
             "sampling": sampling,
-            "session": _session_name(options.get("session", options.get("session_id"))),
+            "session": session_name(options.get("session", options.get("session_id"))),
             **({"namespace": options["namespace"]} if options.get("namespace") is not None else {}),
             "probe": options.get("probe"),
             "tools": tools or None,
@@ -94,11 +93,6 @@ def message_request(llm: LLM, messages: list[Message], sampling: SamplingParams,
             **_other_options(options),
         },
     )
-
-
-def _session_name(given: Any) -> Any:
-    """Return the id of a session as its name: numbers and UUIDs are taken as text."""
-    return str(given) if isinstance(given, (int, UUID)) and not isinstance(given, bool) else given
 
 
 def _other_options(options: Mapping[str, Any]) -> dict[str, Any]:

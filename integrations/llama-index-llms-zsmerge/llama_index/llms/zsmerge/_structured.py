@@ -20,7 +20,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.types import PydanticProgramMode
 from llama_index.llms.zsmerge._parsing import M, PartialParser, Response, json_schema, parse, text_of
-from llama_index.llms.zsmerge.structured import StructuredRequest, ZSMergeStructuredLLM
+from llama_index.llms.zsmerge.structured import ZSMergeStructuredLLM
 
 from zsmerge_llm.errors import InvalidOutputError, ShortenedOutputWarning, ZSMergeError
 
@@ -42,12 +42,59 @@ class StructuredPrediction(FunctionCallingLLM):
 
     retry_invalid: bool = Field(
         default=False,
-        description="Whether structured_predict asks once more, with the error, where an answer breaks its class.",
+        description="Whether structured output is asked for once more, with the error, where it breaks its class.",
     )
 
-    def structured_request(
+    def structured_answer(
         self, output_cls: type[BaseModel], messages: Sequence[ChatMessage], options: dict[str, Any]
-    ) -> StructuredRequest:
+    ) -> Response:
+        """Return an answer that holds an object of `output_cls` as JSON: corrected once, with `retry_invalid`."""
+        method, argument, options = self._structured_request(output_cls, messages, options)
+        response: Response = getattr(self, method)(argument, **options)
+        corrected = self._correction(output_cls, method, argument, response) if self.retry_invalid else None
+        return response if corrected is None else getattr(self, method)(corrected, **options)
+
+    async def astructured_answer(
+        self, output_cls: type[BaseModel], messages: Sequence[ChatMessage], options: dict[str, Any]
+    ) -> Response:
+        """Async `structured_answer`."""
+        method, argument, options = self._structured_request(output_cls, messages, options)
+        response: Response = await getattr(self, f"a{method}")(argument, **options)
+        corrected = self._correction(output_cls, method, argument, response) if self.retry_invalid else None
+        return response if corrected is None else await getattr(self, f"a{method}")(corrected, **options)
+
+    def stream_structured_answer(
+        self, output_cls: type[BaseModel], messages: Sequence[ChatMessage], options: dict[str, Any]
+    ) -> Generator[Response, None, None]:
+        """Stream `structured_answer`. With `retry_invalid`, a first answer is passed on once it is whole and valid."""
+        method, argument, options = self._structured_request(output_cls, messages, options)
+        if self.retry_invalid:
+            response = getattr(self, method)(argument, **options)
+            argument = self._correction(output_cls, method, argument, response)
+            if argument is None:
+                yield _as_stream(response)
+                return
+        with closing(getattr(self, f"stream_{method}")(argument, **options)) as responses:
+            yield from responses
+
+    async def astream_structured_answer(
+        self, output_cls: type[BaseModel], messages: Sequence[ChatMessage], options: dict[str, Any]
+    ) -> AsyncGenerator[Response, None]:
+        """Async `stream_structured_answer`."""
+        method, argument, options = self._structured_request(output_cls, messages, options)
+        if self.retry_invalid:
+            response = await getattr(self, f"a{method}")(argument, **options)
+            argument = self._correction(output_cls, method, argument, response)
+            if argument is None:
+                yield _as_stream(response)
+                return
+        async with aclosing(await getattr(self, f"astream_{method}")(argument, **options)) as responses:
+            async for response in responses:
+                yield response
+
+    def _structured_request(
+        self, output_cls: type[BaseModel], messages: Sequence[ChatMessage], options: dict[str, Any]
+    ) -> tuple[str, Any, dict[str, Any]]:
         """Return the call that asks for a JSON object: its method ("chat" or "complete"), argument and options."""
         schema = json_schema(output_cls)
         options = {name: value for name, value in options.items() if name not in _TOOL_OPTIONS}
@@ -61,29 +108,25 @@ class StructuredPrediction(FunctionCallingLLM):
         instruction = ChatMessage(content=_INSTRUCTION.format(schema=json.dumps(schema, ensure_ascii=False)))
         return "complete", self.messages_to_prompt([*messages, instruction]), {"formatted": True, **options}
 
-    def _corrected(self, output_cls: type[BaseModel], method: str, argument: Any, response: Response) -> Any:
-        """Return what to ask after an answer that is not valid, with its error; None to leave it as it is."""
-        if not self.retry_invalid:
-            return None
+    def _correction(self, output_cls: type[BaseModel], method: str, argument: Any, response: Response) -> Any:
+        """Return what to ask after an answer that is not valid, with its error; None where it is valid."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ShortenedOutputWarning)
             try:
                 parse(output_cls, response)
             except InvalidOutputError as error:
-                question = f"{str(error)[:600]}\nAnswer again, with all of this corrected."
                 if method == "complete":
-                    return f"{argument}{text_of(response)}\n\n{question}\n\nJSON:\n"
+                    return f"{argument}{text_of(response)}\n\n{error.correction}\n\nJSON:\n"
                 said = ChatMessage(role=MessageRole.ASSISTANT, content=text_of(response))
-                return [*argument, said, ChatMessage(role=MessageRole.USER, content=question)]
+                return [*argument, said, ChatMessage(role=MessageRole.USER, content=error.correction)]
         return None
 
-    def _predict_request(
-        self, output_cls: type[BaseModel], prompt: BasePromptTemplate, options: dict[str, Any] | None, args: Any
-    ) -> StructuredRequest:
-        """Return the call for a filled prompt, and dispatch the start event."""
+    def _predicted_messages(
+        self, output_cls: type[BaseModel], prompt: BasePromptTemplate, args: dict[str, Any]
+    ) -> Sequence[ChatMessage]:
+        """Return the messages of a filled prompt, and dispatch the start event."""
         _dispatch(LLMStructuredPredictStartEvent(output_cls=output_cls, template=prompt, template_args=args))
-        messages = self._extend_messages(prompt.format_messages(llm=self, **args))
-        return self.structured_request(output_cls, messages, options or {})
+        return self._extend_messages(prompt.format_messages(llm=self, **args))
 
     @property
     def _uses_grammar(self) -> bool:
@@ -105,11 +148,8 @@ class StructuredPrediction(FunctionCallingLLM):
         if not self._uses_grammar:
             with own_errors(output_cls):
                 return super().structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
-        method, argument, options = self._predict_request(output_cls, prompt, llm_kwargs, prompt_args)
-        response = getattr(self, method)(argument, **options)
-        if (asked := self._corrected(output_cls, method, argument, response)) is not None:
-            response = getattr(self, method)(asked, **options)
-        return _finished(parse(output_cls, response))
+        messages = self._predicted_messages(output_cls, prompt, prompt_args)
+        return _finished(parse(output_cls, self.structured_answer(output_cls, messages, llm_kwargs or {})))
 
     async def astructured_predict(
         self,
@@ -122,11 +162,8 @@ class StructuredPrediction(FunctionCallingLLM):
         if not self._uses_grammar:
             with own_errors(output_cls):
                 return await super().astructured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
-        method, argument, options = self._predict_request(output_cls, prompt, llm_kwargs, prompt_args)
-        response = await getattr(self, f"a{method}")(argument, **options)
-        if (asked := self._corrected(output_cls, method, argument, response)) is not None:
-            response = await getattr(self, f"a{method}")(asked, **options)
-        return _finished(parse(output_cls, response))
+        messages = self._predicted_messages(output_cls, prompt, prompt_args)
+        return _finished(parse(output_cls, await self.astructured_answer(output_cls, messages, llm_kwargs or {})))
 
     def stream_structured_predict(
         self,
@@ -143,9 +180,9 @@ class StructuredPrediction(FunctionCallingLLM):
         if not self._uses_grammar:
             yield from super().stream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
             return
-        method, argument, options = self._predict_request(output_cls, prompt, llm_kwargs, prompt_args)
+        messages = self._predicted_messages(output_cls, prompt, prompt_args)
         growing = _GrowingObject(output_cls)
-        with closing(getattr(self, f"stream_{method}")(argument, **options)) as responses:
+        with closing(self.stream_structured_answer(output_cls, messages, llm_kwargs or {})) as responses:
             for response in responses:
                 if (output := growing.update(response)) is not None:
                     yield output
@@ -163,9 +200,10 @@ class StructuredPrediction(FunctionCallingLLM):
             return await super().astream_structured_predict(output_cls, prompt, llm_kwargs, **prompt_args)
 
         async def objects() -> AsyncGenerator[M | FlexibleModel, None]:
-            method, argument, options = self._predict_request(output_cls, prompt, llm_kwargs, prompt_args)
+            messages = self._predicted_messages(output_cls, prompt, prompt_args)
             growing = _GrowingObject(output_cls)
-            async with aclosing(await getattr(self, f"astream_{method}")(argument, **options)) as responses:
+            answers = self.astream_structured_answer(output_cls, messages, llm_kwargs or {})
+            async with aclosing(answers) as responses:
                 async for response in responses:
                     if (output := growing.update(response)) is not None:
                         yield output
@@ -203,6 +241,12 @@ class _GrowingObject(Generic[M]):
         """Return the final object, or nothing if it was yielded already. Raises as `parse`."""
         final = _finished(parse(self._output_cls, self._response))
         return [] if final == self._latest else [final]
+
+
+def _as_stream(response: Response) -> Response:
+    """Return a whole answer as the only response of a stream."""
+    response.delta = text_of(response)
+    return response
 
 
 @contextmanager

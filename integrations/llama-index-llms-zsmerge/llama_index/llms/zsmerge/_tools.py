@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import ChatResponse
 from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.tools import FunctionTool, ToolMetadata
 from llama_index.llms.zsmerge._messages import arguments, tool_calls, with_id
 from llama_index.llms.zsmerge._parsing import warn_shortened
 
@@ -35,6 +36,36 @@ def _parameters(tool: BaseTool) -> dict[str, Any]:
         return tool.metadata.get_parameters_dict()
     schema = OutputType.of_type(tool.metadata.fn_schema).schema
     return schema if "$ref" in schema else tool.metadata.get_parameters_dict()
+
+
+def callable_tools(tools: Sequence[BaseTool]) -> list[BaseTool]:
+    """Return tools that LlamaIndex can call. It looks for `properties`, and a class that refers to itself has them
+    behind a reference."""
+    return [
+        _ReferenceTool(tool)
+        if isinstance(tool, FunctionTool) and "properties" not in tool.metadata.get_parameters_dict()
+        else tool
+        for tool in tools
+    ]
+
+
+class _ReferenceMetadata(ToolMetadata):
+    def get_parameters_dict(self) -> dict[str, Any]:
+        schema: dict[str, Any] = self.fn_schema.model_json_schema() if self.fn_schema is not None else {}
+        target = schema.get("$defs", {}).get(schema.get("$ref", "").removeprefix("#/$defs/"), {})
+        found = {key: target[key] for key in ("type", "properties", "required") if key in target}
+        return {"properties": {}, **super().get_parameters_dict(), **found}
+
+
+class _ReferenceTool(FunctionTool):
+    """A tool with the parameters that its reference stands for."""
+
+    def __init__(self, tool: FunctionTool) -> None:
+        vars(self).update(vars(tool))
+
+    @property
+    def metadata(self) -> ToolMetadata:
+        return _ReferenceMetadata(**vars(super().metadata))
 
 
 def to_tool_choice(choice: str | Mapping[str, Any] | None) -> ToolChoice | None:

@@ -33,7 +33,7 @@ from llama_index.llms.zsmerge._requests import (
     text_request,
 )
 from llama_index.llms.zsmerge._structured import StructuredPrediction
-from llama_index.llms.zsmerge._tools import to_tool, to_tool_selections
+from llama_index.llms.zsmerge._tools import callable_tools, to_tool, to_tool_selections
 from typing_extensions import Self
 
 from zsmerge_llm import LLM, CacheConfig, SamplingParams, SchedulingConfig, aio
@@ -286,11 +286,11 @@ class ZSMergeLLM(StructuredPrediction):
         The model must call one unless `error_on_no_tool_call=False`. With `is_function_calling_model=False` a ReAct
         prompt is used.
         """
-        return super().predict_and_call(tools, *args, **self._calling_options(kwargs))
+        return super().predict_and_call(callable_tools(tools), *args, **self._calling_options(kwargs))
 
     async def apredict_and_call(self, tools: Sequence[BaseTool], *args: Any, **kwargs: Any) -> AgentChatResponse:
         """Async `predict_and_call`."""
-        return await super().apredict_and_call(tools, *args, **self._calling_options(kwargs))
+        return await super().apredict_and_call(callable_tools(tools), *args, **self._calling_options(kwargs))
 
     def _calling_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return `options` with the one that requires a call, or with a ReAct agent's parts, which LlamaIndex omits."""

@@ -96,7 +96,10 @@ class ZSMergeDocumentQueryEngine(BaseQueryEngine):
                 metadata = _source_metadata(sources)
                 stream = _stream_text(self._llm.stream_chat(messages, **options), metadata)
                 return synthesis.end(StreamingResponse(stream, source_nodes=sources, metadata=metadata))
-            return synthesis.end(self._response(self._llm.chat(messages, **options), sources))
+            if self._output_cls is None:
+                return synthesis.end(self._response(self._llm.chat(messages, **options), sources))
+            answer = self._llm.structured_answer(self._output_cls, messages, options)
+            return synthesis.end(self._response(answer, sources))
 
     async def asynthesize(
         self,
@@ -112,7 +115,10 @@ class ZSMergeDocumentQueryEngine(BaseQueryEngine):
                 metadata = _source_metadata(sources)
                 stream = _astream_text(await self._llm.astream_chat(messages, **options), metadata)
                 return synthesis.end(AsyncStreamingResponse(stream, source_nodes=sources, metadata=metadata))
-            return synthesis.end(self._response(await self._llm.achat(messages, **options), sources))
+            if self._output_cls is None:
+                return synthesis.end(self._response(await self._llm.achat(messages, **options), sources))
+            answer = await self._llm.astructured_answer(self._output_cls, messages, options)
+            return synthesis.end(self._response(answer, sources))
 
     def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         with self.callback_manager.event(CBEventType.QUERY, payload=_query_payload(query_bundle)) as event:
@@ -130,10 +136,7 @@ class ZSMergeDocumentQueryEngine(BaseQueryEngine):
         """Return messages and options of the call that asks about a document's session."""
         question = ChatMessage(role=MessageRole.USER, content=query_bundle.query_str)
         messages = self._llm._extend_messages([question])
-        if self._output_cls is None:
-            return messages, {"session": session}
-        _, _, options = self._llm.structured_request(self._output_cls, messages, {"session": session})
-        return messages, options
+        return messages, {"session": session}
 
     def _response(self, response: ChatResponse, sources: list[NodeWithScore]) -> RESPONSE_TYPE:
         metadata, text = {**_source_metadata(sources), "usage": usage_of(response)}, text_of(response)

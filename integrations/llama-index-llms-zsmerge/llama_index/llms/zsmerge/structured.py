@@ -26,9 +26,6 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.llms.zsmerge._parsing import PartialParser, Response, finish_reason_of, parse, text_of
 
-StructuredRequest = tuple[str, Any, dict[str, Any]]
-"""A call of an LLM: its method ("chat" or "complete"), the argument and the options."""
-
 
 class ZSMergeStructuredLLM(StructuredLLM):
     """An LLM whose answers are objects of `output_cls`.
@@ -37,9 +34,10 @@ class ZSMergeStructuredLLM(StructuredLLM):
     `additional_kwargs`. While an answer is streamed its JSON grows, and `raw` with it.
     """
 
-    def _request(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> StructuredRequest:
+    def _ask(self, method: str, messages: Sequence[ChatMessage], options: dict[str, Any]) -> Any:
+        """Return what a method of the LLM answers to these messages."""
         inner: Any = self.llm  # a `StructuredPrediction`, whose module imports this one
-        return inner.structured_request(self.output_cls, inner._extend_messages(list(messages)), options)
+        return getattr(inner, method)(self.output_cls, inner._extend_messages(list(messages)), options)
 
     def _response(self, response: Response) -> ChatResponse:
         return _response(text_of(response), parse(self.output_cls, response), response)
@@ -57,21 +55,17 @@ class ZSMergeStructuredLLM(StructuredLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        method, argument, options = self._request(messages, kwargs)
-        return self._response(getattr(self.llm, method)(argument, **options))
+        return self._response(self._ask("structured_answer", messages, kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        method, argument, options = self._request(messages, kwargs)
-        return self._response(await getattr(self.llm, f"a{method}")(argument, **options))
+        return self._response(await self._ask("astructured_answer", messages, kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        method, argument, options = self._request(messages, kwargs)
-
         def converted() -> ChatResponseGen:
             convert = self._stream_response()
-            with closing(getattr(self.llm, f"stream_{method}")(argument, **options)) as responses:
+            with closing(self._ask("stream_structured_answer", messages, kwargs)) as responses:
                 for response in responses:
                     yield convert(response)
 
@@ -79,11 +73,9 @@ class ZSMergeStructuredLLM(StructuredLLM):
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        method, argument, options = self._request(messages, kwargs)
-
         async def converted() -> ChatResponseAsyncGen:
             convert = self._stream_response()
-            async with aclosing(await getattr(self.llm, f"astream_{method}")(argument, **options)) as responses:
+            async with aclosing(self._ask("astream_structured_answer", messages, kwargs)) as responses:
                 async for response in responses:
                     yield convert(response)
 
