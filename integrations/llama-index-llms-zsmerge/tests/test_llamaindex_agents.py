@@ -1,4 +1,4 @@
-"""Agents on a fake model, on a tiny random model whose calls are forced, and on a real one."""
+"""Agents on a fake model, and on a tiny random model whose calls are forced. The examples have them on a real one."""
 
 from __future__ import annotations
 
