@@ -68,6 +68,12 @@ def packages(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 @pytest.fixture
+def one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile steps of one token only, a third of the work."""
+    monkeypatch.setattr("zsmerge_llm.cpu.compiled_steps.step_forms", lambda num_draft: FORMS[:1])
+
+
+@pytest.fixture
 def no_process(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Lets no process be started; holds the jobs that would have been."""
     jobs: list[object] = []
@@ -217,6 +223,7 @@ def test_a_package_that_computes_something_else_is_thrown_away_and_made_again(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_form")
 def test_decoding_goes_on_while_a_package_is_made_and_then_uses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +245,7 @@ def test_decoding_goes_on_while_a_package_is_made_and_then_uses_it(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_form")
 def test_a_cache_folder_that_cannot_be_used_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

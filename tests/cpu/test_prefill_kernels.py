@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.cpu_kernels import load_kernels
 from tests.support.reference_attention import TOLERANCE, reference_attention, relative_error
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import CacheConfig
@@ -143,13 +144,15 @@ def test_a_processor_without_bf16_products_still_has_int8_products() -> None:
 def test_an_engine_prefills_with_the_kernels_as_without(name: str, config: CacheConfig) -> None:
     model, ids = tiny_model(name, dtype=torch.bfloat16), [(7 * at) % 90 for at in range(300)]
 
-    def read(compile: bool) -> Tensor:
-        engine = Engine(model, config, chunk=40, compile=compile)
-        engine.backend.has_prefill_kernels = compile and native.has_bf16_products()
+    def read(kernels: bool) -> Tensor:
+        engine = Engine(model, config, chunk=40, compile=False)
+        if kernels:
+            load_kernels(engine, prefill=True)
+        assert engine.backend.has_prefill_kernels == (kernels and native.has_bf16_products())
         cache = engine.new_cache()
         return engine.read(cache, ids, probe=ids[:12])
 
-    assert relative_error(read(compile=True), read(compile=False)) < 0.05
+    assert relative_error(read(kernels=True), read(kernels=False)) < 0.05
 
 
 def test_prefill_kernels_load_if_they_are_built_or_after_many_tokens(

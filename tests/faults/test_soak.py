@@ -1,6 +1,6 @@
 """Many threads for long, in too little memory, with cancelling, branches and restarts: no answer is wrong or lost.
 
-The slow suite soaks for three minutes: some ten restarts, and every conversation has been on disk several times.
+The slow suite soaks for a minute: some five restarts, and every conversation has been on disk several times.
 `python benchmarks/reliability/soak.py --minutes 60` goes on for longer and measures latencies and the slope of memory.
 """
 

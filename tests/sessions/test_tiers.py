@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Semaphore, Thread
 from typing import Any
 from unittest import mock
 
@@ -24,8 +24,6 @@ from zsmerge_llm.sessions.tiers import OVERSHOOT_CACHES
 
 LIMIT = 60
 """Seconds after which a thread counts as stuck."""
-SLOW = 3.0
-"""Seconds that a slow disk takes for a file."""
 CONFIG = CacheConfig(slots=32, recent=8, stage=8, observation_window=4)
 SPECS = [LayerSpec(2, 1, 4, 4, None, torch.float32, torch.device("cpu")) for _ in range(2)]
 MARK = Fingerprint("weights", "tokenizer", "template", "cache")
@@ -60,18 +58,33 @@ def tiers(store: Store) -> dict[str, str]:
     return {info.name: info.tier for info in store}
 
 
+class StuckDisk:
+    """A disk that writes no file but those the test allows. begun: the first one is to be written."""
+
+    def __init__(self) -> None:
+        self.begun = Event()
+        self.num_written = 0
+        self._allowed = Semaphore(0)
+
+    def allow(self, num_files: int) -> None:
+        self._allowed.release(num_files)
+
+    def wait(self) -> None:
+        self.begun.set()
+        assert self._allowed.acquire(timeout=LIMIT)
+        self.num_written += 1
+
+
 @pytest.fixture
-def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Event:
-    """Let every file take `SLOW` seconds; the event is set when the first one begins."""
-    save, begun = Folder.save, Event()
+def stuck_disk(monkeypatch: pytest.MonkeyPatch) -> StuckDisk:
+    save, disk = Folder.save, StuckDisk()
 
     def saving(self: Folder, session: Session, *known: Any) -> Any:
-        begun.set()
-        time.sleep(SLOW)
+        disk.wait()
         return save(self, session, *known)
 
     monkeypatch.setattr(Folder, "save", saving)
-    return begun
+    return disk
 
 
 # -- what goes where ---------------------------------------------------------------------------------------------------
@@ -177,49 +190,41 @@ def test_moving_a_cache_reads_no_value_on_the_host() -> None:
 # -- nobody waits ------------------------------------------------------------------------------------------------------
 
 
-def timed(work: Any) -> float:
-    start = time.monotonic()
-    work()
-    return time.monotonic() - start
-
-
-def test_a_slow_disk_delays_no_other_conversation_and_not_the_one_that_is_written(slow_disk: Event) -> None:
+def test_a_slow_disk_delays_no_other_conversation_and_the_one_that_is_written_no_longer_than_its_file(
+    stuck_disk: StuckDisk,
+) -> None:
     llm = make_llm(session_memory=2 * SNAPSHOT_NBYTES)
     one, two, three = (Chat(llm, name) for name in ("one", "two", "three"))
     for chat in (one, two, three):
         chat.ask("Hello")
-    assert slow_disk.wait(LIMIT)  # "one" is on its way
+    assert stuck_disk.begun.wait(LIMIT)  # "one" is on its way
 
-    assert timed(lambda: two.ask("Are you there?")) < SLOW / 2
-    assert timed(lambda: Chat(llm, "four").ask("Hello")) < SLOW / 2
-    start = time.monotonic()
+    two.ask("Are you there?")
+    Chat(llm, "four").ask("Hello")
+    assert stuck_disk.num_written == 0
+    stuck_disk.allow(1)
     assert one.ask("And you?").usage.reuse == "continued"
-    assert time.monotonic() - start < 2 * SLOW  # waits for its own file at most
+    assert stuck_disk.num_written == 1
+    stuck_disk.allow(100)
     llm.store.flush()
     assert llm.store.nbytes <= llm.store.limit
 
 
 def test_a_persistent_conversation_is_on_disk_when_it_is_answered_and_delays_no_other(
-    slow_disk: Event, tmp_path: Path
+    stuck_disk: StuckDisk, tmp_path: Path
 ) -> None:
     llm = make_llm(sessions_dir=tmp_path)
-    llm.engine  # noqa: B018 - loaded before time counts
     other = Chat(llm)
-    done: list[float] = []
-
-    def ask() -> None:
-        Chat(llm, "slow").ask("Hello")
-        done.append(time.monotonic())
-
-    asking = Thread(target=ask)
+    asking = Thread(target=lambda: Chat(llm, "slow").ask("Hello"))
     asking.start()
-    assert slow_disk.wait(LIMIT)
-    info, start = llm.store.info("slow"), time.monotonic()
-    assert info is not None
+    assert stuck_disk.begun.wait(LIMIT)
+    assert llm.store.info("slow") is not None
     assert llm.store.get("slow").tokens  # it is in memory
-    assert time.monotonic() - start < SLOW / 2
+    assert asking.is_alive()
+    assert stuck_disk.num_written == 0
+    stuck_disk.allow(100)
     asking.join(LIMIT)
-    assert done
+    assert not asking.is_alive()
     assert [info.name for info in make_llm(sessions_dir=tmp_path).store] == ["slow"]
     assert other.ask("Hello").text
 

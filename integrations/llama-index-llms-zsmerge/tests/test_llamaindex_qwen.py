@@ -14,7 +14,6 @@ from llama_index.core.chat_engine import (
     ContextChatEngine,
     SimpleChatEngine,
 )
-from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.zsmerge import (
@@ -143,12 +142,3 @@ async def test_an_agent_workflow_answers_by_its_tool(llm: ZSMergeLLM) -> None:
     workflow = AgentWorkflow.from_tools_or_functions([weather], llm=llm, system_prompt="You are helpful.")
     answer = await workflow.run("What is the weather in Paris?")
     assert "21" in str(answer)
-
-
-async def test_all_chat_and_completion_methods_give_the_same_text(llm: ZSMergeLLM) -> None:
-    question = [ChatMessage(content="What is the capital of France? Answer with one word.")]
-    *_, streamed = llm.stream_chat(question)
-    *_, astreamed = [item async for item in await llm.astream_chat(question)]
-    answers = [llm.chat(question), await llm.achat(question), streamed, astreamed]
-    assert {"Paris" in answer.message.content for answer in answers} == {True}
-    assert len({answer.message.content for answer in answers}) == 1
