@@ -83,7 +83,8 @@ def test_the_developers_messages_are_the_systems(oai: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
         ({"n": 2}, "n"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),

@@ -38,6 +38,11 @@ class ChatRequest:
     messages: list[Message]
     options: dict[str, Any]
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer has log-probabilities."""
+        return self.options["sampling"].logprobs is not None
+
 
 @dataclass(frozen=True)
 class Context:
