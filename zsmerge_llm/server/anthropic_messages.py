@@ -241,7 +241,7 @@ class MessageEvents:
 
     def start(self) -> Iterator[dict[str, Any]]:
         """Yield the events before the first chunk."""
-        empty = {"content": [], "stop_reason": None, "stop_sequence": None, "stop_details": None}
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "stop_details": None}
         message = {**_base(self._model), **empty, "usage": {"input_tokens": 0, "output_tokens": 0}}
         yield {"type": "message_start", "message": message}
 

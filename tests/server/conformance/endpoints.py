@@ -53,7 +53,7 @@ ENDPOINTS = (
         {"model": "tiny", "messages": [openai_cells.USER]},
         lambda clients: clients.oai.chat.completions.create,
         lambda answer: answer.choices[0].message.content,
-        (openai_cells.CALLED, {"stop": list("aeiou \n.0123456789")}),
+        (openai_cells.CALLED, {"logprobs": True, "top_logprobs": 2}, {"stop": list("aeiou \n.0123456789")}),
     ),
     Endpoint(
         "/v1/completions",
@@ -62,6 +62,7 @@ ENDPOINTS = (
         {"model": "tiny", "prompt": "Once upon"},
         lambda clients: clients.oai.completions.create,
         lambda answer: answer.choices[0].text,
+        ({"logprobs": 2},),
     ),
     Endpoint(
         "/v1/responses",
@@ -70,7 +71,7 @@ ENDPOINTS = (
         {"model": "tiny", "input": "Name a tree."},
         lambda clients: clients.oai.responses.create,
         lambda answer: answer.output_text,
-        (responses_cells.CALLED, {"text": responses_cells.JSON_SCHEMA, "max_output_tokens": 400}),
+        (responses_cells.CALLED, {"top_logprobs": 2}, {"text": responses_cells.JSON_SCHEMA, "max_output_tokens": 400}),
     ),
     Endpoint(
         "/v1/messages",

@@ -13,9 +13,9 @@ from tests.server.conformance.vendor import versions
 PAGE = Path(__file__).parents[3] / "docs" / "conformance.md"
 HEAD = """# Conformance
 
-Every field that the clients of OpenAI and Anthropic know, and what the [server](serving.md) does with it. The names are
-read from {versions}, and each cell is a request that such a client sends in the tests. A field that is in neither table
-is an error that names it.
+Every field that the clients of OpenAI and Anthropic know, and what the [server](serving.md) does with it.
+The names are those of {versions}.
+Each cell is a request that such a client sends in the tests. A field that is in no table is an error that names it.
 
 - **supported**: it has its effect.
 - **no effect**: it is accepted, and the answer is the same without it.
