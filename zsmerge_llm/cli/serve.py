@@ -138,7 +138,9 @@ def _sessions_folder() -> Path:
 
 
 def _greeting(llm: LLM, settings: ServerSettings, host: str, port: int, folder: Path | None) -> str:
+    from zsmerge_llm.server.requests import served_name
+
     name = f"[{host}]" if ":" in host else host
     keys = f"{len(settings.api_keys)} API keys" if settings.api_keys else "no API keys"
     kept = f"conversations are kept in {folder}" if folder else "conversations end with the server"
-    return f"Serving {llm.name} at http://{name}:{port} ({keys}; {kept}). Ctrl-C stops it."
+    return f"Serving {served_name(llm.name)} at http://{name}:{port} ({keys}; {kept}). Ctrl-C stops it."
