@@ -2,7 +2,7 @@
 #
 #   make demo     install, then read a document longer than the cache and answer questions about it
 #   make test     install, then run the tests             make test PYTEST="-k config"   some of them
-#   make lint     ruff, format check, mypy                make docs    the site, in site/
+#   make lint     ruff, format check, mypy, hadolint                make docs    the site, in site/
 #   make build    wheels and sdists, in dist/             make clean   delete .venv, site/ and dist/
 #
 # TORCH names a torch build to install first, such as TORCH="torch==2.13.0" or a path to a wheel. Without it pip takes
@@ -32,6 +32,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zsmerge_llm.llm import LLM
     from zsmerge_llm.sessions.session import Session
     from zsmerge_llm.sessions.store import Store
-    from zsmerge_llm.types import Chunk, Message, Result, ToolCallDelta, Usage
+    from zsmerge_llm.types import Chunk, Message, Result, TokenLogprob, ToolCallDelta, Usage
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ _HOMES = {
     "Chunk": "types",
     "Message": "types",
     "Result": "types",
+    "TokenLogprob": "types",
     "ToolCallDelta": "types",
     "Usage": "types",
 }
@@ -60,6 +61,7 @@ __all__ = [
     "SchedulingConfig",
     "Session",
     "Store",
+    "TokenLogprob",
     "ToolCallDelta",
     "Usage",
     "memory_map",

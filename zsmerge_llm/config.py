@@ -291,7 +291,8 @@ class SamplingParams(NamedSettings):
     `temperature=0` is greedy. `max_tokens=None` goes on until the model ends its answer. `stop` strings end the answer
     and are not part of it, also where they span several tokens. `seed` makes sampling repeatable. `ignore_eos` goes
     on past the model's end token (benchmarks). `lookup` lets a greedy answer that repeats the prompt be decoded several
-    tokens at a time; the answer is the same.
+    tokens at a time; the answer is the same. `logprobs`: report the log-probability of each token, and of so many of
+    the likeliest ones in its place (at most 20).
 
     Raises:
         ConfigError: a value out of range.
@@ -307,10 +308,12 @@ class SamplingParams(NamedSettings):
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     lookup: bool = True
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None:
-            check_integer("max_tokens", self.max_tokens, 1)
+        for name, limits in (("max_tokens", (1,)), ("seed", (0, MAX_SEED)), ("logprobs", (0, 20))):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), *limits)
         check_number("temperature", self.temperature, 0.0, 100.0)
         check_number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
@@ -318,8 +321,6 @@ class SamplingParams(NamedSettings):
         check_integer("top_k", self.top_k, 0)
         check_number("min_p", self.min_p, 0.0, 1.0)
         check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        if self.seed is not None:
-            check_integer("seed", self.seed, 0, MAX_SEED)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(stop, (list, tuple, set, frozenset)):
             raise ConfigError(f"stop must be text or a list of texts, not a {type(stop).__name__}.")
@@ -352,11 +353,7 @@ def apportion(total: int, weights: Sequence[float], least: int) -> list[int]:
 
 
 def parse_bytes(size: int | str) -> int:
-    """A number of bytes, or text such as "2GiB", "500 MB" or "1.5G".
-
-    Raises:
-        ConfigError: anything else.
-    """
+    """A number of bytes, or text such as "2GiB", "500 MB" or "1.5G". Raises ConfigError: anything else."""
     found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", size, re.IGNORECASE) if isinstance(size, str) else None
     if found:
         base = 1024 if found[3] else 1000

@@ -68,6 +68,15 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer: its text, its log-probability, and the likeliest tokens in its place."""
+
+    token: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class Result:
     """One whole answer."""
 
@@ -85,6 +94,10 @@ class Result:
     format_error: str = ""
     """How the answer breaks the schema of its response format or its tools: it was cut, or has a value that a keyword
     forbids which cannot be enforced while decoding. "" if it is valid."""
+    stop_string: str = ""
+    """The one of `SamplingParams.stop` that ended the text; "" if none did."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """The tokens of the text, without reasoning and calls, where `SamplingParams.logprobs` asks for them."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,8 @@ class ToolCallDelta:
 class Chunk:
     """A piece of an answer: of its text, its reasoning or its calls.
 
-    Only the last one has the other fields. The pieces of calls (`tool_call_deltas`) add up to its `tool_calls`.
+    Only the last one has the other fields. The pieces of calls (`tool_call_deltas`) add up to its `tool_calls`, and
+    `logprobs` of all of them to those of the text.
     """
 
     text: str
@@ -115,6 +129,8 @@ class Chunk:
     session: str = ""
     format_error: str = ""
     tool_call_deltas: list[ToolCallDelta] = field(default_factory=list)
+    stop_string: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 def session_name(given: Any) -> Any:

@@ -19,6 +19,7 @@ import uvicorn
 from tests.support.chat import LARGE_CACHE, make_llm
 from zsmerge_llm import LLM
 from zsmerge_llm.server.app import create_app
+from zsmerge_llm.server.connections import TimedConnection
 from zsmerge_llm.server.settings import ServerSettings
 
 KEYS = ("key-of-ann-0123456789", "key-of-bob-0123456789")
@@ -30,7 +31,8 @@ def serving(llm: LLM, settings: ServerSettings | None = None, **options: Any) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         app = create_app(llm, settings, **options)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, http=TimedConnection)
+        server = uvicorn.Server(config)
         port = free.getsockname()[1]
         free.listen(128)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [free]}, daemon=True)

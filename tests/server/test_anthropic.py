@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import anthropic
 import pytest
+
+from tests.support.scripted_model import scripted_answers
+from zsmerge_llm import LLM
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Oslo", "Rome"]}}, "required": ["city"]}
 TOOL: Any = {"name": "weather", "description": "Weather", "input_schema": SCHEMA}
@@ -56,6 +60,25 @@ def test_a_tools_result_is_read(claude: anthropic.Anthropic) -> None:
             tool_choice={"type": "none"},
         )
         assert after.usage.zsmerge["reuse"] in ("continued", "restored")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_sequence_that_ended_an_answer_is_named(claude: anthropic.Anthropic, llm: LLM, stream: bool) -> None:
+    options: Any = {"model": "tiny", "messages": ASK, "stop_sequences": ["river", "END"], "max_tokens": 40}
+    with scripted_answers(llm, "A tree. END and more", "A tree."):
+        for sequence, reason in (("END", "stop_sequence"), (None, "end_turn")):
+            if stream:
+                with claude.messages.stream(**options) as events:
+                    answer = events.get_final_message()
+            else:
+                answer = claude.messages.create(**options)
+            assert (answer.stop_reason, answer.stop_sequence) == (reason, sequence)
+            assert answer.content[0].text.strip() == "A tree."
+
+
+def test_a_json_schema_holds(claude: anthropic.Anthropic) -> None:
+    answer = ask(claude, ASK, output_config={"format": {"type": "json_schema", "schema": SCHEMA}}, max_tokens=400)
+    assert json.loads(answer.content[0].text)["city"] in ("Oslo", "Rome")
 
 
 def test_tokens_are_counted_as_they_are_read(claude: anthropic.Anthropic) -> None:

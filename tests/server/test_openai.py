@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+
+from zsmerge_llm.server.requests import served_name
 
 WEATHER = {
     "type": "object",
@@ -83,7 +86,8 @@ def test_the_developers_messages_are_the_systems(oai: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
         ({"n": 2}, "n"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
@@ -113,6 +117,18 @@ def test_another_model_is_not_found_and_an_alias_is(oai: openai.OpenAI) -> None:
     assert oai.chat.completions.create(model="gpt-tiny", messages=ASK).model == "gpt-tiny"
     with pytest.raises(openai.NotFoundError, match="tiny"):
         oai.chat.completions.create(model="gpt-9", messages=ASK)
+
+
+def test_where_a_model_is_kept_is_not_told(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for model, name in (
+        ("smollm2", "smollm2"),
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        (f"{tmp_path}/qwen.gguf", "qwen"),
+        ("models/qwen-1.5b.gguf", "qwen-1.5b"),
+        (f"{tmp_path}/folder/", "folder"),
+    ):
+        assert served_name(model) == name
 
 
 def test_a_text_is_continued_whole_or_as_a_stream(oai: openai.OpenAI) -> None:

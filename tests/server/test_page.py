@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -18,7 +20,21 @@ from zsmerge_llm.server.settings import ServerSettings
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 MARIGOLD = Path(__file__).parents[2] / "zsmerge_llm" / "data" / "marigold.txt"
-HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+RUN = "document.title='owned'"
+HOSTILE = [
+    f'<img src=x onerror="{RUN}"><script>{RUN}</script>',
+    f"</script><script>{RUN}</script>",
+    f'<svg onload="{RUN}"><animate onbegin="{RUN}" attributeName=x dur=1s>',
+    f'<iframe srcdoc="<script>parent.{RUN}</script>"></iframe>',
+    f'"><a href="javascript:{RUN}" autofocus onfocus="{RUN}">x</a>',
+    f'[x](javascript:{RUN}) ![y](x "onerror={RUN}")',
+    f'</textarea></title></style><body onload="{RUN}"><details open ontoggle="{RUN}">',
+    f"${{{RUN}}} {{{{{RUN}}}}} <%= {RUN} %>",
+    f"&lt;script&gt;{RUN}&lt;/script&gt; \\u003cscript\\u003e{RUN}\\u003c/script\\u003e",
+    f'<meta http-equiv=refresh content="0;url=javascript:{RUN}"><base href=//example.org><form><input name=body>',
+    f'<math><mtext></table><mglyph><style><!--</style><img title="--><img src=1 onerror={RUN}>">',
+    "<link rel=stylesheet href=https://example.org/x.css><img src=https://example.org/x.png>",
+]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: install it, or set CHROMIUM to its path"),
@@ -75,12 +91,42 @@ def test_a_conversation_streams_and_is_there_after_a_reload(page: Page) -> None:
     expect(page.locator("#status")).not_to_contain_text(", 0 before")
 
 
-def test_what_is_written_in_a_conversation_is_shown_and_never_run(page: Page) -> None:
-    say(page, HOSTILE)
+def opened(page: Page, content: object, folder: Path) -> None:
+    """Open a conversation that was saved as a file."""
+    (folder / "saved.json").write_text(json.dumps(content), encoding="utf-8")
+    page.set_input_files("#open", folder / "saved.json")
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_what_is_written_in_a_conversation_is_shown_and_never_run(page: Page, tmp_path: Path, text: str) -> None:
+    say(page, text)
     page.reload()
-    expect(page.locator("#messages li").first).to_have_text(HOSTILE)
+    expect(page.locator("#messages li").first).to_have_text(text)
+    page.get_by_role("button", name="Rename").click()
+    page.keyboard.type(text)
+    page.keyboard.press("Enter")
+    saved = {"id": "web-1", "title": text, "messages": [{"role": "user", "content": text}] * 2}
+    opened(page, {**saved, "messages": [saved["messages"][0], {"role": "assistant", "content": text}]}, tmp_path)
+    expect(page.locator("#list li.current .title")).to_have_text(text)
+    (tmp_path / "a document.txt").write_text(f"{text} The keeper is Ann. " * 20, encoding="utf-8")
+    page.set_input_files("#file", tmp_path / "a document.txt")
+    expect(page.locator("#document")).to_contain_text("a document.txt", timeout=60_000)
+
     assert page.title() == "zsmerge-llm"
-    assert page.locator("#messages img, #messages script").count() == 0
+    assert page.locator("#messages :is(img, script, svg, iframe, a, body, form, math, link)").count() == 0
+    assert page.locator("#list :is(img, script, svg, iframe, a, form, math, link)").count() == 0
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_the_memory_map_shows_what_is_hostile_and_never_runs_it(browser: Browser, llm: LLM, text: str) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 2, "session_id": "mapped"}
+    with serving(llm) as address, browser.new_context() as context:
+        assert httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        page = context.new_page()
+        page.on("request", lambda each: each.url.startswith(address) or pytest.fail(each.url))
+        page.goto(f"{address}/v1/sessions/mapped/map")
+        page.wait_for_timeout(200)
+        assert "owned" not in page.title()
 
 
 def test_a_document_is_read_and_asked_about(page: Page) -> None:

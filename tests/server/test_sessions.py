@@ -45,6 +45,34 @@ def test_an_id_never_mixes_two_conversations(http: httpx.Client) -> None:
     assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
+SIDE_REQUESTS = (
+    "### Task:\nGenerate a concise, 3-5 word title with an emoji summarizing the chat history.\n### Output:\nJSON\n",
+    "### Task:\nGenerate 1-3 broad tags categorizing the main themes of the chat history.\n### Output:\nJSON\n",
+    "### Task:\nSuggest 3-5 relevant follow-up questions, from the user's point of view.\n### Output:\nJSON\n",
+)
+"""What chat pages such as Open WebUI ask beside a conversation, with all of it as text."""
+
+
+@pytest.mark.parametrize("header", [{}, {"X-Session-Id": "page"}])
+def test_side_requests_of_a_chat_page_do_not_disturb_its_conversation(
+    http: httpx.Client, header: dict[str, str]
+) -> None:
+    def ask(messages: list[dict[str, Any]]) -> dict[str, Any]:
+        body = {"model": "tiny", "messages": messages, "max_tokens": 6}
+        answer: dict[str, Any] = http.post("/v1/chat/completions", json=body, headers=header).json()
+        return answer
+
+    messages: list[dict[str, Any]] = []
+    for turn in range(4):
+        messages.append({"role": "user", "content": f"Name a tree of {turn} letters. {header}"})
+        answer = ask(messages)
+        assert answer["usage"]["zsmerge"]["reuse"] == ("continued" if turn else "new")
+        messages.append(answer["choices"][0]["message"])
+        history = "\n".join(f"{each['role'].upper()}: {each['content']}" for each in messages)
+        for task in SIDE_REQUESTS:
+            ask([{"role": "user", "content": f"{task}### Chat History:\n<chat_history>\n{history}\n</chat_history>"}])
+
+
 def test_a_session_is_inspected_forked_saved_loaded_and_deleted(http: httpx.Client) -> None:
     answer = chat(http, session_id="first")
     cache = http.get("/v1/sessions/first").json()["cache"]

@@ -64,17 +64,22 @@ def serve(
         import uvicorn
 
         from zsmerge_llm.server.app import create_app
+        from zsmerge_llm.server.connections import TimedConnection
         from zsmerge_llm.server.settings import ServerSettings, check_exposure, is_loopback
     except ImportError as error:
         raise MissingDependencyError(
             f"The server needs the package {error.name}: pip install 'zsmerge-llm[server]'."
         ) from error
+    folder = (sessions_dir or _sessions_folder()) if keep else None
     settings = ServerSettings(
-        api_keys=_api_keys(api_key_file), aliases=tuple(alias or ()), max_tokens=max_tokens, timeout=timeout
+        api_keys=_api_keys(api_key_file),
+        aliases=tuple(alias or ()),
+        max_tokens=max_tokens,
+        timeout=timeout,
+        responses_dir=folder and folder / "responses",
     )
     check_exposure(host, settings, insecure)
     cache = CacheConfig() if slots is None else CacheConfig(slots=slots)
-    folder = (sessions_dir or _sessions_folder()) if keep else None
     with terminal.show_warnings():
         from zsmerge_llm import LLM, SchedulingConfig
 
@@ -93,6 +98,7 @@ def serve(
             llm.warm_up()
         app = create_app(llm, settings, loopback_only=is_loopback(host))
         options: dict[str, Any] = {"server_header": False, "timeout_graceful_shutdown": STOP_SECONDS}
+        options["http"] = TimedConnection
         with llm, _listening(host, port) as listener:
             terminal.status(_greeting(llm, settings, host, listener.getsockname()[1], folder))
             uvicorn.Server(uvicorn.Config(app, log_level="warning", **options)).run(sockets=[listener])
@@ -132,7 +138,9 @@ def _sessions_folder() -> Path:
 
 
 def _greeting(llm: LLM, settings: ServerSettings, host: str, port: int, folder: Path | None) -> str:
+    from zsmerge_llm.server.requests import served_name
+
     name = f"[{host}]" if ":" in host else host
     keys = f"{len(settings.api_keys)} API keys" if settings.api_keys else "no API keys"
     kept = f"conversations are kept in {folder}" if folder else "conversations end with the server"
-    return f"Serving {llm.name} at http://{name}:{port} ({keys}; {kept}). Ctrl-C stops it."
+    return f"Serving {served_name(llm.name)} at http://{name}:{port} ({keys}; {kept}). Ctrl-C stops it."

@@ -94,7 +94,7 @@ class StopStrings:
     """Pass a text on up to its first stop string, and hold back what may become one.
 
     The text ends before the stop string that is completed first, or the longest of several that end together.
-    `stopped` is true from then on, and no more text is returned.
+    `stopped` is true and `found` is that string from then on, and no more text is returned.
 
     Args:
         stop: non-empty strings; none of them is part of the text.
@@ -102,6 +102,7 @@ class StopStrings:
 
     def __init__(self, stop: tuple[str, ...] = ()) -> None:
         self.stopped = False
+        self.found = ""
         self._stop = stop
         self._held = ""
 
@@ -110,10 +111,11 @@ class StopStrings:
         if self.stopped:
             return ""
         text = self._held + text
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
+            _, start, self.found = min(ends)
             self.stopped, self._held = True, ""
-            return text[: min(ends)[1]]
+            return text[:start]
         safe = len(text) - _partial_match(text, self._stop)
         self._held = text[safe:]
         return text[:safe]

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.config import SamplingParams
+from zsmerge_llm.generation.logprobs import LogprobRecorder
 from zsmerge_llm.language.messages import assistant_message
 from zsmerge_llm.language.output_format import UNCONSTRAINED, OutputFormat
 from zsmerge_llm.language.reasoning import AnswerPiece
 from zsmerge_llm.language.tool_call_stream import RepetitionGate, merge_deltas, whole_call
 from zsmerge_llm.language.tool_calls import ParsedAnswer
 from zsmerge_llm.sessions.prompt import Prompt
-from zsmerge_llm.types import Chunk, FinishReason, Message, Result, ToolCallDelta, Usage
+from zsmerge_llm.types import Chunk, FinishReason, Message, Result, TokenLogprob, ToolCallDelta, Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +98,11 @@ class AnswerParser:
     def stopped(self) -> bool:
         """Whether a stop string, an echo or a call that repeats another one was found."""
         return self._stop.stopped or bool(self.echoed) or self._repetition.repeats
+
+    @property
+    def stop_string(self) -> str:
+        """The stop string that ended the text; "" if none did."""
+        return self._stop.found
 
     @property
     def echoed(self) -> str:
@@ -185,11 +191,15 @@ class Attempt:
         self.cache = cache
         self.output_format = output_format or request.output_format
         self.constraint = self.output_format.constraint(request.sampling, reasoning)
+        num_top = request.sampling.logprobs
+        self.recorder = None if num_top is None else LogprobRecorder(self.constraint, tokenizer, num_top)
         self.prefill_seconds = self.decode_seconds = 0.0
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
         self._num_known = len(reasoning)
         self._text = self._reasoning = ""
+        self._logprobs: list[TokenLogprob] = []
+        self._new_logprobs: list[TokenLogprob] = []  # their text has not been returned
         context = list(request.prompt.ids[-CONTEXT_TOKENS:]) if request.continues_prompt else ()
         # A call that is cut off could not be taken back.
         self._streams_calls = bool(self.constraint and self.constraint.completes) and not request.sampling.stop
@@ -204,7 +214,12 @@ class Attempt:
     def push(self, token: int) -> Chunk | None:
         """Add a token; return what of the answer is certain now, if anything."""
         self._tokens.append(token)
+        reasoning_tokens = self._parser.reasoning_tokens
         piece = self._parser.push(token)
+        if self._parser.reasoning_tokens != reasoning_tokens:
+            self._new_logprobs = []  # the mark at the beginning of reasoning
+        elif self.recorder is not None:
+            self._new_logprobs.append(self.recorder.take())
         chunk = self._chunk(piece, self._new_deltas() if self._streams_calls else ())
         return chunk if len(self._tokens) > self._num_known else None
 
@@ -218,19 +233,27 @@ class Attempt:
     def finish(self, cancelled: bool = False) -> Answer:
         """Return the answer. No tokens may follow."""
         piece, parsed = self._parser.finish(truncated=self.constraint is not None and not self.constraint.complete)
-        self._chunk(piece)
+        chunk = self._chunk(piece)
         redundant = self.output_format.calls_are_redundant(parsed)
         # Text beside redundant calls is the answer: only an answer without any is generated again.
         calls = [] if self._text and redundant else parsed.calls
         reason = "cancelled" if cancelled else self._finish_reason(bool(calls))
         usage = self._usage(cancelled)
         error = "" if cancelled else self.output_format.error(self._text, calls)
+        logprobs = [*(chunk.logprobs if chunk else ()), *(() if calls else self._take_logprobs())]
         return Answer(
-            result=Result(*(self._text, reason, usage, calls, parsed.invalid, self._reasoning), format_error=error),
+            result=Result(
+                *(self._text, reason, usage, calls, parsed.invalid, self._reasoning),
+                format_error=error,
+                stop_string=self._parser.stop_string,
+                logprobs=self._logprobs,
+            ),
             last_chunk=Chunk(
                 *(piece.text, reason, usage, calls, parsed.invalid, piece.reasoning),
                 format_error=error,
                 tool_call_deltas=self._last_deltas(calls),
+                stop_string=self._parser.stop_string,
+                logprobs=logprobs,
             ),
             tokens=self._tokens,
             retry_format=None if self._text or cancelled else self._retry_format(bool(calls), redundant),
@@ -262,7 +285,14 @@ class Attempt:
         self._text += piece.text
         if not (piece.text or piece.reasoning or deltas):
             return None
-        return Chunk(piece.text, reasoning=piece.reasoning, tool_call_deltas=merge_deltas(deltas))
+        logprobs = self._take_logprobs() if piece.text else []
+        return Chunk(piece.text, reasoning=piece.reasoning, tool_call_deltas=merge_deltas(deltas), logprobs=logprobs)
+
+    def _take_logprobs(self) -> list[TokenLogprob]:
+        """Return the tokens whose text is returned now."""
+        taken, self._new_logprobs = self._new_logprobs, []
+        self._logprobs += taken
+        return taken
 
     @property
     def _is_full(self) -> bool:

@@ -105,7 +105,7 @@ def _decode(engine: Engine, cache: Cache, attempts: Sequence[Attempt], cancel: E
     """Decode one attempt in each row of `cache`; yield the pieces of all of them as they arrive."""
     requests = [attempt.request for attempt in attempts]
     sampling, prompts = [request.sampling for request in requests], [request.prompt.ids for request in requests]
-    constraints = [attempt.constraint for attempt in attempts]
+    constraints = [attempt.recorder or attempt.constraint for attempt in attempts]
     started = [time.perf_counter() - attempt.decode_seconds for attempt in attempts]
     priority = min(request.priority for request in requests)
     steps = engine.decode(cache, sampling, prompts, constraints=constraints, cancel=cancel, priority=priority)
@@ -146,7 +146,9 @@ def collect(chunks: Iterable[Chunk]) -> Result:
     assert last.usage is not None
     assert last.finish_reason is not None
     calls = (last.tool_calls, last.invalid_tool_calls)
-    return Result(text, last.finish_reason, last.usage, *calls, reasoning, last.session, last.format_error)
+    end = (last.session, last.format_error, last.stop_string)
+    logprobs = [each for piece in pieces for each in piece.logprobs]
+    return Result(text, last.finish_reason, last.usage, *calls, reasoning, *end, logprobs)
 
 
 def check_length(

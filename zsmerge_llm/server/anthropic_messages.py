@@ -14,22 +14,36 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
+class OutputConfig(Body):
+    """Anthropic's `output_config`. effort: accepted without effect."""
+
+    format: dict[str, Any] | None = None
+    effort: str | None = None
+
+
 class CountBody(Body):
-    """What is counted of a request."""
+    """What is counted of a request. Fields in the last group are accepted, and count for nothing."""
 
     model: str
     messages: list[dict[str, Any]]
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
+
+    # without effect
+    cache_control: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    speed: str | None = None
     thinking: dict[str, Any] | None = None
+    betas: list[str] | None = None
+    context_management: Any = None
 
 
 class MessagesBody(CountBody):
     """A request. Fields in the last group are accepted and have no effect here."""
 
     max_tokens: int
-    stream: bool = False
+    stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -46,10 +60,10 @@ class MessagesBody(CountBody):
     container: Any = None
 
     # without effect
+    diagnostics: Any = None
+    inference_geo: str | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
-    betas: list[str] | None = None
-    context_management: Any = None
 
 
 def parse(body: MessagesBody, context: Context, header: str | None) -> ChatRequest:
@@ -77,6 +91,7 @@ def parse(body: MessagesBody, context: Context, header: str | None) -> ChatReque
         tools=tools_of(body.tools),
         tool_choice=_tool_choice(choice),
         parallel_tool_calls=False if choice.get("disable_parallel_tool_use") else None,
+        response_format=_response_format(body.output_config),
         probe=body.probe,
         reread=body.reread,
     )
@@ -109,10 +124,28 @@ def _messages(message: dict[str, Any]) -> Iterator[Message]:
         elif kind == "thinking":
             reasoning += str(block.get("thinking", ""))
         elif kind != "redacted_thinking":
-            texts.append({"type": "text", "text": block["text"]} if kind == "text" and "text" in block else block)
+            texts.append(_text_block(block))
     if texts or calls or role != "user":
         extra = {"reasoning_content": reasoning} if reasoning else {}
         yield {"role": role, "content": texts, **({"tool_calls": calls} if calls else {}), **extra}
+
+
+def _text_block(block: Any) -> Any:
+    """Return a block of text, or a document that is one, in the form of messages; others as they are.
+
+    Raises:
+        RequestError: a document that is no text.
+    """
+    if not isinstance(block, dict):
+        return block
+    if block.get("type") == "document":
+        source = block.get("source")
+        kind = source.get("type") if isinstance(source, dict) else None
+        if not isinstance(source, dict) or kind != "text":
+            raise invalid(f"A document with a source of the type {kind!r} is not supported: send its text.", "messages")
+        heading = f"{block['title']}\n\n" if isinstance(block.get("title"), str) else ""
+        return {"type": "text", "text": f"{heading}{source.get('data', '')}"}
+    return {"type": "text", "text": block["text"]} if block.get("type") == "text" and "text" in block else block
 
 
 def _result_text(block: dict[str, Any]) -> Any:
@@ -127,10 +160,10 @@ def tools_of(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
     """Return definitions of tools in the OpenAI format. Raises RequestError: tools of the vendor's own."""
     converted = []
     for tool in tools or ():
-        if tool.get("type", "custom") != "custom" or "input_schema" not in tool:
-            raise invalid(
-                f"The tool {tool.get('name')!r} is none of the client's: give name and input_schema.", "tools"
-            )
+        kind = tool.get("type") or "custom"
+        if kind != "custom" or "input_schema" not in tool:
+            what = f"The tool {tool.get('name')!r} of the type {kind!r} is none of the client's"
+            raise invalid(f"{what}: give name and input_schema.", "tools")
         function = {"name": tool.get("name"), "parameters": tool["input_schema"]}
         if tool.get("description"):
             function["description"] = tool["description"]
@@ -148,6 +181,14 @@ def _tool_choice(choice: dict[str, Any]) -> str | dict[str, Any] | None:
     raise invalid("tool_choice.type must be auto, any, tool or none.", "tool_choice")
 
 
+def _response_format(config: OutputConfig | None) -> dict[str, Any] | None:
+    if config is None or config.format is None:
+        return None
+    if config.format.get("type") != "json_schema":
+        raise invalid("output_config.format.type must be json_schema.", "output_config")
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": config.format.get("schema")}}
+
+
 def usage_json(usage: Usage) -> dict[str, Any]:
     """Return what a request cost, as Anthropic counts it: cached tokens are no input tokens; and our own counts."""
     return {
@@ -155,6 +196,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "output_tokens": usage.completion_tokens,
         "cache_read_input_tokens": usage.cached_tokens,
         "cache_creation_input_tokens": 0,
+        "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
         "zsmerge": own_counts(usage),
     }
 
@@ -173,11 +215,16 @@ def response(request: ChatRequest, result: Result) -> dict[str, Any]:
     return {
         **_base(request.model),
         "content": blocks,
-        "stop_reason": STOP_REASONS[result.finish_reason],
-        "stop_sequence": None,
+        **_end(result),
         "usage": usage_json(result.usage),
         "session_id": result.session,
     }
+
+
+def _end(last: Result | Chunk) -> dict[str, Any]:
+    """Return why an answer ended."""
+    reason = "stop_sequence" if last.stop_string else STOP_REASONS[str(last.finish_reason)]
+    return {"stop_reason": reason, "stop_sequence": last.stop_string or None, "stop_details": None}
 
 
 def _base(model: str) -> dict[str, Any]:
@@ -194,8 +241,8 @@ class MessageEvents:
 
     def start(self) -> Iterator[dict[str, Any]]:
         """Yield the events before the first chunk."""
-        empty = {"input_tokens": 0, "output_tokens": 0}
-        message = {**_base(self._model), "content": [], "stop_reason": None, "stop_sequence": None, "usage": empty}
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "stop_details": None}
+        message = {**_base(self._model), **empty, "usage": {"input_tokens": 0, "output_tokens": 0}}
         yield {"type": "message_start", "message": message}
 
     def push(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
@@ -219,8 +266,7 @@ class MessageEvents:
         if self._index < 0:  # an answer without any text
             yield from self._open_block("text", {"type": "text", "text": ""})
         yield from self._close_block()
-        delta = {"stop_reason": STOP_REASONS[str(chunk.finish_reason)], "stop_sequence": None}
-        yield {"type": "message_delta", "delta": delta, "usage": usage_json(usage), "session_id": chunk.session}
+        yield {"type": "message_delta", "delta": _end(chunk), "usage": usage_json(usage), "session_id": chunk.session}
         yield {"type": "message_stop"}
 
     def _open_block(self, kind: str, block: dict[str, Any]) -> Iterator[dict[str, Any]]:

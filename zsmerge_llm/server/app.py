@@ -15,8 +15,8 @@ from zsmerge_llm.server.delivery import CLIENT_GONE, ClientDisconnectedError, js
 from zsmerge_llm.server.errors import anthropic_error, openai_error, reply_to
 from zsmerge_llm.server.guard import Guard
 from zsmerge_llm.server.metrics import Metrics
-from zsmerge_llm.server.openai_responses import StoredResponses
 from zsmerge_llm.server.settings import ServerSettings
+from zsmerge_llm.server.stored_responses import stored_responses
 
 if TYPE_CHECKING:
     from zsmerge_llm.llm import LLM
@@ -33,7 +33,7 @@ def create_app(llm: LLM, settings: ServerSettings | None = None, *, loopback_onl
     app = FastAPI(title="zsmerge-llm", version=__version__, docs_url=None, redoc_url=None)
     app.state.llm, app.state.settings = llm, settings
     app.state.metrics = Metrics(llm)
-    app.state.responses = StoredResponses(settings.max_responses)
+    app.state.responses = stored_responses(settings.responses_dir, settings.max_responses, settings.max_response_bytes)
     app.add_middleware(Guard, settings=settings, loopback_only=loopback_only and not settings.api_keys)
     for kind in (ZSMergeError, RequestValidationError, HTTPException, ClientDisconnectedError, Exception):
         app.add_exception_handler(kind, _on_error)

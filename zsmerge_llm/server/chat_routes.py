@@ -6,19 +6,29 @@ from collections.abc import Iterator
 from threading import Event
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Depends, Header, Request
 from starlette.responses import Response
 
 from zsmerge_llm.server import anthropic_messages, openai_chat, openai_completions, openai_responses
 from zsmerge_llm.server.answers import Answering, Asking
 from zsmerge_llm.server.delivery import EventForm, json_reply, run
 from zsmerge_llm.server.errors import anthropic_error, openai_error
-from zsmerge_llm.server.requests import ChatRequest, Context
+from zsmerge_llm.server.requests import ChatRequest, Context, refuse
+from zsmerge_llm.server.response_events import ResponseEvents
+from zsmerge_llm.server.stored_responses import StoredResponses
 from zsmerge_llm.types import Chunk, Result
 
 OPENAI = EventForm(named=False, end="[DONE]", error=openai_error)
 RESPONSES = EventForm(named=True, end=None, error=openai_error)
 ANTHROPIC = EventForm(named=True, end=None, error=anthropic_error)
+
+
+def _stored(request: Request) -> StoredResponses:
+    found: StoredResponses = request.app.state.responses
+    return found
+
+
+Stored = Annotated[StoredResponses, Depends(_stored)]
 SessionHeader = Annotated[str | None, Header(alias="X-Session-Id")]
 
 router = APIRouter(prefix="/v1")
@@ -58,30 +68,44 @@ async def completions(body: openai_completions.CompletionBody, asking: Asking, a
     """Continue a text, as OpenAI."""
     prompt, options = openai_completions.parse(body, asking)
     if body.stream:
-        events = openai_completions.CompletionEvents(body.model, body.includes_usage)
+        events = openai_completions.CompletionEvents(body.model, body.includes_usage, body.logprobs is not None)
         return await answering.events(
             lambda cancel: asking.llm.stream_complete(prompt, **options, cancel=cancel), events, OPENAI
         )
     result = await answering.whole(lambda cancel: asking.llm.complete(prompt, **options, cancel=cancel))
-    return json_reply(openai_completions.response(body.model, result))
+    return json_reply(openai_completions.response(body.model, result, body.logprobs is not None))
 
 
 @router.post("/responses")
 async def responses(
     body: openai_responses.ResponseBody,
-    request: Request,
     asking: Asking,
     answering: Answering,
+    stored: Stored,
     session: SessionHeader = None,
 ) -> Response:
     """Answer a conversation, as OpenAI's newer dialect."""
-    stored: openai_responses.StoredResponses = request.app.state.responses
     wanted = openai_responses.parse(body, asking, session, stored)
     chat = Chat(asking, wanted)
-    events = openai_responses.ResponseEvents(wanted, body, stored.keeper(body, wanted, asking.owner))
+    said = wanted.messages[1:] if body.instructions else wanted.messages
+    events = ResponseEvents(wanted, body, stored.keeper(said, asking.owner, body.store is not False))
     if body.stream:
         return await answering.events(chat.chunks, events, RESPONSES)
     return json_reply(events.response(await answering.whole(chat.answer)))
+
+
+@router.get("/responses/{name}")
+def find_response(name: str, asking: Asking, stored: Stored, stream: bool = False) -> Response:
+    """Return a response that was kept, as it was sent."""
+    refuse(stream=stream)
+    return json_reply(stored.get(name, asking.owner).response)
+
+
+@router.delete("/responses/{name}")
+def delete_response(name: str, asking: Asking, stored: Stored) -> Response:
+    """Forget a response."""
+    stored.remove(name, asking.owner)
+    return json_reply({"id": name, "object": "response", "deleted": True})
 
 
 @router.post("/messages")
@@ -108,8 +132,9 @@ async def count_tokens(body: anthropic_messages.CountBody, request: Request, ask
 @router.get("/models")
 async def models(asking: Asking) -> Response:
     """List the names of the model."""
-    data = [_model(name) for name in asking.model_names]
-    return json_reply({"object": "list", "data": data, "has_more": False})
+    names = asking.model_names
+    page = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
+    return json_reply({"object": "list", "data": [_model(name) for name in names], **page})
 
 
 @router.get("/models/{name:path}")
@@ -122,4 +147,5 @@ async def model(name: str, asking: Asking) -> Response:
 def _model(name: str) -> dict[str, object]:
     """Return what both dialects say of a model."""
     openai = {"id": name, "object": "model", "created": 0, "owned_by": "zsmerge-llm"}
-    return {**openai, "type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+    anthropic = {"type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
+    return {**openai, **anthropic}

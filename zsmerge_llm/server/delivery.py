@@ -27,6 +27,8 @@ SETTLE_SECONDS = 2.0
 PING_SECONDS = 15
 """Between two comments that keep a connection open while a prompt is read."""
 LINE_END = "\n"
+SEND_SECONDS = 60
+"""How long a client may read nothing of a stream before it is cut off."""
 CLIENT_GONE = 499
 """Status for the log: nobody reads it."""
 
@@ -103,7 +105,9 @@ async def stream(chunks: AsyncGenerator[Chunk, None], events: Events, form: Even
         raise
     if first.done():
         first.result()
-    return EventSourceResponse(_events(first, chunks, events, form), ping=PING_SECONDS, sep=LINE_END)
+    return EventSourceResponse(
+        _events(first, chunks, events, form), ping=PING_SECONDS, sep=LINE_END, send_timeout=SEND_SECONDS
+    )
 
 
 async def _events(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from zsmerge_llm.server.errors import invalid
+from zsmerge_llm.server.logprobs import chat_logprobs
 from zsmerge_llm.server.openai_fields import GenerationBody, usage_json
 from zsmerge_llm.server.requests import ChatRequest, Context, new_id, now, refuse
-from zsmerge_llm.types import Chunk, Message, Result, ToolCallDelta
+from zsmerge_llm.types import Chunk, Message, Result, TokenLogprob, ToolCallDelta
 
 
 class ChatCompletionBody(GenerationBody):
@@ -20,6 +21,8 @@ class ChatCompletionBody(GenerationBody):
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
     # of this server
     session_id: str | None = None
@@ -29,11 +32,10 @@ class ChatCompletionBody(GenerationBody):
     prompt_cache_key: str | None = None
 
     # refused where they ask for something
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
     modalities: list[str] | None = None
     audio: Any = None
     web_search_options: Any = None
+    moderation: Any = None
     functions: Any = None
     function_call: Any = None
 
@@ -46,6 +48,7 @@ class ChatCompletionBody(GenerationBody):
     prediction: Any = None
     safety_identifier: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
 
 
 def parse(body: ChatCompletionBody, context: Context, header: str | None) -> ChatRequest:
@@ -59,16 +62,18 @@ def parse(body: ChatCompletionBody, context: Context, header: str | None) -> Cha
     body.check(context)
     context.check_messages(len(body.messages))
     refuse(
-        logprobs=body.logprobs,
-        top_logprobs=body.top_logprobs,
         audio=body.audio,
-        web_search_options=body.web_search_options,
+        web_search_options=body.web_search_options is not None,
+        moderation=body.moderation,
         functions=body.functions,
         function_call=body.function_call,
     )
     if body.modalities not in (None, ["text"]):
         raise invalid("modalities must be ['text'].", "modalities")
-    sampling = body.sampling(context, body.max_completion_tokens)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
+    logprobs = body.top_logprobs or 0 if body.logprobs else None
+    sampling = body.sampling(context, body.max_completion_tokens, logprobs=logprobs)
     session = context.session(body.document_id, body.session_id, header, body.prompt_cache_key)
     options = context.options(
         sampling,
@@ -101,7 +106,8 @@ def response(request: ChatRequest, result: Result) -> dict[str, Any]:
         message["content"] = result.text
     if result.reasoning:
         message["reasoning_content"] = result.reasoning
-    choice = {"index": 0, "message": message, "finish_reason": result.finish_reason, "logprobs": None}
+    logprobs = chat_logprobs(result.logprobs, request.wants_logprobs)
+    choice = {"index": 0, "message": message, "finish_reason": result.finish_reason, "logprobs": logprobs}
     return {
         "id": new_id("chatcmpl-"),
         "object": "chat.completion",
@@ -127,6 +133,7 @@ class ChatEvents:
             "model": request.model,
         }
         self._include_usage = include_usage
+        self._wants_logprobs = request.wants_logprobs
 
     def start(self) -> Iterator[dict[str, Any]]:
         """Yield the events before the first chunk."""
@@ -137,16 +144,20 @@ class ChatEvents:
         if chunk.reasoning:
             yield self._event({"reasoning_content": chunk.reasoning})
         if chunk.text:
-            yield self._event({"content": chunk.text})
+            yield self._event({"content": chunk.text}, logprobs=chunk.logprobs)
         if chunk.tool_call_deltas:
             yield self._event({"tool_calls": [_call_delta(delta) for delta in chunk.tool_call_deltas]})
         if chunk.usage is not None:
-            yield {**self._event({}, chunk.finish_reason), "session_id": chunk.session}
+            rest = () if chunk.text else chunk.logprobs
+            yield {**self._event({}, chunk.finish_reason, rest), "session_id": chunk.session}
             if self._include_usage:
                 yield {**self._base, "choices": [], "usage": usage_json(chunk.usage)}
 
-    def _event(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+    def _event(
+        self, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()
+    ) -> dict[str, Any]:
+        written = chat_logprobs(logprobs, self._wants_logprobs and bool(logprobs))
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": written}
         return {**self._base, "choices": [choice]}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from zsmerge_llm.server.errors import invalid
+from zsmerge_llm.server.logprobs import CompletionLogprobs
 from zsmerge_llm.server.openai_fields import GenerationBody, refuse_several, usage_json
 from zsmerge_llm.server.requests import Context, new_id, now, refuse
 from zsmerge_llm.types import Chunk, Result
@@ -15,11 +16,11 @@ class CompletionBody(GenerationBody):
     """A request. The last group is refused where it asks for something."""
 
     prompt: str | list[Any]
+    logprobs: int | None = None
 
     best_of: int | None = None
     echo: bool | None = None
     suffix: str | None = None
-    logprobs: int | None = None
 
 
 def parse(body: CompletionBody, context: Context) -> tuple[str, dict[str, Any]]:
@@ -29,17 +30,21 @@ def parse(body: CompletionBody, context: Context) -> tuple[str, dict[str, Any]]:
         RequestError, ConfigError: fields that are not supported, or out of range.
     """
     body.check(context)
-    refuse(echo=body.echo, suffix=body.suffix, logprobs=body.logprobs is not None)
+    refuse(echo=body.echo, suffix=body.suffix)
     refuse_several(best_of=body.best_of)
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if len(prompts) != 1 or not isinstance(prompts[0], str):
         raise invalid("prompt must be one text: send one request for each.", "prompt")
-    return prompts[0], {"sampling": body.sampling(context), "timeout": context.settings.timeout}
+    return prompts[0], {
+        "sampling": body.sampling(context, logprobs=body.logprobs),
+        "timeout": context.settings.timeout,
+    }
 
 
-def response(model: str, result: Result) -> dict[str, Any]:
+def response(model: str, result: Result, wants_logprobs: bool) -> dict[str, Any]:
     """Return a whole answer."""
-    choice = {"index": 0, "text": result.text, "finish_reason": result.finish_reason, "logprobs": None}
+    logprobs = CompletionLogprobs(wants_logprobs).push(result.logprobs)
+    choice = {"index": 0, "text": result.text, "finish_reason": result.finish_reason, "logprobs": logprobs}
     return {**_base(model), "choices": [choice], "usage": usage_json(result.usage)}
 
 
@@ -50,8 +55,9 @@ def _base(model: str) -> dict[str, Any]:
 class CompletionEvents:
     """Turns the chunks of an answer into OpenAI's events."""
 
-    def __init__(self, model: str, include_usage: bool) -> None:
+    def __init__(self, model: str, include_usage: bool, wants_logprobs: bool) -> None:
         self._base = _base(model)
+        self._logprobs = CompletionLogprobs(wants_logprobs)
         self._include_usage = include_usage
 
     def start(self) -> Iterator[dict[str, Any]]:
@@ -61,7 +67,8 @@ class CompletionEvents:
     def push(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
         """Yield the events of a chunk."""
         if chunk.text or chunk.usage is not None:
-            choice = {"index": 0, "text": chunk.text, "finish_reason": chunk.finish_reason, "logprobs": None}
+            logprobs = self._logprobs.push(chunk.logprobs)
+            choice = {"index": 0, "text": chunk.text, "finish_reason": chunk.finish_reason, "logprobs": logprobs}
             yield {**self._base, "choices": [choice]}
         if chunk.usage is not None and self._include_usage:
             yield {**self._base, "choices": [], "usage": usage_json(chunk.usage)}

@@ -21,7 +21,7 @@ class GenerationBody(Body):
     """A request. Fields in the last group are accepted and have no effect here."""
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -58,7 +58,7 @@ class GenerationBody(Body):
         )
         refuse_several(n=self.n)
 
-    def sampling(self, context: Context, *limits: int | None) -> SamplingParams:
+    def sampling(self, context: Context, *limits: int | None, logprobs: int | None = None) -> SamplingParams:
         """Return sampling parameters. limits: of the answer's tokens; they go before `max_tokens`."""
         return context.sampling(
             *limits,
@@ -70,6 +70,7 @@ class GenerationBody(Body):
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
+            logprobs=logprobs,
         )
 
 
@@ -86,7 +87,10 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "cache_write_tokens": usage.prompt_tokens - usage.cached_tokens,
+        },
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "zsmerge": own_counts(usage),
     }

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
@@ -38,6 +39,11 @@ class ChatRequest:
     messages: list[Message]
     options: dict[str, Any]
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer has log-probabilities."""
+        return self.options["sampling"].logprobs is not None
+
 
 @dataclass(frozen=True)
 class Context:
@@ -50,11 +56,11 @@ class Context:
     @property
     def model_names(self) -> tuple[str, ...]:
         """The names that requests may give the model."""
-        return (self.llm.name, *self.settings.aliases)
+        return (served_name(self.llm.name), *self.settings.aliases)
 
     def check_model(self, name: str) -> None:
         """Refuse a model that is not served. Raises RequestError."""
-        if name not in self.model_names:
+        if name not in self.model_names and name != self.llm.name:
             message = f"There is no model {shown(name)} here; there is {', '.join(map(repr, self.model_names))}."
             raise RequestError(ErrorReply(404, "not_found_error", message, "model_not_found", "model"))
 
@@ -96,6 +102,14 @@ class Context:
     def qualified(self, name: str) -> str:
         """Return the name of a session of this user in the store."""
         return name if self.owner is None else f"{self.owner}/{name}"
+
+
+def served_name(model: str) -> str:
+    """Return the name of a model for clients: of a file or folder its own name, and not where it is."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.name if path.is_absolute() or path.exists() else model
 
 
 def session_name(*candidates: str | None) -> str | None:

@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from zsmerge_llm.config import check_integer, check_number
 from zsmerge_llm.errors import ConfigError
@@ -27,7 +28,10 @@ class ServerSettings:
         max_tokens: of an answer, where the request gives no limit.
         max_body: bytes of a request. max_messages: of a conversation.
         timeout: seconds for an answer. body_timeout: seconds for a request's body to arrive.
-        max_responses: answers that `previous_response_id` can name, of all users together; older ones are forgotten.
+        responses_dir: folder that keeps responses across restarts, which `previous_response_id` can name; None keeps
+            them for this process.
+        max_responses: how many of them are kept, of all users together; older ones are forgotten.
+        max_response_bytes: how many bytes of them.
 
     Raises:
         ConfigError: a setting out of its range.
@@ -40,10 +44,12 @@ class ServerSettings:
     max_messages: int = 10_000
     timeout: float = 600.0
     body_timeout: float = 60.0
+    responses_dir: Path | None = None
     max_responses: int = 1_000
+    max_response_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "max_body", "max_messages", "max_responses"):
+        for name in ("max_tokens", "max_body", "max_messages", "max_responses", "max_response_bytes"):
             check_integer(name, getattr(self, name), 1)
         for name in ("timeout", "body_timeout"):
             check_number(name, getattr(self, name), 0.001, 1e6)

@@ -1,0 +1,189 @@
+"""Responses that are kept: a later request can go on from one (`previous_response_id`), and it can be looked up.
+
+With a folder they are there after a restart, and for every server that has the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+from zsmerge_llm.models.atomic_write import write_atomically
+from zsmerge_llm.server.errors import not_found
+from zsmerge_llm.types import Message
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"resp_[0-9a-f]{32}")
+"""Ids that this server makes. No other can name a file."""
+
+
+@dataclass(frozen=True)
+class StoredResponse:
+    """A conversation that a later request can go on from.
+
+    Attributes:
+        owner: whose it is. messages: all of it, without instructions, the answer included. response: as it was sent.
+    """
+
+    owner: str | None
+    messages: list[Message]
+    response: dict[str, Any]
+
+
+class Entries(Protocol):
+    """Texts by name. When there are too many, the oldest are forgotten."""
+
+    def put(self, name: str, text: bytes) -> None: ...
+
+    def get(self, name: str) -> bytes | None: ...
+
+    def remove(self, name: str) -> None: ...
+
+
+class StoredResponses:
+    """The newest responses by their ids. Safe to use from several threads.
+
+    Args:
+        entries: where they are kept.
+    """
+
+    def __init__(self, entries: Entries) -> None:
+        self._entries = entries
+
+    def keeper(
+        self, messages: list[Message], owner: str | None, wanted: bool
+    ) -> Callable[[dict[str, Any], Message], None]:
+        """Return a function that keeps a response and the conversation it ends.
+
+        Args:
+            messages: those before its answer, without instructions.
+            wanted: whether it is to be kept.
+        """
+
+        def keep(response: dict[str, Any], answer: Message) -> None:
+            if wanted:
+                stored = StoredResponse(owner, [*messages, answer], response)
+                self._entries.put(response["id"], json.dumps(asdict(stored)).encode())
+
+        return keep
+
+    def get(self, name: str, owner: str | None) -> StoredResponse:
+        """Return a response. Raises RequestError: it is not there, or somebody else's."""
+        text = self._entries.get(name) if NAME.fullmatch(name) else None
+        found = None if text is None else _parse(text)
+        if found is None or found.owner != owner:
+            raise not_found(f"There is no response {name!r}: send the whole conversation as input.")
+        return found
+
+    def remove(self, name: str, owner: str | None) -> None:
+        """Forget a response. Raises as `get`."""
+        self.get(name, owner)
+        self._entries.remove(name)
+
+
+def stored_responses(folder: Path | None, max_number: int, max_bytes: int) -> StoredResponses:
+    """Return the responses that are kept in a folder; None: in memory, until the process ends.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    if folder is None:
+        return StoredResponses(MemoryEntries(max_number, max_bytes))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return StoredResponses(FolderEntries(folder, max_number, max_bytes))
+
+
+class MemoryEntries:
+    """Texts in memory."""
+
+    def __init__(self, max_number: int, max_bytes: int) -> None:
+        self._limits = max_number, max_bytes
+        self._texts: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = Lock()
+
+    def put(self, name: str, text: bytes) -> None:
+        """Keep a text."""
+        with self._lock:
+            self._texts[name] = text
+            sizes = {each: len(kept) for each, kept in reversed(self._texts.items())}
+            for old in _beyond(sizes, *self._limits):
+                del self._texts[old]
+
+    def get(self, name: str) -> bytes | None:
+        """Return a text, None where there is none."""
+        return self._texts.get(name)
+
+    def remove(self, name: str) -> None:
+        """Forget a text."""
+        with self._lock:
+            self._texts.pop(name, None)
+
+
+class FolderEntries:
+    """Texts as files of a folder, which several processes may use."""
+
+    def __init__(self, folder: Path, max_number: int, max_bytes: int) -> None:
+        self._folder = folder
+        self._limits = max_number, max_bytes
+
+    def put(self, name: str, text: bytes) -> None:
+        """Keep a text, if there is room: its client has the answer in any case."""
+        try:
+            write_atomically(self._path(name), text, durable=False)
+            for old in _beyond(self._sizes(), *self._limits):
+                self.remove(old)
+        except OSError as error:
+            log.warning("A response was not kept (%s): make room in %s.", error.strerror, self._folder)
+
+    def get(self, name: str) -> bytes | None:
+        """Return a text, None where there is none."""
+        try:
+            return self._path(name).read_bytes()
+        except OSError:
+            return None
+
+    def remove(self, name: str) -> None:
+        """Forget a text."""
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+    def _sizes(self) -> dict[str, int]:
+        """Return the bytes of all texts, the newest first."""
+        found = []
+        for entry in os.scandir(self._folder):
+            if NAME.fullmatch(entry.name.removesuffix(".json")):
+                with suppress(FileNotFoundError):  # another process has removed it
+                    stat = entry.stat()
+                    found.append((stat.st_mtime_ns, entry.name.removesuffix(".json"), stat.st_size))
+        return {name: size for _, name, size in sorted(found, reverse=True)}
+
+
+def _beyond(sizes: dict[str, int], max_number: int, max_bytes: int) -> list[str]:
+    """Return the names of what is beyond a number of entries or of bytes. sizes: by name, the newest first."""
+    names, total = [], 0
+    for index, (name, size) in enumerate(sizes.items()):
+        total += size
+        if index and (index >= max_number or total > max_bytes):  # the newest one stays in any case
+            names.append(name)
+    return names
+
+
+def _parse(text: bytes) -> StoredResponse | None:
+    """Return a response that was kept, None for a text that was damaged."""
+    try:
+        found = StoredResponse(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
+    return found if isinstance(found.messages, list) and isinstance(found.response, dict) else None
