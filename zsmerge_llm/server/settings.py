@@ -28,6 +28,7 @@ class ServerSettings:
         max_body: bytes of a request. max_messages: of a conversation.
         timeout: seconds for an answer. body_timeout: seconds for a request's body to arrive.
         max_responses: answers that `previous_response_id` can name, of all users together; older ones are forgotten.
+        responses_folder: path or URL of the folder that keeps them; None keeps them for this process.
 
     Raises:
         ConfigError: a setting out of its range.
@@ -41,6 +42,7 @@ class ServerSettings:
     timeout: float = 600.0
     body_timeout: float = 60.0
     max_responses: int = 1_000
+    responses_folder: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_body", "max_messages", "max_responses"):
