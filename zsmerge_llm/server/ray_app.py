@@ -51,16 +51,14 @@ class Replica:
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
         """Yield the messages of the reply to a request. Where its reader is gone, the answer stops."""
         await self.hold(serve.get_multiplexed_model_id())
-        sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue(1)
+        sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         received: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         received.put_nowait({"type": "http.request", "body": body, "more_body": False})
         answering = asyncio.ensure_future(self._app({**scope, "app": self._app}, received.get, sent.put))
+        answering.add_done_callback(lambda _: sent.put_nowait({"type": "end"}))
         try:
-            while True:
-                message = await sent.get()
+            while (message := await sent.get())["type"] != "end":
                 yield message
-                if message["type"] == "http.response.body" and not message.get("more_body", False):
-                    return
         finally:
             received.put_nowait({"type": "http.disconnect"})
             answering.cancel()

@@ -64,7 +64,8 @@ async def relay(request: Request, body: bytes, pool: ReplicaPool, key: str) -> R
 async def _ask(request: Request, body: bytes, pool: ReplicaPool, replica: Replica) -> Response:
     """Return a replica's reply: an event stream from its first byte on, any other one whole. Raises TransportError."""
     headers = [(name, value) for name, value in request.headers.raw if name.decode("latin-1") not in NOT_PASSED_ON]
-    target = request.scope["raw_path"] + b"?" + request.scope["query_string"]
+    query = request.scope["query_string"]
+    target = request.scope["raw_path"] + (b"?" + query if query else b"")
     url = httpx.URL(replica.address or "", raw_path=target)
     upstream = await pool.client.send(
         pool.client.build_request(request.method, url, headers=headers, content=body), stream=True
