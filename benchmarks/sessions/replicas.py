@@ -41,9 +41,7 @@ def serving(model: str, folder: str, replicas: int) -> Iterator[tuple[httpx.Clie
     """Start a server; yield a client of it and its process."""
     command = [*COMMAND, "--model", model, "--slots", str(SLOTS), "--sessions-dir", folder, "--replicas", str(replicas)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     assert process.stdout is not None
     found = None
     for line in process.stdout:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from socket import AF_INET, AF_INET6, create_server, socket
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,10 +88,13 @@ def serve(
         port = listener.getsockname()[1]
     kept = f"conversations are kept in {folder}" if folder else "conversations end with the server"
     start = _one_server if replicas == 1 else _several_servers
-    with terminal.show_warnings(), start(terminal, model, per_replica, settings, host) as app:
-        with _listening(host, port) as listener:
-            terminal.status(_greeting(model, replicas, settings, f"{_in_url(host)}:{port}", kept))
-            run_server(app, listener)
+    with (
+        terminal.show_warnings(),
+        start(terminal, model, per_replica, settings, host) as app,
+        _listening(host, port) as listener,
+    ):
+        terminal.status(_greeting(model, replicas, settings, f"{_in_url(host)}:{port}", kept))
+        run_server(app, listener)
 
 
 @contextmanager

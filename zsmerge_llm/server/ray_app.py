@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
 from ray import serve
@@ -48,11 +48,11 @@ class Replica:
         """Let Ray know that this replica holds a conversation."""
         return key
 
-    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
+    async def answer(self, scope: MutableMapping[str, Any], body: bytes) -> AsyncIterator[MutableMapping[str, Any]]:
         """Yield the messages of the reply to a request. Where its reader is gone, the answer stops."""
         await self.hold(serve.get_multiplexed_model_id())
-        sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        received: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        sent: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue()
+        received: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue()
         received.put_nowait({"type": "http.request", "body": body, "more_body": False})
         answering = asyncio.ensure_future(self._app({**scope, "app": self._app}, received.get, sent.put))
         answering.add_done_callback(lambda _: sent.put_nowait({"type": "end"}))
@@ -79,7 +79,9 @@ class Router:
         except (ValueError, RecursionError):
             content = None
         key = conversation_key(request.url.path, request.query_params, request.headers, content)
-        scope = {name: request.scope[name] for name in ("type", "method", "path", "raw_path", "query_string", "headers")}
+        scope = {
+            name: request.scope[name] for name in ("type", "method", "path", "raw_path", "query_string", "headers")
+        }
         messages = self._replicas.options(multiplexed_model_id=key).remote(scope, body)
         start = await anext(messages)
         headers = {name.decode(): each.decode() for name, each in start["headers"]}
@@ -103,4 +105,4 @@ def application(args: dict[str, str]) -> Application:
     keys = tuple(key.strip() for key in os.environ.get("ZSMERGE_API_KEYS", "").split(",") if key.strip())
     settings = ServerSettings(api_keys=keys, responses_folder=llm.get("sessions_dir"))
     deployed = Replica.options(num_replicas=replicas, ray_actor_options={"num_gpus": gpus})  # type: ignore[attr-defined]
-    return Router.bind(deployed.bind(model, settings, llm))  # type: ignore[attr-defined, no-any-return]
+    return Router.bind(deployed.bind(model, settings, llm))  # type: ignore[attr-defined]

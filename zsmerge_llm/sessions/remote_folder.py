@@ -28,6 +28,7 @@ STAMPS = ("ETag", "etag", "md5Hash", "mtime", "updated", "LastModified", "last_m
 FIRST_BYTES = 256 * 1024
 """Read at once of a file whose header is wanted: most headers are shorter."""
 CONNECTIONS = 16
+NOTHING_SAVED = SavedFiles()
 
 Stamp = tuple[Any, Any]
 
@@ -58,9 +59,7 @@ class RemoteFolder(Folder):
         ConfigError: fsspec cannot reach it, or a package for this kind of storage is missing.
     """
 
-    def __init__(
-        self, url: str, mirror: Path, fingerprint: Fingerprint, expected: ExpectedCache | None = None
-    ) -> None:
+    def __init__(self, url: str, mirror: Path, fingerprint: Fingerprint, expected: ExpectedCache | None = None) -> None:
         super().__init__(mirror, fingerprint, durable=False, expected=expected)
         self._fs: AbstractFileSystem
         try:
@@ -74,7 +73,7 @@ class RemoteFolder(Folder):
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
-    def save(self, session: Session, known: SavedFiles = SavedFiles()) -> SavedFiles:
+    def save(self, session: Session, known: SavedFiles = NOTHING_SAVED) -> SavedFiles:
         """Write a session's files, as `Folder.save`, and bring them up. Raises OSError."""
         path = self.file(session.name)
         with self._locks[path.name]:

@@ -71,7 +71,7 @@ class Store(SavedSessions):
         assert path is not None
         kept = Folder(path, fingerprint, self._spill_folder is None, expected)
         if is_url(folder):
-            kept = RemoteFolder(str(folder), path, fingerprint, expected)
+            kept = RemoteFolder(str(folder), Path(path), fingerprint, expected)
         super().__init__(kept, limit, session_nbytes, device, persistent=folder is not None)
 
     # -- sessions -----------------------------------------------------------------------------------------------------

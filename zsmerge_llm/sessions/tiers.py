@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zsmerge_llm.sessions.folder import GENERATED_NAME, Folder, SavedFiles
-from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
+from zsmerge_llm.sessions.session import Session, Snapshot
 from zsmerge_llm.sessions.session_table import SessionTable, StoreEntry
 from zsmerge_llm.sessions.transfer import Transfer
 

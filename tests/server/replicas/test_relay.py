@@ -31,7 +31,9 @@ EVENTS = {
         'data: {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": '
         '[{"index": 0, "delta": {"content": "Hel"}, "finish_reason": null}]}\n\n'
     ],
-    "/v1/responses": ['event: response.output_text.delta\ndata: {"type": "response.output_text.delta", "delta": "Hel"}\n\n'],
+    "/v1/responses": [
+        'event: response.output_text.delta\ndata: {"type": "response.output_text.delta", "delta": "Hel"}\n\n'
+    ],
     "/v1/messages": ['event: ping\ndata: {"type": "ping"}\n\n'],
 }
 ENDS = {

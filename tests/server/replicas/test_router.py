@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.asgi_server import running
 from tests.support.chat import LARGE_CACHE, make_llm
+from zsmerge_llm import SamplingParams
 from zsmerge_llm.server.app import create_app
 from zsmerge_llm.server.replicas.pool import Replica
 from zsmerge_llm.server.replicas.router import create_router
@@ -85,14 +86,16 @@ def test_conversations_go_on_where_they_are_and_are_spread(pair: Pair) -> None:
 
 def test_a_conversation_moves_with_its_cache_and_back(pair: Pair) -> None:
     alone = make_llm(cache=LARGE_CACHE, retrieval_tokens=0, compile=False)
-    messages, undisturbed = [], []
+    messages: list[dict[str, Any]] = []
+    undisturbed: list[dict[str, Any]] = []
     for turn, answering in enumerate((0, 1, 0, 1, 1, 0)):
         pair.only(answering)
         messages.append({"role": "user", "content": f"What came after year {turn}?"})
         answer = pair.ask(messages)
         assert answer["usage"]["zsmerge"]["reuse"] == ("continued" if turn else "new")
         undisturbed.append({"role": "user", "content": f"What came after year {turn}?"})
-        undisturbed.append({"role": "assistant", "content": alone.chat(undisturbed, max_tokens=8).text})
+        result = alone.chat(undisturbed, sampling=SamplingParams(max_tokens=8))
+        undisturbed.append({"role": "assistant", "content": result.text})
     assert [each["content"] for each in messages] == [each["content"] for each in undisturbed]
 
 
@@ -134,8 +137,9 @@ def test_a_deleted_session_is_gone_everywhere(pair: Pair) -> None:
 def test_a_response_is_continued_on_the_same_replica_and_on_any_other(pair: Pair) -> None:
     first = pair.openai.responses.create(model="tiny", input="Name a tree.")
     name = str(first.model_extra and first.model_extra["session_id"])
-    with pair.openai.responses.stream(model="tiny", input="Another", previous_response_id=first.id) as stream:
-        second = stream.get_final_response()
+    *_, last = pair.openai.responses.create(model="tiny", input="Another", previous_response_id=first.id, stream=True)
+    assert last.type == "response.incomplete"
+    second = last.response
     assert sorted(pair.tiers(name)) == ["disk", "host"]
     for answering in (0, 1):
         pair.only(answering)
@@ -193,4 +197,5 @@ def test_the_chat_page_and_what_it_asks_for_come_through(pair: Pair) -> None:
     name = pair.ask([{"role": "user", "content": "Show me"}])["session_id"]
     assert "<html" in pair.http.get(f"/v1/sessions/{name}/map").text
     assert pair.http.get("/no/such/page").status_code == 404
-    assert pair.http.post("/v1/chat/completions", content=b"{").json()["error"]["message"] == "The body is no valid JSON."
+    reply = pair.http.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
+    assert reply.json()["error"]["message"] == "The body is no valid JSON."

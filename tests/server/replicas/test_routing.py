@@ -58,7 +58,12 @@ def test_an_id_goes_before_everything_else(name: str, one: str, other: str) -> N
 
 def test_two_users_conversations_in_the_same_words_are_two() -> None:
     body = {"messages": [{"role": "user", "content": "Hello"}]}
-    keys = {key(body), key(body, authorization="Bearer a"), key(body, authorization="Bearer b"), key(body, x_api_key="c")}
+    keys = {
+        key(body),
+        key(body, authorization="Bearer a"),
+        key(body, authorization="Bearer b"),
+        key(body, x_api_key="c"),
+    }
     assert len(keys) == 4
 
 

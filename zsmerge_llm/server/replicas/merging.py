@@ -18,8 +18,8 @@ TIERS = ("device", "host", "disk")
 def merge_lists(lists: Iterable[Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
     """Return the union of several lists of sessions, the most recently used first.
 
-    A session that several replicas know is listed as the one has it that used it last or, where that is undecided,
-    holds it nearest to its model.
+    A session that several replicas know is listed as the one has it that holds it nearest to its model or, where all
+    hold it alike, used it last.
     """
     found: dict[str, Mapping[str, Any]] = {}
     for each in (each for listed in lists for each in listed):
@@ -30,7 +30,7 @@ def merge_lists(lists: Iterable[Sequence[Mapping[str, Any]]]) -> list[Mapping[st
 
 
 def _rank(listed: Mapping[str, Any]) -> tuple[int, int]:
-    return listed["used_at"], -TIERS.index(listed["tier"])
+    return -TIERS.index(listed["tier"]), listed["used_at"]
 
 
 def merge_metrics(texts: Mapping[int, str], replicas: Sequence[Replica]) -> bytes:

@@ -39,7 +39,7 @@ class ReplicaSettings:
 
     model: str
     llm: dict[str, Any] = field(default_factory=dict)
-    server: ServerSettings = ServerSettings()
+    server: ServerSettings = field(default_factory=ServerSettings)
 
 
 class ReplicaProcesses:
@@ -135,7 +135,7 @@ def _address(connection: Connection) -> str:
 
 
 def _serve(settings: ReplicaSettings, router: Connection) -> None:
-    """Serve a model on a free port of the loopback address, and tell it. The process ends with the one that began it."""
+    """Serve a model on a free loopback port, and tell it. The process ends with the one that began it."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C is for the router, which lets answers end first
     Thread(target=_end_with_parent, daemon=True).start()

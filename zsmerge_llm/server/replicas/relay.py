@@ -16,7 +16,18 @@ from zsmerge_llm.server.errors import ErrorReply, RequestError
 from zsmerge_llm.server.replicas.pool import Replica, ReplicaPool
 
 NOT_PASSED_ON = frozenset(
-    "connection content-length host keep-alive transfer-encoding accept-encoding upgrade te date server".split()
+    [
+        "connection",
+        "content-length",
+        "host",
+        "keep-alive",
+        "transfer-encoding",
+        "accept-encoding",
+        "upgrade",
+        "te",
+        "date",
+        "server",
+    ]
 )
 """Headers of one connection only, and those that each server writes itself."""
 EVENT_END = b"\n\n"
@@ -36,7 +47,11 @@ LOST = ErrorReply(
     headers={"Retry-After": "1"},
 )
 NONE_ANSWERS = ErrorReply(
-    503, "overloaded_error", "No replica answers now. Try again in a moment.", "no_replica", headers={"Retry-After": "5"}
+    503,
+    "overloaded_error",
+    "No replica answers now. Try again in a moment.",
+    "no_replica",
+    headers={"Retry-After": "5"},
 )
 
 

@@ -79,7 +79,7 @@ def create_router(
             Route("/v1/documents/{name}", routes.delete, methods=["DELETE"]),
             Route("/{path:path}", routes.pass_on, methods=METHODS),
         ],
-        exception_handlers={kind: error_response for kind in kinds},  # type: ignore[dict-item]
+        exception_handlers=dict.fromkeys(kinds, error_response),
         lifespan=lifespan,
     )
     app.add_middleware(Guard, settings=settings, loopback_only=loopback_only and not settings.api_keys)
@@ -97,9 +97,7 @@ class _Routes:
         answering = len(self._pool.answering)
         status = "ok" if answering == len(replicas) else "degraded" if answering else "unavailable"
         listed = [{"replica": each.number, "answers": each.answers, "restarts": each.restarts} for each in replicas]
-        return json_reply(
-            {"status": status, "loaded": answering > 0, "replicas": listed}, 200 if answering else 503
-        )
+        return json_reply({"status": status, "loaded": answering > 0, "replicas": listed}, 200 if answering else 503)
 
     async def metrics(self, request: Request) -> Response:
         """Return the figures of all replicas, each with the label `replica`."""
