@@ -64,7 +64,7 @@ class Replica:
             answering.cancel()
 
 
-@serve.deployment(max_ongoing_requests=1_000)
+@serve.deployment(max_ongoing_requests=1_000, ray_actor_options={"num_cpus": 0})
 class Router:
     """Hands each request to the replica that holds its conversation."""
 

@@ -145,6 +145,7 @@ def test_what_ended_one_replica_is_not_sent_to_the_next_but_reading_is() -> None
         assert reply.json()["error"]["type"] == "api_error"
         assert reply.headers["retry-after"] == "1"
         assert len(asked) == 1
+    with dying_replica(b"", asked) as one, dying_replica(b"", asked) as two, router(one, two) as (client, _):
         assert client.get("/v1/models").json()["error"]["code"] == "no_replica"
         assert len(asked) == 3
 

@@ -68,10 +68,10 @@ async def relay(request: Request, body: bytes, pool: ReplicaPool, key: str) -> R
     for replica in pool.ranked(key):
         try:
             return await while_connected(request, _ask(request, body, pool, replica))
-        except (httpx.ConnectError, httpx.ConnectTimeout):
-            replica.answers = False  # until it passes a check
         except httpx.TransportError as error:
-            if request.method != "GET":
+            replica.answers = False  # until it passes a check
+            has_begun = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            if has_begun and request.method != "GET":
                 raise RequestError(LOST) from error
     raise RequestError(NONE_ANSWERS)
 
@@ -87,7 +87,7 @@ async def _ask(request: Request, body: bytes, pool: ReplicaPool, replica: Replic
     )
     kept = {name: value for name, value in upstream.headers.items() if name not in NOT_PASSED_ON}
     if upstream.headers.get("content-type", "").startswith("text/event-stream"):
-        return _Relay(upstream, _form(request.url.path), kept)
+        return _Relay(upstream, _whole_events(upstream, _form(request.url.path), replica), kept)
     try:
         content = b"".join([part async for part in upstream.aiter_raw()])
     finally:
@@ -105,8 +105,8 @@ def _form(path: str) -> EventForm:
 class _Relay(StreamingResponse):
     """Sends a replica's events as they come. Where the client is gone, the replica is told by a closed connection."""
 
-    def __init__(self, upstream: httpx.Response, form: EventForm, headers: dict[str, str]) -> None:
-        super().__init__(_whole_events(upstream, form), upstream.status_code, headers)
+    def __init__(self, upstream: httpx.Response, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(events, upstream.status_code, headers)
         self._upstream = upstream
 
     async def __call__(self, *connection: Any) -> None:
@@ -117,7 +117,7 @@ class _Relay(StreamingResponse):
                 await self._upstream.aclose()
 
 
-async def _whole_events(upstream: httpx.Response, form: EventForm) -> AsyncIterator[bytes]:
+async def _whole_events(upstream: httpx.Response, form: EventForm, replica: Replica) -> AsyncIterator[bytes]:
     """Yield whole events as they come, and an error where the replica ends before its answer."""
     rest, is_complete = b"", False
     try:
@@ -127,7 +127,7 @@ async def _whole_events(upstream: httpx.Response, form: EventForm) -> AsyncItera
             if end:
                 yield whole + end
     except httpx.TransportError:
-        pass
+        replica.answers = False  # until it passes a check: the next turn may come before its port is closed
     if not is_complete:
         yield form.write_error(LOST).encode()
         if form.end is not None:
