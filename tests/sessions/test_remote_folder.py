@@ -16,6 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.support.chat import Chat, equal_caches, make_llm
 from zsmerge_llm import LLM
 from zsmerge_llm.errors import ConfigError, SessionNotFoundError
+from zsmerge_llm.sessions.remote_folder import RemoteFolder
 
 
 @pytest.fixture
@@ -64,7 +65,8 @@ def test_listing_reads_headers_and_loading_reads_one_file(url: str) -> None:
     one = start(url)
     for number in range(5):
         Chat(one, f"chat {number}").ask("Hello")
-    with mock.patch.object(MemoryFileSystem, "get_file", autospec=True, side_effect=MemoryFileSystem.get_file) as read:
+    whole = RemoteFolder._download_rest
+    with mock.patch.object(RemoteFolder, "_download_rest", autospec=True, side_effect=whole) as read:
         two = start(url)
         assert {info.name for info in two.store} == {f"chat {number}" for number in range(5)}
         assert read.call_count == 0

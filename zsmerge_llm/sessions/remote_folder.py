@@ -209,7 +209,7 @@ class RemoteFolder(Folder):
         """Fill a file of which the mirror has the header. It stays the file it was: same inode, same time."""
         stat = path.stat()
         with path.open("r+b") as file, _as_os_error():
-            self._fs.get_file(self._remote(path), file)
+            file.write(self._fs.cat_file(self._remote(path)))
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
     def _store(self, path: Path) -> None:
