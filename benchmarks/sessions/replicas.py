@@ -2,10 +2,10 @@
 
     python benchmarks/sessions/replicas.py [--model smollm2] [--streams 8] [--seconds 60]
 
-Starts `zsmerge-llm serve` with one process, with `--replicas 1` reached through the router of another process, and with
-`--replicas 2`. Every process computes on one thread. `--streams` clients ask as fast as they are answered. The router's
-cost is the time of a request that computes nothing (`GET /v1/models`) and of a streamed token, with it and without. A
-move is the first turn on another replica after the conversation's own was killed, beside a turn that stays.
+Starts `zsmerge-llm serve` alone, and with `--replicas 2`. Every process computes on one thread. `--streams` clients ask
+as fast as they are answered. The router's cost is the time of a request that computes nothing (`GET /v1/models`) and of
+a streamed token, with it and without. A move is the first turn on another replica after the conversation's own was
+killed, beside a turn that stays.
 """
 
 from __future__ import annotations
