@@ -58,9 +58,11 @@ def serving(model: str, folder: str, replicas: int) -> Iterator[tuple[httpx.Clie
 
 
 def ask(client: httpx.Client, model: str, messages: list[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
-    """Return an answer, which is appended to the messages."""
+    """Return an answer, which is appended to the messages. Asks again where a replica has just been lost."""
     body = {"model": model, "messages": messages, "max_tokens": max_tokens}
-    found: dict[str, Any] = client.post("/v1/chat/completions", json=body).raise_for_status().json()
+    while (reply := client.post("/v1/chat/completions", json=body)).status_code == 503:
+        time.sleep(0.02)
+    found: dict[str, Any] = reply.raise_for_status().json()
     messages.append(found["choices"][0]["message"])
     return found
 
@@ -97,9 +99,9 @@ def cost(client: httpx.Client, model: str) -> dict[str, float]:
         began = time.perf_counter()
         client.get("/v1/models").raise_for_status()
         times.append(1000 * (time.perf_counter() - began))
-    body = {"model": model, "messages": [{"role": "user", "content": "Count to a thousand."}], "max_tokens": 200}
+    body = {"model": model, "messages": [{"role": "user", "content": "Count to a thousand."}], "max_tokens": 64}
     tokens = []
-    for _ in range(5):
+    for _ in range(3):
         arrivals = []
         with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as reply:
             arrivals = [time.perf_counter() for line in reply.iter_lines() if '"content"' in line]
