@@ -82,7 +82,7 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         retrieval_tokens: most tokens of earlier text that match a question and are read again before it, where the
             cache has dropped some; at most half of its slots. 0: none.
         max_input_tokens: a longer prompt raises ContextLimitError; None: no limit. Nothing is ever truncated.
-        sessions_dir: folder that keeps conversations across restarts; None keeps them for this process.
+        sessions_dir: folder, or its fsspec URL, that keeps conversations across restarts; None: for this process.
         session_memory: bytes of host memory for idle conversations, such as "4GiB"; the least recently used ones go to
             disk. Too few for one conversation raise StoreFullError when the model loads.
         gpu_session_memory: the same of a GPU, before they go to host memory. "auto": what is free beside the model.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +12,11 @@ import anthropic
 import httpx
 import openai
 import pytest
-import uvicorn
 
+from tests.support.asgi_server import running
 from tests.support.chat import LARGE_CACHE, make_llm
 from zsmerge_llm import LLM
 from zsmerge_llm.server.app import create_app
-from zsmerge_llm.server.connections import TimedConnection
 from zsmerge_llm.server.settings import ServerSettings
 
 KEYS = ("key-of-ann-0123456789", "key-of-bob-0123456789")
@@ -28,20 +25,8 @@ KEYS = ("key-of-ann-0123456789", "key-of-bob-0123456789")
 @contextmanager
 def serving(llm: LLM, settings: ServerSettings | None = None, **options: Any) -> Iterator[str]:
     """Serve a model in a thread; yield the address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        app = create_app(llm, settings, **options)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, http=TimedConnection)
-        server = uvicorn.Server(config)
-        port = free.getsockname()[1]
-        free.listen(128)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [free]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}"
-        server.should_exit = True
-        thread.join(20)
+    with running(create_app(llm, settings, **options)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def ask(client: httpx.Client, messages: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        (["--workers", "2"], "--sessions-dir"),
+        (["--workers", "2"], "--replicas"),
         (["--host", "0.0.0.0"], "ZSMERGE_API_KEYS"),
         (["--api-key-file", "no/such/file"], "one API key a line"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from socket import AF_INET, AF_INET6, create_server, socket
@@ -16,12 +16,9 @@ from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from zsmerge_llm.llm import LLM
     from zsmerge_llm.server.settings import ServerSettings
 
 KEYS = "ZSMERGE_API_KEYS"
-STOP_SECONDS = 10
-"""How long answers may go on after the server was told to stop. Then they are cancelled; conversations stay whole."""
 
 
 def serve(
@@ -39,7 +36,8 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps or xpu.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="int4, int8, nf4 or fp8.", show_default="none")] = None,
     sessions_dir: Annotated[
-        Path | None, typer.Option(help="Folder that keeps conversations.", show_default="the user's data folder")
+        str | None,
+        typer.Option(help="Folder that keeps conversations, or its fsspec URL.", show_default="the user's data folder"),
     ] = None,
     keep: Annotated[bool, typer.Option(help="Keep conversations after the server has stopped.")] = True,
     session_memory: Annotated[str, typer.Option(help="Host memory for idle conversations.")] = "4GiB",
@@ -51,57 +49,104 @@ def serve(
     max_tokens: Annotated[int, typer.Option(help="Of an answer, where a request sets no limit.", max=LARGEST)] = 4096,
     max_requests: Annotated[int, typer.Option(help="Requests that may wait or be answered.", max=LARGEST)] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds for an answer.")] = 600.0,
+    replicas: Annotated[
+        int, typer.Option(help="Processes with an engine each, behind one address.", min=1, max=1000)
+    ] = 1,
     workers: Annotated[int, typer.Option(help="Must be 1.", hidden=True)] = 1,
 ) -> None:
     """Serve a model over HTTP: OpenAI's and Anthropic's dialects, and a page to chat on at /."""
     if workers != 1:
         raise ConfigError(
-            "--workers must be 1: one process owns the device, and answers requests together. For more, start several "
-            "servers with the same --sessions-dir behind a proxy; each continues the conversations of all."
+            "--workers must be 1: one process owns the device, and answers requests together. For more, give "
+            "--replicas: processes with an engine each, which continue the conversations of all."
         )
+    if replicas > 1 and not keep:
+        raise ConfigError("--replicas share conversations through the sessions folder: leave out --no-keep.")
     terminal = Terminal()
-    try:
-        import uvicorn
-
-        from zsmerge_llm.server.app import create_app
-        from zsmerge_llm.server.connections import TimedConnection
-        from zsmerge_llm.server.settings import ServerSettings, check_exposure, is_loopback
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"The server needs the package {error.name}: pip install 'zsmerge-llm[server]'."
-        ) from error
-    folder = (sessions_dir or _sessions_folder()) if keep else None
+    with _server_packages():
+        from zsmerge_llm.server.running import run_server
+        from zsmerge_llm.server.settings import ServerSettings, check_exposure
+    folder = (sessions_dir or str(_sessions_folder())) if keep else None
     settings = ServerSettings(
         api_keys=_api_keys(api_key_file),
         aliases=tuple(alias or ()),
         max_tokens=max_tokens,
         timeout=timeout,
-        responses_dir=folder and folder / "responses",
+        responses_dir=folder and f"{folder.rstrip('/')}/responses",
     )
     check_exposure(host, settings, insecure)
-    cache = CacheConfig() if slots is None else CacheConfig(slots=slots)
-    with terminal.show_warnings():
-        from zsmerge_llm import LLM, SchedulingConfig
+    from zsmerge_llm import SchedulingConfig
 
-        with terminal.show_steps(f"Loading {model}") as step:
-            llm = LLM(
-                model,
-                cache=cache,
-                dtype=dtype,
-                device=device,
-                quantization=quantization,
-                sessions_dir=folder,
-                session_memory=session_memory,
-                scheduling=SchedulingConfig(max_requests=max_requests),
-                progress=step,
-            )
-            llm.warm_up()
-        app = create_app(llm, settings, loopback_only=is_loopback(host))
-        options: dict[str, Any] = {"server_header": False, "timeout_graceful_shutdown": STOP_SECONDS}
-        options["http"] = TimedConnection
-        with llm, _listening(host, port) as listener:
-            terminal.status(_greeting(llm, settings, host, listener.getsockname()[1], folder))
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", **options)).run(sockets=[listener])
+    llm_settings = {
+        "cache": CacheConfig() if slots is None else CacheConfig(slots=slots),
+        "dtype": dtype,
+        "quantization": quantization,
+        "sessions_dir": folder,
+        "session_memory": session_memory,
+        "scheduling": SchedulingConfig(max_requests=max_requests),
+    }
+    devices = device.split(",")
+    per_replica = [{**llm_settings, "device": devices[each % len(devices)]} for each in range(replicas)]
+    with _listening(host, port) as listener:  # a port that is taken is an error before anything is loaded
+        port = listener.getsockname()[1]
+    kept = f"conversations are kept in {folder}" if folder else "conversations end with the server"
+    start = _one_server if replicas == 1 else _several_servers
+    with (
+        terminal.show_warnings(),
+        start(terminal, model, per_replica, settings, host) as app,
+        _listening(host, port) as listener,
+    ):
+        terminal.status(_greeting(model, replicas, settings, f"{_in_url(host)}:{port}", kept))
+        run_server(app, listener)
+
+
+@contextmanager
+def _one_server(
+    terminal: Terminal, model: str, llm_settings: Sequence[dict[str, Any]], settings: ServerSettings, host: str
+) -> Iterator[Any]:
+    """Load a model in this process; yield its server."""
+    with _server_packages():
+        from zsmerge_llm import LLM
+        from zsmerge_llm.server.app import create_app
+        from zsmerge_llm.server.settings import is_loopback
+
+    with terminal.show_steps(f"Loading {model}") as step:
+        llm = LLM(model, **llm_settings[0], progress=step)
+        llm.warm_up()
+    with llm:
+        yield create_app(llm, settings, loopback_only=is_loopback(host))
+
+
+@contextmanager
+def _several_servers(
+    terminal: Terminal, model: str, llm_settings: Sequence[dict[str, Any]], settings: ServerSettings, host: str
+) -> Iterator[Any]:
+    """Load a model in processes of their own; yield a router that passes requests on to them."""
+    with _server_packages():
+        from zsmerge_llm.server.replicas.processes import ReplicaProcesses, ReplicaSettings
+        from zsmerge_llm.server.replicas.router import create_router
+        from zsmerge_llm.server.settings import is_loopback
+
+    processes = ReplicaProcesses([ReplicaSettings(model, each, settings) for each in llm_settings])
+    try:
+        with terminal.show_steps(f"Loading {model} in {len(llm_settings)} processes"):
+            processes.start()
+        yield create_router(
+            processes.replicas, settings, while_serving=processes.watched, loopback_only=is_loopback(host)
+        )
+    finally:
+        processes.stop()
+
+
+@contextmanager
+def _server_packages() -> Iterator[None]:
+    """Import what the server needs. Raises MissingDependencyError: a package is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"The server needs the package {error.name}: pip install 'zsmerge-llm[server]'."
+        ) from error
 
 
 @contextmanager
@@ -137,10 +182,13 @@ def _sessions_folder() -> Path:
     return user_data_path("zsmerge-llm") / "server"
 
 
-def _greeting(llm: LLM, settings: ServerSettings, host: str, port: int, folder: Path | None) -> str:
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _greeting(model: str, replicas: int, settings: ServerSettings, address: str, kept: str) -> str:
     from zsmerge_llm.server.requests import served_name
 
-    name = f"[{host}]" if ":" in host else host
     keys = f"{len(settings.api_keys)} API keys" if settings.api_keys else "no API keys"
-    kept = f"conversations are kept in {folder}" if folder else "conversations end with the server"
-    return f"Serving {served_name(llm.name)} at http://{name}:{port} ({keys}; {kept}). Ctrl-C stops it."
+    several = f" in {replicas} replicas" if replicas > 1 else ""
+    return f"Serving {served_name(model)}{several} at http://{address} ({keys}; {kept}). Ctrl-C stops it."

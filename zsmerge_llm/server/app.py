@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from zsmerge_llm import __version__
 from zsmerge_llm.errors import ZSMergeError
 from zsmerge_llm.server import chat_routes, pages, session_routes
-from zsmerge_llm.server.delivery import CLIENT_GONE, ClientDisconnectedError, json_reply
-from zsmerge_llm.server.errors import anthropic_error, openai_error, reply_to
+from zsmerge_llm.server.delivery import ClientDisconnectedError, error_response
 from zsmerge_llm.server.guard import Guard
 from zsmerge_llm.server.metrics import Metrics
 from zsmerge_llm.server.settings import ServerSettings
@@ -36,16 +35,7 @@ def create_app(llm: LLM, settings: ServerSettings | None = None, *, loopback_onl
     app.state.responses = stored_responses(settings.responses_dir, settings.max_responses, settings.max_response_bytes)
     app.add_middleware(Guard, settings=settings, loopback_only=loopback_only and not settings.api_keys)
     for kind in (ZSMergeError, RequestValidationError, HTTPException, ClientDisconnectedError, Exception):
-        app.add_exception_handler(kind, _on_error)
+        app.add_exception_handler(kind, error_response)
     for module in (chat_routes, session_routes, pages):
         app.include_router(module.router)
     return app
-
-
-async def _on_error(request: Request, error: Exception) -> Response:
-    """Return an error in the form of the dialect that was used."""
-    if isinstance(error, ClientDisconnectedError):
-        return Response(status_code=CLIENT_GONE)
-    reply = reply_to(error)
-    body = anthropic_error if request.url.path.startswith("/v1/messages") else openai_error
-    return json_reply(body(reply), reply.status, {**reply.headers, **(getattr(error, "headers", None) or {})})

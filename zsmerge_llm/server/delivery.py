@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from threading import Event
 from typing import Any, Protocol, TypeVar
@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from zsmerge_llm import aio
-from zsmerge_llm.server.errors import ErrorReply, reply_to
+from zsmerge_llm.server.errors import ErrorReply, anthropic_error, openai_error, reply_to
 from zsmerge_llm.types import Chunk
 
 T = TypeVar("T")
@@ -57,10 +57,24 @@ class EventForm:
         """Return an event as it is sent."""
         return ServerSentEvent(json.dumps(event), event=event.get("type") if self.named else None, sep=LINE_END)
 
+    def write_error(self, reply: ErrorReply) -> ServerSentEvent:
+        """Return an error as it is sent within a stream."""
+        body = self.error(reply)
+        return self.write({"type": "error", **body} if self.named else body)
+
 
 def json_reply(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Return a JSON response. What is not ASCII is escaped, so that any text can be sent."""
     return Response(json.dumps(content), status, headers, media_type="application/json")
+
+
+async def error_response(request: Request, error: Exception) -> Response:
+    """Return an error in the form of the dialect that was used."""
+    if isinstance(error, ClientDisconnectedError):
+        return Response(status_code=CLIENT_GONE)
+    reply = reply_to(error)
+    body = anthropic_error if request.url.path.startswith("/v1/messages") else openai_error
+    return json_reply(body(reply), reply.status, {**reply.headers, **(getattr(error, "headers", None) or {})})
 
 
 async def run(request: Request, work: Callable[[Event], T]) -> T:
@@ -69,7 +83,16 @@ async def run(request: Request, work: Callable[[Event], T]) -> T:
     Raises:
         ClientDisconnectedError: the client is gone, and `cancel` was set.
     """
-    task = asyncio.ensure_future(aio.call(work))
+    return await while_connected(request, aio.call(work))
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Return the result of `work`, which is cancelled where the client is gone. The request's body has been read.
+
+    Raises:
+        ClientDisconnectedError: the client is gone.
+    """
+    task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnect(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -122,9 +145,7 @@ async def _events(
             for event in events.push(chunk):
                 yield form.write(event)
     except Exception as error:  # the headers are sent: it can only be told within the stream
-        yield form.write(
-            {"type": "error", **form.error(reply_to(error))} if form.named else form.error(reply_to(error))
-        )
+        yield form.write_error(reply_to(error))
     finally:
         first.cancel()
         await chunks.aclose()

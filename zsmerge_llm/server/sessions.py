@@ -104,6 +104,7 @@ def _add(context: Context, session: Session, name: str) -> Session:
     """Add a copy of a session under a name that is free. Raises RequestError: it is taken, or no name."""
     checked = session_name(name)
     assert checked is not None
+    context.llm.store.refresh(context.qualified(checked))  # another process may have it
     if context.qualified(checked) in context.llm.store:
         message = f"There is a session {checked!r} already: delete it first, or give another id."
         raise RequestError(ErrorReply(409, "invalid_request_error", message, "exists"))

@@ -28,8 +28,8 @@ class ServerSettings:
         max_tokens: of an answer, where the request gives no limit.
         max_body: bytes of a request. max_messages: of a conversation.
         timeout: seconds for an answer. body_timeout: seconds for a request's body to arrive.
-        responses_dir: folder that keeps responses across restarts, which `previous_response_id` can name; None keeps
-            them for this process.
+        responses_dir: folder, or its fsspec URL, that keeps responses across restarts. `previous_response_id` names
+            them. None keeps them for this process.
         max_responses: how many of them are kept, of all users together; older ones are forgotten.
         max_response_bytes: how many bytes of them.
 
@@ -44,7 +44,7 @@ class ServerSettings:
     max_messages: int = 10_000
     timeout: float = 600.0
     body_timeout: float = 60.0
-    responses_dir: Path | None = None
+    responses_dir: Path | str | None = None
     max_responses: int = 1_000
     max_response_bytes: int = 256 * 2**20
 

@@ -17,6 +17,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
 from zsmerge_llm.models.atomic_write import write_atomically
 from zsmerge_llm.server.errors import not_found
 from zsmerge_llm.types import Message
@@ -25,6 +29,10 @@ log = logging.getLogger(__name__)
 
 NAME = re.compile(r"resp_[0-9a-f]{32}")
 """Ids that this server makes. No other can name a file."""
+
+
+CLEAN_EVERY = 100
+"""Responses between two looks whether there are too many in remote storage."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +99,21 @@ class StoredResponses:
         self._entries.remove(name)
 
 
-def stored_responses(folder: Path | None, max_number: int, max_bytes: int) -> StoredResponses:
+def stored_responses(folder: str | Path | None, max_number: int, max_bytes: int) -> StoredResponses:
     """Return the responses that are kept in a folder; None: in memory, until the process ends.
+
+    folder: a path, or a URL that fsspec knows.
 
     Raises:
         OSError: the folder cannot be made.
     """
     if folder is None:
         return StoredResponses(MemoryEntries(max_number, max_bytes))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return StoredResponses(FolderEntries(folder, max_number, max_bytes))
+    storage, root = url_to_fs(str(folder), use_listings_cache=False)
+    if not isinstance(storage, LocalFileSystem):
+        return StoredResponses(StorageEntries(storage, root, max_number, max_bytes))
+    Path(root).mkdir(mode=0o700, parents=True, exist_ok=True)
+    return StoredResponses(FolderEntries(Path(root), max_number, max_bytes))
 
 
 class MemoryEntries:
@@ -167,6 +180,53 @@ class FolderEntries:
                 with suppress(FileNotFoundError):  # another process has removed it
                     stat = entry.stat()
                     found.append((stat.st_mtime_ns, entry.name.removesuffix(".json"), stat.st_size))
+        return {name: size for _, name, size in sorted(found, reverse=True)}
+
+
+class StorageEntries:
+    """Texts as files of storage that fsspec reaches, which several machines may use."""
+
+    def __init__(self, storage: AbstractFileSystem, root: str, max_number: int, max_bytes: int) -> None:
+        self._storage, self._root = storage, root.rstrip("/")
+        self._limits = max_number, max_bytes
+        self._until_cleaning = 0
+        storage.makedirs(self._root, exist_ok=True)
+
+    def put(self, name: str, text: bytes) -> None:
+        """Keep a text, if that works: its client has the answer in any case."""
+        try:
+            self._storage.pipe_file(self._path(name), text)
+            self._until_cleaning -= 1
+            if self._until_cleaning < 0:  # a listing is a request of its own
+                self._until_cleaning = CLEAN_EVERY
+                for old in _beyond(self._sizes(), *self._limits):
+                    self.remove(old)
+        except OSError as error:
+            log.warning("A response was not kept in %s: %s", self._root, error)
+
+    def get(self, name: str) -> bytes | None:
+        """Return a text, None where there is none."""
+        try:
+            found: bytes = self._storage.cat_file(self._path(name))
+        except OSError:
+            return None
+        return found
+
+    def remove(self, name: str) -> None:
+        """Forget a text."""
+        with suppress(FileNotFoundError):
+            self._storage.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}.json"
+
+    def _sizes(self) -> dict[str, int]:
+        """Return the bytes of all texts, the newest first."""
+        found = []
+        for entry in self._storage.ls(self._root, detail=True):
+            name = entry["name"].rpartition("/")[2].removesuffix(".json")
+            if NAME.fullmatch(name):
+                found.append((self._storage.modified(entry["name"]), name, entry["size"]))
         return {name: size for _, name, size in sorted(found, reverse=True)}
 
 

@@ -202,6 +202,16 @@ class Folder:
                 earlier = _renamed(files.earlier, earlier_path(path), name)
         return SavedFiles(head, earlier)
 
+    def delete(self, path: Path) -> None:
+        """Delete the files of the session at a path. Raises SessionStorageError: they cannot be deleted."""
+        delete_files(path)
+
+    def discard(self, file: SessionInfo) -> None:
+        """Delete a file, unless another process uses it, or it cannot be deleted."""
+        if file.path is not None and self.describe(file.path, file) is file:
+            with suppress(OSError):
+                file.path.unlink()
+
     def list_sessions(self) -> dict[str, SavedFiles]:
         """Return what an earlier process left here, by name, the oldest first."""
         found: list[tuple[SessionInfo, Path]] = []

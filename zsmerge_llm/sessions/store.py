@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zsmerge_llm.errors import StoreFullError
-from zsmerge_llm.sessions.folder import Folder, delete_files, generate_name
+from zsmerge_llm.sessions.folder import Folder, generate_name
+from zsmerge_llm.sessions.remote_folder import RemoteFolder, is_url, without_scheme
 from zsmerge_llm.sessions.saved_sessions import SavedSessions
 from zsmerge_llm.sessions.session import Fingerprint, Session, Snapshot, load_session
 from zsmerge_llm.sessions.spill_folder import SpillFolder
@@ -38,8 +39,9 @@ class Store(SavedSessions):
         limit: bytes that the snapshots of all sessions together may hold in host memory. Conversations without a name
             may take as much on disk; the least recently used of them are deleted, and read anew if they come back.
         session_nbytes: bytes of one session's cache.
-        folder: where sessions are kept for good: each is saved after each turn, and found here at the next start.
-            None: nothing is kept after the process ends, and what does not fit into memory goes to a temporary folder.
+        folder: where sessions are kept for good: each is saved after each turn, and found here at the next start. A
+            path, or a URL of fsspec's such as "s3://bucket/chats". None: nothing is kept after the process ends, and
+            what does not fit into memory goes to a temporary folder.
         expected: as for `load_session`.
         device: the memory of a model that does not compute in the host's; None for one that does.
 
@@ -63,10 +65,13 @@ class Store(SavedSessions):
                 "raise session_memory or lower the number of slots."
             )
         self.fingerprint = fingerprint
-        self._spill_folder = None if folder is not None else SpillFolder()
+        folder = without_scheme(folder)
+        self._spill_folder = SpillFolder() if folder is None or is_url(folder) else None
         path = folder if self._spill_folder is None else self._spill_folder.path
         assert path is not None
-        kept = Folder(path, fingerprint, folder is not None, expected)
+        kept = Folder(path, fingerprint, self._spill_folder is None, expected)
+        if is_url(folder):
+            kept = RemoteFolder(str(folder), Path(path), fingerprint, expected)
         super().__init__(kept, limit, session_nbytes, device, persistent=folder is not None)
 
     # -- sessions -----------------------------------------------------------------------------------------------------
@@ -176,6 +181,6 @@ class Store(SavedSessions):
             self._entry(name)
             self._wait_until_free(name)
             file = self._entry(name).file
-            delete_files((file and file.path) or self._folder.file(name))
+            self._folder.delete((file and file.path) or self._folder.file(name))
             del self._entries[name]
             self._lock.notify_all()

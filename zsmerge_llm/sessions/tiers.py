@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zsmerge_llm.sessions.folder import GENERATED_NAME, Folder, SavedFiles
-from zsmerge_llm.sessions.session import Session, SessionInfo, Snapshot
+from zsmerge_llm.sessions.session import Session, Snapshot
 from zsmerge_llm.sessions.session_table import SessionTable, StoreEntry
 from zsmerge_llm.sessions.transfer import Transfer
 
@@ -237,7 +236,7 @@ class TieredTable(SessionTable):
         for _, entry in entries:
             if total > self.limit and entry.earlier is not None and entry.info.kind != "prompt":
                 total -= entry.earlier.nbytes
-                self._delete(entry.earlier)
+                self._folder.discard(entry.earlier)
                 entry.earlier = None
         for name, entry in entries:
             if total <= self.limit:
@@ -250,13 +249,9 @@ class TieredTable(SessionTable):
     def _delete_files(self, entry: StoreEntry) -> None:
         """Delete the files of a conversation that is given up, as far as they can be and no other process uses them."""
         for file in (entry.file, entry.earlier):
-            self._delete(file)
+            if file is not None:
+                self._folder.discard(file)
         entry.file = entry.earlier = None
-
-    def _delete(self, file: SessionInfo | None) -> None:
-        if file is not None and file.path is not None and self._folder.describe(file.path, file) is file:
-            with suppress(OSError):
-                file.path.unlink()
 
 
 def warn(message: str) -> None:
