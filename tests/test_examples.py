@@ -6,13 +6,16 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from tests.server.conftest import serving
 from tests.support.programs import run_program
+from zsmerge_llm import LLM
+from zsmerge_llm.server.settings import ServerSettings
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -153,3 +156,32 @@ def test_router_sub_question_and_citation_engines_answer(gguf: Mapping[str, Path
     assert asked.count("Sub question: ") == 2
     assert "[1]" in cited.splitlines()[0]
     assert re.findall(r"^  Source (\d): ", cited, re.MULTILINE) == ["1", "2"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a server of SmolLM2."""
+    with LLM("smollm2") as llm, serving(llm, ServerSettings(max_tokens=64)) as address:
+        yield address
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "number"),
+    [("server_openai.py", "/v1", 5), ("server_anthropic.py", "", 2), ("server_langchain.py", "/v1", 2)],
+)
+def test_clients_of_the_server_read_each_conversation_once(name: str, path: str, number: int, server: str) -> None:
+    printed = run(name, "--url", server + path)
+    _, second, *others = counts_in(printed)
+    assert "Paris" in printed
+    assert second[1] < second[0] / 2
+    assert len(others) == number - 2
+    if name == "server_openai.py":
+        assert "get_weather('Paris')" in printed or "get_weather('Oslo')" in printed
+        assert all(total > 3000 and new < 400 for total, new in others[1:])  # the document is read already
+
+
+def test_openai_like_calls_a_tool_on_the_server(server: str) -> None:
+    pytest.importorskip("llama_index.llms.openai_like", reason="llama-index-llms-openai-like is optional")
+    printed = run("server_llamaindex.py", "--url", f"{server}/v1")
+    assert printed.count("weather({'city'") >= 2
+    assert all(new < total / 2 for total, new in counts_in(printed)[1:])

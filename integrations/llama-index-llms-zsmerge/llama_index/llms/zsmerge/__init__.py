@@ -2,6 +2,13 @@
 
 from llama_index.llms.zsmerge.base import ZSMergeLLM
 from llama_index.llms.zsmerge.chat_engine import AppendingContextChatEngine, ZSMergeDocumentChatEngine
+from llama_index.llms.zsmerge.memory import WholeHistoryMemory
 from llama_index.llms.zsmerge.query_engine import ZSMergeDocumentQueryEngine
 
-__all__ = ["AppendingContextChatEngine", "ZSMergeDocumentChatEngine", "ZSMergeDocumentQueryEngine", "ZSMergeLLM"]
+__all__ = [
+    "AppendingContextChatEngine",
+    "WholeHistoryMemory",
+    "ZSMergeDocumentChatEngine",
+    "ZSMergeDocumentQueryEngine",
+    "ZSMergeLLM",
+]

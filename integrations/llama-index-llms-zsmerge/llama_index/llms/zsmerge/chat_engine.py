@@ -16,6 +16,7 @@ from llama_index.core.settings import Settings
 from llama_index.core.tools import ToolOutput
 from llama_index.llms.zsmerge._conversation import ConversationEngine, Turn, new_memory, prefix, user_message
 from llama_index.llms.zsmerge.documents import DocumentReader, as_sources
+from llama_index.llms.zsmerge.memory import WholeHistoryMemory
 
 CONTEXT_TEMPLATE = "Use the context below.\n--------------------\n{context_str}\n--------------------\n\n{query_str}"
 """The question comes last: the cache ranks the tokens of a long context by its attention."""
@@ -52,7 +53,7 @@ class ZSMergeDocumentChatEngine(ConversationEngine):
         self._sources = as_sources(documents)
         self._reader = DocumentReader(llm, name, probe)
         model = self._reader.llm
-        super().__init__(model, memory or new_memory(model, None), prefix_messages, callback_manager)
+        super().__init__(model, memory or WholeHistoryMemory.from_defaults(), prefix_messages, callback_manager)
 
     @classmethod
     def from_defaults(
@@ -70,7 +71,8 @@ class ZSMergeDocumentChatEngine(ConversationEngine):
         """Create the engine with a system prompt and a history."""
         llm = llm or Settings.llm
         before = prefix(llm, system_prompt, prefix_messages)
-        return cls(documents, llm, memory or new_memory(llm, chat_history), before, name=name, probe=probe)
+        memory = memory or WholeHistoryMemory.from_defaults(chat_history)
+        return cls(documents, llm, memory, before, name=name, probe=probe)
 
     def _turn(self, message: str, history: list[ChatMessage]) -> Turn:
         return Turn(user_message(message), self._sources, {"session": self._reader.read(self._sources)})
