@@ -84,13 +84,6 @@ def test_unsupported_architectures_are_refused_with_the_reason(
         Engine(model)
 
 
-def test_multimodal_rope_is_refused() -> None:
-    model = tiny_model("qwen2")
-    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-    with pytest.raises(UnsupportedModelError, match="M-RoPE"):
-        Engine(model)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calling_the_model_directly_raises_and_names_a_remedy_that_helps(family: str) -> None:
     model, untouched, ids = tiny_model(family), tiny_model(family), torch.tensor([tokens(12)])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.call import AttentionHandler
+from zsmerge_llm.attention.positions import check_positions
 from zsmerge_llm.errors import InputError, UnsupportedModelError
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
@@ -25,8 +26,9 @@ def check(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError
     """
+    check_positions(model)
     name, config = type(model).__name__, model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
+    if any(getattr(each, "is_encoder_decoder", False) for each in (model.config, config)):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; the compressed cache is for decoder-only models.")
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         raise UnsupportedModelError(
@@ -37,19 +39,17 @@ def check(model: PreTrainedModel) -> None:
             f"{name} has {', '.join(sorted(other))} layers; only full and sliding-window attention layers can be "
             "compressed. Use a model whose layers are all of these kinds."
         )
-    if "mrope_section" in str(getattr(config, "rope_parameters", None)):
-        raise UnsupportedModelError(f"{name} uses M-RoPE (positions of images and video). Use its text-only sibling.")
-    if not (getattr(model, "_supports_attention_backend", False) or _is_falcon(model)):
-        raise UnsupportedModelError(
-            f"{name} does not use transformers' attention interface, through which the compressed cache works. "
-            "Llama, Mistral, Qwen2, Qwen3, Gemma 3, Phi-3, GPT-NeoX, Falcon and most recent decoders do."
-        )
 
 
 def install(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]], name: str) -> None:
     """Make the model's layers call `attention`, registered with transformers as `name`."""
     if not _is_falcon(model):
         model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not use transformers' attention interface, through which the compressed "
+                "cache works. Llama, Mistral, Qwen, Gemma, Phi, gpt-oss, Falcon and most recent decoders do."
+            )
         return
     model.config._attn_implementation = name
     decoder: Any = model.transformer
