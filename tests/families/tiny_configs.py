@@ -19,9 +19,9 @@ VOCAB = 128
 WINDOW = 16
 HEAD_DIM = 16
 SIZES: dict[str, int] = {
-    "vocab_size|vocab_size_per_layer_input|entity_vocab_size": VOCAB,
+    "(.+_)?vocab_size(_per_layer_input)?": VOCAB,
     "hidden_size|d_model|n_embd|dim|model_dim|embed_dim|word_embed_proj_dim|embedding_size|attention_hidden_size": 64,
-    "projection_dim|proj_dim|out_hidden_size|text_hidden_size|output_hidden_size|output_dim|input_dim": 64,
+    "projection_dim|proj_dim|out_hidden_size|text_hidden_size|output_hidden_size|output_dim|input_dim|codebook_dim": 64,
     "intermediate_size|(en|de)coder_ffn_dim|ffn_dim|d_ff|ffn_hidden_size|dim_ff|dense_intermediate_size": 96,
     "(moe|expert|shared|routed).*(intermediate_size|ffn_hidden_size|dim)|moe_ffn_hidden_size": 32,
     "num_attention_heads|n_head|n_heads|num_heads|(en|de)coder_attention_heads": 4,
@@ -33,7 +33,7 @@ SIZES: dict[str, int] = {
     "n_group|topk_group|num_expert_group|num_limited_groups": 1,
     "first_k_dense_replace|moe_layer_start_index|num_dense_layers|num_kv_shared_layers|n_shared_experts": 1,
     "(sliding_)?window(_size)?|sliding_window(_size)?|attention_chunk_size|local_attention|attention_window": WINDOW,
-    "index_topk|index_block_size": 8,
+    "index_topk|index_block_size|index_kpool": 8,
     "sliding_window_pattern|global_attn_every_n_layers|full_attention_interval|interleave_moe_layer_step": 2,
     "hidden_size_per_layer_input|laurel_rank|altup_dim": 16,
     "mamba_d_state|ssm_state_size|state_size|mamba_dt_rank|time_step_rank": 8,
@@ -78,12 +78,19 @@ def tiny_config(family: str) -> PretrainedConfig:
     return kind(**settings)
 
 
+def tiny_text_config(family: str) -> PretrainedConfig:
+    """Return the configuration of a tiny model of a family's language model alone."""
+    whole = CONFIG_MAPPING[family]()
+    text = whole.get_text_config(decoder=True)
+    return tiny_config(family) if text is whole else type(text)(**shrunk(text))
+
+
 def shrunk(config: PretrainedConfig) -> dict[str, Any]:
     """Return the settings of a configuration like `config`, as small as its kind allows."""
     kept = _kept_layers(config)
     settings: dict[str, Any] = {}
     for name in _names(config):
-        value = getattr(config, name, None)
+        value = _value(config, name)
         if isinstance(value, PretrainedConfig):
             settings[name] = {**shrunk(value), "model_type": value.model_type}
         elif (small := _small(name, value, config, kept)) is not None:
@@ -99,6 +106,14 @@ def _names(config: PretrainedConfig) -> list[str]:
     ]
 
 
+def _value(config: PretrainedConfig, name: str) -> Any:
+    """Return a setting; None where there is none, or where each layer has its own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
 def _small(name: str, value: Any, config: PretrainedConfig, kept: list[int]) -> Any:
     """Return the small value of a setting, or None where the default stays."""
     if name.endswith("_token_id") or name.endswith("_token_index"):
@@ -112,7 +127,7 @@ def _small(name: str, value: Any, config: PretrainedConfig, kept: list[int]) -> 
     if re.fullmatch(LAYERS, name):
         return len(kept) or 2
     if re.fullmatch(KV_HEADS, name):
-        return 4 if value == getattr(config, "num_attention_heads", None) else min(value, 2)
+        return 4 if value == _value(config, "num_attention_heads") else min(value, 2)
     return next((size for names, size in SIZES.items() if re.fullmatch(names, name) and value > 0), None)
 
 
@@ -127,7 +142,7 @@ def _with_small_sections(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _num_layers(config: PretrainedConfig) -> int | None:
-    return next((getattr(config, name) for name in _names(config) if re.fullmatch(LAYERS, name)), None)
+    return next((_value(config, name) for name in _names(config) if re.fullmatch(LAYERS, name)), None)
 
 
 def _kept_layers(config: PretrainedConfig) -> list[int]:
@@ -135,7 +150,7 @@ def _kept_layers(config: PretrainedConfig) -> list[int]:
     count = _num_layers(config)
     if not count or count < 2:
         return []
-    lists = [value for name in _names(config) if isinstance(value := getattr(config, name, None), list | tuple)]
+    lists = [value for name in _names(config) if isinstance(value := _value(config, name), list | tuple)]
     lists = [each for each in lists if len(each) == count]
     kinds = [tuple(str(each[index]) for each in lists) for index in range(count)]
     firsts = sorted({kinds.index(kind) for kind in kinds})[:6]

@@ -12,6 +12,10 @@ from zsmerge_llm.attention.call import AttentionHandler
 from zsmerge_llm.attention.positions import check_positions
 from zsmerge_llm.errors import InputError, UnsupportedModelError
 
+SEVERAL_CALLS = {"diffllama", "dory"}
+"""Model types with differential attention, or with layers that run in a loop."""
+KEEPS_TO_ITSELF = {"moshi", "nemotron", "stablelm"}
+"""Model types whose code drops the keyword with the cache, or hides its window in a mask."""
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -34,6 +38,16 @@ def check(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} uses ALiBi, whose bias depends on distances that merged slots do not have. Use a RoPE model."
         )
+    if model.config.model_type in KEEPS_TO_ITSELF:
+        raise UnsupportedModelError(
+            f"{name} does not hand on to its attention what the compressed cache needs: the cache itself, or its "
+            "sliding window. Use another model."
+        )
+    if model.config.model_type in SEVERAL_CALLS:
+        raise UnsupportedModelError(
+            f"Layers of {name} attend several times in a pass, and a layer of the cache serves one call. Use a model "
+            "whose layers attend once."
+        )
     if other := set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYERS:
         raise UnsupportedModelError(
             f"{name} has {', '.join(sorted(other))} layers; only full and sliding-window attention layers can be "
@@ -45,6 +59,9 @@ def install(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]
     """Make the model's layers call `attention`, registered with transformers as `name`."""
     if not _is_falcon(model):
         model.set_attn_implementation(name)
+        text: Any = model.config.get_text_config()
+        if text is not model.config and text._attn_implementation == name:
+            model.config._attn_implementation = name  # the outermost class only has parts that attend
         if model.config._attn_implementation != name:
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not use transformers' attention interface, through which the compressed "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zsmerge_llm.errors import UnsupportedModelError
 
-POSITION_TABLE = re.compile(r"(^|\.)(wpe|(embed_)?positions?(_embed(ding)?s?)?|pos_(embed|encoding|emb))(\.weight)?$")
+POSITION_TABLE = re.compile(r"(^|\.)(wpe|(embed_)?positions?(_embed(ding)?s?)?|pos_(embed|encoding|emb))(\.weights?)?$")
 """Names of tables with one row a position."""
 SPARE_ROWS = 8
 """Rows that such a table may have beyond the window: OPT's and BART's have two."""
@@ -42,10 +42,9 @@ def check_positions(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError
     """
-    if not _has_table(model):
-        return
     given = "position_ids" in inspect.signature(type(model).forward).parameters
-    if not given or any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+    counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+    if counts or (not given and _has_table(model)):
         raise UnsupportedModelError(
             f"{type(model).__name__} counts positions itself, from the tokens of a pass: it cannot read a text in "
             "parts. Use a model with rotary positions."

@@ -357,7 +357,8 @@ def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
     """Return the model's end tokens."""
     settings = model.generation_config
     end = settings.eos_token_id if settings is not None and settings.eos_token_id is not None else None
-    end = model.config.get_text_config().eos_token_id if end is None else end
+    for config in (model.config.get_text_config(), model.config):
+        end = getattr(config, "eos_token_id", None) if end is None else end
     return frozenset([end] if isinstance(end, int) else end or [])
 
 
