@@ -15,16 +15,19 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 INTRODUCTION = """\
 # Models
 
-Of each family of transformers that generates text, a tiny random model was made (float32, on a CPU) and tried:
+For each family of transformers that generates text, a tiny random model was tried (float32, on a CPU). The class is
+that of the language model alone where the whole model does not generate from text alone with such settings.
 
 - **exact**: while everything fits, logits equal those of transformers' own generation with its own cache, to 1e-4,
   whatever the chunks of the prompt, and token by token;
 - **compressed**: 300 tokens are read into 64 slots, and memory stays constant;
 - **batch**: rows of a padded batch are read as each is alone;
 - **session**: a saved and loaded cache gives the same next logits, bit for bit;
-- **decode step**: `compiled` where the [compiled decode steps](performance.md) of a CPU take the layers, else `eager`.
+- **decode step**: `compiled` where the calls of all layers can be captured for the
+  [compiled decode steps](performance.md) of a CPU, which were not built here, else `eager`.
 
-What is refused raises `UnsupportedModelError` with the reason, while the model is loaded. No family is left out.
+What is refused raises `UnsupportedModelError` with the reason. Families under "Not tried" have settings for which no
+tiny model was found, or generate nothing from text alone: nothing is known of them.
 """
 SUPPORTED_HEAD = (
     "| model type | class | layers | exact | compressed | batch | session | decode step |\n" + "|---" * 8 + "|"
