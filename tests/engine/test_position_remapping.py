@@ -65,18 +65,6 @@ LAYOUTS: dict[str, dict[str, object]] = {
 }
 ALL_MODELS = {**FAMILIES, **LAYOUTS}
 UNMAPPABLE: dict[str, dict[str, object]] = {
-    "longrope": {
-        "model_type": "phi3",
-        "sliding_window": None,
-        "original_max_position_embeddings": 40,
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 1e4,
-            "short_factor": [1.0] * 4,
-            "long_factor": [4.0] * 4,
-            "original_max_position_embeddings": 40,
-        },
-    },
     "no rotary positions": {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32},
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.call import AttentionHandler
+from zsmerge_llm.attention.positions import check_positions
 from zsmerge_llm.errors import InputError, UnsupportedModelError
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -17,6 +18,8 @@ RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mam
 """What they call layers with a state of constant size, beside attention or without it."""
 TOKENWISE_LAYERS = {"mlp", "moe", "dummy"}
 """What they call layers in which no token sees another."""
+HIDDEN_WINDOWS = {"moshi"}
+"""Model types whose code hides a window in a mask, which the attention function does not get."""
 
 
 def keyword(model: PreTrainedModel) -> str:
@@ -30,12 +33,18 @@ def check(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError
     """
+    check_positions(model)
     name, config = type(model).__name__, model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
+    if any(getattr(each, "is_encoder_decoder", False) for each in (model.config, config)):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; the compressed cache is for decoder-only models.")
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         raise UnsupportedModelError(
             f"{name} uses ALiBi, whose bias depends on distances that merged slots do not have. Use a RoPE model."
+        )
+    if model.config.model_type in HIDDEN_WINDOWS:
+        raise UnsupportedModelError(
+            f"{name} does not hand its sliding window on to its attention, where the compressed cache needs it. Use "
+            "another model."
         )
     known = ATTENTION_LAYERS | RECURRENT_LAYERS | TOKENWISE_LAYERS
     if other := set(getattr(config, "layer_types", None) or ()) - known:
@@ -53,10 +62,13 @@ def install(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]
     """
     if not _is_falcon(model):
         model.set_attn_implementation(name)
+        text: Any = model.config.get_text_config()
+        if text is not model.config and text._attn_implementation == name:
+            model.config._attn_implementation = name  # the outermost class only has parts that attend
         if model.config._attn_implementation != name:
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not use transformers' attention interface, through which the compressed "
-                "cache works. Llama, Mistral, Qwen, Gemma, Phi-3, GPT-NeoX, Falcon and most recent decoders do."
+                "cache works. Llama, Mistral, Qwen, Gemma, Phi, gpt-oss, Falcon and most recent decoders do."
             )
         return
     model.config._attn_implementation = name

@@ -30,7 +30,8 @@ NAME = "zsmerge"
 ATTENTION_INDEX = "zsmerge_attention_index"
 """Attribute of attention modules in models whose other layers do not attend: which of those that do a module is."""
 IGNORED_KEYWORDS = {
-    *("dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position")
+    *("dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"),
+    "logits_to_keep",
 }
 """Keywords of attention layers that do not change what the cache computes."""
 
@@ -55,6 +56,7 @@ def zsmerge_attention(
         UnsupportedModelError: the layer asks for something the cache does not carry.
     """
     kind = type(module).__name__
+    zsmerge = zsmerge or CURRENT_PASS.get()  # some models drop the keyword
     if zsmerge is None:
         raise InputError(
             "This model belongs to a zsmerge-llm engine. Use the engine, or close it (close() of the LLM or the "
@@ -64,7 +66,7 @@ def zsmerge_attention(
     if unknown or attention_mask is not None:
         what = ", ".join(unknown) or "a mask of its own"
         raise UnsupportedModelError(f"{kind} passes {what} to its attention, which the compressed cache cannot carry.")
-    if not getattr(module, "is_causal", True):
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
         raise UnsupportedModelError(f"{kind} attends in both directions; the compressed cache is for causal decoders.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     index: Any = getattr(module, ATTENTION_INDEX, module.layer_idx)
@@ -90,7 +92,13 @@ class _Trace(AttentionHandler):
     def attend(self, call: AttentionCall) -> Tensor:
         if self.entered is not None:
             self.modules.append(self.entered)
-        self.calls[call.layer if self.entered is None else self.entered.layer_idx] = call
+        layer = call.layer if self.entered is None else self.entered.layer_idx
+        if layer in self.calls:
+            raise UnsupportedModelError(
+                f"Layer {layer} attends several times in a pass, and a layer of the cache serves one call. Use a model "
+                "whose layers attend once."
+            )
+        self.calls[layer] = call
         return dense_attention(call, call.key, call.value, None)
 
     def enter(self, module: nn.Module, _: Any) -> None:

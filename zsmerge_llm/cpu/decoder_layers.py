@@ -19,8 +19,6 @@ def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
     Raises:
         UnsupportedModelError: layers that cannot be told, or whose weights are not all plain tensors in their place.
     """
-    if getattr(model.config.get_text_config(), "num_experts_per_tok", None):
-        raise UnsupportedModelError("Layers whose experts are chosen by the data are not compiled.")
     if mixers_of(model):
         raise UnsupportedModelError("Layers that keep a recurrent state are not compiled.")
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
@@ -29,6 +27,8 @@ def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of its {count} decoder layers.")
     layers = list(stacks[0])
     for layer in layers:
+        if _has_experts(layer):
+            raise UnsupportedModelError("Layers whose experts are chosen by the data are not compiled.")
         if any(hasattr(module, "_hf_hook") for module in layer.modules()):
             raise UnsupportedModelError("Layers that accelerate moves between devices are not compiled.")
         if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules() if module is not layer):
@@ -61,6 +61,12 @@ def flatten_call(values: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
 def is_tensor_tuple(value: Any) -> bool:
     """Return whether a value is a tuple of tensors, such as cosines and sines."""
     return isinstance(value, tuple) and bool(value) and all(isinstance(each, Tensor) for each in value)
+
+
+def _has_experts(layer: nn.Module) -> bool:
+    """Return whether a part of a layer is a mixture of experts: their code loops over those that the data chooses."""
+    parts = ((name.lower(), type(module).__name__.lower()) for name, module in layer.named_modules())
+    return any("expert" in name or "moe" in name.split(".") or "expert" in kind for name, kind in parts)
 
 
 def _attends(layer: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from zsmerge_llm.attention.backend import AttentionBackend
 from zsmerge_llm.attention.interface import prepare_model
 from zsmerge_llm.attention.model_state import HeldModel
+from zsmerge_llm.attention.positions import context_window
 from zsmerge_llm.config import MAX_SIZE, CacheConfig, SamplingParams, check_integer
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
@@ -127,7 +128,7 @@ class Engine:
     @property
     def context_window(self) -> int | None:
         """The number of positions the model was trained on, where its config says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or None
+        return context_window(self.model.config)
 
     @property
     def exact_limit(self) -> int | None:
@@ -357,7 +358,8 @@ def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
     """Return the model's end tokens."""
     settings = model.generation_config
     end = settings.eos_token_id if settings is not None and settings.eos_token_id is not None else None
-    end = model.config.get_text_config().eos_token_id if end is None else end
+    for config in (model.config.get_text_config(), model.config):
+        end = getattr(config, "eos_token_id", None) if end is None else end
     return frozenset([end] if isinstance(end, int) else end or [])
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.interface import measure_rotations
+from zsmerge_llm.attention.positions import ends_at_window
 from zsmerge_llm.errors import ContextLimitError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.rope import Rotation
@@ -52,6 +53,7 @@ class PositionRemapper:
         self._model = model
         self._sliding = max((spec.window for spec in specs if spec.window), default=0)
         self._rotations: list[Rotation | None] | None = None
+        self._ends_at_window = ends_at_window(model)
 
     @property
     def limit(self) -> int:
@@ -73,7 +75,8 @@ class PositionRemapper:
             ContextLimitError: a remapping is due, and a long probe or many sinks leave it no room.
         """
         if self.window is None or cache.slots is None:
-            return new
+            room = (self.window or 0) - max(self._end(cache, row, 0) for row in range(cache.rows))
+            return room if room > 0 and self._exceeds(cache, [new] * cache.rows) else new
         room = self.limit - self._near(cache) - self._head(cache) - self._tokens(self.layout.middle) - num_probe
         if room > 0:
             return room
@@ -95,6 +98,11 @@ class PositionRemapper:
         Raises:
             ContextLimitError: the window ends, and the model's positions cannot be remapped. Nothing has changed then.
         """
+        if self._exceeds(cache, num_new_tokens):
+            raise ContextLimitError(
+                f"{type(self._model).__name__} has {self._ends_at_window}: with an exact cache it reads no further "
+                f"than {self.window} positions. Shorten the conversation or begin a new one."
+            )
         due = self._rows_due(cache, num_new_tokens, num_probe)
         rotations = self._known_rotations() if due else None
         if rotations is None:
@@ -106,7 +114,13 @@ class PositionRemapper:
 
     def is_due(self, cache: Cache, num_new_tokens: Sequence[int], num_probe: int) -> bool:
         """Return whether `ensure_positions` would remap a row, or raise."""
-        return bool(self._rows_due(cache, num_new_tokens, num_probe))
+        return self._exceeds(cache, num_new_tokens) or bool(self._rows_due(cache, num_new_tokens, num_probe))
+
+    def _exceeds(self, cache: Cache, num_new_tokens: Sequence[int]) -> bool:
+        """Return whether an exact cache would have positions that its model has not."""
+        if self.window is None or self._ends_at_window is None or cache.exact_capacity is not None:
+            return False
+        return any(new and self._end(cache, row, new) > self.window for row, new in enumerate(num_new_tokens))
 
     def _rows_due(self, cache: Cache, num_new_tokens: Sequence[int], num_probe: int) -> list[int]:
         """Return the rows whose last token would be beyond the limit: the window, while nothing has been evicted."""

@@ -9,6 +9,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.models.log_filters import quiet_transformers
+from zsmerge_llm.models.model_classes import generating_class
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,6 @@ GROUPS = {"nf4": 64, "int4": 32}
 def meta_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Build a causal language model without weights, in evaluation mode."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     own = copy.deepcopy(config)
     if hasattr(own, "quantization_config"):
@@ -32,7 +32,7 @@ def meta_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     if rope is not None and rope.get("rope_type") == "dynamic":  # its frequencies depend on positions, no shape does
         rope["rope_type"] = "default"
     with quiet_transformers(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="eager")
+        model: PreTrainedModel = generating_class(own).from_config(own, dtype=dtype, attn_implementation="eager")
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

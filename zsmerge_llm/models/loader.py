@@ -35,6 +35,7 @@ from zsmerge_llm.models.device import (
 from zsmerge_llm.models.hub import StatusCallback
 from zsmerge_llm.models.integrity import read_json, weights_digest
 from zsmerge_llm.models.log_filters import log_int8_cast_once, quiet_transformers
+from zsmerge_llm.models.model_classes import generating_class
 from zsmerge_llm.models.weight_files import check_claims, check_fits
 from zsmerge_llm.paths import cache_folder
 
@@ -143,7 +144,7 @@ def load(
                 check_fits(source.folder, source.name, config, target, weight_dtype, quantization)
         digest = weights_digest(source.folder, cache)
         report_status("Loading weights")
-        loaded = _read_weights(source, options)
+        loaded = _read_weights(source, config, options)
         found_tokenizer = _find_tokenizer(tokenizer, source.folder, report_status)
     if bits is not None:
         from zsmerge_llm.cpu.quantized_linear import quantize_model
@@ -262,28 +263,27 @@ def _typed_errors(name: str, file: str) -> Iterator[None]:
 
 def _check_causal(config: Any, name: str) -> None:
     """Refuse models other than decoder-only language models."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
     architectures = config.architectures or []
     label = architectures[0] if architectures else type(config).__name__.removesuffix("Config")
     advice = "use a decoder-only model such as Llama, Qwen or Gemma"
-    if getattr(config, "is_encoder_decoder", False):
+    if any(getattr(each, "is_encoder_decoder", False) for each in (config, config.get_text_config())):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model ({label}): {advice}.")
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
     has_lm_head = not architectures or any(
         name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for name in architectures
     )
-    if is_encoder or not has_lm_head or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if is_encoder or not has_lm_head or generating_class(config) is None:
         raise UnsupportedModelError(f"{name} is not a causal language model ({label}): {advice}.")
 
 
-def _read_weights(source: _Source, options: dict[str, Any]) -> PreTrainedModel:
+def _read_weights(source: _Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = generating_class(config).from_pretrained(
             source.folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except (SafetensorError, OSError) as error:

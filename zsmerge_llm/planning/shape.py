@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.interface import ModelLayers, prepare_model
+from zsmerge_llm.attention.positions import context_window
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec
@@ -81,7 +82,7 @@ def shape_of(model: PreTrainedModel, layers: ModelLayers | None = None) -> Model
         hidden=config.hidden_size,
         intermediate=_intermediate(config),
         vocab=head.weight.shape[0],
-        window=getattr(config, "max_position_embeddings", None) or None,
+        window=context_window(model.config),
         largest_matrix=max((layer.in_features * layer.out_features for layer in matrices), default=0),
         sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
     )
