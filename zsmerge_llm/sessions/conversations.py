@@ -256,7 +256,7 @@ class Conversations:
         source, snapshot = found.session, found.snapshot
         # A prefix is shared only while its date is right.
         template = self.template.with_date(self.today() if snapshot.kind == "prefix" else source.today)
-        owner = self._owner(found, name, is_named_so)
+        owner = _owner(self.store, found, name, is_named_so)
         transcript = transcript.of_session(owner[0].transcript if owner is not None else None)
         document = transcript.document
         if document is None and source.document is not None:  # the messages repeat it
@@ -288,18 +288,6 @@ class Conversations:
         turn.tokens, turn.retrieved_tokens = turn.tokens + longer, len(longer) - len(following)
         return turn
 
-    def _owner(self, found: ResumePoint, name: str | None, is_named_so: bool) -> tuple[Session, int | None] | None:
-        """Return the session that goes on from a snapshot, and its version; None: a new one does."""
-        if name == found.session.name or (name is None and found.snapshot.kind in ("prompt", "answer")):
-            return found.session, found.version
-        if name is None or not is_named_so:
-            return None
-        version = self.store.version(name)
-        try:
-            return self.store.get(name), version
-        except SessionError:
-            return None
-
     def _has_wanted_config(self, snapshot: Snapshot, num_following: int) -> bool:
         """Return whether a prefix's cache has the configuration that a conversation which begins so would get."""
         if snapshot.kind != "prefix":
@@ -316,7 +304,7 @@ class Conversations:
         template, messages = self.template.with_date(self.today()), transcript.messages
         transcript = transcript.of_session(None)
         prompt = self.prompts.build(messages, tools, template, transcript.indexes)
-        reason = reason or self._reread_reason(transcript, name)
+        reason = reason or _reread_reason(self.store, transcript, name)
         document = transcript.document.text if transcript.document is not None else None
         session, version = self._new_session(name, namespace, template.today, document, {})
         return Turn(
@@ -331,19 +319,6 @@ class Conversations:
             retrieved_tokens=prompt.retrieved_tokens,
         )
 
-    def _reread_reason(self, transcript: Transcript, name: str | None) -> str:
-        """Return why a conversation is not resumed though it is known; "" for a new one."""
-        if transcript.document is not None:
-            return "the document was read without these tools"
-        # A greeting alone does not make a conversation a known one.
-        first = 2 + (transcript.messages[0]["role"] == "system")
-        similar = self.store.longest_shared_prefix(transcript.digests[first:])
-        if similar is not None:
-            return f"no snapshot of this conversation before message {similar[1] + first + 1} is left"
-        if name is not None and name in self.store:
-            return f"the messages and tools are not those of session {name!r}"
-        return ""
-
     def _new_session(
         self,
         name: str | None,
@@ -357,3 +332,30 @@ class Conversations:
         own = name or generate_name(f"{namespace}/" if namespace else "")
         session = Session(own, self.store.fingerprint, today, snapshots, document=document, named=bool(name))
         return session, version
+
+
+def _owner(store: Store, found: ResumePoint, name: str | None, is_named_so: bool) -> tuple[Session, int | None] | None:
+    """Return the session that goes on from a snapshot, and its version; None: a new one does."""
+    if name == found.session.name or (name is None and found.snapshot.kind in ("prompt", "answer")):
+        return found.session, found.version
+    if name is None or not is_named_so:
+        return None
+    version = store.version(name)
+    try:
+        return store.get(name), version
+    except SessionError:
+        return None
+
+
+def _reread_reason(store: Store, transcript: Transcript, name: str | None) -> str:
+    """Return why a conversation is not resumed though it is known; "" for a new one."""
+    if transcript.document is not None:
+        return "the document was read without these tools"
+    # A greeting alone does not make a conversation a known one.
+    first = 2 + (transcript.messages[0]["role"] == "system")
+    similar = store.longest_shared_prefix(transcript.digests[first:])
+    if similar is not None:
+        return f"no snapshot of this conversation before message {similar[1] + first + 1} is left"
+    if name is not None and name in store:
+        return f"the messages and tools are not those of session {name!r}"
+    return ""
