@@ -15,10 +15,8 @@ second half of the run, handles and threads before and after.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
-import os
 import random
 import sys
 import tempfile
@@ -27,102 +25,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import numpy as np
-
 from benchmarks.common import resident, write
-from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from benchmarks.reliability.resources import megabytes_per_hour, open_resources, percentiles, trimmed_resident
+from benchmarks.reliability.scripts import Conversation, Script, make_scripts, single_thread_answers
+from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.errors import DeadlineExceededError, InputError, ZSMergeError
 from zsmerge_llm.testing import tiny_llm
 from zsmerge_llm.types import Usage
 
-SYSTEM = "You know all there is to know about islands, lighthouses and their keepers. " * 3
-TOPICS = ("harbour", "lighthouse", "island", "keeper", "captain", "storm", "signal", "chart")
 CLOSED = "closed"
 """Part of the message of the `InputError` of a request whose LLM was closed."""
-
-
-@dataclass(frozen=True)
-class Script:
-    """What a user says in one conversation, and how the answers are sampled."""
-
-    system: str | None
-    questions: tuple[str, ...]
-    sampling: SamplingParams
-
-
-def make_scripts(count: int, turns: int = 6, max_tokens: int = 8) -> list[Script]:
-    """Return scripts that differ from their first question on; half are sampled, each with a seed of its own."""
-    scripts = []
-    for number in range(count):
-        topics = [TOPICS[(number + turn) % len(TOPICS)] for turn in range(turns)]
-        questions = [
-            f"{number}.{turn}: tell me about the {topic} of island {number}." for turn, topic in enumerate(topics)
-        ]
-        sampled = {"temperature": 0.8, "seed": number} if number % 2 else {}
-        system = SYSTEM if number % 3 else None
-        scripts.append(Script(system, tuple(questions), SamplingParams(max_tokens=max_tokens, **sampled)))
-    return scripts
-
-
-@dataclass
-class Conversation:
-    """One conversation that follows a script.
-
-    Attributes:
-        points: tokens that were read at the end of each turn's prompt.
-        repeatable: whether the last turn can be taken again: only the two newest points of a conversation are kept.
-    """
-
-    script: Script
-    answers: Sequence[str]
-    namespace: str | None = None
-    name: str | None = None
-    points: list[int] = field(default_factory=lambda: [0])
-    repeatable: bool = False
-
-    @property
-    def turn(self) -> int:
-        """How many turns have been answered."""
-        return len(self.points) - 1
-
-    @property
-    def is_over(self) -> bool:
-        return self.turn == len(self.script.questions)
-
-    def messages(self) -> list[dict[str, Any]]:
-        """Return the messages up to the next question, with the answers of the single thread."""
-        said: list[dict[str, Any]] = []
-        if self.script.system is not None:
-            said.append({"role": "system", "content": self.script.system})
-        for question, answer in zip(self.script.questions, self.answers, strict=False):
-            said += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            if len(said) // 2 > self.turn:
-                break
-        return [*said[: 2 * self.turn + (self.script.system is not None)], *self._question()]
-
-    def branch(self, name: str) -> Conversation:
-        """Return a conversation that has said the same, under another name."""
-        return Conversation(self.script, self.answers, self.namespace, name, list(self.points))
-
-    def _question(self) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": self.script.questions[self.turn]}]
-
-
-def single_thread_answers(llm: LLM, script: Script) -> list[str]:
-    """Answer a script, turn by turn."""
-    conversation = Conversation(script, answers := [])
-    for _ in script.questions:
-        result = llm.chat(conversation.messages(), sampling=script.sampling)
-        answers.append(result.text)
-        conversation.points.append(result.usage.prompt_tokens)
-    return answers
 
 
 class Soak:
@@ -229,11 +147,14 @@ class Soak:
                 return self._goes_on(talk, chunks[-1].usage)
             if how == 1:
                 stream = self._stream(llm, talk)
-                next(stream)
+                chunks = [next(stream)]
                 stream.close()
             else:
-                list(self._stream(llm, talk, timeout=choices.uniform(0.001, 0.1)))
-        return True
+                chunks = list(self._stream(llm, talk, timeout=choices.uniform(0.001, 0.1)))
+        if chunks[-1].usage is None:
+            return True
+        self.counts["answered before they were given up"] += 1
+        return self._compare(talk, "".join(chunk.text for chunk in chunks), chunks[-1].usage)
 
     def repeat(self, talk: Conversation, choices: random.Random) -> bool:
         """Take the last turn again."""
@@ -308,11 +229,6 @@ class Soak:
             self._count(error)
 
 
-def open_resources() -> tuple[int, int]:
-    """Return how many handles and threads this process has (Linux)."""
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
-
 def run(soak: Soak, threads: int, seconds: float, restart_seconds: float) -> None:
     """Let the threads talk; meanwhile restart and observe."""
     workers = [threading.Thread(target=soak.talk, args=(seed,)) for seed in range(threads)]
@@ -335,29 +251,6 @@ def run(soak: Soak, threads: int, seconds: float, restart_seconds: float) -> Non
         for worker in workers:
             worker.join()
         soak.trimmed.append(trimmed_resident())
-
-
-def trimmed_resident() -> int:
-    """Return the resident bytes after the C library has given back what is free in its arenas (glibc)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return resident()
-
-
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Return milliseconds by percentile."""
-    wanted = (50, 90, 99, 99.9, 100)
-    found = np.percentile(seconds, wanted) if seconds else [0.0] * len(wanted)
-    return {f"p{percent:g}": round(1000 * float(value), 1) for percent, value in zip(wanted, found, strict=True)}
-
-
-def megabytes_per_hour(samples: Sequence[tuple[float, int, int, int]]) -> float:
-    """Return the slope of resident memory over the second half of the samples."""
-    half = samples[len(samples) // 2 :]
-    if len(half) < 2:
-        return 0.0
-    hours, sizes = zip(*((at / 3600, size / 1e6) for at, size, _, _ in half), strict=True)
-    return float(np.polyfit(np.array(hours) - hours[0], sizes, 1)[0])
 
 
 def measure(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,11 +19,12 @@ import torch
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm import CacheConfig, SamplingParams
 from zsmerge_llm.cpu import compiled_steps, native, package_process, packaged_layers
+from zsmerge_llm.cpu.builder_lock import lock_package, unlock
 from zsmerge_llm.cpu.compiled_steps import CompiledSteps
 from zsmerge_llm.cpu.decoder_layers import decoder_layers
 from zsmerge_llm.cpu.package_builder import export_layer, prepared
 from zsmerge_llm.cpu.package_key import package_key
-from zsmerge_llm.cpu.package_process import package_job
+from zsmerge_llm.cpu.package_process import PackageProcess, package_job
 from zsmerge_llm.cpu.quantized_linear import quantize_model
 from zsmerge_llm.cpu.step_capture import step_forms
 from zsmerge_llm.engine.engine import Engine
@@ -276,6 +278,40 @@ def test_a_compiler_process_that_fails_leaves_nothing_and_is_named_once(
     assert torch.allclose(logits(engine), logits(Engine(tiny_model(), compile=False)), atol=1e-4)
     assert caplog.text.count("without compiled layers") == 1
     assert not list((tmp_path / "decode-steps").glob("*/manifest.json"))
+
+
+def test_a_package_that_another_process_makes_is_awaited_and_used(packages: Path, no_process: list[object]) -> None:
+    made, lock = packages.rename(packages.parent / "elsewhere"), lock_package(packages)
+    found: list[Engine] = []
+    thread = Thread(target=lambda: found.append(Engine(tiny_model(), compile=True)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_steps, "PackageProcess", PackageProcess)
+        thread.start()
+        thread.join(2)
+        assert thread.is_alive()
+        made.rename(packages)
+        unlock(lock)
+        thread.join()
+
+    assert steps_of(found[0]).enabled
+    assert no_process == []
+
+
+def test_a_package_that_another_process_has_failed_to_make_is_made_here(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(packages)
+    jobs: list[object] = []
+
+    def start(job: object) -> None:
+        jobs.append(job)
+        raise [BlockingIOError("locked"), OSError("no process in this test")][len(jobs) - 1]
+
+    monkeypatch.setattr(compiled_steps, "PackageProcess", start)
+    engine = Engine(tiny_model(), compile=True)
+
+    assert engine.backend.disabled_reason == "OSError: no process in this test"
+    assert jobs[0] is jobs[1]
 
 
 def test_a_model_whose_layers_cannot_be_told_decodes_without(caplog: pytest.LogCaptureFixture) -> None:

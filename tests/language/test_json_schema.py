@@ -11,6 +11,7 @@ import pytest
 from tests.support.chat import make_llm
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.errors import InputError, UnsupportedSchemaError
+from zsmerge_llm.language import literal_patterns
 from zsmerge_llm.language.json_schema import enforceable, validation_error, value_error
 from zsmerge_llm.language.schema_checks import check_schema, check_strict
 
@@ -110,6 +111,73 @@ def test_recursion_that_can_end_is_not_refused() -> None:
 def test_numbers_are_checked_exactly_and_never_raise(text: str) -> None:
     problem = validation_error(text, {"type": "number", "multipleOf": 0.01})
     assert bool(problem) == ("E" in text)
+
+
+FOREVER = "^(?!x)(a|aa)+$"
+NAMES = {"type": "object", "patternProperties": {FOREVER: {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        NAMES,
+        {**NAMES, "additionalProperties": False},
+        {**NAMES, "additionalProperties": {"type": "string"}},
+        {**NAMES, "unevaluatedProperties": False},
+        {"$schema": "https://json-schema.org/draft/2019-09/schema", **NAMES, "unevaluatedProperties": False},
+        {"$schema": "http://json-schema.org/draft-07/schema#", **NAMES, "additionalProperties": False},
+        {"$schema": "http://json-schema.org/draft-04/schema#", **NAMES, "additionalProperties": False},
+        {"$ref": "#/$defs/a", "unevaluatedProperties": False, "$defs": {"a": NAMES}},
+        {"allOf": [{"$ref": "#/others/a"}], "unevaluatedProperties": False, "others": {"a": NAMES}},
+        {"type": "object", "propertyNames": {"pattern": FOREVER}},
+        {"type": "object", "dependentSchemas": {"n": {**NAMES, "additionalProperties": False}}},
+        {"if": {**NAMES, "additionalProperties": False}, "then": {}, "else": {}},
+    ],
+)
+def test_a_pattern_of_names_that_would_search_for_ever_is_given_up(
+    schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(literal_patterns, "MATCH_SECONDS", 0.05)
+    problem = value_error({"n": 1, "a" * 64 + "b": 1}, schema)
+    assert problem.startswith("It cannot be checked: TimeoutError"), problem
+
+
+def test_patterns_of_names_are_checked_with_what_is_beside_them() -> None:
+    numbers = {"^n": {"type": "integer"}, "^nn": {"minimum": 5}, "(?<=o)[+]$": {}}
+    schema = {"type": "object", "properties": {"x": {}, "patternProperties": {"type": "null"}}}
+    schema |= {"patternProperties": numbers, "additionalProperties": False}
+    valid = {"n": 1, "nn": 7, "o+": "any", "x": 1, "patternProperties": None}
+    assert value_error(valid, schema) == ""
+    assert value_error(valid, {**schema, "additionalProperties": {"type": "string"}}) == ""
+    assert "$.n:" in value_error({"n": "x"}, schema)
+    assert "minimum" in value_error({"nn": 1}, schema)
+    assert "$.patternProperties" in value_error({"patternProperties": 1}, schema)
+    for value in ({"m": 1}, {"an": 1}, {"N": 1}):
+        problem = value_error(value, schema)
+        assert "does not match any of the regexes" in problem
+        assert "'^n'" in problem
+    assert value_error({"m": 1}, {**schema, "additionalProperties": {"type": "string"}}).startswith("$.m:")
+    nested = {"allOf": [{"patternProperties": numbers}], "unevaluatedProperties": False}
+    assert value_error({"n": 1}, nested) == ""
+    assert "'m' was unexpected" in value_error({"n": 1, "m": 1}, nested)
+
+
+def test_what_only_looks_like_patterns_of_names_stays_as_it_is() -> None:
+    data = {"patternProperties": {"^n": 1}}
+    for keyword in ("const", "default"):
+        assert value_error(data, {keyword: data}) == ""
+    assert value_error(data, {"enum": [data]}) == ""
+    assert value_error({"patternProperties": 2}, {"const": data}) != ""
+
+
+def test_a_reference_to_elsewhere_is_never_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: Any) -> None:
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("urllib.request.urlopen", fetch)
+    problem = value_error({}, {"$ref": "http://localhost:9/schema.json"})
+    assert problem.startswith("It cannot be checked")
+    assert "fetched" not in problem
 
 
 def test_a_pattern_that_would_search_for_ever_is_given_up() -> None:

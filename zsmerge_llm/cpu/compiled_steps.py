@@ -15,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from zsmerge_llm.cpu import native
+from zsmerge_llm.cpu.builder_lock import AwaitedPackage
 from zsmerge_llm.cpu.decoder_layers import decoder_layers
+from zsmerge_llm.cpu.package_builder import PackageJob
 from zsmerge_llm.cpu.package_key import package_key
 from zsmerge_llm.cpu.package_process import LOW_PRIORITY, PackageProcess, package_job
 from zsmerge_llm.cpu.packaged_layers import PackagedLayers
@@ -54,7 +56,7 @@ class CompiledSteps:
         self._forms = step_forms(num_draft_tokens)
         self._prepare = prepare
         self._steps_left: int | None = None
-        self._process: PackageProcess | None = None
+        self._process: PackageProcess | AwaitedPackage | None = None
         self._next_look = 0.0
         self._layers: PackagedLayers | None = None
         self._decoders: list[nn.Module] = []
@@ -92,7 +94,7 @@ class CompiledSteps:
         started = time.perf_counter()
         if not self.load() and self.disabled_reason is None:
             self._begin(0)
-            if self._process is not None:
+            while self._process is not None:
                 self._process.wait()
                 self._finish()
         self.seconds += time.perf_counter() - started
@@ -164,24 +166,34 @@ class CompiledSteps:
     # -- making ------------------------------------------------------------------------------------------------------
 
     def _begin(self, nice: int) -> None:
-        """Start the process that makes the package."""
+        """Start the process that makes the package, or wait for one that does."""
         try:
             folder = self.folder = _writable_packages_folder() / self.folder.name
-            job = package_job(self._model, self._decoders, self._forms, self._key, folder, nice)
-            self._process = PackageProcess(job)
+            self._make(package_job(self._model, self._decoders, self._forms, self._key, folder, nice))
         except (UnsupportedModelError, OSError) as error:
             self.disable(error)
 
+    def _make(self, job: PackageJob) -> None:
+        """Start a process for a job, unless another one does the same."""
+        try:
+            self._process = PackageProcess(job)
+        except BlockingIOError:
+            self._process = AwaitedPackage(job)
+
     def _finish(self) -> None:
-        """Load what the process has made."""
+        """Load what the process has made. Where another one has ended without it, it is made here."""
         process, self._process, self._steps_left = self._process, None, None
         if process is None or self.disabled_reason is not None:
             return
         try:
             process.check()
             if not self._install(self.folder):
-                raise PackageError("The package that was made cannot be loaded.")
-        except PackageError as error:
+                if not isinstance(process, AwaitedPackage):
+                    raise PackageError("The package that was made cannot be loaded.")
+                self._steps_left = 0
+                self._make(process.job)
+                return
+        except (PackageError, UnsupportedModelError, OSError) as error:
             self.disable(error)
         if self.folder.parent != packages_folder():  # of this process alone
             remove_package(self.folder.parent)

@@ -1,8 +1,8 @@
 """Make a package of compiled decode steps, in a process of its own: `python -m zsmerge_llm.cpu.package_builder`.
 
-It is given a pickled `PackageJob` on its standard input, by the process that wants the package. TorchInductor holds
-Python's lock for long and takes a lot of memory; here it holds up nobody, and whatever befalls it ends this process
-only. Layers come without their weights.
+It is given a pickled `PackageJob` on its standard input, by the process that wants the package, and the lock that keeps
+others from making the same one (`builder_lock`). TorchInductor holds Python's lock for long and takes a lot of memory;
+here it holds up nobody, and whatever befalls it ends this process only. Layers come without their weights.
 """
 
 from __future__ import annotations
@@ -66,23 +66,22 @@ def build_package(job: PackageJob) -> None:
     """Compile every kind of layer for every form of step, and put the package in its place."""
     parent = job.folder.parent
     _remove_stale(parent)
-    with _locked(parent / f"{job.folder.name}.lock"):
-        if job.folder.exists():  # another process was faster
-            return
-        native.build()
-        folder = temporary_folder(parent, BUILDING)
-        try:
-            files = {}
-            for number, kind in enumerate(job.kinds):
-                with prepared({kind.first, kind.last}):
-                    for form, call in zip(job.manifest.forms, kind.calls, strict=True):
-                        path = folder / file_name(form.form.name, number)
-                        _compile(kind, call, form, path)
-                        files[path.name] = digest(path)
-            replace(job.manifest, files=files).write(folder)
-            folder.rename(job.folder)
-        finally:
-            remove_package(folder)
+    if job.folder.exists():  # another process was faster
+        return
+    native.build()
+    folder = temporary_folder(parent, BUILDING)
+    try:
+        files = {}
+        for number, kind in enumerate(job.kinds):
+            with prepared({kind.first, kind.last}):
+                for form, call in zip(job.manifest.forms, kind.calls, strict=True):
+                    path = folder / file_name(form.form.name, number)
+                    _compile(kind, call, form, path)
+                    files[path.name] = digest(path)
+        replace(job.manifest, files=files).write(folder)
+        folder.rename(job.folder)
+    finally:
+        remove_package(folder)
 
 
 @contextmanager
@@ -153,19 +152,6 @@ def _remove_stale(parent: Path) -> None:
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(folder)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let only one process make a package at a time, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zsmerge_llm.cpu import package_builder
+from zsmerge_llm.cpu.builder_lock import MAX_SECONDS, lock_package, unlock
 from zsmerge_llm.cpu.decoder_layers import named_weights
 from zsmerge_llm.cpu.package_builder import LayerKind, PackageJob
 from zsmerge_llm.cpu.package_key import describe_layer
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 
 LOW_PRIORITY = 5
 """Nice value beside a conversation: with a much higher one it would hardly run while tokens are decoded."""
-MAX_SECONDS = 1200
-"""A package takes 20 to 60 s; after this time its process is taken for stuck."""
 
 
 def package_job(
@@ -69,10 +68,11 @@ def package_job(
 
 
 class PackageProcess:
-    """A process that makes a package.
+    """A process that makes a package. It holds the package's lock until it ends.
 
     Raises:
         UnsupportedModelError: the layers cannot be given to another process.
+        BlockingIOError: another process makes the same package.
         OSError: it cannot be started.
     """
 
@@ -81,26 +81,12 @@ class PackageProcess:
             content = pickle.dumps(job)
         except Exception as error:  # whatever a module holds
             raise UnsupportedModelError(f"Layers that cannot be pickled are not compiled: {error}") from error
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by `check`
-        folder = str(_compiler_cache(job.folder.parent))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
-            "OMP_NUM_THREADS": "1",
-            INDUCTOR_CACHE: folder,
-            "TMPDIR": folder,  # TorchInductor looks for precompiled headers there, whatever its own variable says
-        }
-        with tempfile.TemporaryFile() as file:  # a pipe would hold this process up until the other one reads
-            file.write(content)
-            file.seek(0)
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", package_builder.__name__],
-                cwd=folder,  # Python would import what is in the current folder before what is installed
-                stdin=file,
-                stdout=subprocess.DEVNULL,
-                stderr=self._errors,
-                env=environment,
-            )
+        lock = lock_package(job.folder)
+        try:
+            self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by `check`
+            self._process = _started(content, _compiler_cache(job.folder.parent), self._errors, lock)
+        finally:
+            unlock(lock)
 
     @property
     def finished(self) -> bool:
@@ -128,6 +114,29 @@ class PackageProcess:
             lines = file.read().decode(errors="replace").strip().splitlines()
         said = next((line for line in reversed(lines) if not line.startswith(" ")), "")
         raise PackageError(f"Compiling failed: {said or f'exit code {self._process.returncode}'}")
+
+
+def _started(content: bytes, folder: Path, errors: IO[bytes], lock: int | None) -> subprocess.Popen[bytes]:
+    """Start a process on a pickled job. folder: for what the compiler keeps. lock: what it inherits."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+        "OMP_NUM_THREADS": "1",
+        INDUCTOR_CACHE: str(folder),
+        "TMPDIR": str(folder),  # TorchInductor looks for precompiled headers there, whatever its own variable says
+    }
+    with tempfile.TemporaryFile() as file:  # a pipe would hold this process up until the other one reads
+        file.write(content)
+        file.seek(0)
+        return subprocess.Popen(
+            [sys.executable, "-m", package_builder.__name__],
+            cwd=str(folder),  # Python would import what is in the current folder before what is installed
+            stdin=file,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
+            pass_fds=() if lock is None else (lock,),
+        )
 
 
 def _compiler_cache(packages: Path) -> Path:

@@ -13,6 +13,8 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
+from zsmerge_llm.language.literal_patterns import LiteralPatterns, has_match
+
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords whose value maps names to schemas."""
 SCHEMA_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
@@ -22,8 +24,6 @@ SCHEMAS = ("items", "additionalProperties", "propertyNames", "contains", "not", 
 FORMAT_PATTERNS = {"base64": "^([A-Za-z0-9+/]{4})*$", "base64url": "^([A-Za-z0-9_-]{4})*$"}
 """Patterns for formats that a grammar does not know."""
 LOOK_AROUND = re.compile(r"\(\?<?[=!]")
-MATCH_SECONDS = 1.0
-"""Longest search for one pattern in one text."""
 SIGN_AND_DIGITS = "(?!^[-+.]*$)[+-]?0*"
 """How pydantic begins the pattern of a Decimal: anything that has a digit."""
 
@@ -73,42 +73,30 @@ def value_error(value: Any, schema: Mapping[str, Any]) -> str:
     from jsonschema.exceptions import best_match
 
     try:
-        problem = best_match(_validator(json.dumps(schema)).iter_errors(value))
+        literal = LiteralPatterns(schema, value)
+        problem = best_match(_validator(json.dumps(literal.schema)).iter_errors(value))
     except Exception as error:  # whatever a pattern or a reference of the schema makes jsonschema raise
         return f"It cannot be checked: {type(error).__name__}: {str(error)[:200]}"
-    return "" if problem is None else f"{problem.json_path}: {problem.message[:300]}"
+    return "" if problem is None else f"{problem.json_path}: {literal.original(problem.message)[:300]}"
 
 
 @lru_cache(maxsize=64)
 def _validator(schema: str) -> Any:
     from jsonschema import Draft202012Validator
     from jsonschema.validators import extend, validator_for
+    from referencing import Registry
 
     parsed = json.loads(schema, parse_float=_exact)
     known = validator_for(parsed, default=Draft202012Validator)
-    validator = extend(known, {"pattern": _check_pattern, "patternProperties": _check_pattern_properties})
-    return validator(parsed, format_checker=known.FORMAT_CHECKER)
+    validator = extend(known, {"pattern": _check_pattern})
+    return validator(parsed, format_checker=known.FORMAT_CHECKER, registry=Registry())  # which fetches nothing
 
 
 def _check_pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[Any]:
     from jsonschema import ValidationError
 
-    if validator.is_type(value, "string") and not _has_match(pattern, value):
+    if validator.is_type(value, "string") and not has_match(pattern, value):
         yield ValidationError(f"{value!r} does not match {pattern!r}")
-
-
-def _check_pattern_properties(validator: Any, patterns: Mapping[str, Any], value: Any, schema: Any) -> Iterator[Any]:
-    for name in value if validator.is_type(value, "object") else ():
-        for pattern, part in patterns.items():
-            if _has_match(pattern, name):
-                yield from validator.descend(value[name], part, path=name, schema_path=pattern)
-
-
-def _has_match(pattern: str, text: str) -> bool:
-    """Return whether a pattern matches. Raises TimeoutError: schemas come from others, and `re` would have no limit."""
-    import regex
-
-    return regex.search(pattern, text, timeout=MATCH_SECONDS) is not None
 
 
 def _exact(number: str) -> Decimal | float:

@@ -153,8 +153,9 @@ class Conversations:
         known = dict(transcript.chain.lengths)
         if transcript.document is not None:
             known[transcript.document.digest] = -1
-        reason = ""
-        for candidate, digest in self._find_resume_points(transcript, known, name):
+        reason, points = "", self._find_resume_points(transcript, known, name)
+        is_named_so = any(candidate == name and known[digest] > 1 for candidate, digest in points)
+        for candidate, digest in points:
             try:
                 found = self.store.open(candidate, digest)
             except SessionNotFoundError:
@@ -163,7 +164,7 @@ class Conversations:
                 self.store.forget(candidate)
                 reason = "the saved session is damaged or gone"
                 continue
-            turn = self._resume(found, transcript, tools, name, namespace)
+            turn = self._resume(found, transcript, tools, name, namespace, is_named_so)
             if turn is not None:
                 return turn
             if found.snapshot.kind in ("prompt", "answer"):
@@ -238,17 +239,25 @@ class Conversations:
     # -- resuming ----------------------------------------------------------------------------------------------------
 
     def _resume(
-        self, found: ResumePoint, transcript: Transcript, tools: Tools, name: str | None, namespace: str | None
+        self,
+        found: ResumePoint,
+        transcript: Transcript,
+        tools: Tools,
+        name: str | None,
+        namespace: str | None,
+        is_named_so: bool,
     ) -> Turn | None:
         """Return a turn from a snapshot: of its session or, under another name, of a new one.
 
         None where the ids that follow it cannot be known, or where its cache is not the one that is wanted.
+
+        is_named_so: whether the session of that name is this conversation, too. It goes on then, with its own points.
         """
         source, snapshot = found.session, found.snapshot
         # A prefix is shared only while its date is right.
         template = self.template.with_date(self.today() if snapshot.kind == "prefix" else source.today)
-        own = name == source.name or (name is None and snapshot.kind in ("prompt", "answer"))
-        transcript = transcript.of_session(source.transcript if own else None)
+        owner = _owner(self.store, found, name, is_named_so)
+        transcript = transcript.of_session(owner[0].transcript if owner is not None else None)
         document = transcript.document
         if document is None and source.document is not None:  # the messages repeat it
             document = DocumentText(source.document, snapshot.digest)
@@ -256,8 +265,9 @@ class Conversations:
         following = self.prompts.following_ids(continuation, transcript.messages)
         if following is None or not self._has_wanted_config(snapshot, len(following)):
             return None
-        session, version = source, found.version if own else None
-        if not own:
+        if owner is not None:
+            session, version = owner
+        else:
             shared = [
                 each for each in (*source.snapshots.values(), snapshot) if each.kind == "prefix" or each is snapshot
             ]
@@ -267,12 +277,12 @@ class Conversations:
         turn = Turn(
             transcript,
             session,
-            is_new=not own,
+            is_new=owner is None,
             version=version,
             cache=cache,
             tokens=TokenIds.of(snapshot.tokens),
             reuse="continued" if snapshot.digest == found.head and snapshot.kind == "answer" else "restored",
-            resumed_from=snapshot if own else None,
+            resumed_from=snapshot if owner is not None else None,
         )
         longer = self.prompts.with_retrieved(continuation, following, cache)
         turn.tokens, turn.retrieved_tokens = turn.tokens + longer, len(longer) - len(following)
@@ -294,7 +304,7 @@ class Conversations:
         template, messages = self.template.with_date(self.today()), transcript.messages
         transcript = transcript.of_session(None)
         prompt = self.prompts.build(messages, tools, template, transcript.indexes)
-        reason = reason or self._reread_reason(transcript, name)
+        reason = reason or _reread_reason(self.store, transcript, name)
         document = transcript.document.text if transcript.document is not None else None
         session, version = self._new_session(name, namespace, template.today, document, {})
         return Turn(
@@ -309,19 +319,6 @@ class Conversations:
             retrieved_tokens=prompt.retrieved_tokens,
         )
 
-    def _reread_reason(self, transcript: Transcript, name: str | None) -> str:
-        """Return why a conversation is not resumed though it is known; "" for a new one."""
-        if transcript.document is not None:
-            return "the document was read without these tools"
-        # A greeting alone does not make a conversation a known one.
-        first = 2 + (transcript.messages[0]["role"] == "system")
-        similar = self.store.longest_shared_prefix(transcript.digests[first:])
-        if similar is not None:
-            return f"no snapshot of this conversation before message {similar[1] + first + 1} is left"
-        if name is not None and name in self.store:
-            return f"the messages and tools are not those of session {name!r}"
-        return ""
-
     def _new_session(
         self,
         name: str | None,
@@ -335,3 +332,30 @@ class Conversations:
         own = name or generate_name(f"{namespace}/" if namespace else "")
         session = Session(own, self.store.fingerprint, today, snapshots, document=document, named=bool(name))
         return session, version
+
+
+def _owner(store: Store, found: ResumePoint, name: str | None, is_named_so: bool) -> tuple[Session, int | None] | None:
+    """Return the session that goes on from a snapshot, and its version; None: a new one does."""
+    if name == found.session.name or (name is None and found.snapshot.kind in ("prompt", "answer")):
+        return found.session, found.version
+    if name is None or not is_named_so:
+        return None
+    version = store.version(name)
+    try:
+        return store.get(name), version
+    except SessionError:
+        return None
+
+
+def _reread_reason(store: Store, transcript: Transcript, name: str | None) -> str:
+    """Return why a conversation is not resumed though it is known; "" for a new one."""
+    if transcript.document is not None:
+        return "the document was read without these tools"
+    # A greeting alone does not make a conversation a known one.
+    first = 2 + (transcript.messages[0]["role"] == "system")
+    similar = store.longest_shared_prefix(transcript.digests[first:])
+    if similar is not None:
+        return f"no snapshot of this conversation before message {similar[1] + first + 1} is left"
+    if name is not None and name in store:
+        return f"the messages and tools are not those of session {name!r}"
+    return ""

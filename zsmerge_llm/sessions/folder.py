@@ -102,20 +102,22 @@ class Folder:
             OSError: no room or no permission. What was there stays.
         """
         path, point = self.file(session.name), session.last_answered
-        beside = known.earlier if known.earlier is not None and session.answered(known.earlier) else None
-        newest = max((each.messages for each in (point, beside) if each is not None), default=0)
         with self._temporary() as head, self._temporary() as earlier:
             session.save(head, self.durable)
             if point is not None and not _holds(point, known.head, known.earlier):
                 session.at(point).save(earlier, self.durable)
             with locked(head), self._renaming():
                 before, set_aside = self._at_path(session, path, known.head)
-                if before is not None and session.answered(before) and before.messages >= newest:
+                beside = None if set_aside else known.earlier or self.earlier(path, session.prefix_digests)
+                newest = max(_answered_messages(session, each) for each in (point, before, beside))
+                if newest == _answered_messages(session, beside):
+                    earlier.unlink(missing_ok=True)
+                elif newest == _answered_messages(session, before):
                     _link(path, earlier)
-                os.replace(head, path)
-                if earlier.exists():
+                if earlier.exists():  # first: if the process is killed in between, the last answer is there
                     os.replace(earlier, earlier_path(path))
-                elif beside is None:
+                os.replace(head, path)
+                if not newest:
                     earlier_path(path).unlink(missing_ok=True)
         if self.durable:
             sync_folder(self.path)
@@ -274,6 +276,11 @@ def _renamed(info: SessionInfo, path: Path, name: str) -> SessionInfo:
     assert info.path is not None
     os.replace(info.path, path)
     return replace(info, path=path, name=name, named=False)
+
+
+def _answered_messages(session: Session, point: Snapshot | SessionInfo | None) -> int:
+    """Return after how many messages an answered point before a session's head is; 0 where it is none."""
+    return point.messages if point is not None and session.answered(point) else 0
 
 
 def _holds(point: Snapshot, *files: SessionInfo | None) -> bool:

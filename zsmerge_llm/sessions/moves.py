@@ -153,7 +153,7 @@ class TieredSessions(TieredTable):
             entry = self._entries.get(name)
             if entry is None or entry.session is None or name in self._busy:
                 return
-            session, uses, known = entry.session.settled(), entry.uses, entry.known_files
+            session, uses, known = replace(entry.session), entry.uses, entry.known_files
             saved = entry.is_saved
             self._busy.add(name)
         files, problem = None, None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from zsmerge_llm.errors import SessionError, SessionNotFoundError
 from zsmerge_llm.sessions.folder import Folder, SavedFiles, generate_name
@@ -141,7 +142,7 @@ class SavedSessions(TieredSessions):
             if entry is None or entry.session is None or entry.is_saved:
                 return
             self._busy.add(name)
-            session = entry.session.settled()  # as it is now: the conversation may continue meanwhile
+            session = replace(entry.session)  # as it is now: the conversation may continue meanwhile
             known = entry.known_files
         files = None
         try:

@@ -1,8 +1,9 @@
 """A conversation as a session: exact token ids, the compressed cache, and snapshots to go back to.
 
 A `Snapshot` is never changed: whoever reads on works on a copy of its cache. So branches, forks and concurrent requests
-share snapshots and cannot corrupt each other. A `Session` is a named line of snapshots. Its newest one is the head.
-Saved are the head and, in a file beside it, the last answered point before it, but no turn that was not answered.
+share snapshots and cannot corrupt each other. A `Session` is a named line of snapshots. Its head is after the last
+answer: a turn that is not answered leaves it where it is. Saved are the head and, in a file beside it, the last
+answered point before it.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class Session:
 
     @property
     def head(self) -> Snapshot:
-        """The newest snapshot."""
+        """The snapshot after the last answer; before any answer, the newest one."""
         return next(reversed(self.snapshots.values()))
 
     @property
@@ -170,15 +171,6 @@ class Session:
             key=lambda snapshot: snapshot.messages,
             default=None,
         )
-
-    def settled(self) -> Session:
-        """Return the session as it is saved: without a last turn that was not answered, unless it is the first one."""
-        point = self.last_answered
-        if self.head.kind != "prompt" or point is None:
-            return replace(self)
-        before = [each for each in self.snapshots.values() if each.messages < point.messages and self.contains(each)]
-        snapshots = {each.digest: each for each in [*before, point]}
-        return replace(self, snapshots=snapshots, prefix_digests=self.prefix_digests[: point.messages + 1])
 
     def answered(self, point: Snapshot | SessionInfo) -> bool:
         """Return whether the head continues a point that is after an answer."""
@@ -258,15 +250,23 @@ class Session:
         return replace(self, snapshots=kept)
 
     def add(self, snapshots: Iterable[Snapshot], prefix_digests: Sequence[str] = ()) -> None:
-        """Move the head to the last of `snapshots`. Older ones are dropped, but not a document's or the last prefix."""
+        """Keep the snapshots of a turn, and move the head to the last one if that is after an answer.
+
+        Older ones are dropped, but not a document's or the last prefix.
+
+        prefix_digests: digests of all prefixes of the turn's messages.
+        """
         kept, newest = dict(self.snapshots), {snapshot.digest: snapshot for snapshot in snapshots}
+        head = _head([*list(kept.values())[-1:], *newest.values()])
         for digest, snapshot in newest.items():
             kept.pop(digest, None)
             kept[digest] = snapshot
-        for snapshot in _superfluous(list(kept.values()), set(newest)):
+        kept[head.digest] = kept.pop(head.digest)
+        for snapshot in _superfluous(list(kept.values()), {head.digest, *newest}):
             del kept[snapshot.digest]
         self.snapshots = kept  # in one step: other threads may be looking
-        self.prefix_digests = tuple(prefix_digests) or self.prefix_digests
+        if tuple(prefix_digests[head.messages : head.messages + 1]) == (head.digest,):
+            self.prefix_digests = tuple(prefix_digests[: head.messages + 1])
         self.used = time.time()
 
     def save(self, path: str | Path, durable: bool = True) -> Path:
@@ -354,18 +354,25 @@ def _check_fingerprint(path: Path, saved: Fingerprint, wanted: Fingerprint | Non
         )
 
 
-def _superfluous(snapshots: list[Snapshot], newest: Set[str]) -> list[Snapshot]:
+def _head(snapshots: list[Snapshot]) -> Snapshot:
+    """Return the head of a session. snapshots: its head until now, if there is one, and those of a turn in order."""
+    answered = (each for each in snapshots if each.kind in ("answer", "document"))
+    return next(answered, snapshots[-1]) if snapshots[-1].kind == "prompt" else snapshots[-1]
+
+
+def _superfluous(snapshots: list[Snapshot], needed: Set[str]) -> list[Snapshot]:
     """Return the snapshots to drop: all prompts and prefixes but the last, and answers too close to their neighbours.
 
-    Those with the digests `newest` stay.
+    Those with the digests `needed` stay.
     """
     dropped = []
     for kind in ("prompt", "prefix"):
         dropped += [snapshot for snapshot in snapshots if snapshot.kind == kind][:-1]
     answers = [snapshot for snapshot in snapshots if snapshot.kind == "answer"]
+    answers.sort(key=lambda snapshot: snapshot.messages)  # after an edit, newer ones may have fewer
     while len(answers) > MAX_ANSWER_SNAPSHOTS:
         ends = [0, *(snapshot.messages for snapshot in answers)]
         # Going back by n messages costs reading about as many again: drop where the gap is smallest for its age.
         gaps = [(ends[i + 2] - ends[i]) / (1 + ends[-1] - ends[i + 1]) for i in range(len(answers) - 2)]
         dropped.append(answers.pop(gaps.index(min(gaps))))
-    return [snapshot for snapshot in dropped if snapshot.digest not in newest]
+    return [snapshot for snapshot in dropped if snapshot.digest not in needed]

@@ -58,30 +58,20 @@ class StoreEntry:
     @property
     def unsaved_point(self) -> Snapshot | None:
         """The last answered point before the head, if it is in memory and not on disk."""
-        point = None if self.session is None else self.session.settled().last_answered
-        return None if point is None or self._is_on_disk(point) else point
-
-    def _is_on_disk(self, point: Snapshot) -> bool:
-        return any(file.digest == point.digest for file in self.points_on_disk)
+        point = None if self.session is None else self.session.last_answered
+        newest_on_disk = max((file.messages for file in self.points_on_disk), default=-1)
+        return None if point is None or point.messages <= newest_on_disk else point
 
     def is_needed(self, snapshot: Snapshot) -> bool:
         """Return whether a snapshot in memory is the head, or is to be saved before it leaves memory."""
-        session = self.session
-        if session is None or snapshot is session.head or snapshot is self.unsaved_point:
-            return session is not None
-        return snapshot is session.settled().head and not self._is_on_disk(snapshot)
+        return self.session is not None and (snapshot is self.session.head or snapshot is self.unsaved_point)
 
     @property
     def is_saved(self) -> bool:
-        """Whether all is on disk that is to be: the head if its turn was answered, and the answered point before it."""
+        """Whether all is on disk that is to be: the head, and the answered point before it."""
         if self.session is None or self.file is None:
             return self.file is not None
-        head, point = self.session.head, self.session.last_answered
-        if self.unsaved_point is not None:
-            return False
-        if head.kind == "prompt" and self.points_on_disk and (point is None or self._is_on_disk(point)):
-            return True
-        return self.saved_state is head.state
+        return self.saved_state is self.session.head.state and self.unsaved_point is None
 
     @property
     def known_files(self) -> SavedFiles:
