@@ -40,6 +40,19 @@ def test_a_torch_build_is_installed_first(tmp_path: Path) -> None:
     assert "-e ." in lines[1]
 
 
+def test_the_lowest_versions_are_read_from_the_projects(tmp_path: Path) -> None:
+    printed = dry_run("test-floors", tmp_path)
+    command = next(line for line in printed.splitlines() if line.startswith("grep"))
+    listed = subprocess.run(
+        ["sh", "-c", command.rpartition(">")[0]], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {"torch", "transformers", "langchain-core", "llama-index-core"} <= {each.split("==")[0] for each in listed}
+    assert len(listed) == len({each.split("==")[0] for each in listed}), "two projects have different lowest versions"
+    other = dry_run("test-floors", tmp_path, "TORCH=some-torch.whl")
+    assert "pip install --quiet some-torch.whl" in other
+    assert "grep -v '^torch=='" in other
+
+
 def test_the_distributions_have_one_version() -> None:
     for folder in (".", *INTEGRATIONS):
         text = (ROOT / folder / "pyproject.toml").read_text(encoding="utf-8")

@@ -57,9 +57,15 @@ def build(sources: Sequence[str] = DECODE_SOURCES) -> None:
         reason = getattr(error, "stderr", None) or error
         raise UnsupportedModelError(f"The C++ kernels could not be built: {str(reason).strip()[-1000:]}") from error
     if sources == DECODE_SOURCES:
-        torch.library.register_fake("zsmerge::gemv", _fake_gemv)
-        torch.library.register_fake("zsmerge::attend_slots", _fake_attend_slots)
+        _register_fakes()
         _has_int4_products()  # cached here: it cannot run while a graph is traced
+
+
+@cache
+def _register_fakes() -> None:
+    """Tell torch the shapes of what operators return. Once: before torch 2.13 a second time is an error."""
+    torch.library.register_fake("zsmerge::gemv", _fake_gemv)
+    torch.library.register_fake("zsmerge::attend_slots", _fake_attend_slots)
 
 
 def find_compiler() -> str | None:
