@@ -94,7 +94,7 @@ def test_an_llm_takes_a_peft_model_and_gives_it_back() -> None:
     expected = greedy(model, prompt)
     model.train()
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    with LLM(model, tokenizer=tokenizer, cache=CacheConfig(slots=None), compile=True) as llm:
+    with LLM(model, tokenizer=tokenizer, cache=CacheConfig(slots=None), compile=False) as llm:
         result = llm.complete("the ship and the sea", sampling=SamplingParams(max_tokens=12, ignore_eos=True))
         assert result.text == tokenizer.decode(expected)
     assert all(module.training for module in model.modules())

@@ -117,8 +117,12 @@ class _Keys(AttentionHandler):
         return call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
 
 
-def forward(model: PreTrainedModel, handler: AttentionHandler, **inputs: Any) -> Tensor:
+def forward(
+    model: PreTrainedModel, handler: AttentionHandler, logits_to_keep: int | Tensor = 0, **inputs: Any
+) -> Tensor:
     """Run the model with `handler` in every attention layer: logits [B, kept, vocab].
+
+    logits_to_keep: the places whose logits are wanted, int [kept], or how many of the last ones; 0: all.
 
     Raises:
         InputError: the model was given another attention since, which would ignore the cache without a word.
@@ -131,9 +135,13 @@ def forward(model: PreTrainedModel, handler: AttentionHandler, **inputs: Any) ->
     keyword = adapters.keyword(model)
     token = CURRENT_PASS.set(handler)
     try:
-        return model(**inputs, use_cache=False, **{keyword: handler}).logits
+        logits: Tensor = model(**inputs, logits_to_keep=logits_to_keep, use_cache=False, **{keyword: handler}).logits
     finally:
         CURRENT_PASS.reset(token)
+    if isinstance(logits_to_keep, int):
+        return logits[:, -logits_to_keep:]
+    # Some models do not know the keyword, and return the logits of all tokens.
+    return logits if logits.shape[1] == len(logits_to_keep) else logits[:, logits_to_keep]
 
 
 class ModelLayers(NamedTuple):
@@ -212,6 +220,12 @@ def _check_layers(
         raise UnsupportedModelError(
             f"Layers {missing} of {type(model).__name__} do not attend through transformers' attention interface, and "
             "keep no state in its cache: the compressed cache cannot carry them."
+        )
+    hidden = [layer for layer, kind in enumerate(kinds) if kind in adapters.RECURRENT_LAYERS and layer not in known]
+    if hidden:
+        raise UnsupportedModelError(
+            f"Layers {hidden} of {type(model).__name__} keep a recurrent state within their attention, which the "
+            "compressed cache cannot carry. Use another model."
         )
 
 
