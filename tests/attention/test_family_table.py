@@ -13,7 +13,7 @@ from tests.families.tiny_configs import families
 
 TEXT = PAGE.read_text(encoding="utf-8")
 SOME = ["llama", "qwen3_next", "falcon_h1", "gpt2", "qwen2_vl", "gpt_oss", "deepseek_v3", "bart", "bloom"]
-"""Rotary, learned and M-RoPE positions, recurrent layers, experts with sinks, latent keys; positions of its own, ALiBi."""
+"""Rotary, learned, M-RoPE and own positions, recurrent layers, experts with sinks, latent keys, ALiBi."""
 ROW = re.compile(r"^\| `([^`]+)` \|.*$", re.MULTILINE)
 
 written_for_this_version = pytest.mark.skipif(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -29,8 +28,8 @@ def make(family: str, folder: Path | None = None, slots: int = 64) -> LLM:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "sessions"
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "sessions"
 
 
 @families
