@@ -26,7 +26,7 @@ class TestChatOpenAI(ChatModelIntegrationTests):
 
     @pytest.fixture(scope="class", autouse=True)
     def _server(self) -> Iterator[None]:
-        with LLM("smollm2") as llm, serving(llm, ServerSettings(max_tokens=64, aliases=("other",))) as address:
+        with LLM("smollm2") as llm, serving(llm, ServerSettings(max_tokens=256, aliases=("other",))) as address:
             type(self).address = address
             yield
 
