@@ -152,3 +152,17 @@ def test_only_the_newest_part_of_a_long_prompt_is_searched() -> None:
     quoted, filler = [1, 2, 3, 9], list(range(100, 100 + SEARCHED_TOKENS))
     assert PromptLookup([*quoted, *filler[:1000], 1, 2, 3], stop_ids=()).propose()[:1] == [9]
     assert PromptLookup([*quoted, *filler, 1, 2, 3], stop_ids=()).propose() == []
+
+
+def test_an_answer_that_ends_within_a_draft_leaves_its_last_token_to_the_next_turn_as_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the next turn would read other tokens at once than beside other conversations, where there are no drafts."""
+    engine, prompt = Engine(tiny_model("llama"), compile=False), tokens(50)
+    plain, _ = generate(engine, CONFIGS["full"], prompt, lookup=False)
+    monkeypatch.setattr("zsmerge_llm.engine.sequence.PromptLookup", Oracle)
+    monkeypatch.setattr(Oracle, "answer", tuple(plain))
+    for max_tokens in range(1, 14):
+        cache = engine.new_cache(CONFIGS["full"])
+        assert list(engine.stream(cache, prompt, PARAMS.replace(max_tokens=max_tokens))) == plain[:max_tokens]
+        assert cache.seen == len(prompt) + max_tokens - 1

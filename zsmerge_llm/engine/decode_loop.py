@@ -94,8 +94,8 @@ def _verify_draft(
     sampled, kept = drafting.sample_draft(num_pending), num_pending
     try:
         for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, sampled, strict=True)):
-            kept += 1
             sequence.accept(token)
+            kept += sequence.is_running  # the last token is not read, as without a draft: the next turn reads it
             yield [token]
             if not sequence.is_running:
                 return
