@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 import pytest
 
 from benchmarks.sessions.planned_memory import Setting, in_own_process
 
 TOLERANCE = 0.1
+
+
+@cache
+def make_files(dtype: str) -> None:
+    """Let a process convert the model and find its digest, which leaves memory with the allocator: 300 MB more."""
+    in_own_process(Setting("smollm2", dtype, slots=128, chunk=128, length=256))
 
 
 @pytest.mark.slow
@@ -18,6 +25,6 @@ TOLERANCE = 0.1
     [("float32", 1024, 128), ("float32", 2048, 512), ("bfloat16", 1024, 512), ("bfloat16", 2048, 128)],
 )
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(dtype: str, slots: int, chunk: int) -> None:
-    setting = Setting("smollm2", dtype, slots, chunk, length=3 * slots)
-    # Beside other work a peak may come out lower, since fewer threads work at once: then a second process decides.
-    assert abs(in_own_process(setting).ratio - 1) < TOLERANCE or abs(in_own_process(setting).ratio - 1) < TOLERANCE
+    make_files(dtype)
+    found = in_own_process(Setting("smollm2", dtype, slots, chunk, length=3 * slots))
+    assert abs(found.ratio - 1) < TOLERANCE
