@@ -14,16 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,30 +30,11 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import TEXTS, write
+from benchmarks.sessions.server_process import serving
 
-COMMAND = [sys.executable, "-c", "from zsmerge_llm.cli.app import main; main()", "serve", "--port", "0"]
 SLOTS = 1024
 RESULT_WORDS = 220
 QUESTIONS = ("Name a tree and say why you like it.", "And a river?", "What would a child ask next?", "Sum it up.")
-
-
-@contextmanager
-def serving(model: str, folder: str) -> Iterator[tuple[str, psutil.Process]]:
-    """Start a server; yield its address and its process."""
-    command = [*COMMAND, "--model", model, "--slots", str(SLOTS), "--sessions-dir", folder]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    found = None
-    for line in process.stdout:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            break
-    assert found is not None, "the server did not start"
-    threading.Thread(target=process.stdout.read, daemon=True).start()
-    try:
-        yield found[0], psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @dataclass
@@ -207,7 +184,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=200)
     options = parser.parse_args()
     found: dict[str, Any] = {"model": options.model, "slots": SLOTS}
-    with tempfile.TemporaryDirectory() as folder, serving(options.model, folder) as (address, process):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving("--model", options.model, "--slots", str(SLOTS), "--sessions-dir", folder) as (address, process),
+    ):
         if options.turns:
             found["long_conversation"] = long_conversation(address, options.model, options.turns)
         if options.minutes:

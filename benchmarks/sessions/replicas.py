@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,30 +29,20 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import TEXTS, write
+from benchmarks.sessions.server_process import serving
 
-COMMAND = [sys.executable, "-c", "from zsmerge_llm.cli.app import main; main()", "serve", "--port", "0"]
 SLOTS, ANSWER_TOKENS, REPEATS = 1024, 48, 300
 
 
 @contextmanager
-def serving(model: str, folder: str, replicas: int) -> Iterator[tuple[httpx.Client, psutil.Process]]:
+def serving_client(model: str, folder: str, replicas: int) -> Iterator[tuple[httpx.Client, psutil.Process]]:
     """Start a server; yield a client of it and its process."""
-    command = [*COMMAND, "--model", model, "--slots", str(SLOTS), "--sessions-dir", folder, "--replicas", str(replicas)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    assert process.stdout is not None
-    found = None
-    for line in process.stdout:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            break
-    assert found is not None, "the server did not start"
-    threading.Thread(target=process.stdout.read, daemon=True).start()
-    try:
-        with httpx.Client(base_url=found[0], timeout=600) as client:
-            yield client, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(60)
+    options = ("--model", model, "--slots", str(SLOTS), "--sessions-dir", folder, "--replicas", str(replicas))
+    with (
+        serving(*options, OMP_NUM_THREADS="1") as (address, process),
+        httpx.Client(base_url=address, timeout=600) as client,
+    ):
+        yield client, process
 
 
 def ask(client: httpx.Client, model: str, messages: list[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
@@ -154,7 +142,10 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[str, Any] = {"model": options.model, "slots": SLOTS, "streams": options.streams, "threads_each": 1}
     for replicas in (1, 2):
-        with tempfile.TemporaryDirectory() as folder, serving(options.model, folder, replicas) as (client, process):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            serving_client(options.model, folder, replicas) as (client, process),
+        ):
             name = "one server, no router" if replicas == 1 else "two replicas"
             if replicas == 2:
                 found["moving"] = moving(process, client, options.model)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.families.tiny_configs import tiny_config, tiny_text_config
+from tests.support.tiny_models import randomized, tokens
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.cpu.decoder_layers import decoder_layers
 from zsmerge_llm.cpu.step_capture import capture_step, step_forms
@@ -54,20 +55,7 @@ def tiny_model(config: Any, seed: int = 0) -> PreTrainedModel:
     """Return a random model in float32 whose attention is far from uniform."""
     torch.manual_seed(seed)
     kind = generating_class(config)
-    model: PreTrainedModel = kind.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.25)
-            elif "sinks" in name or "bias" in name:
-                weight.normal_(0, 0.5)
-    return model
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    """Return random ids below all placeholders, without the special ones."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 97, (count,), generator=generator).tolist()
+    return randomized(kind.from_config(config, dtype=torch.float32, attn_implementation="eager").eval())
 
 
 def check_family(family: str) -> Row:

@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import httpx
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.server_process import ROOT, SERVE, server_process
+
 KEY = "a-key-of-some-length"
-SERVE = [sys.executable, "-c", "from zsmerge_llm.cli.app import main; main()", "serve", "--port", "0"]
 
 
 @contextmanager
 def server(folder: Path, stop: signal.Signals) -> Iterator[httpx.Client]:
     """Start a server of SmolLM2; yield a client of it. At the end it gets the signal."""
-    environment = {**os.environ, "ZSMERGE_API_KEYS": KEY}
-    command = [*SERVE, "--sessions-dir", str(folder), "--slots", "256"]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **output)
-    lines: Queue[str] = Queue()
-    assert process.stdout is not None
-    stdout = process.stdout
-    threading.Thread(target=lambda: [lines.put(line) for line in stdout], daemon=True).start()
-    try:
-        while (found := re.search(r"http://127\.0\.0\.1:\d+", lines.get(timeout=120))) is None:
-            pass
-        with httpx.Client(base_url=found[0], timeout=120, headers={"x-api-key": KEY}) as client:
-            yield client
-    finally:
-        process.send_signal(stop)
-        process.wait(60)
+    options = ["--sessions-dir", str(folder), "--slots", "256"]
+    with (
+        server_process(options, {"ZSMERGE_API_KEYS": KEY}, 120, stop) as (address, _),
+        httpx.Client(base_url=address, timeout=120, headers={"x-api-key": KEY}) as client,
+    ):
+        yield client
 
 
 def ask(client: httpx.Client, messages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -134,6 +134,11 @@ def tiny_model(
     config = AutoConfig.for_model(str(settings.pop("model_type")), **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    return randomized(model)
+
+
+def randomized(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model random weights with which attention is far from uniform."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.call import AttentionHandler
+from zsmerge_llm.attention.call import BELONGS_TO_ENGINE, AttentionHandler
 from zsmerge_llm.attention.positions import check_positions
 from zsmerge_llm.errors import InputError, UnsupportedModelError
 
@@ -114,10 +114,7 @@ class FalconAttention(nn.Module):
         from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
         if not isinstance(layer_past, AttentionHandler):
-            raise InputError(
-                "This Falcon model belongs to a zsmerge-llm engine. Use the engine, or close it (close() of the LLM or "
-                "the engine) to use the model on its own again."
-            )
+            raise InputError(BELONGS_TO_ENGINE)
         assert position_embeddings is not None  # ALiBi is refused at load
         query, key, value = (part.transpose(1, 2) for part in self._split(self.original.query_key_value(hidden_states)))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)

@@ -13,6 +13,12 @@ from torch.nn import functional as F
 
 from zsmerge_llm.kvcache import equations
 
+BELONGS_TO_ENGINE = (
+    "This model belongs to a zsmerge-llm engine. Use the engine, or close it (close() of the LLM or the engine) to use "
+    "the model on its own again."
+)
+"""The message of the error where a model is called outside its engine."""
+
 
 @dataclass(frozen=True)
 class AttentionCall:

@@ -8,7 +8,7 @@ in a one-token trace, not guessed from its config, and what the cache cannot car
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from zsmerge_llm.attention import adapters
-from zsmerge_llm.attention.call import AttentionCall, AttentionHandler, dense_attention
+from zsmerge_llm.attention.call import BELONGS_TO_ENGINE, AttentionCall, AttentionHandler, dense_attention
 from zsmerge_llm.attention.offloading import input_device
 from zsmerge_llm.attention.recurrent import CURRENT_PASS, cache_takers, find_mixers, install_mixers
 from zsmerge_llm.errors import InputError, UnsupportedModelError, ZSMergeError
@@ -58,10 +58,7 @@ def zsmerge_attention(
     kind = type(module).__name__
     zsmerge = zsmerge or CURRENT_PASS.get()  # some models drop the keyword
     if zsmerge is None:
-        raise InputError(
-            "This model belongs to a zsmerge-llm engine. Use the engine, or close it (close() of the LLM or the "
-            'engine) to use the model on its own again; for a while, model.set_attn_implementation("sdpa") does it too.'
-        )
+        raise InputError(f'{BELONGS_TO_ENGINE} For a while, model.set_attn_implementation("sdpa") does it too.')
     unknown = [name for name, given in others.items() if isinstance(given, Tensor) and name not in IGNORED_KEYWORDS]
     if unknown or attention_mask is not None:
         what = ", ".join(unknown) or "a mask of its own"
@@ -166,7 +163,7 @@ def prepare_model(model: PreTrainedModel) -> ModelLayers:
     adapters.check(model)
     adapters.install(model, zsmerge_attention, NAME)
     trace = _Trace()
-    _run_one_token(model, trace)
+    _run_one_token(model, trace, trace.enter)
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     attending = sorted(trace.calls)
@@ -182,14 +179,17 @@ def prepare_model(model: PreTrainedModel) -> ModelLayers:
     return ModelLayers(tuple(_spec(trace.calls[index], kinds[index], config) for index in attending), recurrent)
 
 
-def _run_one_token(model: PreTrainedModel, handler: AttentionHandler) -> None:
+def _run_one_token(
+    model: PreTrainedModel, handler: AttentionHandler, enter: Callable[[nn.Module, Any], None] | None = None
+) -> None:
     """Read a single token without a cache.
+
+    enter: called with each module that takes a cache, and its input, before its forward begins.
 
     Raises:
         UnsupportedModelError: the model cannot, for whatever reason.
     """
     token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-    enter = getattr(handler, "enter", None)
     hooks = [] if enter is None else [module.register_forward_pre_hook(enter) for module in cache_takers(model)]
     try:
         forward(model, handler, input_ids=token, position_ids=token, logits_to_keep=1)

@@ -18,12 +18,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zsmerge_llm.attention.call import AttentionCall, AttentionHandler, RecurrentCall, dense_attention
+from zsmerge_llm.attention.call import (
+    BELONGS_TO_ENGINE,
+    AttentionCall,
+    AttentionHandler,
+    RecurrentCall,
+    dense_attention,
+)
 from zsmerge_llm.errors import InputError, UnsupportedModelError
 from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec, RecurrentState, StateTensor
 
 CURRENT_PASS: ContextVar[AttentionHandler | None] = ContextVar("current_pass", default=None)
-"""The pass that runs: some models do not hand keywords on to their recurrent layers."""
+"""The pass that runs: some models do not hand keywords on to their recurrent layers, or to their attention."""
 CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 """What transformers' releases call the cache that a mixing module is given."""
 
@@ -130,10 +136,7 @@ class MixerForward:
         """
         handler = CURRENT_PASS.get()
         if handler is None:
-            raise InputError(
-                "This model belongs to a zsmerge-llm engine. Use the engine, or close it (close() of the LLM or the "
-                "engine) to use the model on its own again."
-            )
+            raise InputError(BELONGS_TO_ENGINE)
         # The cache and the mask are the engine's business, not the model's.
         others = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, *PASS_ARGUMENTS)}
 
@@ -160,22 +163,20 @@ class MixerForward:
 class _Recorder(AttentionHandler):
     """Runs every mixing module without a state, and records what it would keep, by the layer's index."""
 
-    traces: dict[int, _StateTrace] = field(default_factory=dict)
-    devices: dict[int, torch.device] = field(default_factory=dict)
+    specs: dict[int, RecurrentSpec] = field(default_factory=dict)
     resuming: dict[int, bool] = field(default_factory=dict)
 
     def attend(self, call: AttentionCall) -> Tensor:
         return dense_attention(call, call.key, call.value, None)
 
     def mix(self, call: RecurrentCall) -> Tensor:
-        if call.layer in self.traces:
+        if call.layer in self.specs:
             raise UnsupportedModelError(f"Layer {call.layer} has several recurrent parts, which cannot be told apart.")
-        trace = self.traces[call.layer] = _StateTrace()
-        self.devices[call.layer] = call.hidden.device
+        trace = _StateTrace()
         mixed = call.run(call.hidden, trace)
-        if trace.tensors and not call.hidden.is_meta:
-            spec = RecurrentSpec(call.layer, tuple(trace.tensors.values()), call.hidden.device)
-            self.resuming[call.layer] = _resumes(call, spec)
+        spec = RecurrentSpec(call.layer, tuple(trace.tensors.values()), call.hidden.device)
+        self.specs[call.layer] = spec
+        self.resuming[call.layer] = not spec.tensors or call.hidden.is_meta or _resumes(call, spec)
         return mixed
 
 
@@ -236,15 +237,13 @@ def install_mixers(mixers: Sequence[nn.Module], run: Callable[[AttentionHandler]
         module.forward = forward
     recorder = _Recorder()
     run(recorder)
-    found = sorted(layer for layer, trace in recorder.traces.items() if trace.tensors)
+    found = sorted(layer for layer, spec in recorder.specs.items() if spec.tensors)
     for forward in forwards:
         if forward.layer in found:
-            forward.index, forward.resumes = found.index(forward.layer), recorder.resuming.get(forward.layer, True)
+            forward.index, forward.resumes = found.index(forward.layer), recorder.resuming[forward.layer]
         else:
             forward.uninstall()
-    return tuple(
-        RecurrentSpec(layer, tuple(recorder.traces[layer].tensors.values()), recorder.devices[layer]) for layer in found
-    )
+    return tuple(recorder.specs[layer] for layer in found)
 
 
 def uninstall_mixers(model: PreTrainedModel) -> None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from socket import AF_INET, AF_INET6, create_server, socket
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from zsmerge_llm.cli.console import LARGEST, Terminal
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError, InputError, MissingDependencyError
-
-if TYPE_CHECKING:
-    from zsmerge_llm.server.settings import ServerSettings
-
-KEYS = "ZSMERGE_API_KEYS"
+from zsmerge_llm.server.settings import (
+    KEYS,
+    ServerSettings,
+    check_exposure,
+    environment_keys,
+    is_loopback,
+    responses_folder,
+)
 
 
 def serve(
@@ -65,14 +67,13 @@ def serve(
     terminal = Terminal()
     with _server_packages():
         from zsmerge_llm.server.running import run_server
-        from zsmerge_llm.server.settings import ServerSettings, check_exposure
     folder = (sessions_dir or str(_sessions_folder())) if keep else None
     settings = ServerSettings(
         api_keys=_api_keys(api_key_file),
         aliases=tuple(alias or ()),
         max_tokens=max_tokens,
         timeout=timeout,
-        responses_dir=folder and f"{folder.rstrip('/')}/responses",
+        responses_dir=responses_folder(folder),
     )
     check_exposure(host, settings, insecure)
     from zsmerge_llm import SchedulingConfig
@@ -108,7 +109,6 @@ def _one_server(
     with _server_packages():
         from zsmerge_llm import LLM
         from zsmerge_llm.server.app import create_app
-        from zsmerge_llm.server.settings import is_loopback
 
     with terminal.show_steps(f"Loading {model}") as step:
         llm = LLM(model, **llm_settings[0], progress=step)
@@ -125,7 +125,6 @@ def _several_servers(
     with _server_packages():
         from zsmerge_llm.server.replicas.processes import ReplicaProcesses, ReplicaSettings
         from zsmerge_llm.server.replicas.router import create_router
-        from zsmerge_llm.server.settings import is_loopback
 
     processes = ReplicaProcesses([ReplicaSettings(model, each, settings) for each in llm_settings])
     try:
@@ -164,7 +163,7 @@ def _listening(host: str, port: int) -> Iterator[socket]:
 
 def _api_keys(file: Path | None) -> tuple[str, ...]:
     """Return the API keys of the environment and of a file. Raises InputError: it cannot be read, or has none."""
-    keys = [key.strip() for key in os.environ.get(KEYS, "").split(",")]
+    keys = environment_keys()
     if file is not None:
         try:
             found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]

@@ -64,7 +64,7 @@ class Engine:
         scheduling: how requests share the device.
 
     Attributes:
-        layers: what each layer needs of a cache. specs: of those that attend. requests: counts them, for a limit.
+        layers: what each layer needs of a cache. specs: of those that attend. requests: counts calls, for a limit.
 
     Raises:
         UnsupportedModelError: an architecture or feature the cache cannot carry.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
@@ -25,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from zsmerge_llm.server.replicas.routing import conversation_key
-from zsmerge_llm.server.settings import ServerSettings
+from zsmerge_llm.server.settings import ServerSettings, environment_keys, responses_folder
 
 MOST_CONVERSATIONS = 10_000
 """Conversations that Ray knows to be held by one replica."""
@@ -102,8 +101,7 @@ def application(args: dict[str, str]) -> Application:
     """
     llm: dict[str, Any] = dict(args)
     model, replicas, gpus = llm.pop("model"), int(llm.pop("replicas", 1)), float(llm.pop("num_gpus", 0))
-    keys = tuple(key.strip() for key in os.environ.get("ZSMERGE_API_KEYS", "").split(",") if key.strip())
-    folder = llm.get("sessions_dir")
-    settings = ServerSettings(api_keys=keys, responses_dir=folder and f"{folder.rstrip('/')}/responses")
+    kept = responses_folder(llm.get("sessions_dir"))
+    settings = ServerSettings(api_keys=tuple(environment_keys()), responses_dir=kept)
     deployed = Replica.options(num_replicas=replicas, ray_actor_options={"num_gpus": gpus})  # type: ignore[attr-defined]
     return Router.bind(deployed.bind(model, settings, llm))  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,18 @@ from zsmerge_llm.errors import ConfigError
 NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 """Ids of sessions and documents that clients may choose."""
 MIN_KEY = 16
+KEYS = "ZSMERGE_API_KEYS"
+"""The variable that holds API keys, with commas between them."""
+
+
+def environment_keys() -> list[str]:
+    """Return the API keys of the environment."""
+    return [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+
+
+def responses_folder(sessions_dir: str | None) -> str | None:
+    """Return where responses are kept beside sessions: in a folder, or at a URL, within theirs."""
+    return sessions_dir and f"{sessions_dir.rstrip('/')}/responses"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -32,7 +31,7 @@ NAME = re.compile(r"resp_[0-9a-f]{32}")
 
 
 CLEAN_EVERY = 100
-"""Responses between two looks whether there are too many in remote storage."""
+"""Responses between two looks whether there are too many in remote storage, where a look is a request."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,17 @@ def stored_responses(folder: str | Path | None, max_number: int, max_bytes: int)
     if folder is None:
         return StoredResponses(MemoryEntries(max_number, max_bytes))
     storage, root = url_to_fs(str(folder), use_listings_cache=False)
+    limits = (max_number, max_bytes)
     if not isinstance(storage, LocalFileSystem):
-        return StoredResponses(StorageEntries(storage, root, max_number, max_bytes))
+        storage.makedirs(root, exist_ok=True)
+        return StoredResponses(FileEntries(storage, root, limits, storage.pipe_file, CLEAN_EVERY))
     Path(root).mkdir(mode=0o700, parents=True, exist_ok=True)
-    return StoredResponses(FolderEntries(Path(root), max_number, max_bytes))
+    return StoredResponses(FileEntries(storage, root, limits, _write_private, clean_every=0))
+
+
+def _write_private(path: str, text: bytes) -> None:
+    """Write a file as a whole, that only the user may read."""
+    write_atomically(Path(path), text, durable=False)
 
 
 class MemoryEntries:
@@ -142,67 +148,38 @@ class MemoryEntries:
             self._texts.pop(name, None)
 
 
-class FolderEntries:
-    """Texts as files of a folder, which several processes may use."""
+class FileEntries:
+    """Texts as files of a folder, which several processes may use, or of storage that several machines may use.
 
-    def __init__(self, folder: Path, max_number: int, max_bytes: int) -> None:
-        self._folder = folder
-        self._limits = max_number, max_bytes
+    Args:
+        write: writes a text to a path.
+        clean_every: texts between two looks whether there are too many.
+    """
+
+    def __init__(
+        self,
+        storage: AbstractFileSystem,
+        root: str,
+        limits: tuple[int, int],
+        write: Callable[[str, bytes], object],
+        clean_every: int,
+    ) -> None:
+        self._storage, self._root, self._limits = storage, root.rstrip("/"), limits
+        self._write = write
+        self._clean_every = clean_every
+        self._until_cleaning = 0
 
     def put(self, name: str, text: bytes) -> None:
         """Keep a text, if there is room: its client has the answer in any case."""
         try:
-            write_atomically(self._path(name), text, durable=False)
-            for old in _beyond(self._sizes(), *self._limits):
-                self.remove(old)
-        except OSError as error:
-            log.warning("A response was not kept (%s): make room in %s.", error.strerror, self._folder)
-
-    def get(self, name: str) -> bytes | None:
-        """Return a text, None where there is none."""
-        try:
-            return self._path(name).read_bytes()
-        except OSError:
-            return None
-
-    def remove(self, name: str) -> None:
-        """Forget a text."""
-        self._path(name).unlink(missing_ok=True)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.json"
-
-    def _sizes(self) -> dict[str, int]:
-        """Return the bytes of all texts, the newest first."""
-        found = []
-        for entry in os.scandir(self._folder):
-            if NAME.fullmatch(entry.name.removesuffix(".json")):
-                with suppress(FileNotFoundError):  # another process has removed it
-                    stat = entry.stat()
-                    found.append((stat.st_mtime_ns, entry.name.removesuffix(".json"), stat.st_size))
-        return {name: size for _, name, size in sorted(found, reverse=True)}
-
-
-class StorageEntries:
-    """Texts as files of storage that fsspec reaches, which several machines may use."""
-
-    def __init__(self, storage: AbstractFileSystem, root: str, max_number: int, max_bytes: int) -> None:
-        self._storage, self._root = storage, root.rstrip("/")
-        self._limits = max_number, max_bytes
-        self._until_cleaning = 0
-        storage.makedirs(self._root, exist_ok=True)
-
-    def put(self, name: str, text: bytes) -> None:
-        """Keep a text, if that works: its client has the answer in any case."""
-        try:
-            self._storage.pipe_file(self._path(name), text)
+            self._write(self._path(name), text)
             self._until_cleaning -= 1
-            if self._until_cleaning < 0:  # a listing is a request of its own
-                self._until_cleaning = CLEAN_EVERY
+            if self._until_cleaning < 0:
+                self._until_cleaning = self._clean_every
                 for old in _beyond(self._sizes(), *self._limits):
                     self.remove(old)
         except OSError as error:
-            log.warning("A response was not kept in %s: %s", self._root, error)
+            log.warning("A response was not kept (%s): make room in %s.", error.strerror or error, self._root)
 
     def get(self, name: str) -> bytes | None:
         """Return a text, None where there is none."""
@@ -226,7 +203,9 @@ class StorageEntries:
         for entry in self._storage.ls(self._root, detail=True):
             name = entry["name"].rpartition("/")[2].removesuffix(".json")
             if NAME.fullmatch(name):
-                found.append((self._storage.modified(entry["name"]), name, entry["size"]))
+                with suppress(FileNotFoundError):  # another process has removed it
+                    modified = entry.get("mtime") or self._storage.modified(entry["name"])
+                    found.append((modified, name, entry["size"]))
         return {name: size for _, name, size in sorted(found, reverse=True)}
 
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import httpx
@@ -22,12 +16,11 @@ import pytest
 
 from tests.support.asgi_server import running
 from tests.support.chat import equal_caches
+from tests.support.server_process import ROOT, SERVE, server_process
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.server.replicas.processes import ReplicaProcesses, ReplicaSettings
 from zsmerge_llm.server.replicas.router import create_router
 
-ROOT = Path(__file__).parents[3]
-SERVE = [sys.executable, "-c", "from zsmerge_llm.cli.app import main; main()", "serve", "--port", "0"]
 SLOTS, TOKENS = 256, 24
 QUESTIONS = ("Tell me about the sea.", "And about ships?", "What does a keeper do?", "Sum it up.")
 START_SECONDS = 90
@@ -36,22 +29,12 @@ START_SECONDS = 90
 @contextmanager
 def replicas(folder: Path, number: int) -> Iterator[tuple[httpx.Client, psutil.Process]]:
     """Serve SmolLM2 in several processes; yield a client of the router, and the router's process."""
-    command = [*SERVE, "--sessions-dir", str(folder), "--slots", str(SLOTS), "--replicas", str(number)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **output)
-    lines: Queue[str] = Queue()
-    assert process.stdout is not None
-    stdout = process.stdout
-    threading.Thread(target=lambda: [lines.put(line) for line in stdout], daemon=True).start()
-    try:
-        while (found := re.search(r"http://127\.0\.0\.1:\d+", lines.get(timeout=START_SECONDS))) is None:
-            pass
-        with httpx.Client(base_url=found[0], timeout=START_SECONDS) as client:
-            yield client, psutil.Process(process.pid)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    options = ["--sessions-dir", str(folder), "--slots", str(SLOTS), "--replicas", str(number)]
+    with (
+        server_process(options, {"OMP_NUM_THREADS": "1"}, START_SECONDS) as (address, pid),
+        httpx.Client(base_url=address, timeout=START_SECONDS) as client,
+    ):
+        yield client, psutil.Process(pid)
 
 
 def processes(router: psutil.Process) -> list[psutil.Process]:
