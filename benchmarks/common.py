@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -112,6 +115,26 @@ def peak_rss() -> int:
 def resident() -> int:
     """Return the resident bytes of this process (Linux)."""
     return _status("VmRSS")
+
+
+def trimmed_resident() -> int:
+    """Return the resident bytes after the C library has given back what is free in its arenas (glibc)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident()
+
+
+def resident_libraries() -> int:
+    """Return the resident bytes of mapped shared libraries (Linux): how many of their pages, the kernel decides."""
+    pattern = re.compile(r"^\S+-\S+ \S+ \S+ \S+ \d+ +(?P<path>.*)|^Rss: +(?P<size>\d+) kB")
+    size, library = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := pattern.match(line):
+            if found["size"] is None:
+                library = ".so" in found["path"]
+            elif library:
+                size += int(found["size"]) * 1024
+    return size
 
 
 def _status(name: str) -> int:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.common import resident
-
 
 def open_resources() -> tuple[int, int]:
     """Return how many handles and threads this process has (Linux)."""
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
-
-def trimmed_resident() -> int:
-    """Return the resident bytes after the C library has given back what is free in its arenas (glibc)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return resident()
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

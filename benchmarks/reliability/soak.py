@@ -31,8 +31,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.common import resident, write
-from benchmarks.reliability.resources import megabytes_per_hour, open_resources, percentiles, trimmed_resident
+from benchmarks.common import resident, trimmed_resident, write
+from benchmarks.reliability.resources import megabytes_per_hour, open_resources, percentiles
 from benchmarks.reliability.scripts import Conversation, Script, make_scripts, single_thread_answers
 from zsmerge_llm import LLM, CacheConfig
 from zsmerge_llm.errors import DeadlineExceededError, InputError, ZSMergeError

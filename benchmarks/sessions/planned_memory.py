@@ -2,9 +2,10 @@
 
     python benchmarks/sessions/planned_memory.py [--model smollm2] [--dtypes float32 bfloat16] [--slots 1024 2048]
 
-Each setting is a process of its own. What it holds once torch and transformers are imported is the baseline. It loads
-the model, reads the text with a probe, decodes, and reports the peak above the baseline, from the loaded model on, and
-that while loading. Linux only. Writes results/planned-memory-MODEL.json.
+Each setting is a process of its own. What it holds once torch and transformers are imported is the baseline, without
+what the C library keeps free. It loads the model, reads the text with a probe, decodes, and reports the peak above the
+baseline, from the loaded model on, and that while loading. Pages of shared libraries do not count: how many of them are
+resident differs by 40 MB between kernels and file systems. Linux only. Writes results/planned-memory-MODEL.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: F401 - part of the baseline
 
-from benchmarks.common import long_text, peak_rss, repeat_to, reset_peak_rss, resident, write
+from benchmarks.common import (
+    long_text,
+    peak_rss,
+    repeat_to,
+    reset_peak_rss,
+    resident_libraries,
+    trimmed_resident,
+    write,
+)
 
 PROBE_TOKENS, NEW_TOKENS = 32, 32
 
@@ -55,7 +64,7 @@ class Measured:
 
 def measure(setting: Setting) -> Measured:
     """Plan, load, read and decode. To be called in a fresh process."""
-    baseline = resident()
+    baseline, libraries = trimmed_resident(), resident_libraries()
     reset_peak_rss()
     from zsmerge_llm import CacheConfig, Engine, SamplingParams
     from zsmerge_llm.models.loader import load
@@ -64,7 +73,7 @@ def measure(setting: Setting) -> Measured:
     config = CacheConfig(slots=setting.slots)
     options: dict[str, Any] = {"dtype": setting.dtype, "quantization": setting.quantization}
     loaded = load(setting.model, **options)
-    loading = peak_rss() - baseline
+    loading = peak_rss() - baseline - (resident_libraries() - libraries)
     engine = Engine(loaded.model, config, setting.chunk, setting.compile)
     ids = repeat_to(loaded.tokenizer(long_text()).input_ids, setting.length)
     reset_peak_rss()
@@ -72,7 +81,7 @@ def measure(setting: Setting) -> Measured:
     engine.read(cache, ids, probe=ids[-PROBE_TOKENS:])
     for _ in engine.decode(cache, [SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)], [ids]):
         pass
-    measured = peak_rss() - baseline
+    measured = peak_rss() - baseline - (resident_libraries() - libraries)
     made = plan(setting.model, cache=config, chunk=setting.chunk, compile=setting.compile, **options)
     return Measured(made.total_nbytes - made.turn_nbytes, measured, loading, made.workspace_nbytes)
 
