@@ -92,7 +92,7 @@ def test_a_question_about_documents_reads_its_own_tokens_only() -> None:
 
 def test_a_chatbot_continues_where_another_process_stopped(tmp_path: Path) -> None:
     once = counts_in(run_command("langchain_long_memory_chatbot.py", "--folder", str(tmp_path)))
-    again = counts_in(run_command("langchain_long_memory_chatbot.py", "--folder", str(tmp_path)))
+    again = counts_in(run("langchain_long_memory_chatbot.py", "--folder", str(tmp_path)))
     assert len(once) == len(again) == 3
     assert again[0][0] > once[-1][0] > 100  # the whole conversation so far
     assert all(new < 30 for _, new in [*once[1:], *again])

@@ -26,7 +26,8 @@ CONFIG = CacheConfig(slots=24, sink=2, recent=6, stage=8, observation_window=4)
 PROMPT = [5, 17, 40, 3, 88, 61, 22, 9, 14, 70, 33, 51]
 STEPS = 24
 IN_EVERY_RUN = ("llama", "gpt_oss-sinks")
-IN_BATCHES = ("llama", "gemma3")
+IN_ALL_FORMS = ("llama", "gemma3")
+"""Families whose steps of drafts and of several conversations are compiled too: one kind of layer, and two."""
 COMPILED = [family for family in FAMILIES if family != "mistral"]  # its layers compute what llama's do
 
 
@@ -75,10 +76,9 @@ def assert_same_steps(engine: Engine, plain: Engine, config: CacheConfig = CONFI
 
 
 @pytest.fixture
-def no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile no steps of several conversations, a third of the work."""
-    forms = [form for form in step_forms(MAX_DRAFT_TOKENS) if not form.batch]
-    monkeypatch.setattr("zsmerge_llm.cpu.compiled_steps.step_forms", lambda num_draft: forms)
+def one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile steps of one token only, a third of the work."""
+    monkeypatch.setattr("zsmerge_llm.cpu.compiled_steps.step_forms", lambda num_draft: step_forms(num_draft)[:1])
 
 
 @pytest.mark.parametrize(
@@ -87,15 +87,16 @@ def no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_of_a_package_give_the_same_logits_and_caches_in_every_family(
     family: str, request: pytest.FixtureRequest
 ) -> None:
-    if family not in IN_BATCHES:
-        request.getfixturevalue("no_batches")
+    if family not in IN_ALL_FORMS:
+        request.getfixturevalue("one_form")
     engine = started(family)
     assert_same_steps(engine, Engine(tiny_model(family), CONFIG, compile=False))
 
     if family == "gpt_oss-sinks":
         assert engine.backend.disabled_reason is not None
     else:
-        assert forms_used(engine) >= {"single", "draft"}, engine.backend.disabled_reason
+        forms = {"single", "draft"} if family in IN_ALL_FORMS else {"single"}
+        assert forms_used(engine) >= forms, engine.backend.disabled_reason
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_a_package_works_with_every_eviction_policy(config: CacheConfig) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_batches")
+@pytest.mark.usefixtures("one_form")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_package_works_with_quantized_weights(bits: int) -> None:
     engines = []
@@ -119,11 +120,11 @@ def test_a_package_works_with_quantized_weights(bits: int) -> None:
     start(engines[0])
 
     assert torch.allclose(decode(engines[0])[0], decode(engines[1])[0], atol=2e-2)  # inputs are rounded to 16 bits
-    assert forms_used(engines[0]) == {"single", "draft"}, engines[0].backend.disabled_reason
+    assert forms_used(engines[0]) == {"single"}, engines[0].backend.disabled_reason
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_batches")
+@pytest.mark.usefixtures("one_form")
 def test_layers_of_other_sizes_have_code_of_their_own() -> None:
     engines = []
     for _ in range(2):
@@ -133,7 +134,7 @@ def test_layers_of_other_sizes_have_code_of_their_own() -> None:
     start(engines[0])
 
     assert_same_steps(*engines)
-    assert forms_used(engines[0]) == {"single", "draft"}
+    assert forms_used(engines[0]) == {"single"}
 
 
 def test_a_package_keeps_no_reference_to_a_cache() -> None:

@@ -140,12 +140,13 @@ def test_what_a_model_has_saved_it_reads_again(kind: str, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_thousands_of_crafted_files_are_refused_or_do_no_harm(kind: str, tmp_path: Path) -> None:
+def test_hundreds_of_crafted_files_are_refused_or_do_no_harm(kind: str, tmp_path: Path) -> None:
     original = saved(kind, tmp_path)
-    found = outcomes(kind, original, crafted(original))
+    files = list(crafted(original))
+    assert len(files) > 1000
+    found = outcomes(kind, original, [files[0], *random.sample(files[1:], 500)])
     print(kind, dict(Counter(result for _, result in found)))
 
-    assert len(found) > 1000
     assert found[0][1] == SAME
     assert unexpected(found) == {}
 

@@ -38,4 +38,4 @@ def test_whatever_was_answered_before_a_process_was_killed_is_found_again(tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_whatever_was_answered_before_many_processes_were_killed_is_found_again(tmp_path: Path) -> None:
-    assert_nothing_is_lost(kill(tmp_path, 50, 60))
+    assert_nothing_is_lost(kill(tmp_path, 25, 30))

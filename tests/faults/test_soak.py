@@ -1,6 +1,6 @@
 """Many threads for long, in too little memory, with cancelling, branches and restarts: no answer is wrong or lost.
 
-The slow suite soaks for a minute: some five restarts, and every conversation has been on disk several times.
+The slow suite soaks for half a minute: some five restarts, and every conversation has been on disk several times.
 `python benchmarks/reliability/soak.py --minutes 60` goes on for longer and measures latencies and the slope of memory.
 """
 
@@ -38,11 +38,11 @@ def test_threads_that_cancel_and_branch_get_the_answers_of_a_single_one_across_r
 
 
 @pytest.mark.slow
-def test_thirty_two_threads_get_the_answers_of_a_single_one_for_a_minute() -> None:
-    found = measure(partial(make_llm, "tiny"), threads=32, seconds=60, restart_seconds=10)
+def test_thirty_two_threads_get_the_answers_of_a_single_one_for_half_a_minute() -> None:
+    found = measure(partial(make_llm, "tiny"), threads=32, seconds=30, restart_seconds=5)
     print(found)
 
     assert_nothing_is_wrong_or_left(found)
-    assert found["counts"]["compared"] > 500
+    assert found["counts"]["compared"] > 250
     memory = found["resident_mb"]
     assert memory["trimmed_at_the_end"] - memory["trimmed_at_half"] < GROWTH_MB, memory

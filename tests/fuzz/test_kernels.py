@@ -47,14 +47,14 @@ def test_operators_answer_what_fits_and_refuse_the_rest() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not runtimes(), reason="needs GCC with its sanitizers")
 @pytest.mark.parametrize("sources", [native.DECODE_SOURCES, native.PREFILL_SOURCES], ids=["decode", "prefill"])
-def test_sanitizers_find_nothing_in_ten_thousand_calls(
+def test_sanitizers_find_nothing_in_thousands_of_calls(
     sources: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "FLAGS", SANITIZED)
     library = native._compile(native._source(sources), tmp_path)
     environment = {**os.environ, "LD_PRELOAD": " ".join(runtimes()), "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-m", "tests.fuzz.kernel_fuzzer", "5000", str(library)]
+    command = [sys.executable, "-m", "tests.fuzz.kernel_fuzzer", "2000", str(library)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "'answered': 5000" in done.stdout
+    assert "'answered': 2000" in done.stdout

@@ -1,4 +1,4 @@
-"""Fixtures of the loading tests: a cache folder per test, no network, and a tiny model's folder."""
+"""Fixtures of the loading tests: a folder of cached models per test, no network, and a tiny model's folder."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import pytest
 
 from tests.models.tiny_folders import unreachable
 from tests.support.gguf_writer import random_model, write_gguf
-from zsmerge_llm.models import gguf, hub
+from zsmerge_llm.models import description, gguf, hub, loader
+from zsmerge_llm.paths import cache_folder
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use a cache folder per test and no network: the Hub is unreachable."""
-    monkeypatch.setenv("ZSMERGE_CACHE_DIR", str(tmp_path / "cache"))
+    """Keep models in a folder per test, compiled code where it always is; no network: the Hub is unreachable."""
+    for module in (description, hub, loader):
+        monkeypatch.setattr(module, "cache_folder", lambda chosen=None: cache_folder(chosen or tmp_path / "cache"))
     monkeypatch.setattr(hub, "_hub_copy", lambda hub_id: None)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
 

@@ -26,5 +26,5 @@ def make_files(dtype: str) -> None:
 )
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(dtype: str, slots: int, chunk: int) -> None:
     make_files(dtype)
-    found = in_own_process(Setting("smollm2", dtype, slots, chunk, length=3 * slots))
+    found = in_own_process(Setting("smollm2", dtype, slots, chunk, length=2 * slots))
     assert abs(found.ratio - 1) < TOLERANCE

@@ -218,7 +218,7 @@ def test_in_any_order_of_events_every_conversation_continues_correctly_within_th
 @pytest.mark.parametrize("machine", MACHINES)
 def test_in_many_orders_of_events_every_conversation_continues_correctly(machine: type[SessionMachine]) -> None:
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=40, stateful_step_count=50, deadline=None, print_blob=True)
+        machine, settings=settings(max_examples=20, stateful_step_count=50, deadline=None, print_blob=True)
     )
 
 
