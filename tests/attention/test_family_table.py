@@ -8,12 +8,14 @@ import pytest
 import transformers
 
 from tests.families.checks import check_family, quiet
-from tests.families.page import PAGE, table_row
+from tests.families.page import PAGE, position_row, table_row
+from tests.families.positions import KINDS, check_positions
 from tests.families.tiny_configs import families
 
 TEXT = PAGE.read_text(encoding="utf-8")
 SOME = ["llama", "qwen3_next", "falcon_h1", "gpt2", "qwen2_vl", "gpt_oss", "deepseek_v3", "bart", "bloom"]
 """Rotary, learned, M-RoPE and own positions, recurrent layers, experts with sinks, latent keys, ALiBi."""
+POSITIONS = ["dynamic NTK", "learned table", "ALiBi"]
 ROW = re.compile(r"^\| `([^`]+)` \|.*$", re.MULTILINE)
 
 written_for_this_version = pytest.mark.skipif(
@@ -34,6 +36,14 @@ def test_the_row_of_a_family_is_what_the_checks_find(family: str) -> None:
     assert table_row(row) in TEXT
 
 
+@written_for_this_version
+def test_the_rows_of_positions_are_what_the_checks_find() -> None:
+    with quiet():
+        rows = [position_row(check_positions(kind)) for kind in KINDS if kind.name in POSITIONS]
+    assert len(rows) == len(POSITIONS)
+    assert [row for row in rows if row not in TEXT] == []
+
+
 @pytest.mark.slow
 @written_for_this_version
 def test_the_row_of_every_family_is_what_the_checks_find() -> None:
@@ -43,6 +53,7 @@ def test_the_row_of_every_family_is_what_the_checks_find() -> None:
 
 
 @written_for_this_version
-def test_no_family_fails() -> None:
+def test_no_family_fails_or_is_untried() -> None:
     assert "## Failing" not in TEXT
+    assert "## Not tried" not in TEXT
     assert int(re.search(r"(\d+) supported", TEXT)[1]) >= 60  # type: ignore[index]

@@ -67,7 +67,8 @@ def test_a_sliding_window_layer_stays_exact_far_beyond_the_budget() -> None:
 @pytest.mark.parametrize(
     ("model_type", "settings", "reason"),
     [
-        ("bloom", {"n_head": 4, "hidden_size": 32, "n_layer": 2}, "attention interface"),
+        ("gpt_neox_japanese", {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2}, "interface"),
+        ("bloom", {"n_head": 4, "hidden_size": 32, "n_layer": 2}, "ALiBi"),
         ("falcon", {"alibi": True, "num_attention_heads": 4, "hidden_size": 32}, "ALiBi"),
     ],
 )

@@ -17,16 +17,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from tests.support.presets import EVERY_LAYER_ITS_BUDGET, SMALL_PRESETS
-from tests.support.tiny_models import FAMILIES, tiny_model
+from tests.support.tiny_models import FAMILIES, HYBRIDS, tiny_model
 from zsmerge_llm.attention.backend import TorchBackend
-from zsmerge_llm.attention.interface import prepare_model
+from zsmerge_llm.attention.interface import ModelLayers, prepare_model
 from zsmerge_llm.attention.static_batch import StaticBatch
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.model_runner import ModelRunner
 from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.static_reader import ChunkShape, StaticReader
 from zsmerge_llm.gpu.attention import GPUOps
-from zsmerge_llm.kvcache.slots import LayerSpec
 
 META = torch.device("meta")
 
@@ -67,10 +66,12 @@ class HostTraffic(TorchDispatchMode):
             assert not self.host_tensors
 
 
-def model_on_meta(family: str) -> tuple[PreTrainedModel, list[LayerSpec]]:
+def model_on_meta(family: str) -> tuple[PreTrainedModel, ModelLayers]:
     """A tiny model without values, and what its layers need there. In bfloat16, which a GPU computes in."""
     model = tiny_model(family).to(torch.bfloat16)
-    specs = [replace(spec, device=META) for spec in prepare_model(model).attention]
+    layers = prepare_model(model)
+    attention = tuple(replace(spec, device=META) for spec in layers.attention)
+    recurrent = tuple(replace(spec, device=META) for spec in layers.recurrent)
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -78,7 +79,7 @@ def model_on_meta(family: str) -> tuple[PreTrainedModel, list[LayerSpec]]:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(META)
-    return model, specs
+    return model, ModelLayers(attention, recurrent)
 
 
 def test_host_traffic_is_noticed() -> None:
@@ -94,7 +95,7 @@ def test_host_traffic_is_noticed() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_a_step_and_compressing_do_not_touch_the_host(family: str, preset: str) -> None:
-    (model, specs), config = model_on_meta(family), SMALL_PRESETS[preset]
+    (model, (specs, _)), config = model_on_meta(family), SMALL_PRESETS[preset]
     batch = StaticBatch(config, specs, 97, model.dtype, rows=4, num_tokens=3, capacity=64)
     row, backend = torch.zeros(1, dtype=torch.long, device=META), GPUAttention()
     with HostTraffic():
@@ -105,12 +106,26 @@ def test_a_step_and_compressing_do_not_touch_the_host(family: str, preset: str) 
             batch.compress(group, row)
 
 
+@pytest.mark.parametrize("family", HYBRIDS)
+@torch.inference_mode()
+def test_a_step_of_a_hybrid_does_not_touch_the_host(family: str) -> None:
+    (model, (specs, recurrent)), config = model_on_meta(family), SMALL_PRESETS["default"]
+    batch = StaticBatch(config, specs, 97, model.dtype, rows=4, num_tokens=1, recurrent=recurrent)
+    row, backend = torch.zeros(1, dtype=torch.long, device=META), GPUAttention()
+    with HostTraffic():
+        batch.step(model, backend, rows=4, num_tokens=1)
+        batch.step(model, backend, rows=1, num_tokens=1)
+        batch.commit(rows=2, num_tokens=1)
+        for group in batch.groups:
+            batch.compress(group, row)
+
+
 @pytest.mark.parametrize("voting", [False, True])
 @pytest.mark.parametrize("preset", [name for name in SMALL_PRESETS if name != "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_reading_a_full_chunk_does_not_touch_the_host(family: str, preset: str, voting: bool) -> None:
-    (model, specs), config = model_on_meta(family), SMALL_PRESETS[preset]
+    (model, (specs, _)), config = model_on_meta(family), SMALL_PRESETS[preset]
     if voting and preset not in ("default", "residual"):
         return  # these policies take no votes
     runner = ModelRunner(model, GPUAttention(), PositionRemapper(model, specs, None))

@@ -37,7 +37,12 @@ def longrope() -> PreTrainedModel:
     return model_of("phi3", **{**COMMON, **own})
 
 
-@pytest.mark.parametrize("make", [gpt2, longrope])
+def dynamic_ntk() -> PreTrainedModel:
+    rotary = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    return model_of("llama", **{**COMMON, "max_position_embeddings": WINDOW, "rope_parameters": rotary})
+
+
+@pytest.mark.parametrize("make", [gpt2, longrope, dynamic_ntk])
 def test_an_exact_cache_reads_to_the_end_of_the_window_and_no_further(make: object) -> None:
     model = make()  # type: ignore[operator]
     ids = tokens(WINDOW)
@@ -65,8 +70,9 @@ def test_an_answer_ends_with_an_error_where_the_window_ends(make: object) -> Non
     assert cache.seen == WINDOW
 
 
-def test_longrope_goes_on_in_a_compressed_cache_by_its_short_factors() -> None:
-    engine = Engine(longrope(), COMPRESSED, chunk=16, compile=False)
+@pytest.mark.parametrize("make", [longrope, dynamic_ntk])
+def test_a_compressed_cache_goes_on_by_the_frequencies_within_the_window(make: object) -> None:
+    engine = Engine(make(), COMPRESSED, chunk=16, compile=False)  # type: ignore[operator]
     cache = engine.new_cache()
     logits = engine.read(cache, tokens(4 * WINDOW))
     assert torch.isfinite(logits).all()

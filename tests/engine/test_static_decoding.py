@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from tests.support.presets import EVERY_LAYER_ITS_BUDGET, SMALL_PRESETS
 from tests.support.static_backend import StaticBackend
-from tests.support.tiny_models import FAMILIES, tiny_model, tokens
+from tests.support.tiny_models import FAMILIES, HYBRIDS, tiny_model, tokens
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Cancelled, Engine
 from zsmerge_llm.engine.static_decoder import STEP_TOKENS, StaticDecoder, make_decoder
@@ -28,6 +28,8 @@ from zsmerge_llm.kvcache.policies.recency import Recency
 from zsmerge_llm.kvcache.slots import PER_SLOT
 
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
+QUICK = ["lfm2", "falcon_h1", "jamba"]
+SLOW = sorted(set(HYBRIDS) - set(QUICK))
 
 
 def eager_engine(config: CacheConfig, family: str = "llama", **settings: Any) -> Engine:
@@ -39,7 +41,7 @@ def static_engine(config: CacheConfig, family: str = "llama") -> Engine:
 
 
 def decoder_of(engine: Engine, rows: int) -> StaticDecoder:
-    return make_decoder(engine.runner, engine.specs, engine.vocab_size, engine.config, rows, 256)
+    return make_decoder(engine.runner, engine.layers, engine.vocab_size, engine.config, rows, 256)
 
 
 def assert_equal_caches(one: Cache, other: Cache) -> None:
@@ -57,6 +59,9 @@ def assert_equal_caches(one: Cache, other: Cache) -> None:
             torch.testing.assert_close(
                 tensor, expected, atol=1e-4, rtol=1e-4, msg=lambda text, at=name: f"{at}: {text}"
             )
+    for state, same_state in zip(one.states, other.states, strict=True):
+        for name, tensor in state.tensors.items():
+            torch.testing.assert_close(tensor, same_state.tensors[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("preset", [*SMALL_PRESETS, "layer-budgets"])
@@ -65,7 +70,16 @@ def assert_equal_caches(one: Cache, other: Cache) -> None:
 def test_ragged_rows_that_join_and_leave_equal_the_same_conversations_alone(family: str, preset: str) -> None:
     if preset == "layer-budgets" and family != "llama":
         return  # other families have fewer full-attention layers
-    engine = static_engine({**SMALL_PRESETS, "layer-budgets": EVERY_LAYER_ITS_BUDGET}[preset], family)
+    check_ragged_rows(static_engine({**SMALL_PRESETS, "layer-budgets": EVERY_LAYER_ITS_BUDGET}[preset], family))
+
+
+@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@torch.inference_mode()
+def test_ragged_rows_of_a_hybrid_equal_the_same_conversations_alone(family: str) -> None:
+    check_ragged_rows(static_engine(SMALL_PRESETS["default"], family))
+
+
+def check_ragged_rows(engine: Engine) -> None:
     caches = [engine.new_cache() for _ in range(3)]
     for row, cache in enumerate(caches):
         engine.read(cache, tokens(20 + 17 * row, seed=row))
@@ -112,6 +126,24 @@ def test_a_token_that_was_computed_ahead_of_a_closed_stream_is_not_in_the_cache(
             next(stream)
         stream.close()
     assert_equal_caches(cache, expected)
+
+
+@pytest.mark.parametrize(("family", "taken"), [("qwen3_next", 3), ("lfm2", 40)])
+def test_a_hybrid_streams_the_same_tokens_and_a_closed_stream_leaves_no_trace_in_a_state(
+    family: str, taken: int
+) -> None:
+    config = SMALL_PRESETS["default"]
+    one, other = eager_engine(config, family), static_engine(config, family)
+    expected, cache = one.new_cache(), other.new_cache()
+    said = []
+    for engine, own in ((one, expected), (other, cache)):
+        stream = engine.stream(own, tokens(40), GREEDY.replace(lookup=True))
+        said.append([next(stream) for _ in range(taken)])
+        stream.close()
+    assert said[0] == said[1]
+    assert_equal_caches(cache, expected)
+    assert isinstance(other.backend, StaticBackend)
+    assert other.backend.captured >= 1
 
 
 def test_cancelling_leaves_a_cache_that_goes_on_as_if_nothing_had_happened() -> None:

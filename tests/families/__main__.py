@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from tests.families.checks import check_family, quiet
-from tests.families.page import PAGE, render, table_row
+from tests.families.page import PAGE, position_row, render, table_row
+from tests.families.positions import KINDS, check_positions
 from tests.families.tiny_configs import families
 
 
@@ -18,7 +19,10 @@ def main() -> None:
             rows.append(check_family(family))
         print(rows[-1].verdict, table_row(rows[-1]), flush=True)
     if not named:
-        PAGE.write_text(render(rows), encoding="utf-8")
+        with quiet():
+            positions = [check_positions(kind) for kind in KINDS]
+        print(*map(position_row, positions), sep="\n")
+        PAGE.write_text(render(rows, positions), encoding="utf-8")
 
 
 main()

@@ -23,6 +23,7 @@ from zsmerge_llm.cpu.step_capture import capture_step, step_forms
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.errors import UnsupportedModelError
+from zsmerge_llm.models.loader import read_config
 from zsmerge_llm.models.model_classes import generating_class
 from zsmerge_llm.sessions.identity import Fingerprint
 from zsmerge_llm.sessions.session import Session, Snapshot, load_session
@@ -62,9 +63,22 @@ def check_family(family: str) -> Row:
     """Build a family's tiny model and try everything a user relies on."""
     try:
         model, expected = generating_model(family)
+    except UnsupportedModelError as error:
+        return Row(family, "", "", "refused", reason=str(error))
     except Exception as error:  # whatever a config of defaults makes of transformers
         return Row(family, "", "", "not built", reason=f"needs more: {_first_line(error)}")
     row = Row(family, type(model).__name__, describe(model), "supported")
+    try:
+        engine = Engine(model, compile=False)
+        if engine.layers.recurrent and not {"linear", "conv"} & set(row.kind.split()):
+            row = replace(row, kind=f"{row.kind}, recurrent")
+        engine.close()
+    except UnsupportedModelError as error:
+        return replace(row, verdict="refused", reason=str(error))
+    except Exception as error:
+        return replace(row, verdict="fails", reason=f"engine: {_first_line(error)}")
+    if expected is None:
+        return replace(row, verdict="not built", reason="needs more: it generates nothing from text alone")
     for name, check in CHECKS.items():
         try:
             check(model, expected)
@@ -76,17 +90,28 @@ def check_family(family: str) -> Row:
     return replace(row, step=step_kind(model))
 
 
-def generating_model(family: str) -> tuple[PreTrainedModel, Expected]:
-    """Return a tiny model and what it generates; its language model alone where the whole needs more than text."""
-    try:
-        model = tiny_model(tiny_config(family))
-        return model, Expected(model)
-    except Exception:
-        text = tiny_text_config(family)
-        if text.model_type == family or generating_class(text) is None:
-            raise
-    model = tiny_model(text)
-    return model, Expected(model)
+def generating_model(family: str) -> tuple[PreTrainedModel, Expected | None]:
+    """Return a tiny model and what it generates; its language model alone where the whole needs more than text.
+
+    Where neither generates, the whole model, or else the language model, and None.
+
+    Raises:
+        UnsupportedModelError: neither can be made, and a folder with this config is refused.
+    """
+    built: list[PreTrainedModel] = []
+    errors: list[Exception] = []
+    for config in (tiny_config, tiny_text_config):
+        try:
+            built.append(tiny_model(config(family)))
+            return built[-1], Expected(built[-1])
+        except Exception as error:
+            errors.append(error)
+    if not built:
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_config(family).save_pretrained(folder)
+            read_config(Path(folder), family)
+        raise errors[0]
+    return built[0], None
 
 
 class Expected:

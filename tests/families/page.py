@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from tests.families.checks import Row
+from tests.families.positions import WINDOW, PositionRow
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 INTRODUCTION = """\
@@ -26,9 +27,20 @@ that of the language model alone where the whole model does not generate from te
 - **decode step**: `compiled` where the calls of all layers can be captured for the
   [compiled decode steps](performance.md) of a CPU, which were not built here, else `eager`.
 
-What is refused raises `UnsupportedModelError` with the reason. Families under "Not tried" have settings for which no
-tiny model was found, or generate nothing from text alone: nothing is known of them.
+What is refused raises `UnsupportedModelError` with the reason.
 """
+POSITIONS = f"""\
+## Positions
+
+Tiny models with a window of {WINDOW} tokens. An exact cache reads to the window and 40 tokens beyond it, and is
+compared with transformers' pass over the whole text; a compressed one reads {4 * WINDOW} tokens into 32 slots. What
+"ends with an error" raises `ContextLimitError`, and the conversation stays as it was.
+"""
+POSITION_HEAD = (
+    "| positions | for example | within the window | exact cache beyond | compressed cache beyond |\n"
+    + "|---" * 5
+    + "|"
+)
 SUPPORTED_HEAD = (
     "| model type | class | layers | exact | compressed | batch | session | decode step |\n" + "|---" * 8 + "|"
 )
@@ -41,12 +53,13 @@ SECTIONS = {
 }
 
 
-def render(rows: Sequence[Row]) -> str:
+def render(rows: Sequence[Row], positions: Sequence[PositionRow]) -> str:
     """Return the page."""
     counts = {verdict: [row for row in rows if row.verdict == verdict] for verdict in SECTIONS}
     total = ", ".join(f"{len(found)} {SECTIONS[verdict][0].lower()}" for verdict, found in counts.items() if found)
     versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
     parts = [INTRODUCTION, f"**{len(rows)} families: {total}** ({date.today().isoformat()}, {versions}).\n"]
+    parts.append("\n".join([POSITIONS, POSITION_HEAD, *map(position_row, positions)]) + "\n")
     for verdict, found in counts.items():
         title, head = SECTIONS[verdict]
         if found:
@@ -62,6 +75,11 @@ def table_row(row: Row) -> str:
         return _line([*start, row.reason])
     checks = ["yes" if passed else "no" for passed in (row.exact, row.compressed, row.batch, row.session)]
     return _line([*start, *checks, row.step])
+
+
+def position_row(row: PositionRow) -> str:
+    """Return the line of one kind of positions."""
+    return _line([row.kind.name, row.kind.family, row.within, row.exact, row.compressed])
 
 
 def _line(cells: Sequence[str]) -> str:

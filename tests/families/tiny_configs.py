@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
-from tests.families.overrides import OVERRIDES, TEXT_OVERRIDES
+from tests.families.overrides import DEFAULTS, OVERRIDES, TEXT_OVERRIDES
 
 VOCAB = 128
 WINDOW = 16
@@ -68,19 +68,20 @@ def families() -> list[str]:
     return sorted({name for mapping in mappings for name in mapping})
 
 
-def tiny_config(family: str) -> PretrainedConfig:
-    """Return the configuration of a tiny model of a family."""
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
+    """Return the configuration of a tiny model of a family, with some settings of its own."""
     kind = CONFIG_MAPPING[family]
-    settings = shrunk(kind())
-    if hasattr(kind(), "is_decoder"):  # else a BERT attends in both directions
+    settings = shrunk(default := kind(**DEFAULTS.get(family, {})))
+    if hasattr(default, "is_decoder"):  # else a BERT attends in both directions
         settings["is_decoder"] = True
     _merge(settings, OVERRIDES.get(family, {}))
+    _merge(settings, changes)
     return kind(**settings)
 
 
 def tiny_text_config(family: str) -> PretrainedConfig:
     """Return the configuration of a tiny model of a family's language model alone."""
-    whole = CONFIG_MAPPING[family]()
+    whole = CONFIG_MAPPING[family](**DEFAULTS.get(family, {}))
     text = whole.get_text_config(decoder=True)
     return tiny_config(family) if text is whole else type(text)(**shrunk(text))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -224,6 +225,22 @@ def test_values_that_change_places_change_the_fingerprint(tokenizer: Any) -> Non
     weight = model.get_input_embeddings().weight.data
     weight[[3, 4]] = weight[[4, 3]]
     assert print_of(model, tokenizer) != before
+
+
+def test_the_code_of_a_model_that_is_not_transformers_own_belongs_to_its_fingerprint(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    prints = [print_of(tiny_model(), tokenizer)]
+    for name, body in (("first_code", "1"), ("second_code", "2"), ("third_code", "1")):
+        (tmp_path / f"{name}.py").write_text(
+            f"from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM):\n    value = {body}\n"
+        )
+        model = tiny_model()
+        model.__class__ = importlib.import_module(name).Own
+        prints.append(print_of(model, tokenizer))
+    assert len(set(prints)) == 3
+    assert prints[1] == prints[3]
 
 
 def test_an_embedding_of_which_most_was_changed_has_another_fingerprint(tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.support.presets import SMALL_PRESETS
-from tests.support.tiny_models import COMMON, FAMILIES, tiny_model, tokens
+from tests.support.tiny_models import COMMON, FAMILIES, HYBRIDS, tiny_model, tokens
 from zsmerge_llm.attention.call import AttentionCall, dense_attention
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Engine
@@ -90,7 +90,7 @@ def test_compiled_layers_are_kept_on_disk_for_later_processes() -> None:
     assert cached() == (hits + 1, bypassed)  # both layers have one graph
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_every_supported_family_can_be_captured(family: str) -> None:
     engine = Engine(tiny_model(family), compile=False)
     assert capture_refusal(engine.model) is None

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.models.tiny_folders import load_tiny, logits, unreachable
-from tests.support.gguf_writer import TEMPLATE, random_model, write_gguf
+from tests.support.gguf_writer import EXPERTS, TEMPLATE, random_model, write_gguf
 from zsmerge_llm.errors import (
     CorruptModelError,
     ModelNotFoundError,
@@ -33,6 +33,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+
 
 @pytest.mark.parametrize(
     ("architecture", "changes"),
@@ -44,8 +46,17 @@ LLAMA3 = {
         ("gemma3", {"num_hidden_layers": 6, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}),
         ("phi3", {"sliding_window": 8}),
         ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+        ("gemma2", {**GEMMA2, "sliding_window": 8, "attn_logit_softcapping": 20.0}),
+        ("qwen3moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
+        ("qwen2moe", {**EXPERTS, "shared_expert_intermediate_size": 48}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+        ("starcoder2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
+        ("stablelm", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5}}),
     ],
-    ids=["llama", "llama-wide-tied", "qwen2", "qwen3", "gemma3", "phi3-sliding", "phi3-partial-rotary"],
+    ids=[
+        *("llama", "llama-wide-tied", "qwen2", "qwen3", "gemma3", "phi3-sliding", "phi3-partial-rotary"),
+        *("gemma2", "qwen3moe", "qwen2moe", "lfm2", "starcoder2", "stablelm"),
+    ],
 )
 def test_a_gguf_file_gives_the_logits_of_the_model_it_was_made_from(
     tmp_path: Path, architecture: str, changes: dict[str, Any]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,33 @@ def test_a_folder_loads_in_evaluation_mode_without_gradients(folder: Path) -> No
     assert not any(p.requires_grad for p in loaded.model.parameters())
     assert loaded.name == folder.name
     assert loaded.source == folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_and_tied_weights_give_the_logits_of_the_model_that_was_saved(
+    folder: Path, tmp_path: Path, tied: bool
+) -> None:
+    model = random_model("llama", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+
+    loaded = load_tiny(tmp_path).model
+
+    assert torch.equal(logits(loaded), logits(model))
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+
+
+def test_a_model_that_brings_code_of_its_own_is_refused_and_none_of_it_runs(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    own = {"model_type": "its-own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps({**settings, **own}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UnsupportedModelError, match=r"code of its own, which is not run.*trust_remote_code=True"):
+        load_tiny(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_loading_says_nothing_of_its_own_and_leaves_the_log_as_it_was(

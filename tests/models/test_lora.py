@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,21 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.models.tiny_folders import load_tiny, logits
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Engine
-from zsmerge_llm.errors import InputError, UnsupportedModelError
+from zsmerge_llm.errors import (
+    ConfigError,
+    CorruptModelError,
+    InputError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
+from zsmerge_llm.models.description import describe
 from zsmerge_llm.sessions.fingerprint import fingerprint
 from zsmerge_llm.testing import tiny_model as tiny_model_and_tokenizer
 
@@ -198,10 +209,78 @@ def test_an_adapter_that_does_more_than_change_weights_is_refused_by_name(config
         llm.chat("Hello")
 
 
-def test_a_folder_that_holds_an_adapter_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def adapter_folder(folder: Path, where: Path, **settings: Any) -> tuple[Path, PeftModel]:
+    """Save a random adapter of the tiny model in `folder`; return its own folder and the model that has it."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = randomized(get_peft_model(base, lora(**settings)))
+    model.save_pretrained(where)
+    return where, model
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_folder_is_its_model_with_the_adapter_merged(
+    folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    where, model = adapter_folder(folder, tmp_path / "adapter", **settings)
+    loaded = load_tiny(where)
+    torch.testing.assert_close(logits(loaded.model), logits(model.eval()), atol=1e-4, rtol=1e-4)
+    assert (loaded.name, loaded.source) == ("adapter", where)
+    assert loaded.tokenizer.get_vocab() == load_tiny(folder).tokenizer.get_vocab()
+    assert not isinstance(loaded.model, PeftModel)
+    assert describe(where).name == "adapter"
+
+
+def test_adapters_of_one_model_have_digests_of_their_own(folder: Path, tmp_path: Path) -> None:
+    first, model = adapter_folder(folder, tmp_path / "first")
+    randomized(model, seed=1).save_pretrained(tmp_path / "second")
+    digests = {load_tiny(where).weights_digest for where in (folder, first, tmp_path / "second")}
+    assert len(digests) == 3
+
+
+def test_an_adapter_is_merged_before_weights_are_packed(folder: Path, tmp_path: Path) -> None:
+    where, model = adapter_folder(folder, tmp_path / "adapter")
+    found = logits(load_tiny(where, quantization="int8").model).float()
+    expected = logits(model.eval())
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_an_adapter_folder_that_cannot_be_merged_says_why_before_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, _ = adapter_folder(folder, tmp_path / "adapter")
+    config = json.loads((where / "adapter_config.json").read_text())
+
+    def refused(error: type[Exception], match: str, **settings: Any) -> None:
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+        with pytest.raises(error, match=match):
+            load_tiny(where, **settings)
+
+    def describe_as(**changes: Any) -> None:
+        (where / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+
+    refused(ConfigError, "cannot be merged into quantized weights.*'int8' on a CPU", quantization="nf4")
+    describe_as(base_model_name_or_path=None)
+    refused(ModelNotFoundError, "names no model: set base_model_name_or_path")
+    describe_as(base_model_name_or_path=str(tmp_path / "gone"))
+    refused(ModelNotFoundError, "no file or folder")
+    describe_as(peft_type="IA3")
+    refused(UnsupportedModelError, "adapter of type IA3")
+    describe_as()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused(MissingDependencyError, "pip install peft")
+
+
+def test_an_adapter_of_another_model_does_not_fit(folder: Path, tmp_path: Path) -> None:
+    get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CorruptModelError, match="does not fit its model"):
+        load_tiny(tmp_path)
+
+
+def test_a_folder_with_a_model_and_an_adapter_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with_adapter().save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"holds a LoRA adapter.*PeftModel\.from_pretrained"):
-        LLM(str(tmp_path)).chat("Hello")
     tiny_model(**SIZES).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"holds a LoRA adapter"):
+    with pytest.raises(UnsupportedModelError, match="a model and a LoRA adapter: move"):
         LLM(tmp_path).chat("Hello")

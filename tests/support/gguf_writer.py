@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MODEL_TYPES = {"gemma3": "gemma3_text"}
+MODEL_TYPES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 def random_model(architecture: str, **changes: Any) -> PreTrainedModel:
@@ -82,13 +84,27 @@ def _write_fields(writer: gguf.GGUFWriter, config: Any, fields: dict[str, Any]) 
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    attends = [kind == "full_attention" for kind in getattr(config, "layer_types", None) or ()]
+    heads = config.num_key_value_heads
+    writer.add_head_count_kv([heads * each for each in attends] if writer.arch == "lfm2" else heads)
+    norm = getattr(config, "norm_epsilon", None) or getattr(config, "layer_norm_eps", None)
+    writer.add_layer_norm_eps(norm) if norm else writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
     writer.add_key_length(head)
     writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
     writer.add_rope_freq_base(rope["rope_theta"])
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    if writer.arch == "lfm2":
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+    if writer.arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if writer.arch.endswith("moe"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if writer.arch == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     for name, value in fields.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         (writer.add_string if isinstance(value, str) else add)(f"{writer.arch}.{name}", value)
@@ -112,16 +128,28 @@ def _tensors(model: PreTrainedModel, architecture: str, output: bool) -> dict[st
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
     tensors = {}
-    for name, weight in model.state_dict().items():
+    for name, weight in _parts(model):
         stem, _, suffix = name.rpartition(".")
         gguf_name = f"{names.get_name(stem)}.{suffix}"
-        if gguf_name == "output.weight" and config.tie_word_embeddings and not output:
+        if name == "lm_head.weight" and config.tie_word_embeddings and not output:
             continue
         array = weight.float().numpy()
         if architecture == "llama" and ("attn_q." in gguf_name or "attn_k." in gguf_name):
             heads = config.num_attention_heads if "attn_q." in gguf_name else config.num_key_value_heads
             array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        if architecture == "gemma3" and gguf_name.endswith("norm.weight"):
+        if architecture in ("gemma2", "gemma3") and gguf_name.endswith("norm.weight"):
             array = array + 1
+        if "shortconv.conv" in gguf_name or "gate_inp_shexp" in gguf_name:
+            array = array.squeeze(1 if "conv" in gguf_name else 0)
         tensors[gguf_name] = np.ascontiguousarray(array)
     return tensors
+
+
+def _parts(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Iterate over a model's weights as a checkpoint has them, except that all experts of a layer are one tensor."""
+    for name, weight in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
+                yield f"{name.removesuffix('gate_up_proj')}{part}.weight", half
+        else:
+            yield f"{name}.weight" if name.endswith("experts.down_proj") else name, weight

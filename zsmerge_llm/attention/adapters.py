@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.call import BELONGS_TO_ENGINE, AttentionHandler
-from zsmerge_llm.attention.positions import check_positions
+from zsmerge_llm.attention.positions import check_positions, uses_alibi
 from zsmerge_llm.errors import InputError, UnsupportedModelError
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -37,7 +38,22 @@ def check(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config.get_text_config()
     if any(getattr(each, "is_encoder_decoder", False) for each in (model.config, config)):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; the compressed cache is for decoder-only models.")
-    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
+    if not getattr(config, "num_hidden_layers", 0):
+        raise UnsupportedModelError(
+            f"{name} has no single stack of decoder layers, which the compressed cache needs. Use another model."
+        )
+    if type(model).forward is nn.Module.forward:
+        raise UnsupportedModelError(
+            f"{name} is several models, without a pass over all of them: give the one that writes text as a model "
+            "object, such as `model.thinker`."
+        )
+    if not isinstance(getattr(_embeddings(model), "weight", None), Tensor):
+        raise UnsupportedModelError(f"{name} has no single table of token embeddings. Use another model.")
+    if needed := _needed_inputs(model):
+        raise UnsupportedModelError(
+            f"{name} needs {', '.join(needed)} beside text in each pass. Use a model that reads text alone."
+        )
+    if uses_alibi(config):
         raise UnsupportedModelError(
             f"{name} uses ALiBi, whose bias depends on distances that merged slots do not have. Use a RoPE model."
         )
@@ -52,6 +68,21 @@ def check(model: PreTrainedModel) -> None:
             f"{name} has {', '.join(sorted(other))} layers; only full and sliding-window attention can be compressed, "
             "beside recurrent layers. Use a model whose layers are all of these kinds."
         )
+
+
+def _embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Return what turns token ids into vectors; None where that is no single module."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def _needed_inputs(model: PreTrainedModel) -> list[str]:
+    """Return what a forward pass must be given beside token ids."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    named = [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    return [each.name for each in named if each.default is each.empty and each.name not in ("self", "input_ids")]
 
 
 def install(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]], name: str) -> None:

@@ -91,9 +91,10 @@ class _Trace(AttentionHandler):
             self.modules.append(self.entered)
         layer = call.layer if self.entered is None else self.entered.layer_idx
         if layer in self.calls:
+            which = f"Layer {layer}" if isinstance(layer, int) and layer >= 0 else "A module that several layers share"
             raise UnsupportedModelError(
-                f"Layer {layer} attends several times in a pass, and a layer of the cache serves one call. Use a model "
-                "whose layers attend once."
+                f"{which} attends several times in a pass, and a layer of the cache serves one call. Use a model whose "
+                "layers attend once."
             )
         self.calls[layer] = call
         return dense_attention(call, call.key, call.value, None)

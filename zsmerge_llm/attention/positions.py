@@ -14,6 +14,8 @@ POSITION_TABLE = re.compile(r"(^|\.)(wpe|(embed_)?positions?(_embed(ding)?s?)?|p
 """Names of tables with one row a position."""
 SPARE_ROWS = 8
 """Rows that such a table may have beyond the window: OPT's and BART's have two."""
+LENGTH_DEPENDENT = {"longrope": "longrope positions", "dynamic": "dynamic NTK positions"}
+"""Rotary types that rotate by other frequencies beyond the window, those that a key was cached with included."""
 
 
 def context_window(config: Any) -> int | None:
@@ -31,9 +33,17 @@ def context_window(config: Any) -> int | None:
 def ends_at_window(model: nn.Module) -> str | None:
     """Name what keeps a model from reading beyond its window even with an exact cache; None: nothing does."""
     config: Any = model.config
-    if any(map(_is_longrope, _rotary_settings(config.get_text_config()))):
-        return "longrope positions"
+    kinds = {str(each.get("rope_type")) for each in _rotary_settings(config.get_text_config())}
+    if found := [name for kind, name in LENGTH_DEPENDENT.items() if kind in kinds]:
+        return found[0]
     return "a table of positions" if _has_table(model) else None
+
+
+def uses_alibi(config: Any) -> bool:
+    """Return whether a text config asks for biases that grow with the distance, in place of positions."""
+    parts = (config, getattr(config, "attn_config", None))
+    asked = any(getattr(part, "alibi", False) for part in parts)
+    return asked or config.model_type == "bloom" or getattr(config, "position_embedding_type", None) == "alibi"
 
 
 def check_positions(model: nn.Module) -> None:

@@ -75,6 +75,14 @@ class MixerCache:
         """Return True: there always is a state."""
         return True
 
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """Return the sum over all tokens, [B, ...]: MiniMax's name of it."""
+        return self.get_recurrent_state(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        """Replace the sum over all tokens: MiniMax's name of it."""
+        self.update_recurrent_state(linear_cache, layer_idx)
+
     def is_recording_past(self, layer_idx: int) -> bool:
         """Return False: rejected drafts are the pass's business."""
         return False
@@ -89,7 +97,10 @@ class _StateTrace:
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """Return None: there is none yet."""
 
-    get_recurrent_state = get_conv_state
+    get_recurrent_state = get_linear_cache = get_conv_state
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        self.update_recurrent_state(linear_cache, layer_idx)
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
@@ -101,6 +112,12 @@ class _StateTrace:
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
         self._note(f"recurrent.{state_idx}", tuple(recurrent_states.shape[1:]), recurrent_states)
         return recurrent_states
+
+    def update(self, *_: Any, **__: Any) -> None:
+        raise UnsupportedModelError(
+            "A layer asks its cache for keys and values, and does not attend through transformers' attention "
+            "interface, through which the compressed cache works. Use another model."
+        )
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int = 0) -> bool:
         return False
@@ -116,7 +133,7 @@ class MixerForward:
     """The `forward` of a mixing module while its model belongs to an engine.
 
     Attributes:
-        layer: its index in the model. index: of its state in a cache, as soon as that is known.
+        layer: its index in the model. index: of its state in a cache, and spec: of that state, as soon as known.
         resumes: whether the module goes on from a state when it gets several tokens at once. Mamba 1 in transformers
             does so with one token only.
     """
@@ -124,12 +141,17 @@ class MixerForward:
     def __init__(self, module: nn.Module, keyword: str) -> None:
         self.layer, self.index = int(module.layer_idx), 0  # type: ignore[arg-type]
         self.resumes = True
+        self.spec: RecurrentSpec | None = None
+        self._num_results: int | None = None  # of a module that returns a tuple
         self._module, self._keyword = module, keyword
         self._replaced = vars(module).get("forward")  # one that somebody else set: accelerate, for example
         self._original: Callable[..., Any] = module.forward
+        self._names = list(inspect.signature(self._original).parameters)[1:]  # behind the input
 
-    def __call__(self, hidden_states: Tensor, **given: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *more: Any, **given: Any) -> Any:
         """Mix the tokens [B, T, D] of a layer, by way of the pass.
+
+        more, given: whatever else the module takes. What it returns beside its output is None.
 
         Raises:
             InputError: the model was called outside the engine.
@@ -137,19 +159,26 @@ class MixerForward:
         handler = CURRENT_PASS.get()
         if handler is None:
             raise InputError(BELONGS_TO_ENGINE)
+        given |= zip(self._names, more, strict=False)
         # The cache and the mask are the engine's business, not the model's.
         others = {name: value for name, value in given.items() if name not in (*CACHE_NAMES, *PASS_ARGUMENTS)}
+        if "attention_mask" in given:
+            others["attention_mask"] = None
 
         def mix(hidden: Tensor, cache: Any) -> Tensor:
             mixed = self._original(hidden, **{self._keyword: cache}, **others)
-            return mixed[0] if isinstance(mixed, tuple) else mixed
+            if not isinstance(mixed, tuple):
+                return mixed
+            self._num_results = len(mixed)
+            return mixed[0]
 
         def run(hidden: Tensor, cache: Any) -> Tensor:
             if self.resumes or hidden.shape[1] == 1 or cache is None or cache.is_empty:
                 return mix(hidden, cache)
             return torch.cat([mix(token, cache) for token in hidden.split(1, dim=1)], dim=1)
 
-        return handler.mix(RecurrentCall(self.layer, self.index, hidden_states, run))
+        output = handler.mix(RecurrentCall(self.layer, self.index, hidden_states, run))
+        return output if self._num_results is None else (output, *[None] * (self._num_results - 1))
 
     def uninstall(self) -> None:
         """Give the module back the forward it had."""
@@ -241,6 +270,7 @@ def install_mixers(mixers: Sequence[nn.Module], run: Callable[[AttentionHandler]
     for forward in forwards:
         if forward.layer in found:
             forward.index, forward.resumes = found.index(forward.layer), recorder.resuming[forward.layer]
+            forward.spec = recorder.specs[forward.layer]
         else:
             forward.uninstall()
     return tuple(recorder.specs[layer] for layer in found)

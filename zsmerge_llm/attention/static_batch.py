@@ -19,15 +19,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.backend import AttentionBackend
-from zsmerge_llm.attention.call import AttentionCall
+from zsmerge_llm.attention.call import AttentionCall, RecurrentCall
 from zsmerge_llm.attention.interface import forward
 from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.attention.passes import ForwardPass
+from zsmerge_llm.attention.static_states import StaticState
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.kvcache import eviction
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.layer_cache import TENSORS, LayerCache
 from zsmerge_llm.kvcache.policies import policy_of
+from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec
 from zsmerge_llm.kvcache.rope import PositionMap
 from zsmerge_llm.kvcache.scoring import TensorScoring
 from zsmerge_llm.kvcache.slots import PER_SLOT, AttentionInputs, LayerSpec
@@ -123,9 +125,11 @@ class StaticBatch:
 
     Args:
         specs: of the model's layers. rows: conversations that there is memory for. num_tokens: most tokens of a step.
-        capacity: entries of each layer of the exact cache, which has no size of its own.
+        capacity: entries of each layer of the exact cache, which has no size of its own. recurrent: of the layers that
+            keep a state, whose steps have one token.
 
     Attributes:
+        states: of the recurrent layers.
         lengths: int64 [rows], tokens that each row has read, pending ones not counted.
         logits: [rows, num_tokens, vocab], after each token of the last step.
     """
@@ -139,12 +143,14 @@ class StaticBatch:
         rows: int,
         num_tokens: int,
         capacity: int = 0,
+        recurrent: Sequence[RecurrentSpec] = (),
     ) -> None:
         self.config, self.specs = config, tuple(specs)
         self.num_rows, self.num_tokens = rows, num_tokens
         device = specs[-1].device
         own = Cache(config, specs, rows=0).layers
         self.groups = [self._group(own, indices, capacity) for indices in _alike(own)]
+        self.states = [StaticState(spec, rows) for spec in recurrent]
         self.inputs = StepInputs.empty(rows, num_tokens, device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.logits = torch.zeros(rows, num_tokens, vocab_size, dtype=dtype, device=device)
@@ -173,6 +179,7 @@ class StaticBatch:
                     cache.layers[index].num_filled = [group.config.residual] * rows
             cache.lengths = [0] * rows
             cache.position_maps = [PositionMap()] * rows
+            cache.states = [state.counted for state in self.states]
             self._views[rows] = cache
         return self._views[rows]
 
@@ -189,6 +196,8 @@ class StaticBatch:
                     target = target[:, :, : given[0].shape[1]]
                 for own, other in zip(target, given, strict=True):
                     own.copy_(other[:, : own.shape[1]] if name in PER_SLOT else other)
+        for state, other_state in zip(self.states, cache.states, strict=True):
+            state.load(row, other_state)
         self.lengths[row] = cache.lengths[0]
         self.cache.lengths[row], self.cache.position_maps[row] = cache.lengths[0], cache.position_maps[0]
         for layer, own in zip(self.cache.layers, cache.layers, strict=True):
@@ -198,6 +207,8 @@ class StaticBatch:
         """Empty a row, so that whatever a step writes there has room."""
         for group in self.groups:
             group.of_row(group.stacked.filled, row).fill_(group.config.residual)
+        for state in self.states:
+            state.clear(row)
         self.lengths[row] = 0
         self.cache.lengths[row], self.cache.position_maps[row] = 0, PositionMap()
         for layer in self.cache.layers:
@@ -214,6 +225,8 @@ class StaticBatch:
         kept = self.inputs.kept[:rows]
         valid = torch.arange(num_tokens, device=kept.device) < kept[:, None]
         self.lengths[:rows] += kept
+        for state in self.states:
+            state.commit(kept)
         for group in self.groups:
             eviction.commit(group.first_rows(rows), self._pending(group, self.pending_positions[:rows], valid))
 
@@ -286,6 +299,11 @@ class StaticPass(ForwardPass):
                     group.sinks = group.queries.new_zeros(group.queries.shape[:2])
                 group.of_layer(group.sinks, at, self.batch.num_rows)[:] = call.sinks
         return output
+
+    def mix(self, call: RecurrentCall) -> Tensor:
+        """Mix one token of each row into a copy of the layer's state, which is kept until it is counted."""
+        assert self.batch is not None
+        return self.batch.states[call.index].step(call)
 
     def _update(self, view: object, inputs: AttentionInputs) -> None:
         """Count nothing yet."""

@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.backend import AttentionBackend
-from zsmerge_llm.attention.interface import prepare_model
+from zsmerge_llm.attention.interface import ModelLayers, prepare_model
 from zsmerge_llm.attention.model_state import HeldModel
 from zsmerge_llm.attention.positions import context_window
 from zsmerge_llm.config import MAX_SIZE, CacheConfig, SamplingParams, check_integer
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
 from zsmerge_llm.engine.device_thread import DeviceThread, Kind
-from zsmerge_llm.engine.model_runner import STEP_TOKENS, ModelRunner
+from zsmerge_llm.engine.model_runner import ModelRunner
 from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.engine.prompt_reader import PromptReader, Reading, prompt_probe
@@ -34,12 +34,11 @@ from zsmerge_llm.engine.sampler import Sampler
 from zsmerge_llm.engine.scheduler import DecodeScheduler
 from zsmerge_llm.engine.scheduling import Cancelled, RequestLimit, SchedulingConfig, check_cancelled
 from zsmerge_llm.engine.sequence import DecodeSequence
-from zsmerge_llm.engine.static_decoder import make_decoder
+from zsmerge_llm.engine.static_decoder import make_decoder, max_step_tokens
 from zsmerge_llm.engine.static_scheduler import StaticScheduler, is_capturable
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.gpu.backend import GPUBackend
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.kvcache.slots import LayerSpec
 from zsmerge_llm.language.grammar import Constraint
 from zsmerge_llm.types import Progress
 
@@ -100,7 +99,7 @@ class Engine:
             self._device = DeviceThread(how.reading_share, _running(self.backend), self.backend.release_threads)
             self._reader = PromptReader(self.runner, self.specs, self._device)
             self._scheduler = DecodeScheduler(self.runner, self._device, how.batch_invariant)
-            self._static_scheduler = _static_scheduler(self.runner, self._device, self.specs, self.vocab_size, how)
+            self._static_scheduler = _static_scheduler(self.runner, self._device, self.layers, self.vocab_size, how)
             if compile is True:
                 self.backend.start()
                 self.read(self.new_cache(), [0])
@@ -342,7 +341,7 @@ def _running(backend: AttentionBackend) -> Callable[[int], AbstractContextManage
 def _static_scheduler(
     runner: ModelRunner,
     device: DeviceThread,
-    specs: tuple[LayerSpec, ...],
+    layers: ModelLayers,
     vocab_size: int,
     scheduling: SchedulingConfig,
 ) -> StaticScheduler | None:
@@ -350,8 +349,8 @@ def _static_scheduler(
     sizes = runner.backend.static_sizes
     if sizes is None:
         return None
-    sizes, max_tokens = (sizes[-1:], 1) if scheduling.batch_invariant else (sizes, STEP_TOKENS)
-    return StaticScheduler(partial(make_decoder, runner, specs, vocab_size), device, sizes, max_tokens)
+    sizes, max_tokens = (sizes[-1:], 1) if scheduling.batch_invariant else (sizes, max_step_tokens(layers))
+    return StaticScheduler(partial(make_decoder, runner, layers, vocab_size), device, sizes, max_tokens)
 
 
 def _stop_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from zsmerge_llm.attention.backend import Replay
+from zsmerge_llm.attention.interface import ModelLayers
 from zsmerge_llm.attention.static_batch import LayerGroup, StaticBatch, StepInputs
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.model_runner import STEP_TOKENS, ModelRunner
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.kvcache.slots import LayerSpec
 
 
 class StaticDecoder:
@@ -225,9 +225,15 @@ class StaticDecoder:
             self.batch.compress(self.batch.groups[which], self._row, keep=None if trace else lambda rows, layer: None)
 
 
+def max_step_tokens(layers: ModelLayers) -> int:
+    """Return the most tokens of a step. A recurrent layer takes one: its state is kept twice, not once a token."""
+    return 1 if layers.recurrent else STEP_TOKENS
+
+
 def make_decoder(
-    runner: ModelRunner, specs: Sequence[LayerSpec], vocab_size: int, config: CacheConfig, rows: int, capacity: int
+    runner: ModelRunner, layers: ModelLayers, vocab_size: int, config: CacheConfig, rows: int, capacity: int
 ) -> StaticDecoder:
     """Allocate memory in which so many conversations of one configuration decode. capacity: see `StaticBatch`."""
-    batch = StaticBatch(config, specs, vocab_size, runner.model.dtype, rows, STEP_TOKENS, capacity)
+    specs, recurrent, dtype = layers.attention, layers.recurrent, runner.model.dtype
+    batch = StaticBatch(config, specs, vocab_size, dtype, rows, max_step_tokens(layers), capacity, recurrent)
     return StaticDecoder(runner, batch, runner.backend.static_sizes or ())

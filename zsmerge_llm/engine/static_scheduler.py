@@ -33,8 +33,6 @@ MakeDecoder = Callable[[CacheConfig, int, int], StaticDecoder]
 
 def is_capturable(cache: Cache) -> bool:
     """Return whether the policies of a cache's layers are tensor functions, which can decode in fixed memory."""
-    if cache.states:  # which the memory of a static batch does not hold
-        return False
     return cache.config.slots is None or all(policy_of(layer.config).capturable for layer in cache.layers)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention import adapters
-from zsmerge_llm.attention.call import AttentionCall, AttentionHandler
+from zsmerge_llm.attention.call import AttentionCall, AttentionHandler, RecurrentCall
+from zsmerge_llm.attention.recurrent import CURRENT_PASS, MixerCache, mixers_of
+from zsmerge_llm.kvcache.recurrent_state import RecurrentState
 
 WARM_UP_RUNS = 2
 """Runs before a capture: libraries choose their kernels and allocate workspaces then, which a capture must not do."""
@@ -48,9 +50,16 @@ class GraphCapture:
         return graph.replay
 
 
-@dataclass
 class _NoAttention(AttentionHandler):
-    """Attention that computes nothing, for a pass that only shows what else a model does."""
+    """Attention that computes nothing, for a pass that only shows what else a model does, with states of one row."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        specs = {mixer.index: mixer.spec for mixer in mixers_of(model) if mixer.spec is not None}
+        meta = torch.device("meta")
+        self._states = {index: RecurrentState(replace(spec, device=meta), 1) for index, spec in specs.items()}
+
+    def mix(self, call: RecurrentCall) -> Tensor:
+        return call.run(call.hidden, MixerCache(self._states[call.index]))
 
     def attend(self, call: AttentionCall) -> Tensor:
         return call.query.new_empty(*call.query.shape[:3], call.value.shape[3])
@@ -73,11 +82,15 @@ def capture_refusal(model: PreTrainedModel) -> str | None:
     on_meta = {name: tensor.to("meta", _computed_dtype(tensor, model.dtype)) for name, tensor in tensors.items()}
     token = torch.zeros(1, 1, dtype=torch.long, device="meta")
     inputs = {"input_ids": token, "position_ids": token, "use_cache": False, "logits_to_keep": 1}
+    handler = _NoAttention(model)
+    running = CURRENT_PASS.set(handler)
     try:
-        functional_call(model, on_meta, kwargs={**inputs, adapters.keyword(model): _NoAttention()}, tie_weights=False)
+        functional_call(model, on_meta, kwargs={**inputs, adapters.keyword(model): handler}, tie_weights=False)
     except Exception as error:  # whatever a model does there, it runs without a graph
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         return f"its forward pass reads values on the host ({type(error).__name__}: {first})"
+    finally:
+        CURRENT_PASS.reset(running)
     return None
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.models import gguf, hub
+from zsmerge_llm.models.adapter_folder import base_model, holds_adapter
 from zsmerge_llm.models.hub import StatusCallback
 from zsmerge_llm.models.loader import local_path, read_config
 from zsmerge_llm.models.log_filters import quiet_transformers
@@ -46,7 +47,9 @@ def describe(
     if name in hub.BUILTINS:
         builtin = hub.BUILTINS[name]
         path = hub.builtin_local(builtin, cache) or hub.config_folder(builtin.hub_id, report_status, cache)
-    elif (found := local_path(model)) is not None:
+    elif (found := local_path(model)) is not None and found.is_dir() and holds_adapter(found):
+        return replace(describe(base_model(found), cache_dir, progress), name=found.resolve().name)
+    elif found is not None:
         path, name = found, found.resolve().name if found.is_dir() else found.stem
     else:
         path = hub.config_folder(name, report_status, cache)

@@ -41,6 +41,9 @@ PARTIAL = ".partial-"
 CONVERTER_VERSION = 1
 """Version of the conversion, part of the folder's name. Raise it when the conversion changes."""
 
+LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+"""Layers of the largest models of architectures whose query scale no field has."""
+
 # llama.cpp ends an answer at these tokens too, beside the one that the file names
 END_TOKENS = (
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>"),
@@ -168,7 +171,9 @@ def read_config(path: Path) -> Any:
 def _converted_dtype(header: Header) -> torch.dtype:
     import torch
 
-    types = {t.tensor_type.name for t in header.tensors.values() if len(t.shape) > 1}
+    small = ("gate_inp", "conv.weight")  # routers and short convolutions are float32 in every file
+    matrices = [t for name, t in header.tensors.items() if len(t.shape) > 1 and not any(part in name for part in small)]
+    types = {t.tensor_type.name for t in matrices}
     return torch.float32 if "F32" in types else torch.bfloat16 if types == {"BF16"} else torch.float16
 
 
@@ -179,7 +184,14 @@ def _overrides(header: Header) -> dict[str, Any]:
         overrides["head_dim"] = header.get("attention.key_length")  # transformers uses its own default for Qwen3
     if header.architecture == "llama" and "blk.0.attn_q.bias" in header.tensors:
         overrides["attention_bias"] = True  # else transformers ignores these biases
-    return overrides
+    if header.architecture in ("qwen2moe", "qwen3moe"):
+        overrides["moe_intermediate_size"] = header.get("expert_feed_forward_length")
+    if header.architecture == "qwen2moe":
+        overrides["shared_expert_intermediate_size"] = header.get("expert_shared_feed_forward_length")
+    if header.architecture == "gemma2":
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            overrides[name] = header.get(name)
+    return {name: value for name, value in overrides.items() if value is not None}
 
 
 def _load_dequantized(header: Header, file: Path) -> PreTrainedModel:
@@ -247,8 +259,10 @@ def _set_rope(config: Any, header: Header) -> None:
     parameters = config.rope_parameters
     parameters = parameters.get("full_attention", parameters)  # Gemma 3 scales its full-attention layers only
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if header.architecture == "phi3" and (rotary := header.get("rope.dimension_count")):
+    if header.architecture in ("phi3", "stablelm") and (rotary := header.get("rope.dimension_count")):
         parameters["partial_rotary_factor"] = rotary / head_dim
+    if header.architecture in ("starcoder2", "stablelm") and (theta := header.get("rope.freq_base")):
+        parameters["rope_theta"] = theta  # which transformers does not read of them
     if "rope_freqs.weight" in header.tensors:
         parameters.update(_llama3_rope(header, parameters["rope_theta"], head_dim))
     elif scaling in ("linear", "yarn"):
@@ -282,16 +296,17 @@ def _set_window(config: Any, header: Header) -> None:
     window = header.get("attention.sliding_window")
     if not window or window >= (header.get("context_length") or window + 1):
         return
-    if header.architecture not in ("gemma3", "phi3"):
+    if header.architecture not in ("gemma2", "gemma3", "phi3"):
         raise UnsupportedModelError(f"{header.path} has a sliding window of {window} tokens: {REMEDY}.")
     config.sliding_window = window
 
 
 def _set_query_scale(config: Any, header: Header) -> None:
-    """Set Gemma 3's query scale, which no field has: the head size, or hidden size / heads in the 27B model."""
-    if header.architecture == "gemma3":
+    """Set Gemma's query scale, which no field has: the head size, or hidden size / heads in the 27B models."""
+    if header.architecture in LAYERS_OF_27B:
         mean_head_dim = config.hidden_size // config.num_attention_heads
-        config.query_pre_attn_scalar = mean_head_dim if config.num_hidden_layers == 62 else config.head_dim
+        is_27b = config.num_hidden_layers == LAYERS_OF_27B[header.architecture]
+        config.query_pre_attn_scalar = mean_head_dim if is_27b else config.head_dim
 
 
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, header: Header) -> None:

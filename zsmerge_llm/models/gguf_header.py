@@ -10,7 +10,9 @@ from typing import Any
 
 from zsmerge_llm.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
+EXPERTS = ("qwen2moe", "qwen3moe")
+"""Supported architectures with experts."""
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "lfm2", "starcoder2", "stablelm", *EXPERTS)
 """Supported architectures: their conversion is tested against the original model. Mistral and SmolLM are "llama"."""
 REMEDY = "load the model's folder or Hub id in safetensors format instead"
 TEXT, ARRAY = 8, 9
@@ -132,7 +134,7 @@ def _check_supported(header: Header) -> None:
             f"{header.path} holds a {header.architecture or 'nameless'} model; from GGUF files "
             f"{', '.join(ARCHITECTURES)} can be read: {REMEDY}."
         )
-    if header.get("expert_count"):
+    if header.get("expert_count") and header.architecture not in EXPERTS:
         raise UnsupportedModelError(f"{header.path} holds a mixture of experts: {REMEDY}.")
     if "token_embd.weight" not in header.tensors:
         raise CorruptModelError(f"{header.path} holds no weights (a vocabulary only?): give the model's own file.")

@@ -17,6 +17,7 @@ from typing import Any
 
 from zsmerge_llm.errors import CorruptModelError, LoadError, ModelNotFoundError
 from zsmerge_llm.models import gguf
+from zsmerge_llm.models.adapter_folder import ADAPTER_CONFIG
 from zsmerge_llm.models.converted import is_complete
 from zsmerge_llm.models.integrity import file_digests, pin_revision, pinned_revision, verify
 from zsmerge_llm.models.weight_files import weight_files
@@ -30,12 +31,6 @@ HUB_SECONDS = 5.0
 
 FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 """Files downloaded from a Hub repository; `*.bin` too where it has no safetensors."""
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_REMEDY = (
-    "load its base model with transformers, apply it with PeftModel.from_pretrained(base, folder) of peft, and give "
-    "that model object; or give the folder of the merged model (merge_and_unload, save_pretrained)"
-)
 
 
 @dataclass(frozen=True)
@@ -155,7 +150,8 @@ def _download(hub_id: str, report_status: StatusCallback) -> Path:
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     if "config.json" not in sizes:
         hint = "download one of its .gguf files and give its path" if any(n.endswith(".gguf") for n in sizes) else ""
-        hint = f"it holds a LoRA adapter: {ADAPTER_REMEDY}" if ADAPTER_CONFIG in sizes else hint
+        if ADAPTER_CONFIG in sizes:
+            hint = f"it holds a LoRA adapter: fetch it with `hf download {hub_id}` and give its folder"
         raise ModelNotFoundError(f"{hub_id} on the Hub has no config.json: {hint or 'it holds no transformers model'}.")
     weights = ".safetensors" if any(name.endswith(".safetensors") for name in sizes) else ".bin"
     size = sum(nbytes for name, nbytes in sizes.items() if name.endswith(weights) and "/" not in name)
@@ -168,7 +164,8 @@ def _download(hub_id: str, report_status: StatusCallback) -> Path:
         return Path(snapshot_download(name, revision=_revision(info), allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # huggingface_hub raises many unrelated types, depending on its version
         raise LoadError(
-            f"The download of {hub_id} was interrupted ({error}): run it again, it resumes where it stopped."
+            f"The download of {hub_id} was interrupted ({error}): run it again; files that are complete are not "
+            "fetched again."
         ) from error
 
 

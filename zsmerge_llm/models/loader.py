@@ -23,7 +23,8 @@ from zsmerge_llm.errors import (
     ZSMergeError,
 )
 from zsmerge_llm.models import gguf, hub
-from zsmerge_llm.models.checkpoints import check_loadable
+from zsmerge_llm.models.adapter_folder import adapted_digest, base_model, check_mergeable, holds_adapter, merged
+from zsmerge_llm.models.checkpoints import check_loadable, quantization_method
 from zsmerge_llm.models.device import (
     packed_bits,
     pick_device,
@@ -74,9 +75,12 @@ class BuiltinModel:
 
 @dataclass(frozen=True)
 class _Source:
+    """folder: of the model's weights. path: what the user gave. adapter: a folder whose adapter is merged in."""
+
     name: str
     folder: Path
     path: Path
+    adapter: Path | None = None
 
 
 def builtin_models(cache_dir: Path | str | None = None) -> list[BuiltinModel]:
@@ -98,6 +102,8 @@ def load(
     progress: StatusCallback | None = None,
 ) -> LoadedModel:
     """Load a model: a built-in name, a Hub id, a folder, a .gguf file, or a transformers model object.
+
+    A folder with a LoRA adapter is loaded as the model that it was made for, with the adapter merged into its weights.
 
     Args:
         tokenizer: a tokenizer, or the folder or Hub id of one, in place of the model's own.
@@ -139,13 +145,19 @@ def load(
         config = read_config(source.folder, source.name)
         with _typed_errors(source.name, "config.json"):
             check_loadable(config, source.name, quantization, placed)
+            if source.adapter is not None:
+                is_quantized = quantizer is not None or quantization_method(config) is not None
+                check_mergeable(source.adapter, is_quantized)
             check_claims(source.folder, source.name, config)
             if device_map is None:
                 check_fits(source.folder, source.name, config, target, weight_dtype, quantization)
         digest = weights_digest(source.folder, cache)
         report_status("Loading weights")
         loaded = _read_weights(source, config, options)
-        found_tokenizer = _find_tokenizer(tokenizer, source.folder, report_status)
+        if source.adapter is not None:
+            report_status("Merging the LoRA adapter")
+            loaded, digest = merged(loaded, source.adapter), adapted_digest(digest, source.adapter, cache)
+        found_tokenizer = _find_tokenizer(tokenizer, _tokenizer_folder(source), report_status)
     if bits is not None:
         from zsmerge_llm.cpu.quantized_linear import quantize_model
 
@@ -165,7 +177,8 @@ def load_tokenizer(
     """
     report_status = progress or (lambda step: None)
     with quiet_transformers():
-        return _find_tokenizer(None, _resolve(model, cache_folder(cache_dir), report_status).folder, report_status)
+        source = _resolve(model, cache_folder(cache_dir), report_status)
+        return _find_tokenizer(None, _tokenizer_folder(source), report_status)
 
 
 def _resolve(model: str | Path, cache: Path, report_status: StatusCallback) -> _Source:
@@ -175,8 +188,11 @@ def _resolve(model: str | Path, cache: Path, report_status: StatusCallback) -> _
     path = local_path(model)
     if path is None:
         folder = hub.hub_folder(str(model), report_status, cache)
-        _check_no_adapter(folder)
+        holds_adapter(folder)
         return _Source(str(model), folder, folder)
+    if path.is_dir() and holds_adapter(path):
+        base = _resolve(base_model(path), cache, report_status)
+        return _Source(path.resolve().name, base.folder, path, adapter=path)
     if path.is_dir():
         return _Source(path.resolve().name, path, path)
     folder = hub.converted_folder(path, gguf.folder_for(path, cache), cache, report_status)
@@ -207,14 +223,15 @@ def local_path(model: str | Path) -> Path | None:
     return None
 
 
-def _check_no_adapter(folder: Path) -> None:
-    """Refuse a folder with an adapter, which transformers applies where peft is installed, and else ignores."""
-    if (folder / hub.ADAPTER_CONFIG).is_file():
-        raise UnsupportedModelError(f"The folder {folder} holds a LoRA adapter: {hub.ADAPTER_REMEDY}.")
+def _tokenizer_folder(source: _Source) -> Path:
+    """Return where a model's tokenizer is: an adapter may bring its own."""
+    own = source.adapter
+    return own if own is not None and (own / "tokenizer_config.json").is_file() else source.folder
 
 
 def _check_folder(folder: Path) -> None:
-    _check_no_adapter(folder)
+    if holds_adapter(folder):
+        return
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.glob("*.gguf"))
         remedy = f"give the path of {files[0]} in it" if files else "give the folder that holds config.json and weights"
@@ -231,11 +248,16 @@ def read_config(folder: Path, name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     with _typed_errors(name, "config.json"):
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError) as error:  # an unknown model_type, or one that needs its own code
+            if "auto_map" in settings:
+                raise UnsupportedModelError(
+                    f"{name} brings code of its own, which is not run: if you trust it, load the model with "
+                    "transformers (trust_remote_code=True), and give that model object."
+                ) from error
             raise UnsupportedModelError(
                 f"{name} is not a model that this version of transformers knows ({_first_line(error)})."
             ) from error
@@ -268,7 +290,8 @@ def _check_causal(config: Any, name: str) -> None:
     architectures = config.architectures or []
     label = architectures[0] if architectures else type(config).__name__.removesuffix("Config")
     advice = "use a decoder-only model such as Llama, Qwen or Gemma"
-    if any(getattr(each, "is_encoder_decoder", False) for each in (config, config.get_text_config())):
+    # An encoder-decoder may have two configs of text.
+    if getattr(config, "is_encoder_decoder", False) or getattr(config.get_text_config(), "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model ({label}): {advice}.")
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
     has_lm_head = not architectures or any(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,7 @@ def fingerprint(
     """Return digests of a model's weights, tokenizer and chat template, and the cache's configuration.
 
     Every byte of the weights counts. Adapters count as weights, and so does which of them are active, merged or
-    disabled, and how they are scaled.
+    disabled, and how they are scaled. So does the code of a model that is not transformers' own.
 
     Args:
         weights_digest: of the files that the weights were loaded from; None hashes the model's own tensors.
@@ -50,12 +52,24 @@ def fingerprint(
         for name, part in parts:
             weights.update(_offloaded_digest(model, name) if part.is_meta else digests[id(part)])
     weights.update(AdapterState(model).text().encode())
+    weights.update(_foreign_code(model).encode())
     return Fingerprint(
         weights=weights.hexdigest(),
         tokenizer=tokenizer_digest(tokenizer),
         template=hashlib.sha256((template or "").encode()).hexdigest(),
         cache=json.dumps(cache.to_dict(), sort_keys=True),
     )
+
+
+def _foreign_code(model: nn.Module) -> str:
+    """Return a model's class and the text of its file; "" for a class of transformers."""
+    kind = type(model)
+    if kind.__module__.partition(".")[0] == "transformers":
+        return ""
+    try:
+        return f"{kind.__qualname__} {inspect.getsource(sys.modules[kind.__module__])}"
+    except (OSError, TypeError, KeyError):  # made without a file
+        return kind.__qualname__
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
