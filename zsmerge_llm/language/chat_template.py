@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError
 from zsmerge_llm.language.control_tokens import SEPARATOR, ControlTokens
-from zsmerge_llm.language.digests import DigestChain
+from zsmerge_llm.language.digests import OWN_KEYS, DigestChain
 from zsmerge_llm.language.long_text import LongText
 from zsmerge_llm.language.message_forms import (
     calls_as_text,
@@ -28,7 +28,7 @@ from zsmerge_llm.language.message_forms import (
     with_tool_instructions,
 )
 from zsmerge_llm.language.messages import normalize_messages as normalize_messages
-from zsmerge_llm.language.template_probe import TemplateProbe, TemplateRefusal
+from zsmerge_llm.language.template_probe import TemplateProbe, TemplateRefusal, sample_histories
 from zsmerge_llm.language.watchdog import TimeExceeded, Watchdog
 from zsmerge_llm.types import Message
 
@@ -75,12 +75,49 @@ class ChatTemplate:
         self._long_text = LongText(tokenizer)
         self._watchdog = Watchdog()
         self._probes: dict[str, TemplateProbe] = {}  # by the text of a template
+        self._model_args = self._history_args = self.args
+        self._prompt_args: dict[str, Any] = {}
+        self._same_history: dict[str, bool] = {}  # by variables as JSON: whether they change the header alone
 
     def with_date(self, today: date) -> ChatTemplate:
         """Return the same template with another date."""
         template = copy.copy(self)
         template.today = today
         return template
+
+    def with_args(self, args: Mapping[str, Any]) -> ChatTemplate:
+        """Return the same template with further variables for one request.
+
+        Those that change nothing but the header of the answer, as many switches of reasoning do, make no other
+        conversation: they count in the digest of the prompt alone.
+        """
+        args = {name: value for name, value in args.items() if name not in self.args or self.args[name] != value}
+        if not args:
+            return self
+        template = copy.copy(self)
+        template.args = {**self.args, **args}
+        key = json.dumps(template.args, sort_keys=True, default=str)
+        template._probes = {}
+        if key not in self._same_history:
+            renders = (partial(each.render, add_generation_prompt=False) for each in (self, template))
+            self._same_history[key] = len({sample_histories(render) for render in renders}) == 1
+        if self._same_history[key]:
+            template._prompt_args = args
+        else:
+            template._history_args = template.args
+        return template
+
+    def without_request_args(self) -> ChatTemplate:
+        """Return the same template without the variables of one request: documents were read without them."""
+        template = copy.copy(self)
+        template.args = self._model_args
+        return template
+
+    def mark_prompt(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages, the last of them with the variables that change the header of its answer."""
+        if not self._prompt_args:
+            return list(messages)
+        return [*messages[:-1], {**messages[-1], "header_args": self._prompt_args}]
 
     def with_check(self, check: Callable[[], None]) -> ChatTemplate:
         """Return the same template, which calls `check` before each piece of a long text that it tokenizes.
@@ -270,9 +307,12 @@ class ChatTemplate:
             yield ending
 
     def digest_chain(self, tools: Tools = None, extra: Any = None) -> DigestChain:
-        """Return the digests of no messages with these tools, `args` and `extra` (JSON): `of` gives those of some."""
+        """Return the digests of no messages with these tools, `args` and `extra` (JSON): `of` gives those of some.
+
+        Variables of `with_args` that change the header of an answer alone are left out.
+        """
         allowing = ["control tokens"] if self._control_tokens is None else []
-        return DigestChain.start([validate_tools(tools), self.args, extra, *allowing])
+        return DigestChain.start([validate_tools(tools), self._history_args, extra, *allowing])
 
     def digests(self, messages: Sequence[Message], tools: Tools = None, extra: Any = None) -> list[str]:
         """Return one digest per prefix: entry i stands for `messages[:i]` with these tools, `args` and `extra`."""
@@ -320,7 +360,7 @@ def _check_text(text: Any) -> None:
 def _with_notes(messages: Sequence[Message]) -> list[Message]:
     """Return the messages with their notes at their ends."""
     return [
-        {**{key: value for key, value in message.items() if key != "note"}, "content": _content_with_note(message)}
+        {**{key: message[key] for key in message if key not in OWN_KEYS}, "content": _content_with_note(message)}
         for message in messages
     ]
 

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from zsmerge_llm.config import SamplingParams
@@ -24,15 +24,8 @@ from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, j
 from zsmerge_llm.language.json_schema import validation_error, value_error
 from zsmerge_llm.language.message_forms import TOOL_INSTRUCTIONS
 from zsmerge_llm.language.prompt_echo import NOTHING_ADDED, AddedTexts, EchoFilter
-from zsmerge_llm.language.reasoning import (
-    CLOSE,
-    OPEN,
-    ReasoningConstraint,
-    ReasoningMode,
-    ReasoningParser,
-    added_token_id,
-    reasoning_mode,
-)
+from zsmerge_llm.language.reasoning import ReasoningConstraint, ReasoningParser, added_token_id
+from zsmerge_llm.language.reasoning_tags import THINK, ReasoningMode, ReasoningTags, reasoning_mode, reasoning_tags
 from zsmerge_llm.language.schema_checks import check_schema, check_strict
 from zsmerge_llm.language.tool_call_stream import RedundancyGate, canonical_call
 from zsmerge_llm.language.tool_calls import HERMES, ParsedAnswer, ToolCallParser, tool_call_style
@@ -74,6 +67,8 @@ class OutputFormat:
     """The format of a second attempt, where the first only made redundant calls."""
     reasoning: ReasoningMode = "off"
     """Whether reasoning may precede the answer."""
+    reasoning_tags: ReasoningTags = THINK
+    """How the family marks it."""
     schema: Mapping[str, Any] | None = None
     """The JSON schema of an answer without calls."""
     argument_schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -101,7 +96,8 @@ class OutputFormat:
         answer = self.compiler.constraint(self.grammar, sampling.max_tokens)
         if self.reasoning == "off":
             return answer
-        return ReasoningConstraint(answer, self.compiler.tokenizer, self.reasoning == "open", reasoning)
+        is_open = self.reasoning == "open"
+        return ReasoningConstraint(answer, self.compiler.tokenizer, is_open, reasoning, self.reasoning_tags)
 
     def tool_call_parser(self) -> ToolCallParser | None:
         """Return a parser for one answer; None if it holds no calls."""
@@ -113,7 +109,13 @@ class OutputFormat:
 
     def reasoning_parser(self) -> ReasoningParser | None:
         """Return a parser for one answer; None if it holds no reasoning."""
-        return None if self.reasoning == "off" else ReasoningParser(is_open=self.reasoning == "open")
+        return None if self.reasoning == "off" else ReasoningParser(self.reasoning == "open", self.reasoning_tags)
+
+    def behind(self, prompt: str) -> OutputFormat:
+        """Return the same format behind a prompt, or the end of one: there it is seen how the model reasons."""
+        if self.reasoning == "off":
+            return self
+        return replace(self, reasoning=reasoning_mode(self.reasoning_tags, prompt))
 
     def with_added(self, *texts: str, document: str = "") -> OutputFormat:
         """Return the format of an answer in text for a prompt with further added texts, about a document."""
@@ -162,6 +164,10 @@ class OutputFormats:
     def __init__(self, template: ChatTemplate, compiler: GrammarCompiler) -> None:
         self._template = template
         self._compiler = compiler
+
+    def using(self, template: ChatTemplate) -> OutputFormats:
+        """Return the same with another template: that of a request with variables of its own."""
+        return OutputFormats(template, self._compiler)
 
     def completion(self, response_format: ResponseFormat | None, grammar: Grammar | None) -> OutputFormat:
         """Return the format of a completion.
@@ -260,18 +266,12 @@ class OutputFormats:
 
     def _with_reasoning(self, output_format: OutputFormat) -> OutputFormat:
         """Return the same format for an answer behind reasoning, if the model reasons."""
-        if self._reasoning_mode == "off":
+        tags = reasoning_tags(self._template.source())
+        if tags is None:
             return output_format
-        tags = (added_token_id(self._template.tokenizer, tag) for tag in (OPEN, CLOSE))
-        visible = output_format.visible_special_ids.union(tag for tag in tags if tag is not None)
-        return replace(output_format, reasoning=self._reasoning_mode, visible_special_ids=visible)
-
-    @cached_property
-    def _reasoning_mode(self) -> ReasoningMode:
-        question: Message = {"role": "user", "content": "?"}
-        template = self._template
-        whole, before = template.render([question]), template.render([question], add_generation_prompt=False)
-        return reasoning_mode(template.source(), whole.removeprefix(before))
+        ids = (added_token_id(self._template.tokenizer, tag) for tag in tags)
+        visible = output_format.visible_special_ids.union(tag for tag in ids if tag is not None)
+        return replace(output_format, reasoning="optional", reasoning_tags=tags, visible_special_ids=visible)
 
 
 def _name(tool: Mapping[str, Any]) -> str:

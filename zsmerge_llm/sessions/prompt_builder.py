@@ -44,9 +44,8 @@ class PromptBuilder:
     passage_search: PassageSearch
     attention_search: AttentionSearch
 
-    def with_check(self, check: Callable[[], None]) -> PromptBuilder:
-        """Return the same for one request, as `ChatTemplate.with_check`."""
-        template = self.template.with_check(check)
+    def using(self, template: ChatTemplate) -> PromptBuilder:
+        """Return the same with another template: one request's variables, or its check."""
         passages = replace(self.passage_search, template=template)
         return PromptBuilder(template, self.config, passages, replace(self.attention_search, template=template))
 
@@ -80,11 +79,15 @@ class PromptBuilder:
             if snapshot.kind == "prompt" and messages[n]["role"] != "assistant":
                 return None  # the answer's header has been read already
             whole = template.render(messages, tools)
+            if snapshot.kind == "branch":
+                before = template.render(messages[:n], tools, add_generation_prompt=False)
+                return template.encode(whole[len(before) :]) if whole.startswith(before) else None
             if snapshot.kind == "prefix":
                 ids, known = template.encode(whole), list(snapshot.tokens)
                 return ids[len(known) :] if ids[: len(known)] == known else None
             if snapshot.kind == "document":
-                before = document_head(template, document.text if document is not None else "")
+                text = document.text if document is not None else ""
+                before = document_head(template.without_request_args(), text)
             else:
                 before = template.render(messages[:n], tools)
             if whole.startswith(before):
@@ -122,7 +125,8 @@ class PromptBuilder:
 
         def search(question: str, max_tokens: int) -> list[str]:
             if document.num_tokens is None:
-                document.num_tokens = len(template.encode(document_head(template, document.text)))
+                head = document_head(template.without_request_args(), document.text)
+                document.num_tokens = len(template.encode(head))
             read = continuation.snapshot.tokens[: document.num_tokens]
             return self.attention_search.search(cache, read, question, max_tokens)
 
