@@ -211,8 +211,7 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
                 written.
             tool_choice: "auto" (default), "required", "none", or `{"type": "function", "function": {"name": ...}}`.
             parallel_tool_calls: whether one answer may hold several calls.
-            template_args: variables of the chat template for this request. reasoning_effort: "none" to "max", as far as
-                the template knows it.
+            template_args: more variables of the chat template. reasoning_effort: those for "none" to "max" reasoning.
             response_format: `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"name": ...,
                 "schema": {...}}}`. The model is told, and can generate nothing else (but calls, if there are tools).
             grammar: a grammar of the answer, such as `Grammar.regex("yes|no")`. The model is not told.

@@ -28,7 +28,7 @@ from zsmerge_llm.language.message_forms import (
     with_tool_instructions,
 )
 from zsmerge_llm.language.messages import normalize_messages as normalize_messages
-from zsmerge_llm.language.template_probe import TemplateProbe, TemplateRefusal, sample_histories
+from zsmerge_llm.language.template_probe import TemplateProbe, TemplateRefusal
 from zsmerge_llm.language.watchdog import TimeExceeded, Watchdog
 from zsmerge_llm.types import Message
 
@@ -55,6 +55,11 @@ class ChatTemplate:
         args: further variables for the template, such as `{"enable_thinking": False}`.
         allow_control_tokens: whether text of messages and tools that spells a control token is read as one. By default
             only the template makes control tokens.
+
+    Attributes:
+        model_args: `args` without those of one request.
+        history_args: the part of `args` that changes how messages are written.
+        header_args: the rest, of one request: it changes the header of the answer alone (`request_args`).
     """
 
     def __init__(
@@ -74,50 +79,15 @@ class ChatTemplate:
         self._check: Callable[[], None] = lambda: None
         self._long_text = LongText(tokenizer)
         self._watchdog = Watchdog()
-        self._probes: dict[str, TemplateProbe] = {}  # by the text of a template
-        self._model_args = self._history_args = self.args
-        self._prompt_args: dict[str, Any] = {}
-        self._same_history: dict[str, bool] = {}  # by variables as JSON: whether they change the header alone
+        self._probes: dict[str, TemplateProbe] = {}  # by the text of a template and its variables
+        self.model_args = self.history_args = self.args
+        self.header_args: dict[str, Any] = {}
 
     def with_date(self, today: date) -> ChatTemplate:
         """Return the same template with another date."""
         template = copy.copy(self)
         template.today = today
         return template
-
-    def with_args(self, args: Mapping[str, Any]) -> ChatTemplate:
-        """Return the same template with further variables for one request.
-
-        Those that change nothing but the header of the answer, as many switches of reasoning do, make no other
-        conversation: they count in the digest of the prompt alone.
-        """
-        args = {name: value for name, value in args.items() if name not in self.args or self.args[name] != value}
-        if not args:
-            return self
-        template = copy.copy(self)
-        template.args = {**self.args, **args}
-        key = json.dumps(template.args, sort_keys=True, default=str)
-        template._probes = {}
-        if key not in self._same_history:
-            renders = (partial(each.render, add_generation_prompt=False) for each in (self, template))
-            self._same_history[key] = len({sample_histories(render) for render in renders}) == 1
-        if self._same_history[key]:
-            template._prompt_args = args
-        else:
-            template._history_args = template.args
-        return template
-
-    def without_request_args(self) -> ChatTemplate:
-        """Return the same template without the variables of one request: documents were read without them."""
-        template = copy.copy(self)
-        template.args = self._model_args
-        return template
-
-    def mark_prompt(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the messages, the last of them with the variables that change the header of its answer."""
-        if not self._prompt_args:
-            return list(messages)
-        return [*messages[:-1], {**messages[-1], "header_args": self._prompt_args}]
 
     def with_check(self, check: Callable[[], None]) -> ChatTemplate:
         """Return the same template, which calls `check` before each piece of a long text that it tokenizes.
@@ -179,9 +149,10 @@ class ChatTemplate:
         raise refusals[0]
 
     def _probe(self, source: str) -> TemplateProbe:
-        if source not in self._probes:
-            self._probes[source] = TemplateProbe(source, partial(self._apply, source, prompt=False))
-        return self._probes[source]
+        key = f"{self.args}{source}"
+        if key not in self._probes:
+            self._probes[key] = TemplateProbe(source, partial(self._apply, source, prompt=False))
+        return self._probes[key]
 
     def _apply(self, source: str, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
         from jinja2 import TemplateSyntaxError
@@ -309,10 +280,10 @@ class ChatTemplate:
     def digest_chain(self, tools: Tools = None, extra: Any = None) -> DigestChain:
         """Return the digests of no messages with these tools, `args` and `extra` (JSON): `of` gives those of some.
 
-        Variables of `with_args` that change the header of an answer alone are left out.
+        Variables that change the header of an answer alone are left out.
         """
         allowing = ["control tokens"] if self._control_tokens is None else []
-        return DigestChain.start([validate_tools(tools), self._history_args, extra, *allowing])
+        return DigestChain.start([validate_tools(tools), self.history_args, extra, *allowing])
 
     def digests(self, messages: Sequence[Message], tools: Tools = None, extra: Any = None) -> list[str]:
         """Return one digest per prefix: entry i stands for `messages[:i]` with these tools, `args` and `extra`."""

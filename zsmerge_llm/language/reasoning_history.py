@@ -35,6 +35,25 @@ def leaves_out_reasoning(template: ChatTemplate, messages: Sequence[Message], n:
     return not any(TEXT_MARKER in text for text in texts)
 
 
+def answer_head(template: ChatTemplate, messages: Sequence[Message], n: int, tools: Tools = None) -> str | None:
+    """Return what is written between the user's `messages[n-1]` and the text of the answer to it, once it is history.
+
+    None where there are calls, or where the template does not show it.
+    """
+    if not all(message["role"] in ("user", "assistant") for message in messages[n - 1 :]):
+        return None
+    if n == len(messages) or messages[n]["role"] != "assistant" or messages[n].get("tool_calls"):
+        return None
+    try:
+        before = template.render(messages[n - 1 : n], tools, add_generation_prompt=False)
+        answer: Message = {"role": "assistant", "content": TEXT_MARKER}
+        whole = template.render([messages[n - 1], answer, *messages[n + 1 :]], tools)
+    except InputError:
+        return None
+    head, found, _ = whole.removeprefix(before).partition(TEXT_MARKER)
+    return head if found and whole.startswith(before) else None
+
+
 def answer_header(template: ChatTemplate, messages: Sequence[Message]) -> str:
     """Return what begins the answer to messages that end with the user's; "" where the template does not show it."""
     last = [*(message for message in messages[:1] if message["role"] == "system"), messages[-1]]

@@ -57,6 +57,8 @@ def before_dropped_reasoning(prompts: PromptBuilder, session: Session, continuat
     messages = transcript.messages
     if branch is None or transcript.digests[branch.messages] != branch.digest:
         return None
+    if len(answer.tokens) - len(branch.tokens) < MIN_SHARED_TOKENS:
+        return None
     if not leaves_out_reasoning(template, messages, branch.messages, continuation.tools):
         return None
     whole = prompts.following_ids(Continuation(template, branch, transcript, continuation.tools, None), messages)
@@ -65,7 +67,7 @@ def before_dropped_reasoning(prompts: PromptBuilder, session: Session, continuat
         return None
     read_again = len(whole) - len(delta)
     left_out = len(answer.tokens) - len(branch.tokens) - read_again
-    return branch if left_out >= read_again else None
+    return branch if left_out >= max(read_again, MIN_SHARED_TOKENS) else None
 
 
 def reread_reason(store: Store, transcript: Transcript, name: str | None) -> str:

@@ -19,6 +19,7 @@ from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
 from zsmerge_llm.language.digests import DigestChain
 from zsmerge_llm.language.messages import MessageHistory
+from zsmerge_llm.language.request_args import mark_prompt, with_request_args
 from zsmerge_llm.retrieval.passage_search import INTRODUCTION
 from zsmerge_llm.sessions.branching import MIN_SHARED_TOKENS, before_dropped_reasoning, branch_points, reread_reason
 from zsmerge_llm.sessions.documents import INSTRUCTION, Documents, num_merged, put_before
@@ -141,8 +142,8 @@ class Conversations:
         return replace(self, template=template, prompts=self.prompts.using(template))
 
     def with_args(self, args: Mapping[str, Any]) -> Conversations:
-        """Return the same for one request with further variables, as `ChatTemplate.with_args`."""
-        return self._using(self.template.with_args(args))
+        """Return the same for one request with further variables, as `with_request_args`."""
+        return self._using(with_request_args(self.template, args))
 
     def begin(
         self,
@@ -170,7 +171,7 @@ class Conversations:
             SessionCorruptError: a document whose file is corrupt.
         """
         name, document = self._resolve(session)
-        start, messages = self.template.digest_chain(tools, namespace), self.template.mark_prompt(messages)
+        start, messages = self.template.digest_chain(tools, namespace), mark_prompt(self.template, messages)
         transcript = self._transcript(history, messages, start, name, document)
         if document is not None and self.documents.is_document(name):
             name = None
@@ -313,7 +314,7 @@ class Conversations:
                 each for each in (*source.snapshots.values(), snapshot) if each.kind == "prefix" or each is snapshot
             ]
             snapshots = {each.digest: each for each in shared if each.kind != "document"}
-            session, version = self._new_session(name, namespace, template.today, source.document, snapshots)
+            session, version = _new_session(self.store, name, namespace, template.today, source.document, snapshots)
         cache = snapshot.cache.clone()
         turn = Turn(
             transcript,
@@ -336,8 +337,6 @@ class Conversations:
         system_tokens = len(snapshot.tokens)
         return snapshot.cache.config == self.prompts.config(system_tokens + num_following, system_tokens)
 
-    # -- starting anew -----------------------------------------------------------------------------------------------
-
     def _start(
         self, transcript: Transcript, tools: Tools, name: str | None, namespace: str | None, reason: str
     ) -> Turn:
@@ -347,7 +346,7 @@ class Conversations:
         prompt = self.prompts.build(messages, tools, template, transcript.indexes)
         reason = reason or reread_reason(self.store, transcript, name)
         document = transcript.document.text if transcript.document is not None else None
-        session, version = self._new_session(name, namespace, template.today, document, {})
+        session, version = _new_session(self.store, name, namespace, template.today, document, {})
         return Turn(
             transcript,
             session,
@@ -360,19 +359,19 @@ class Conversations:
             retrieved_tokens=prompt.retrieved_tokens,
         )
 
-    def _new_session(
-        self,
-        name: str | None,
-        namespace: str | None,
-        today: date,
-        document: str | None,
-        snapshots: dict[str, Snapshot],
-    ) -> tuple[Session, int | None]:
-        """Return a new session, and the version of the session that has its name until now."""
-        version = self.store.version(name) if name else None
-        own = name or generate_name(f"{namespace}/" if namespace else "")
-        session = Session(own, self.store.fingerprint, today, snapshots, document=document, named=bool(name))
-        return session, version
+
+def _new_session(
+    store: Store,
+    name: str | None,
+    namespace: str | None,
+    today: date,
+    document: str | None,
+    snapshots: dict[str, Snapshot],
+) -> tuple[Session, int | None]:
+    """Return a new session, and the version of the session that has its name until now."""
+    version = store.version(name) if name else None
+    own = name or generate_name(f"{namespace}/" if namespace else "")
+    return Session(own, store.fingerprint, today, snapshots, document=document, named=bool(name)), version
 
 
 def _owner(store: Store, found: ResumePoint, name: str | None, is_named_so: bool) -> tuple[Session, int | None] | None:
