@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.language.test_reasoning import FORMAT, QWEN3, reasoning_model
 from tests.support.chat import LARGE_CACHE, dialogue, make_llm
 from tests.support.scripted_model import scripted_answers
 from tests.support.templates import FOLDER, TOOLS
-from tests.support.tools import CALL, WEATHER, name_and_arguments
+from tests.support.tools import CALL, WEATHER, name_and_arguments, with_results
 from zsmerge_llm import LLM, SamplingParams
+from zsmerge_llm.language.harmony import HarmonyParser
 from zsmerge_llm.language.reasoning_tags import effort_args, reasoning_mode, reasoning_tags
 
 THOUGHT, ANSWER, JSON = "Two and two, I think.", "It is 4.", '{"x": true}'
@@ -23,6 +27,7 @@ FAMILIES = {
     "smollm3": "<think>\n{}\n</think>\n{}",
     "granite3.3": "<think>{}</think>\n\n<response>{}</response>",
     "magistral": "[THINK]{}[/THINK]{}",
+    "gpt-oss": "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}",
 }
 """By template: what its model writes, with reasoning and answer."""
 
@@ -52,6 +57,7 @@ def test_an_answer_without_reasoning_is_whole(name: str) -> None:
     llm = model(name)
     wrapped = f"<response>{ANSWER}</response>" if name == "granite3.3" else ANSWER
     wrapped = f"</think>{wrapped}" if name == "deepseek-r1" else wrapped
+    wrapped = f"<|channel|>final<|message|>{wrapped}" if name == "gpt-oss" else wrapped
     with scripted_answers(llm, wrapped):
         result = llm.chat("?", sampling=TOKENS)
     assert (result.text, result.reasoning) == (ANSWER, "")
@@ -62,11 +68,13 @@ def test_schemas_and_calls_begin_behind_the_reasoning(name: str) -> None:
     llm = model(name)
     tags = reasoning_tags(source(name))
     assert tags is not None
-    thought = f"{'' if name == 'deepseek-r1' else tags.open}{THOUGHT}{tags.close}\n\n{tags.answer_open}"
-    with scripted_answers(llm, thought + JSON):
+    gap = "<|start|>assistant" if name == "gpt-oss" else "\n\n"
+    thought = f"{'' if name == 'deepseek-r1' else tags.open}{THOUGHT}{tags.close}{gap}"
+    with scripted_answers(llm, thought + tags.answer_open + JSON):
         result = llm.chat("?", response_format=FORMAT, sampling=TOKENS)
     assert (json.loads(result.text), result.reasoning) == ({"x": True}, THOUGHT)
-    with scripted_answers(llm, thought + CALL):
+    call = ' to=functions.weather<|channel|>commentary json<|message|>{"place": "Zürich"}'
+    with scripted_answers(llm, thought + (call if name == "gpt-oss" else tags.answer_open + CALL)):
         *_, last = llm.stream("?", tools=TOOLS, sampling=TOKENS)
     assert name_and_arguments(last.tool_calls) == [WEATHER]
     assert last.usage is not None
@@ -165,3 +173,36 @@ def test_an_answer_that_ends_within_its_reasoning_says_so_and_the_next_turn_read
     assert second.usage.cached_tokens
     text = llm.tokenizer.decode(llm.session("it").tokens)
     assert text.count("<think>") == text.count("</think>")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [" to=functions.weather<|channel|>commentary json", "<|channel|>commentary to=functions.weather <|constrain|>json"],
+)
+def test_a_turn_of_gpt_oss_with_a_call_keeps_its_analysis_and_the_next_one_leaves_it_out(head: str) -> None:
+    llm = make_llm("gpt-oss", cache=LARGE_CACHE)
+    messages, long = dialogue("Is it warm?"), THOUGHT * 12
+    analysis = f"<|channel|>analysis<|message|>{long}<|end|><|start|>assistant"
+    final = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
+    script = (f'{analysis}{head}<|message|>{{"place": "Zürich"}}', f"{final}It is warm.", f"{final}You are welcome.")
+    with scripted_answers(llm, *script):
+        called = llm.chat(messages, tools=TOOLS, sampling=TOKENS, session="it")
+        assert (called.reasoning, name_and_arguments(called.tool_calls)) == (long, [WEATHER])
+        messages = with_results(messages, called)
+        answered = llm.chat(messages, tool_choice="none", tools=TOOLS, sampling=TOKENS, session="it")
+        assert (answered.text, answered.usage.reuse) == ("It is warm.", "continued")
+        assert THOUGHT in llm.tokenizer.decode(llm.session("it").tokens)
+        messages = [*messages, {"role": "assistant", "content": answered.text}, *dialogue("Thanks")]
+        last = llm.chat(messages, tool_choice="none", tools=TOOLS, sampling=TOKENS, session="it")
+    assert (last.text, last.usage.reuse) == ("You are welcome.", "restored")
+    assert THOUGHT not in llm.tokenizer.decode(llm.session("it").tokens)
+
+
+@given(cuts=st.lists(st.integers(0, 200)))
+@settings(deadline=None, max_examples=30)
+def test_channels_are_separated_wherever_pieces_end(cuts: list[int]) -> None:
+    text = FAMILIES["gpt-oss"].format(THOUGHT, ANSWER) + "<|return|>"
+    places = sorted({0, len(text), *(cut % len(text) for cut in cuts)})
+    parser = HarmonyParser()
+    pieces = [*(parser.push(text[a:b]) for a, b in itertools.pairwise(places)), parser.finish()]
+    assert ("".join(each.reasoning for each in pieces), "".join(each.text for each in pieces)) == (THOUGHT, ANSWER)

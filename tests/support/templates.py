@@ -38,6 +38,10 @@ REASONING_TOKENS = {
     "deepseek-r1": ("</s>", ["<|User|>", "<|Assistant|>", "<|output|>", "<|output_end|>", "<think>", "</think>"]),
     "smollm3": ("<|im_end|>", ["<|im_start|>", "<think>", "</think>"]),
     "granite3.3": ("<|end_of_text|>", ["<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"]),
+    "gpt-oss": (
+        "<|return|>",
+        ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>"],
+    ),
     "magistral": ("</s>", ["[INST]", "[/INST]", "[THINK]", "[/THINK]", "[TOOL_CALLS]", "[SYSTEM_PROMPT]"]),
 }
 # templates that render earlier messages as they were first rendered

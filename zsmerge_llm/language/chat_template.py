@@ -35,6 +35,8 @@ from zsmerge_llm.types import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HARMONY_CALL_END = "<|call|>"
+"""What ends a call in gpt-oss's template, where text ends otherwise."""
 MAX_RENDER_SECONDS = 20.0
 """How long a template may take: ten thousand messages take a second."""
 Tools = Sequence[dict[str, Any]] | None
@@ -129,6 +131,8 @@ class ChatTemplate:
         """
         source = self.source(tools)
         given, offered = _with_notes(messages), validate_tools(tools)
+        if ".thinking" in source:
+            given = [_with_thinking(message) for message in given]
         if self._control_tokens is not None:
             given = [self._control_tokens.guard_message(message) for message in given]
             offered = self._control_tokens.guard_values(offered)
@@ -264,7 +268,8 @@ class ChatTemplate:
         # Some templates want results to follow calls: mark the last call's arguments, and skip the rest of its JSON
         function = {**calls[-1]["function"], "arguments": {marker: marker}}
         marked = {**messages[n - 1], "tool_calls": [*calls[:-1], {**calls[-1], "function": function}]}
-        for close in self._after(marker, [{"role": "user", "content": "-"}, plain], None, False):
+        closes = self._after(marker, [{"role": "user", "content": "-"}, plain], None, False)
+        for close in (*closes, HARMONY_CALL_END):
             for ending in self._after(marker, [*messages[: n - 1], marked, *messages[n:]], tools, prompt):
                 if close and close in ending:
                     yield ending[ending.index(close) :]
@@ -334,6 +339,12 @@ def _with_notes(messages: Sequence[Message]) -> list[Message]:
         {**{key: message[key] for key in message if key not in OWN_KEYS}, "content": _content_with_note(message)}
         for message in messages
     ]
+
+
+def _with_thinking(message: Message) -> Message:
+    """Return a message with its reasoning in `thinking` too, where gpt-oss's template looks; not beside text."""
+    reasoning = message.get("reasoning_content")
+    return {**message, "thinking": reasoning} if reasoning and not message["content"] else message
 
 
 def _content_with_note(message: Message) -> str:

@@ -21,14 +21,24 @@ from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
+from zsmerge_llm.language.harmony import HarmonyGrammar, HarmonyParser
 from zsmerge_llm.language.json_schema import validation_error, value_error
 from zsmerge_llm.language.message_forms import TOOL_INSTRUCTIONS
 from zsmerge_llm.language.prompt_echo import NOTHING_ADDED, AddedTexts, EchoFilter
-from zsmerge_llm.language.reasoning import ReasoningConstraint, ReasoningParser, added_token_id
-from zsmerge_llm.language.reasoning_tags import THINK, ReasoningMode, ReasoningTags, reasoning_mode, reasoning_tags
+from zsmerge_llm.language.reasoning import ReasoningConstraint, ReasoningParser
+from zsmerge_llm.language.reasoning_tags import (
+    HARMONY,
+    THINK,
+    ReasoningMode,
+    ReasoningTags,
+    added_token_id,
+    control_tokens_of,
+    reasoning_mode,
+    reasoning_tags,
+)
 from zsmerge_llm.language.schema_checks import check_schema, check_strict
 from zsmerge_llm.language.tool_call_stream import RedundancyGate, canonical_call
-from zsmerge_llm.language.tool_calls import HERMES, ParsedAnswer, ToolCallParser, tool_call_style
+from zsmerge_llm.language.tool_calls import HARMONY_CALLS, HERMES, ParsedAnswer, ToolCallParser, tool_call_style
 from zsmerge_llm.language.tool_grammar import NO_CALL_OBJECT, ToolGrammar, with_other_first_word
 from zsmerge_llm.types import Message, ResponseFormat, ToolChoice
 
@@ -97,7 +107,8 @@ class OutputFormat:
         if self.reasoning == "off":
             return answer
         is_open = self.reasoning == "open"
-        return ReasoningConstraint(answer, self.compiler.tokenizer, is_open, reasoning, self.reasoning_tags)
+        settings = (is_open, reasoning, self.reasoning_tags, bool(self.tool_names))
+        return ReasoningConstraint(answer, self.compiler.tokenizer, *settings)
 
     def tool_call_parser(self) -> ToolCallParser | None:
         """Return a parser for one answer; None if it holds no calls."""
@@ -107,8 +118,10 @@ class OutputFormat:
         """Return what holds back calls that may turn out to be redundant."""
         return RedundancyGate(self.previous_calls)
 
-    def reasoning_parser(self) -> ReasoningParser | None:
+    def reasoning_parser(self) -> ReasoningParser | HarmonyParser | None:
         """Return a parser for one answer; None if it holds no reasoning."""
+        if self.reasoning_tags is HARMONY:
+            return HarmonyParser()
         return None if self.reasoning == "off" else ReasoningParser(self.reasoning == "open", self.reasoning_tags)
 
     def behind(self, prompt: str) -> OutputFormat:
@@ -236,7 +249,8 @@ class OutputFormats:
         """Return the format of an answer that may hold calls; `answer`: the grammar rule for one without calls."""
         style = tool_call_style(self._template.source(tools))
         offered = [tool["function"] for tool in tools if choice in ("auto", "required", "none", _name(tool))]
-        grammar = ToolGrammar(self._template.tokenizer, style, offered, parallel)
+        kind = HarmonyGrammar if style is HARMONY_CALLS else ToolGrammar
+        grammar = kind(self._template.tokenizer, style, offered, parallel)
         without_calls = OutputFormat(Grammar(grammar.no_calls(answer)), compiler=self._compiler)
         if choice == "none":
             return without_calls
@@ -269,7 +283,7 @@ class OutputFormats:
         tags = reasoning_tags(self._template.source())
         if tags is None:
             return output_format
-        ids = (added_token_id(self._template.tokenizer, tag) for tag in tags)
+        ids = (added_token_id(self._template.tokenizer, tag) for tag in control_tokens_of(tags))
         visible = output_format.visible_special_ids.union(tag for tag in ids if tag is not None)
         return replace(output_format, reasoning="optional", reasoning_tags=tags, visible_special_ids=visible)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from zsmerge_llm.language.reasoning_tags import THINK, ReasoningTags
+from zsmerge_llm.language.reasoning_tags import HARMONY, THINK, ReasoningTags
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BREAK = "\n\n"
 """What models write between reasoning and answer."""
+NEXT_MESSAGE = "<|start|>assistant"
+"""The same in Harmony."""
 MIN_REASONING_TOKENS = 32
 """With a smaller budget, reasoning is not begun."""
 
@@ -94,7 +96,7 @@ class ReasoningParser:
         if closed:
             self._part, self._held = "gap", after
             return self._trimmed(before.rstrip())
-        certain = before[: len(before) - _held_back(before, self._tags.close)].rstrip()
+        certain = before[: len(before) - held_back(before, self._tags.close)].rstrip()
         self._held = before[len(certain) :]
         return self._trimmed(certain)
 
@@ -117,7 +119,7 @@ class ReasoningParser:
         if closed:
             self._part, self._held = "ended", ""
             return before.rstrip()
-        certain = before[: len(before) - _held_back(before, tag)].rstrip()
+        certain = before[: len(before) - held_back(before, tag)].rstrip()
         self._held = before[len(certain) :]
         return certain
 
@@ -137,6 +139,7 @@ class ReasoningConstraint:
             like its tag.
         given: ids of whole reasoning that the answer begins with; (): the model writes it.
         tags: how the family marks reasoning.
+        has_header: whether the answer's grammar begins with the header of its message (Harmony only).
     """
 
     def __init__(
@@ -146,13 +149,15 @@ class ReasoningConstraint:
         is_open: bool,
         given: Sequence[int] = (),
         tags: ReasoningTags = THINK,
+        has_header: bool = False,
     ) -> None:
         self._answer = answer
         self._tokenizer = tokenizer
         self._tags = tags
         self._is_inside = is_open and not given
         self._tokens: list[int] = []
-        behind = BREAK + tags.answer_open
+        header = "" if has_header else tags.answer_open
+        behind = (NEXT_MESSAGE if tags is HARMONY else BREAK) + header
         self._break_ids, self._close_ids = (_encode(tokenizer, text) for text in (behind, tags.close + behind))
         self._pending = list(given)  # ids that must come next, one by one
         limit = answer.tokens_left
@@ -160,6 +165,11 @@ class ReasoningConstraint:
         self._budget = None if limit is None else max(0, min(limit // 2, limit - answer.planned_tokens))
         may_open = not (is_open or given) and (self._budget is None or self._budget >= MIN_REASONING_TOKENS)
         self._open_ids = _encode(tokenizer, tags.open) if may_open else []
+        if tags is HARMONY and given:
+            self._pending += self._break_ids
+        elif tags is HARMONY and not is_open:  # it always reasons first
+            self._is_inside, self._open_ids = may_open, []
+            self._pending = _encode(tokenizer, tags.open if may_open else header)
         self._opens = len(self._open_ids) == 1  # whether the first of them would begin the reasoning now
 
     @property
@@ -232,12 +242,7 @@ class ReasoningConstraint:
         return token
 
 
-def added_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """Return the id of the added token that spells exactly `text`, if there is one."""
-    return next((index for index, token in tokenizer.added_tokens_decoder.items() if token.content == text), None)
-
-
-def _held_back(text: str, tag: str) -> int:
+def held_back(text: str, tag: str) -> int:
     """Return how many characters at the end of a text may become a tag."""
     return next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
 

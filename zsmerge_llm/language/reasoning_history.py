@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
-from zsmerge_llm.language.reasoning_tags import reasoning_tags
+from zsmerge_llm.language.reasoning_tags import HARMONY, reasoning_tags
 from zsmerge_llm.language.template_probe import ANSWER, TEXT_MARKER, USER
 from zsmerge_llm.types import Message
 
@@ -24,12 +24,11 @@ def leaves_out_reasoning(template: ChatTemplate, messages: Sequence[Message], n:
     tags, answer = reasoning_tags(template.source(tools)), messages[n]
     if tags is None or answer["role"] != "assistant":
         return False
-    spelled = f"{tags.open}\n{TEXT_MARKER}\n{tags.close}\n\n{answer['content']}"
+    forms: list[Message] = [{"reasoning_content": TEXT_MARKER}]
+    if tags is not HARMONY:  # whose template refuses tags in a message
+        forms.append({"content": f"{tags.open}\n{TEXT_MARKER}\n{tags.close}\n\n{answer['content']}"})
     try:
-        texts = [
-            template.render([USER, {**answer, **reasoning}, *messages[n + 1 :]], tools)
-            for reasoning in ({"reasoning_content": TEXT_MARKER}, {"content": spelled})
-        ]
+        texts = [template.render([USER, {**answer, **form}, *messages[n + 1 :]], tools) for form in forms]
     except InputError:
         return False
     return not any(TEXT_MARKER in text for text in texts)

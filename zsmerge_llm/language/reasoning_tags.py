@@ -6,7 +6,10 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ReasoningMode = Literal["off", "optional", "open"]
 """Whether a model reasons before it answers. `open`: the prompt has opened the reasoning already."""
@@ -29,7 +32,10 @@ class ReasoningTags(NamedTuple):
 
 
 THINK = ReasoningTags("<think>", "</think>")
+HARMONY = ReasoningTags("<|channel|>analysis<|message|>", "<|end|>", "<|channel|>final<|message|>")
+"""OpenAI's gpt-oss, as far as it can be said so; see `harmony`."""
 FAMILIES = (
+    HARMONY,
     ReasoningTags("<think>", "</think>", "<response>", "</response>"),  # Granite 3.3
     ReasoningTags("<think>", "</think>", "<answer>", "</answer>"),  # Hunyuan
     THINK,
@@ -42,6 +48,19 @@ FAMILIES = (
     ReasoningTags("Here is my thought process:", "Here is my response:"),  # Granite 3.2
 )
 """The more specific ones first."""
+
+
+def control_tokens_of(tags: ReasoningTags) -> tuple[str, ...]:
+    """Return the texts around reasoning and answers that may be tokens of their own."""
+    if tags is HARMONY:
+        names = ("start", "channel", "message", "constrain", "end", "call", "return")
+        return tuple(f"<|{name}|>" for name in names)
+    return tuple(tags)
+
+
+def added_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """Return the id of the added token that spells exactly `text`, if there is one."""
+    return next((index for index, token in tokenizer.added_tokens_decoder.items() if token.content == text), None)
 
 
 def reasoning_tags(template_source: str) -> ReasoningTags | None:
@@ -71,9 +90,8 @@ def without_reasoning(text: str) -> str:
     return _LEADING.sub("", text).strip()
 
 
-_LEADING = re.compile(
-    r"\A\s*(?:" + "|".join(rf"{re.escape(tags.open)}.*?{re.escape(tags.close)}" for tags in FAMILIES) + ")", re.DOTALL
-)
+_BLOCKS = (rf"{re.escape(tags.open)}.*?{re.escape(tags.close)}" for tags in FAMILIES if tags is not HARMONY)
+_LEADING = re.compile(rf"\A\s*(?:{'|'.join(_BLOCKS)})", re.DOTALL)
 
 
 def effort_args(template_source: str, effort: str | None) -> dict[str, Any]:
