@@ -163,7 +163,7 @@ def test_an_unknown_effort_is_refused() -> None:
 def test_an_answer_that_ends_within_its_reasoning_says_so_and_the_next_turn_reads_its_end() -> None:
     llm = reasoning_model(QWEN3.replace("said.thought) -%}", "said.thought or True) -%}"))
     warned = pytest.warns(UserWarning, match="ended within its reasoning .* Raise max_tokens")
-    with scripted_answers(llm, f"<think>\n{THOUGHT * 9}\n</think>\n\n{ANSWER}"), warned:
+    with scripted_answers(llm, f"<think>\n{THOUGHT * 3}\n</think>\n\n{ANSWER}"), warned:
         first = llm.chat("Hello", sampling=SamplingParams(max_tokens=20), session="it")
     assert (first.text, first.finish_reason) == ("", "length")
     assert first.reasoning
@@ -181,7 +181,7 @@ def test_an_answer_that_ends_within_its_reasoning_says_so_and_the_next_turn_read
 )
 def test_a_turn_of_gpt_oss_with_a_call_keeps_its_analysis_and_the_next_one_leaves_it_out(head: str) -> None:
     llm = make_llm("gpt-oss", cache=LARGE_CACHE)
-    messages, long = dialogue("Is it warm?"), THOUGHT * 12
+    messages, long = dialogue("Is it warm?"), THOUGHT * 7
     analysis = f"<|channel|>analysis<|message|>{long}<|end|><|start|>assistant"
     final = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
     script = (f'{analysis}{head}<|message|>{{"place": "Zürich"}}', f"{final}It is warm.", f"{final}You are welcome.")

@@ -15,7 +15,7 @@ from tests.support.tools import CALL, with_results
 from zsmerge_llm import LLM, SamplingParams
 
 TOKENS = SamplingParams(max_tokens=800)
-LONG_THOUGHT = "I wonder what this may be about, and what to say of it. " * 4
+LONG_THOUGHT = "I wonder what this may be about, and what to say of it. " * 2
 
 
 def edited_dialogue(llm: LLM, turns: int) -> tuple[list[int], list[int]]:
@@ -36,8 +36,8 @@ def edited_dialogue(llm: LLM, turns: int) -> tuple[list[int], list[int]]:
 
 
 def test_a_dialogue_whose_last_but_one_message_changes_reads_its_history_once() -> None:
-    read, length = edited_dialogue(make_llm(cache=LARGE_CACHE), 8)
-    assert length[-1] > 2 * length[1]
+    read, length = edited_dialogue(make_llm(cache=LARGE_CACHE), 6)
+    assert length[-1] > 1.9 * length[1]
     assert max(read[3:]) < 1.3 * read[2]  # what follows the point where it parts from the turn before
 
 
@@ -70,7 +70,7 @@ def test_reasoning_that_the_template_leaves_out_is_not_in_the_cache_of_the_next_
             assert result.usage.reuse == "restored"
             assert result.usage.prompt_tokens - result.usage.cached_tokens < 60
         text = llm.tokenizer.decode(llm.session("it").tokens)
-        assert text.count("I wonder") == 4
+        assert text.count("I wonder") == 2
         assert all(f"Answer {earlier}." in text for earlier in range(turn))
         messages = [*messages, {"role": "assistant", "content": result.text}, *dialogue(f"And {turn}?")]
 

@@ -122,8 +122,7 @@ def _read_prompt(engine: Engine, turn: Turn | None, attempt: Attempt, options: R
         if part and kind == "prefix":
             read(part)
         elif part:
-            behind = len(ids) - read_tokens
-            pinned_tail = max(0, pinned_tail_tokens(prompt.retrieved_tokens) - behind)
-            read(part, multi_turn=prompt.multi_turn, pinned_tail=pinned_tail)
+            pinned = pinned_tail_tokens(prompt.retrieved_tokens) - (len(ids) - read_tokens)
+            read(part, multi_turn=prompt.multi_turn, pinned_tail=min(len(part), max(0, pinned)))
         if turn is not None and kind is not None:
             turn.add_snapshot(kind, messages, tokens)
