@@ -211,6 +211,7 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
                 written.
             tool_choice: "auto" (default), "required", "none", or `{"type": "function", "function": {"name": ...}}`.
             parallel_tool_calls: whether one answer may hold several calls.
+            template_args: more variables of the chat template. reasoning_effort: those for "none" to "max" reasoning.
             response_format: `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"name": ...,
                 "schema": {...}}}`. The model is told, and can generate nothing else (but calls, if there are tools).
             grammar: a grammar of the answer, such as `Grammar.regex("yes|no")`. The model is not told.
@@ -322,6 +323,7 @@ def _begin_turn(
     runtime: Runtime, history: MessageHistory, options: RequestOptions, max_input_tokens: int | None
 ) -> tuple[Turn, Attempt]:
     """Find the conversation that these messages continue, and prepare the next answer. Raises as `LLM.stream`."""
+    runtime = runtime.with_template_args(options.request_args(runtime.template))
     conversations = runtime.conversations.with_check(partial(check_cancelled, options.cancel))
     messages, template = history.messages, conversations.template
     output_format = options.output_format(runtime.output_formats, messages)
@@ -369,8 +371,9 @@ def _read_document(
 
 def _batch_request(runtime: Runtime, messages: list[Message], options: RequestOptions) -> Request:
     """Return the request for one conversation of a batch, which is read from its beginning."""
+    runtime = runtime.with_template_args(options.request_args(runtime.template))
     output_format = options.output_format(runtime.output_formats, messages)
-    prompts = runtime.conversations.prompts.with_check(partial(check_cancelled, options.cancel))
+    prompts = runtime.conversations.with_check(partial(check_cancelled, options.cancel)).prompts
     prompt = prompts.build(output_format.with_instruction(messages), options.tools)
     output_format = output_format.with_added(*prompt.added_texts)
     return Request(prompt, options.sampling, output_format, priority=options.priority)

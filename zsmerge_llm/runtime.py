@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
 from types import NoneType
@@ -41,6 +41,15 @@ class Runtime:
     output_formats: OutputFormats
     conversations: Conversations
     layer_budgets: LayerBudgets
+
+    def with_template_args(self, args: Mapping[str, Any]) -> Runtime:
+        """Return the same for one request with further variables of the chat template."""
+        if not args:
+            return self
+        conversations = self.conversations.with_args(args)
+        template = conversations.template
+        formats = self.output_formats.using(template)
+        return replace(self, template=template, output_formats=formats, conversations=conversations)
 
 
 class LazyRuntime:

@@ -18,7 +18,8 @@ from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.language.grammar import Constraint
 from zsmerge_llm.language.messages import normalize_messages
-from zsmerge_llm.language.reasoning import ReasoningParser, reasoning_mode
+from zsmerge_llm.language.reasoning import ReasoningParser
+from zsmerge_llm.language.reasoning_tags import reasoning_mode, reasoning_tags
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
@@ -39,7 +40,8 @@ def reasoning_model(text: str = QWEN3, **settings: Any) -> LLM:
 
 
 def constraint(llm: LLM, max_tokens: int | None = 100, **wanted: Any) -> Constraint:
-    form = llm._load().output_formats.chat(normalize_messages("?"), **wanted)
+    messages, runtime = normalize_messages("?"), llm._load()
+    form = runtime.output_formats.chat(messages, **wanted).behind(runtime.template.render(messages))
     made = form.constraint(SamplingParams(max_tokens=max_tokens))
     assert made is not None
     return made
@@ -91,10 +93,11 @@ def test_reasoning_and_text_are_separated_wherever_pieces_end(
 
 
 def test_the_reasoning_mode_is_known_from_the_chat_template() -> None:
-    assert reasoning_mode(QWEN3, "<|im_start|>assistant\n") == "optional"
-    assert reasoning_mode(QWEN3, "<|im_start|>assistant\n<think>\n\n</think>\n\n") == "off"
-    assert reasoning_mode(BEGUN, "<|im_start|>assistant\n<think>\n") == "open"
-    assert reasoning_mode("no such thing", "<|im_start|>assistant\n") == "off"
+    tags = reasoning_tags(QWEN3)
+    assert reasoning_mode(tags, "<|im_start|>assistant\n") == "optional"
+    assert reasoning_mode(tags, "<|im_start|>assistant\n<think>\n\n</think>\n\n") == "off"
+    assert reasoning_mode(tags, "<|im_start|>assistant\n<think>\n") == "open"
+    assert reasoning_mode(reasoning_tags("no such thing"), "<|im_start|>assistant\n") == "off"
 
 
 def test_a_format_applies_to_what_follows_the_reasoning() -> None:

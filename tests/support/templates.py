@@ -33,6 +33,17 @@ STRICT_TOKENS = {
     "deepseek": ("</s>", ["<|User|>", "<|Assistant|>", "<|call|>", "<|output|>"]),
     "qwen3.5": ("<|im_end|>", ["<|im_start|>"]),
 }
+# templates of models that reason before they answer
+REASONING_TOKENS = {
+    "deepseek-r1": ("</s>", ["<|User|>", "<|Assistant|>", "<|output|>", "<|output_end|>", "<think>", "</think>"]),
+    "smollm3": ("<|im_end|>", ["<|im_start|>", "<think>", "</think>"]),
+    "granite3.3": ("<|end_of_text|>", ["<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"]),
+    "gpt-oss": (
+        "<|return|>",
+        ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>"],
+    ),
+    "magistral": ("</s>", ["[INST]", "[/INST]", "[THINK]", "[/THINK]", "[TOOL_CALLS]", "[SYSTEM_PROMPT]"]),
+}
 # templates that render earlier messages as they were first rendered
 STABLE_TEMPLATES = ("smollm2", "qwen2.5", "llama3", "gemma3")
 TOOLS = [
@@ -76,7 +87,7 @@ def sentencepiece(prefix_space: bool = True) -> PreTrainedTokenizerFast:
 
 def template(name: str, **settings: Any) -> ChatTemplate:
     """Return the template of that name, with a tokenizer that has its special tokens."""
-    end, others = {**SPECIAL_TOKENS, **STRICT_TOKENS}[name]
+    end, others = {**SPECIAL_TOKENS, **STRICT_TOKENS, **REASONING_TOKENS}[name]
     text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return ChatTemplate(byte_level(end, tuple(others)), text, **settings)
 

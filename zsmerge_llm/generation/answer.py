@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 CONTEXT_TOKENS = 16
 """Tokens of the prompt that a continued text is decoded with, for the space before its first word."""
+HEADER_TOKENS = 32
+"""Tokens at the end of a prompt that show whether it has opened or closed the reasoning."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,11 @@ class AnswerParser:
         return self._stop.found
 
     @property
+    def is_reasoning(self) -> bool:
+        """Whether the reasoning has begun and not ended."""
+        return self._reasoning is not None and self._reasoning.is_inside
+
+    @property
     def echoed(self) -> str:
         """The first word of a text in the prompt that the answer repeats; "" while it repeats none."""
         return "" if self._echoes is None else self._echoes.echoed
@@ -114,7 +122,7 @@ class AnswerParser:
         piece = self._detokenizer.push(token)
         reasoning, text = self._split(piece)
         self._num_tokens += 1
-        if reasoning or (self._reasoning is not None and self._reasoning.is_inside):
+        if reasoning or self.is_reasoning:
             self.reasoning_tokens += 1
         if piece and self._reasoning is not None and self._reasoning.is_before_text:
             self.reasoning_end = self._num_tokens
@@ -189,7 +197,7 @@ class Attempt:
     ) -> None:
         self.request = request
         self.cache = cache
-        self.output_format = output_format or request.output_format
+        self.output_format = _behind_prompt(output_format or request.output_format, request.prompt, tokenizer)
         self.constraint = self.output_format.constraint(request.sampling, reasoning)
         num_top = request.sampling.logprobs
         self.recorder = None if num_top is None else LogprobRecorder(self.constraint, tokenizer, num_top)
@@ -255,9 +263,23 @@ class Attempt:
                 stop_string=self._parser.stop_string,
                 logprobs=logprobs,
             ),
-            tokens=self._tokens,
+            tokens=[*self._tokens, *self._closing_ids(cancelled)],
             retry_format=None if self._text or cancelled else self._retry_format(bool(calls), redundant),
         )
+
+    def _closing_ids(self, cancelled: bool) -> list[int]:
+        """Return ids that end the reasoning where the answer has not, so that the next turn is read behind its end."""
+        if not self._parser.is_reasoning:
+            return []
+        if not cancelled:
+            limit = self.request.sampling.max_tokens
+            warnings.warn(
+                f"The answer is empty: it ended within its reasoning (max_tokens={limit}). Raise max_tokens, or ask "
+                'for less reasoning: reasoning_effort="none".',
+                stacklevel=2,
+            )
+        closing = f"\n{self.output_format.reasoning_tags.close}\n\n"
+        return list(self._tokenizer(closing, add_special_tokens=False)["input_ids"])
 
     def _retry_format(self, has_calls: bool, redundant: bool) -> OutputFormat | None:
         """Return the format of another attempt, for an answer without text; None if its calls are the answer."""
@@ -321,3 +343,10 @@ class Attempt:
             reasoning_tokens=self._parser.reasoning_tokens,
             retrieved_tokens=self.request.prompt.retrieved_tokens,
         )
+
+
+def _behind_prompt(output_format: OutputFormat, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> OutputFormat:
+    """Return a format for an answer to this prompt, which may have opened or closed the reasoning."""
+    if output_format.reasoning == "off":
+        return output_format
+    return output_format.behind(str(tokenizer.decode(list(prompt.ids[-HEADER_TOKENS:]))))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.grammar import Grammar
+from zsmerge_llm.language.reasoning_tags import EFFORTS
 
 if TYPE_CHECKING:
     from zsmerge_llm.sessions.session import Session
@@ -82,6 +83,11 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a text without a slash",
     ),
     "probe": _TEXT,
+    "template_args": (
+        _or_none(lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value)),
+        "a dict of the template's variables by their names",
+    ),
+    "reasoning_effort": (_or_none(lambda value: value in EFFORTS), f"one of {', '.join(EFFORTS)}"),
     "grammar": (_or_none(lambda value: isinstance(value, Grammar)), "a Grammar, such as Grammar.regex(...)"),
     "cancel": (_or_none(lambda value: callable(getattr(value, "is_set", None))), "a threading.Event"),
     "progress": (_or_none(callable), "a function of two numbers"),

@@ -15,9 +15,11 @@ from zsmerge_llm.generation.arguments import check_types
 from zsmerge_llm.language.grammar import Grammar
 from zsmerge_llm.language.json_values import MAX_SCHEMA, MAX_TOOLS, plain_json
 from zsmerge_llm.language.output_format import OutputFormat, OutputFormats
+from zsmerge_llm.language.reasoning_tags import effort_args
 from zsmerge_llm.types import Message, Progress, ResponseFormat, ToolChoice
 
 if TYPE_CHECKING:
+    from zsmerge_llm.language.chat_template import ChatTemplate
     from zsmerge_llm.sessions.session import Session
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -46,6 +48,8 @@ class BatchOptions(BatchCompletionOptions, total=False):
     tools: Sequence[dict[str, Any]] | None
     tool_choice: ToolChoice | None
     parallel_tool_calls: bool
+    template_args: Mapping[str, Any] | None
+    reasoning_effort: str | None
 
 
 class ChatOptions(BatchOptions, total=False):
@@ -67,6 +71,8 @@ class RequestOptions:
     tools: Sequence[dict[str, Any]] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
+    template_args: Mapping[str, Any] | None = None
+    reasoning_effort: str | None = None
     response_format: ResponseFormat | None = None
     grammar: Grammar | None = None
     session: str | Session | None = None
@@ -117,6 +123,12 @@ class RequestOptions:
         """Raise DeadlineExceededError if `timeout` has passed; for answers that were stopped."""
         if isinstance(self.cancel, Deadline):
             self.cancel.check()
+
+    def request_args(self, template: ChatTemplate) -> dict[str, Any]:
+        """Return the variables of the chat template for this request alone."""
+        if self.reasoning_effort is None and not self.template_args:
+            return {}
+        return {**effort_args(template.source(self.tools), self.reasoning_effort), **(self.template_args or {})}
 
     def output_format(self, formats: OutputFormats, messages: Sequence[Message]) -> OutputFormat:
         """Return the format of the answer to `messages`. Raises as `OutputFormats.chat`."""

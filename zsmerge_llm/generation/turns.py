@@ -90,7 +90,7 @@ def stream_turn(
     with engine.requests.admit():
         try:
             read = partial(_read_prompt, engine, turn, attempt, options)
-            behind_prompt = None if turn is None else turn.cache_behind_prompt
+            behind_prompt = None if turn is None else partial(turn.cache_behind_prompt, engine.read)
             answer = yield from generate(engine, attempt, read, options.cancel, behind_prompt)
         finally:
             if turn is not None:
@@ -114,14 +114,15 @@ def _read_prompt(engine: Engine, turn: Turn | None, attempt: Attempt, options: R
         progress=options.progress,
         priority=options.priority,
     )
-    first = prompt.system_tokens if turn is not None else 0
-    if not cache.fits(first):
-        first = 0  # compressed for this question, a prefix would be worth little to other conversations
-    if turn is not None and first:
-        read(ids[:first])
-        turn.add_snapshot("prefix", int(turn.messages[0]["role"] == "system"), first)
-    if ids[first:]:
-        pinned_tail = pinned_tail_tokens(prompt.retrieved_tokens)
-        read(ids[first:], multi_turn=prompt.multi_turn, pinned_tail=pinned_tail)
-    if turn is not None:
-        turn.add_snapshot("prompt", len(turn.messages), len(turn.tokens))
+    points = [] if turn is None else turn.reading_points()
+    read_tokens = 0
+    for kind, messages, tokens in [*points, (None, 0, len(prompt.ids))]:
+        part = ids[read_tokens : tokens - attempt.request.cached_tokens]
+        read_tokens += len(part)
+        if part and kind == "prefix":
+            read(part)
+        elif part:
+            pinned = pinned_tail_tokens(prompt.retrieved_tokens) - (len(ids) - read_tokens)
+            read(part, multi_turn=prompt.multi_turn, pinned_tail=min(len(part), max(0, pinned)))
+        if turn is not None and kind is not None:
+            turn.add_snapshot(kind, messages, tokens)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from zsmerge_llm.errors import ConfigError, InputError, MissingTemplateError
 from zsmerge_llm.language.control_tokens import SEPARATOR, ControlTokens
-from zsmerge_llm.language.digests import DigestChain
+from zsmerge_llm.language.digests import OWN_KEYS, DigestChain
 from zsmerge_llm.language.long_text import LongText
 from zsmerge_llm.language.message_forms import (
     calls_as_text,
@@ -35,6 +35,8 @@ from zsmerge_llm.types import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HARMONY_CALL_END = "<|call|>"
+"""What ends a call in gpt-oss's template, where text ends otherwise."""
 MAX_RENDER_SECONDS = 20.0
 """How long a template may take: ten thousand messages take a second."""
 Tools = Sequence[dict[str, Any]] | None
@@ -55,6 +57,11 @@ class ChatTemplate:
         args: further variables for the template, such as `{"enable_thinking": False}`.
         allow_control_tokens: whether text of messages and tools that spells a control token is read as one. By default
             only the template makes control tokens.
+
+    Attributes:
+        model_args: `args` without those of one request.
+        history_args: the part of `args` that changes how messages are written.
+        header_args: the rest, of one request: it changes the header of the answer alone (`request_args`).
     """
 
     def __init__(
@@ -74,7 +81,9 @@ class ChatTemplate:
         self._check: Callable[[], None] = lambda: None
         self._long_text = LongText(tokenizer)
         self._watchdog = Watchdog()
-        self._probes: dict[str, TemplateProbe] = {}  # by the text of a template
+        self._probes: dict[str, TemplateProbe] = {}  # by the text of a template and its variables
+        self.model_args = self.history_args = self.args
+        self.header_args: dict[str, Any] = {}
 
     def with_date(self, today: date) -> ChatTemplate:
         """Return the same template with another date."""
@@ -122,6 +131,8 @@ class ChatTemplate:
         """
         source = self.source(tools)
         given, offered = _with_notes(messages), validate_tools(tools)
+        if ".thinking" in source:
+            given = [_with_thinking(message) for message in given]
         if self._control_tokens is not None:
             given = [self._control_tokens.guard_message(message) for message in given]
             offered = self._control_tokens.guard_values(offered)
@@ -142,9 +153,10 @@ class ChatTemplate:
         raise refusals[0]
 
     def _probe(self, source: str) -> TemplateProbe:
-        if source not in self._probes:
-            self._probes[source] = TemplateProbe(source, partial(self._apply, source, prompt=False))
-        return self._probes[source]
+        key = f"{self.args}{source}"
+        if key not in self._probes:
+            self._probes[key] = TemplateProbe(source, partial(self._apply, source, prompt=False))
+        return self._probes[key]
 
     def _apply(self, source: str, messages: list[Message], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
         from jinja2 import TemplateSyntaxError
@@ -256,7 +268,8 @@ class ChatTemplate:
         # Some templates want results to follow calls: mark the last call's arguments, and skip the rest of its JSON
         function = {**calls[-1]["function"], "arguments": {marker: marker}}
         marked = {**messages[n - 1], "tool_calls": [*calls[:-1], {**calls[-1], "function": function}]}
-        for close in self._after(marker, [{"role": "user", "content": "-"}, plain], None, False):
+        closes = self._after(marker, [{"role": "user", "content": "-"}, plain], None, False)
+        for close in (*closes, HARMONY_CALL_END):
             for ending in self._after(marker, [*messages[: n - 1], marked, *messages[n:]], tools, prompt):
                 if close and close in ending:
                     yield ending[ending.index(close) :]
@@ -270,9 +283,12 @@ class ChatTemplate:
             yield ending
 
     def digest_chain(self, tools: Tools = None, extra: Any = None) -> DigestChain:
-        """Return the digests of no messages with these tools, `args` and `extra` (JSON): `of` gives those of some."""
+        """Return the digests of no messages with these tools, `args` and `extra` (JSON): `of` gives those of some.
+
+        Variables that change the header of an answer alone are left out.
+        """
         allowing = ["control tokens"] if self._control_tokens is None else []
-        return DigestChain.start([validate_tools(tools), self.args, extra, *allowing])
+        return DigestChain.start([validate_tools(tools), self.history_args, extra, *allowing])
 
     def digests(self, messages: Sequence[Message], tools: Tools = None, extra: Any = None) -> list[str]:
         """Return one digest per prefix: entry i stands for `messages[:i]` with these tools, `args` and `extra`."""
@@ -320,9 +336,15 @@ def _check_text(text: Any) -> None:
 def _with_notes(messages: Sequence[Message]) -> list[Message]:
     """Return the messages with their notes at their ends."""
     return [
-        {**{key: value for key, value in message.items() if key != "note"}, "content": _content_with_note(message)}
+        {**{key: message[key] for key in message if key not in OWN_KEYS}, "content": _content_with_note(message)}
         for message in messages
     ]
+
+
+def _with_thinking(message: Message) -> Message:
+    """Return a message with its reasoning in `thinking` too, where gpt-oss's template looks; not beside text."""
+    reasoning = message.get("reasoning_content")
+    return {**message, "thinking": reasoning} if reasoning and not message["content"] else message
 
 
 def _content_with_note(message: Message) -> str:

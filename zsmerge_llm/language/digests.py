@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from zsmerge_llm.language.messages import shared_prefix
+from zsmerge_llm.language.reasoning_tags import without_reasoning
 from zsmerge_llm.types import Message
+
+OWN_KEYS = frozenset({"header_args", "note"})
+"""Keys of a request's last message that no template sees: text at its end, and variables for the answer's header."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,11 +21,11 @@ class DigestChain:
     """One digest for each prefix of a message list. Equal digests mean the same conversation.
 
     Not part of it: message `id`, `name`, `reasoning_content` and ids of tool calls (a result counts as the answer to
-    the k-th call); key order and spacing of JSON; and in the assistant's messages a leading <think> block and outer
+    the k-th call); key order and spacing of JSON; and in the assistant's messages leading reasoning in tags and outer
     whitespace, which templates and frameworks drop.
 
-    A message's `note` belongs to the request that ends with it: it counts in that prefix's digest, and not in those of
-    longer ones, whose messages come without it.
+    A message's `OWN_KEYS` belong to the request that ends with it: they count in that prefix's digest, and not in those
+    of longer ones, whose messages come without them.
 
     Attributes:
         messages: the messages, in normal form.
@@ -60,7 +63,8 @@ class DigestChain:
             count = _number_calls(message, numbers, count)
             state = _digest(states[-1], _canonical(message, numbers))
             states.append(state)
-            digests.append(_digest(state, message["note"]) if "note" in message else state)
+            own = {key: message[key] for key in message.keys() & OWN_KEYS}
+            digests.append(_digest(state, own) if own else state)
             lengths[digests[-1]] = len(digests) - 1
         return DigestChain(messages, states, digests, lengths, numbers, count)
 
@@ -79,6 +83,6 @@ def _number_calls(message: Message, numbers: dict[str, int], count: int) -> int:
 def _canonical(message: Message, numbers: dict[str, int]) -> list[Any]:
     content = message["content"]
     if message["role"] == "assistant":
-        content = re.sub(r"\A\s*<think>.*?</think>", "", content, flags=re.DOTALL).strip()
+        content = without_reasoning(content)
     calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", ())]
     return [message["role"], content, calls, numbers.get(message.get("tool_call_id", ""))]

@@ -14,28 +14,31 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
+from zsmerge_llm.language.harmony import HarmonyGrammar, HarmonyParser
 from zsmerge_llm.language.json_schema import validation_error, value_error
 from zsmerge_llm.language.message_forms import TOOL_INSTRUCTIONS
 from zsmerge_llm.language.prompt_echo import NOTHING_ADDED, AddedTexts, EchoFilter
-from zsmerge_llm.language.reasoning import (
-    CLOSE,
-    OPEN,
-    ReasoningConstraint,
+from zsmerge_llm.language.reasoning import ReasoningConstraint, ReasoningParser
+from zsmerge_llm.language.reasoning_tags import (
+    HARMONY,
+    THINK,
     ReasoningMode,
-    ReasoningParser,
+    ReasoningTags,
     added_token_id,
+    control_tokens_of,
     reasoning_mode,
+    reasoning_tags,
 )
 from zsmerge_llm.language.schema_checks import check_schema, check_strict
 from zsmerge_llm.language.tool_call_stream import RedundancyGate, canonical_call
-from zsmerge_llm.language.tool_calls import HERMES, ParsedAnswer, ToolCallParser, tool_call_style
+from zsmerge_llm.language.tool_calls import HARMONY_CALLS, HERMES, ParsedAnswer, ToolCallParser, tool_call_style
 from zsmerge_llm.language.tool_grammar import NO_CALL_OBJECT, ToolGrammar, with_other_first_word
 from zsmerge_llm.types import Message, ResponseFormat, ToolChoice
 
@@ -74,6 +77,8 @@ class OutputFormat:
     """The format of a second attempt, where the first only made redundant calls."""
     reasoning: ReasoningMode = "off"
     """Whether reasoning may precede the answer."""
+    reasoning_tags: ReasoningTags = THINK
+    """How the family marks it."""
     schema: Mapping[str, Any] | None = None
     """The JSON schema of an answer without calls."""
     argument_schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -101,7 +106,9 @@ class OutputFormat:
         answer = self.compiler.constraint(self.grammar, sampling.max_tokens)
         if self.reasoning == "off":
             return answer
-        return ReasoningConstraint(answer, self.compiler.tokenizer, self.reasoning == "open", reasoning)
+        is_open = self.reasoning == "open"
+        settings = (is_open, reasoning, self.reasoning_tags, bool(self.tool_names))
+        return ReasoningConstraint(answer, self.compiler.tokenizer, *settings)
 
     def tool_call_parser(self) -> ToolCallParser | None:
         """Return a parser for one answer; None if it holds no calls."""
@@ -111,9 +118,17 @@ class OutputFormat:
         """Return what holds back calls that may turn out to be redundant."""
         return RedundancyGate(self.previous_calls)
 
-    def reasoning_parser(self) -> ReasoningParser | None:
+    def reasoning_parser(self) -> ReasoningParser | HarmonyParser | None:
         """Return a parser for one answer; None if it holds no reasoning."""
-        return None if self.reasoning == "off" else ReasoningParser(is_open=self.reasoning == "open")
+        if self.reasoning_tags is HARMONY:
+            return HarmonyParser()
+        return None if self.reasoning == "off" else ReasoningParser(self.reasoning == "open", self.reasoning_tags)
+
+    def behind(self, prompt: str) -> OutputFormat:
+        """Return the same format behind a prompt, or the end of one: there it is seen how the model reasons."""
+        if self.reasoning == "off":
+            return self
+        return replace(self, reasoning=reasoning_mode(self.reasoning_tags, prompt))
 
     def with_added(self, *texts: str, document: str = "") -> OutputFormat:
         """Return the format of an answer in text for a prompt with further added texts, about a document."""
@@ -162,6 +177,10 @@ class OutputFormats:
     def __init__(self, template: ChatTemplate, compiler: GrammarCompiler) -> None:
         self._template = template
         self._compiler = compiler
+
+    def using(self, template: ChatTemplate) -> OutputFormats:
+        """Return the same with another template: that of a request with variables of its own."""
+        return OutputFormats(template, self._compiler)
 
     def completion(self, response_format: ResponseFormat | None, grammar: Grammar | None) -> OutputFormat:
         """Return the format of a completion.
@@ -230,7 +249,8 @@ class OutputFormats:
         """Return the format of an answer that may hold calls; `answer`: the grammar rule for one without calls."""
         style = tool_call_style(self._template.source(tools))
         offered = [tool["function"] for tool in tools if choice in ("auto", "required", "none", _name(tool))]
-        grammar = ToolGrammar(self._template.tokenizer, style, offered, parallel)
+        kind = HarmonyGrammar if style is HARMONY_CALLS else ToolGrammar
+        grammar = kind(self._template.tokenizer, style, offered, parallel)
         without_calls = OutputFormat(Grammar(grammar.no_calls(answer)), compiler=self._compiler)
         if choice == "none":
             return without_calls
@@ -260,18 +280,12 @@ class OutputFormats:
 
     def _with_reasoning(self, output_format: OutputFormat) -> OutputFormat:
         """Return the same format for an answer behind reasoning, if the model reasons."""
-        if self._reasoning_mode == "off":
+        tags = reasoning_tags(self._template.source())
+        if tags is None:
             return output_format
-        tags = (added_token_id(self._template.tokenizer, tag) for tag in (OPEN, CLOSE))
-        visible = output_format.visible_special_ids.union(tag for tag in tags if tag is not None)
-        return replace(output_format, reasoning=self._reasoning_mode, visible_special_ids=visible)
-
-    @cached_property
-    def _reasoning_mode(self) -> ReasoningMode:
-        question: Message = {"role": "user", "content": "?"}
-        template = self._template
-        whole, before = template.render([question]), template.render([question], add_generation_prompt=False)
-        return reasoning_mode(template.source(), whole.removeprefix(before))
+        ids = (added_token_id(self._template.tokenizer, tag) for tag in control_tokens_of(tags))
+        visible = output_format.visible_special_ids.union(tag for tag in ids if tag is not None)
+        return replace(output_format, reasoning="optional", reasoning_tags=tags, visible_special_ids=visible)
 
 
 def _name(tool: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.message_forms import with_text_arguments
 from zsmerge_llm.types import Message
 
+Render = Callable[[list[Message], list[dict[str, Any]] | None], str]
+"""Renders messages and tools."""
 MARKER, OTHER_MARKER, TEXT_MARKER = "zq7Kx", "wv3Jy", "pL5Rd"
 """Words that no template writes by itself."""
 USER: Message = {"role": "user", "content": "?"}
@@ -24,6 +26,22 @@ CALLING: list[Message] = [
 TOOL = {"type": "function", "function": {"name": MARKER, "description": "-", "parameters": {"type": "object"}}}
 
 
+def sample_histories(render: Render) -> tuple[str, ...]:
+    """Return short conversations, some with tools, as a template writes them; "" for those that it refuses."""
+    calling: Message = {**CALLING[1], "reasoning_content": TEXT_MARKER}
+    thoughtful: Message = {**ANSWER, "reasoning_content": TEXT_MARKER}
+    texts = []
+    for system in ([], [SYSTEM]):
+        plain = [*system, USER, thoughtful, USER, thoughtful]
+        with_tools = [*system, USER, calling, CALLING[2], thoughtful, USER, calling, CALLING[2]]
+        for messages, tools in ((plain, None), (with_tools, [TOOL])):
+            try:
+                texts.append(render(messages, tools))
+            except InputError:
+                texts.append("")
+    return tuple(texts)
+
+
 class TemplateProbe:
     """One template. Each question is asked when it first matters.
 
@@ -32,7 +50,7 @@ class TemplateProbe:
         render: renders messages and tools. Raises InputError: the template refuses them.
     """
 
-    def __init__(self, source: str, render: Callable[[list[Message], list[dict[str, Any]] | None], str]) -> None:
+    def __init__(self, source: str, render: Render) -> None:
         self._source = source
         self._render = render
 

@@ -46,6 +46,7 @@ class ToolCallStyle:
 HERMES = ToolCallStyle("<tool_call>", wrapped=True)
 MISTRAL = ToolCallStyle("[TOOL_CALLS]")
 LLAMA = ToolCallStyle("<|python_tag|>", arguments_key="parameters", parallel=False)
+HARMONY_CALLS = ToolCallStyle("<|channel|>commentary", parallel=False)
 BARE = ToolCallStyle("")
 
 
@@ -55,6 +56,8 @@ def tool_call_style(template_source: str) -> ToolCallStyle:
     A template without tools is Hermes: `message_forms.TOOL_INSTRUCTIONS` in the system message asks for that. A
     template with an unknown style of its own is taken to understand plain JSON.
     """
+    if "<|channel|>commentary" in template_source:
+        return HARMONY_CALLS
     if "[TOOL_CALLS]" in template_source:
         return MISTRAL
     if "<tool_call>" in template_source or not re.search(r"\btools\b", template_source):

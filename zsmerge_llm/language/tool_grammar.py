@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.grammar import json_rule
-from zsmerge_llm.language.reasoning import added_token_id
+from zsmerge_llm.language.reasoning_tags import added_token_id
 from zsmerge_llm.language.schema_checks import check_schema, check_strict
 from zsmerge_llm.language.tool_calls import (
     ARGUMENT_KEYS,
@@ -73,6 +73,7 @@ class ToolGrammar:
         parallel: bool,
     ) -> None:
         self._style = style
+        self._tokenizer = tokenizer
         self._names = [function["name"] for function in functions]
         self._schemas = [_argument_schema(function) for function in functions]
         self._parallel = parallel and style.parallel

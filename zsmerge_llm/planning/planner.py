@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 MiB = 2**20
 HOST_RUNTIME, DEVICE_RUNTIME = 10 * MiB, 512 * MiB
-"""Bytes of the model's and the engine's objects on the host (measured; code in shared libraries does not count, the kernel
-may drop it); of a GPU's context (not measured)."""
+"""Bytes of the model's and the engine's objects on the host (measured; pages of shared libraries do not count, which
+the kernel may drop); of a GPU's context (not measured)."""
 TOKENIZER_FACTOR, TOKEN_NBYTES = 13, 1024
 """Bytes of a loaded tokenizer for a byte of its file, and for a token where there is no file (measured)."""
 MOST = 2**20

@@ -15,7 +15,7 @@ CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class OutputConfig(Body):
-    """Anthropic's `output_config`. effort: accepted without effect."""
+    """Anthropic's `output_config`."""
 
     format: dict[str, Any] | None = None
     effort: str | None = None
@@ -29,12 +29,12 @@ class CountBody(Body):
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    thinking: dict[str, Any] | None = None
 
     # without effect
     cache_control: dict[str, Any] | None = None
-    output_config: OutputConfig | None = None
     speed: str | None = None
-    thinking: dict[str, Any] | None = None
     betas: list[str] | None = None
     context_management: Any = None
 
@@ -92,10 +92,18 @@ def parse(body: MessagesBody, context: Context, header: str | None) -> ChatReque
         tool_choice=_tool_choice(choice),
         parallel_tool_calls=False if choice.get("disable_parallel_tool_use") else None,
         response_format=_response_format(body.output_config),
+        reasoning_effort=_effort(body),
         probe=body.probe,
         reread=body.reread,
     )
     return ChatRequest(body.model, messages_of(body), options)
+
+
+def _effort(body: MessagesBody) -> str | None:
+    """Return how much the model is to reason; None: as its template does by itself."""
+    kind = (body.thinking or {}).get("type")
+    effort = body.output_config.effort if body.output_config is not None else None
+    return "none" if kind == "disabled" else effort or ("medium" if kind == "enabled" else None)
 
 
 def messages_of(body: CountBody) -> list[Message]:

@@ -23,12 +23,14 @@ class ChatCompletionBody(GenerationBody):
     response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    reasoning_effort: str | None = None
 
     # of this server
     session_id: str | None = None
     document_id: str | None = None
     probe: str | None = None
     reread: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
 
     # refused where they ask for something
@@ -43,7 +45,6 @@ class ChatCompletionBody(GenerationBody):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
-    reasoning_effort: str | None = None
     verbosity: str | None = None
     prediction: Any = None
     safety_identifier: str | None = None
@@ -84,6 +85,8 @@ def parse(body: ChatCompletionBody, context: Context, header: str | None) -> Cha
         response_format=_response_format(body.response_format),
         probe=body.probe,
         reread=body.reread,
+        reasoning_effort=body.reasoning_effort,
+        template_args=body.chat_template_kwargs,
     )
     return ChatRequest(body.model, [_message(message) for message in body.messages], options)
 

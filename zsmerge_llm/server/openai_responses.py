@@ -28,6 +28,7 @@ class ResponseBody(Body):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
     store: bool | None = None
     include: list[str] | None = None
     top_logprobs: int | None = None
@@ -51,7 +52,6 @@ class ResponseBody(Body):
     prompt_cache_options: Any = None
     stream_options: Any = None
     metadata: dict[str, Any] | None = None
-    reasoning: dict[str, Any] | None = None
     service_tier: str | None = None
     truncation: str | None = None
     user: str | None = None
@@ -93,6 +93,7 @@ def parse(body: ResponseBody, context: Context, header: str | None, stored: Stor
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=_response_format(body.text),
+        reasoning_effort=(body.reasoning or {}).get("effort"),
     )
     return ChatRequest(body.model, messages, options)
 

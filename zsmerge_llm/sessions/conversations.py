@@ -7,10 +7,11 @@ template writes after them (`ChatTemplate.delta`), however it renders the messag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
-from typing import cast
+from typing import Any, cast
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import SessionError, SessionNotFoundError
@@ -18,7 +19,9 @@ from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
 from zsmerge_llm.language.digests import DigestChain
 from zsmerge_llm.language.messages import MessageHistory
+from zsmerge_llm.language.request_args import mark_prompt, with_request_args
 from zsmerge_llm.retrieval.passage_search import INTRODUCTION
+from zsmerge_llm.sessions.branching import MIN_SHARED_TOKENS, before_dropped_reasoning, branch_points, reread_reason
 from zsmerge_llm.sessions.documents import INSTRUCTION, Documents, num_merged, put_before
 from zsmerge_llm.sessions.folder import generate_name
 from zsmerge_llm.sessions.prompt_builder import Continuation, PromptBuilder
@@ -27,9 +30,6 @@ from zsmerge_llm.sessions.store import ResumePoint, Store
 from zsmerge_llm.sessions.token_ids import TokenIds
 from zsmerge_llm.sessions.transcript import DocumentText, Transcript, find_history, find_transcript
 from zsmerge_llm.types import Message
-
-MIN_SHARED_TOKENS = 64
-"""A shorter prefix costs less to read than to keep."""
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Turn:
         single_question: whether this turn's question alone decides what is kept.
         retrieved_tokens: how many of the tokens repeat what was said before.
         resumed_from: the snapshot of its own session that it continues.
+        branch_points: where a later request may be written differently, as (messages, tokens) in their order.
     """
 
     transcript: Transcript
@@ -58,6 +59,7 @@ class Turn:
     single_question: bool = False
     retrieved_tokens: int = 0
     resumed_from: Snapshot | None = None
+    branch_points: Sequence[tuple[int, int]] = ()
     snapshots: list[Snapshot] = field(default_factory=list)
 
     @property
@@ -77,9 +79,27 @@ class Turn:
         may_repeat = slots is not None and len(self.tokens) > slots
         return (INSTRUCTION,) * bool(self.document) + (INTRODUCTION,) * may_repeat
 
-    def cache_behind_prompt(self) -> Cache:
-        """Return a copy of the cache as it was when the prompt had been read: of the latest snapshot."""
-        return self.snapshots[-1].cache.clone()
+    def reading_points(self) -> list[tuple[Kind, int, int]]:
+        """Return the snapshots to take while the prompt is read, as (kind, messages, tokens) in their order.
+
+        A branch point behind all messages, before the header of the answer, takes the place of the prompt's.
+        """
+        points: list[tuple[Kind, int, int]] = []
+        # Compressed for this question, a prefix would be worth little to other conversations.
+        if self.system_tokens and self.cache.fits(self.system_tokens):
+            points.append(("prefix", int(self.messages[0]["role"] == "system"), self.system_tokens))
+        points += [("branch", messages, tokens) for messages, tokens in self.branch_points]
+        if not self.branch_points or self.branch_points[-1][0] < len(self.messages):
+            points.append(("prompt", len(self.messages), len(self.tokens)))
+        return points
+
+    def cache_behind_prompt(self, read: Callable[[Cache, Sequence[int]], object]) -> Cache:
+        """Return a copy of the cache as it was when the prompt had been read. read: reads ids into a cache."""
+        snapshot = self.snapshots[-1]
+        cache, header = snapshot.cache.clone(), self.tokens[len(snapshot.tokens) :]
+        if len(header):
+            read(cache, header)
+        return cache
 
     def add_snapshot(self, kind: Kind, messages: int, num_tokens: int) -> None:
         """Keep the cache as it is now, after so many messages and tokens of the turn."""
@@ -116,7 +136,14 @@ class Conversations:
 
     def with_check(self, check: Callable[[], None]) -> Conversations:
         """Return the same for one request, as `ChatTemplate.with_check`."""
-        return replace(self, template=self.template.with_check(check), prompts=self.prompts.with_check(check))
+        return self._using(self.template.with_check(check))
+
+    def _using(self, template: ChatTemplate) -> Conversations:
+        return replace(self, template=template, prompts=self.prompts.using(template))
+
+    def with_args(self, args: Mapping[str, Any]) -> Conversations:
+        """Return the same for one request with further variables, as `with_request_args`."""
+        return self._using(with_request_args(self.template, args))
 
     def begin(
         self,
@@ -144,7 +171,7 @@ class Conversations:
             SessionCorruptError: a document whose file is corrupt.
         """
         name, document = self._resolve(session)
-        start = self.template.digest_chain(tools, namespace)
+        start, messages = self.template.digest_chain(tools, namespace), mark_prompt(self.template, messages)
         transcript = self._transcript(history, messages, start, name, document)
         if document is not None and self.documents.is_document(name):
             name = None
@@ -166,10 +193,10 @@ class Conversations:
                 continue
             turn = self._resume(found, transcript, tools, name, namespace, is_named_so)
             if turn is not None:
-                return turn
+                return self._with_branch_points(turn, tools)
             if found.snapshot.kind in ("prompt", "answer"):
                 reason = reason or "the chat template writes it differently from what was read"
-        return self._start(transcript, tools, name, namespace, reason)
+        return self._with_branch_points(self._start(transcript, tools, name, namespace, reason), tools)
 
     def commit(self, turn: Turn, answer: Message | None, generated: Sequence[int]) -> Session:
         """Keep the result of a turn: its snapshots and, unless `answer` is None (cancelled), the answer's end.
@@ -182,7 +209,7 @@ class Conversations:
             chain = chain.of([*turn.messages, answer])
             tokens = turn.tokens + generated
             snapshots = [*snapshots, Snapshot(chain.digests[-1], len(chain.messages), tokens, turn.cache, "answer")]
-        if all(snapshot.kind == "prefix" for snapshot in snapshots):
+        if all(snapshot.messages < len(turn.messages) for snapshot in snapshots):
             return turn.session
         if turn.resumed_from is not None:  # who goes back to it may do so again, and it must not be dropped meanwhile
             snapshots = [turn.resumed_from, *snapshots]
@@ -201,6 +228,15 @@ class Conversations:
             self.store.refresh_all()
             points = self.store.find_resume_points(known, name)
         return points
+
+    def _with_branch_points(self, turn: Turn, tools: Tools) -> Turn:
+        """Return the turn with the points behind which later requests may be written differently."""
+        is_edited = turn.reuse != "continued" and not turn.document
+        known = self.store.longest_shared_prefix(turn.transcript.digests) if is_edited else None
+        position = (turn.tokens, turn.cache.seen, 0 if known is None else known[1])
+        template = self.template.with_date(turn.session.today)
+        turn.branch_points = branch_points(template, turn.transcript, tools, *position)
+        return turn
 
     # -- what a request is about -------------------------------------------------------------------------------------
 
@@ -262,6 +298,12 @@ class Conversations:
         if document is None and source.document is not None:  # the messages repeat it
             document = DocumentText(source.document, snapshot.digest)
         continuation = Continuation(template, snapshot, transcript, tools, document)
+        if snapshot.kind == "answer" and document is None:
+            earlier = before_dropped_reasoning(self.prompts, source, continuation)
+            if earlier is not None:
+                with suppress(SessionError):  # it may be gone meanwhile
+                    found = self.store.open(source.name, earlier.digest)
+                    return self._resume(found, transcript, tools, name, namespace, is_named_so)
         following = self.prompts.following_ids(continuation, transcript.messages)
         if following is None or not self._has_wanted_config(snapshot, len(following)):
             return None
@@ -272,7 +314,7 @@ class Conversations:
                 each for each in (*source.snapshots.values(), snapshot) if each.kind == "prefix" or each is snapshot
             ]
             snapshots = {each.digest: each for each in shared if each.kind != "document"}
-            session, version = self._new_session(name, namespace, template.today, source.document, snapshots)
+            session, version = _new_session(self.store, name, namespace, template.today, source.document, snapshots)
         cache = snapshot.cache.clone()
         turn = Turn(
             transcript,
@@ -295,8 +337,6 @@ class Conversations:
         system_tokens = len(snapshot.tokens)
         return snapshot.cache.config == self.prompts.config(system_tokens + num_following, system_tokens)
 
-    # -- starting anew -----------------------------------------------------------------------------------------------
-
     def _start(
         self, transcript: Transcript, tools: Tools, name: str | None, namespace: str | None, reason: str
     ) -> Turn:
@@ -304,9 +344,9 @@ class Conversations:
         template, messages = self.template.with_date(self.today()), transcript.messages
         transcript = transcript.of_session(None)
         prompt = self.prompts.build(messages, tools, template, transcript.indexes)
-        reason = reason or _reread_reason(self.store, transcript, name)
+        reason = reason or reread_reason(self.store, transcript, name)
         document = transcript.document.text if transcript.document is not None else None
-        session, version = self._new_session(name, namespace, template.today, document, {})
+        session, version = _new_session(self.store, name, namespace, template.today, document, {})
         return Turn(
             transcript,
             session,
@@ -319,24 +359,24 @@ class Conversations:
             retrieved_tokens=prompt.retrieved_tokens,
         )
 
-    def _new_session(
-        self,
-        name: str | None,
-        namespace: str | None,
-        today: date,
-        document: str | None,
-        snapshots: dict[str, Snapshot],
-    ) -> tuple[Session, int | None]:
-        """Return a new session, and the version of the session that has its name until now."""
-        version = self.store.version(name) if name else None
-        own = name or generate_name(f"{namespace}/" if namespace else "")
-        session = Session(own, self.store.fingerprint, today, snapshots, document=document, named=bool(name))
-        return session, version
+
+def _new_session(
+    store: Store,
+    name: str | None,
+    namespace: str | None,
+    today: date,
+    document: str | None,
+    snapshots: dict[str, Snapshot],
+) -> tuple[Session, int | None]:
+    """Return a new session, and the version of the session that has its name until now."""
+    version = store.version(name) if name else None
+    own = name or generate_name(f"{namespace}/" if namespace else "")
+    return Session(own, store.fingerprint, today, snapshots, document=document, named=bool(name)), version
 
 
 def _owner(store: Store, found: ResumePoint, name: str | None, is_named_so: bool) -> tuple[Session, int | None] | None:
     """Return the session that goes on from a snapshot, and its version; None: a new one does."""
-    if name == found.session.name or (name is None and found.snapshot.kind in ("prompt", "answer")):
+    if name == found.session.name or (name is None and found.snapshot.kind in ("branch", "prompt", "answer")):
         return found.session, found.version
     if name is None or not is_named_so:
         return None
@@ -345,17 +385,3 @@ def _owner(store: Store, found: ResumePoint, name: str | None, is_named_so: bool
         return store.get(name), version
     except SessionError:
         return None
-
-
-def _reread_reason(store: Store, transcript: Transcript, name: str | None) -> str:
-    """Return why a conversation is not resumed though it is known; "" for a new one."""
-    if transcript.document is not None:
-        return "the document was read without these tools"
-    # A greeting alone does not make a conversation a known one.
-    first = 2 + (transcript.messages[0]["role"] == "system")
-    similar = store.longest_shared_prefix(transcript.digests[first:])
-    if similar is not None:
-        return f"no snapshot of this conversation before message {similar[1] + first + 1} is left"
-    if name is not None and name in store:
-        return f"the messages and tools are not those of session {name!r}"
-    return ""

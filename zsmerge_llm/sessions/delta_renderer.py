@@ -37,18 +37,19 @@ class DeltaRenderer:
     def __init__(self) -> None:
         self._messages: list[Message] = []
         self._kinds: list[Kinds] = [frozenset()]  # of each prefix of the messages
-        self._verified: dict[tuple[Kinds, Kinds], int] = {}  # up to how many messages; 0: the whole must be rendered
+        # up to how many messages, by their kinds and the template's variables; 0: the whole must be rendered
+        self._verified: dict[tuple[Kinds, Kinds, str], int] = {}
         self._lock = Lock()
 
     def delta(self, template: ChatTemplate, messages: list[Message], n: int, tools: Tools) -> str:
         """Return `template.delta(messages, n, tools)`. Raises as it does.
 
-        The template, its date and the tools must be the same in all calls.
+        The template but for its variables, its date and the tools must be the same in all calls.
         """
         start, first = _start_of_tail(messages, n), int(messages[0]["role"] == "system")
         if start is None or not ignores_length(template.source(tools)):
             return template.delta(messages, n, tools)
-        key = self._kinds_of(messages[:start]), frozenset(map(_kind, messages[start:]))
+        key = self._kinds_of(messages[:start]), frozenset(map(_kind, messages[start:])), repr(template.args)
         verified = self._verified.get(key)
         if verified == 0:
             return template.delta(messages, n, tools)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["prefix", "prompt", "answer", "document"]
+Kind = Literal["prefix", "branch", "prompt", "answer", "document"]
 """Where a snapshot ends; see `Snapshot.kind`."""
 
 

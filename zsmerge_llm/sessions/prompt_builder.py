@@ -9,6 +9,8 @@ from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
+from zsmerge_llm.language.reasoning_history import answer_head, answer_header
+from zsmerge_llm.language.request_args import without_request_args
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch, Search
 from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, is_multi_turn, message_probe
@@ -44,9 +46,8 @@ class PromptBuilder:
     passage_search: PassageSearch
     attention_search: AttentionSearch
 
-    def with_check(self, check: Callable[[], None]) -> PromptBuilder:
-        """Return the same for one request, as `ChatTemplate.with_check`."""
-        template = self.template.with_check(check)
+    def using(self, template: ChatTemplate) -> PromptBuilder:
+        """Return the same with another template: one request's variables, or its check."""
         passages = replace(self.passage_search, template=template)
         return PromptBuilder(template, self.config, passages, replace(self.attention_search, template=template))
 
@@ -79,12 +80,21 @@ class PromptBuilder:
                 return []
             if snapshot.kind == "prompt" and messages[n]["role"] != "assistant":
                 return None  # the answer's header has been read already
+            if snapshot.kind == "branch" and n == len(messages) and (header := answer_header(template, messages)):
+                return template.encode(header)
+            if snapshot.kind == "branch" and (head := answer_head(template, messages, n, tools)) is not None:
+                delta = deltas.delta(template, messages, n + 1, tools)
+                return template.encode(head + template.guard(messages[n]["content"]) + delta)
             whole = template.render(messages, tools)
+            if snapshot.kind == "branch":
+                before = template.render(messages[:n], tools, add_generation_prompt=False)
+                return template.encode(whole[len(before) :]) if whole.startswith(before) else None
             if snapshot.kind == "prefix":
                 ids, known = template.encode(whole), list(snapshot.tokens)
                 return ids[len(known) :] if ids[: len(known)] == known else None
             if snapshot.kind == "document":
-                before = document_head(template, document.text if document is not None else "")
+                text = document.text if document is not None else ""
+                before = document_head(without_request_args(template), text)
             else:
                 before = template.render(messages[:n], tools)
             if whole.startswith(before):
@@ -122,7 +132,8 @@ class PromptBuilder:
 
         def search(question: str, max_tokens: int) -> list[str]:
             if document.num_tokens is None:
-                document.num_tokens = len(template.encode(document_head(template, document.text)))
+                head = document_head(without_request_args(template), document.text)
+                document.num_tokens = len(template.encode(head))
             read = continuation.snapshot.tokens[: document.num_tokens]
             return self.attention_search.search(cache, read, question, max_tokens)
 

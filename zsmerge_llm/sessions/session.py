@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 MAX_ANSWER_SNAPSHOTS = 4
 """Snapshots after answers that a session keeps: the newest two, and older ones ever further apart."""
 
+MAX_SNAPSHOTS = {"prompt": 1, "prefix": 1, "branch": 2}
+"""Snapshots of other kinds that it keeps, the newest ones."""
 Tier = Literal["device", "host", "disk"]
 """Where a conversation is kept: where the model computes, in host memory, or in a file."""
 
@@ -104,8 +106,9 @@ class Snapshot:
         digest: digest of the messages it stands for.
         messages: their number.
         tokens: the exact ids. The last ones may not be in the cache yet.
-        kind: where it ends: after a prefix that conversations share (`prefix`), before an answer (`prompt`), after one
-            (`answer`), or after a document's text (`document`).
+        kind: where it ends: after a prefix that conversations share (`prefix`), behind messages after which a later
+            request is written differently (`branch`), before an answer (`prompt`), after one (`answer`), or after a
+            document's text (`document`).
         offloaded: whether the cache is in host memory though the model computes elsewhere.
         state: the same object for all copies of the snapshot on other tiers.
     """
@@ -357,17 +360,17 @@ def _check_fingerprint(path: Path, saved: Fingerprint, wanted: Fingerprint | Non
 def _head(snapshots: list[Snapshot]) -> Snapshot:
     """Return the head of a session. snapshots: its head until now, if there is one, and those of a turn in order."""
     answered = (each for each in snapshots if each.kind in ("answer", "document"))
-    return next(answered, snapshots[-1]) if snapshots[-1].kind == "prompt" else snapshots[-1]
+    return next(answered, snapshots[-1]) if snapshots[-1].kind in ("prompt", "branch") else snapshots[-1]
 
 
 def _superfluous(snapshots: list[Snapshot], needed: Set[str]) -> list[Snapshot]:
-    """Return the snapshots to drop: all prompts and prefixes but the last, and answers too close to their neighbours.
+    """Return the snapshots to drop: more than `MAX_SNAPSHOTS`, and answers too close to their neighbours.
 
     Those with the digests `needed` stay.
     """
     dropped = []
-    for kind in ("prompt", "prefix"):
-        dropped += [snapshot for snapshot in snapshots if snapshot.kind == kind][:-1]
+    for kind, most in MAX_SNAPSHOTS.items():
+        dropped += [snapshot for snapshot in snapshots if snapshot.kind == kind][:-most]
     answers = [snapshot for snapshot in snapshots if snapshot.kind == "answer"]
     answers.sort(key=lambda snapshot: snapshot.messages)  # after an edit, newer ones may have fewer
     while len(answers) > MAX_ANSWER_SNAPSHOTS:

@@ -234,7 +234,7 @@ class TieredTable(SessionTable):
         ]
         total = sum(file.nbytes for _, entry in entries for file in (entry.file, entry.earlier) if file is not None)
         for _, entry in entries:
-            if total > self.limit and entry.earlier is not None and entry.info.kind != "prompt":
+            if total > self.limit and entry.earlier is not None and entry.info.kind not in ("prompt", "branch"):
                 total -= entry.earlier.nbytes
                 self._folder.discard(entry.earlier)
                 entry.earlier = None

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from zsmerge_llm import Chunk
 
 
+_SESSION_OPTIONS = ("session_id", "namespace", "reread")
+_REASONING_OPTIONS = ("template_args", "reasoning_effort")
 _FORMAT_OPTIONS = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "grammar")
 """Options of a call that constrain its answer."""
 _SUPPORTED = ("text_inputs", "text_outputs", "tool_calling", "tool_choice", "tool_call_streaming", "structured_output")
@@ -52,6 +54,10 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    reasoning_effort: str | None = None
+    """How much the model reasons before it answers, from "none" to "max", as far as its template knows it. A call's
+    `template_args` set other variables of the template."""
 
     @property
     def _llm_type(self) -> str:
@@ -101,13 +107,15 @@ class ChatZSMerge(ZSMergeGeneration, BaseChatModel):  # type: ignore[misc]  # it
         return super().astream_events(input, config, **_with_session(config, kwargs))
 
     def _request(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Request:
-        changes = self._sampling_options(kwargs, ("session_id", "namespace", "reread", *_FORMAT_OPTIONS))
+        changes = self._sampling_options(kwargs, (*_SESSION_OPTIONS, *_FORMAT_OPTIONS, *_REASONING_OPTIONS))
+        if self.reasoning_effort is not None:
+            kwargs = {"reasoning_effort": self.reasoning_effort, **kwargs}
         tools = to_tools(kwargs.get("tools") or ())
         choice = to_tool_choice(kwargs.get("tool_choice"), tools) if tools else None
         options = {"tools": tools, "tool_choice": choice, "session": session_name(kwargs.get("session_id"))}
         options |= {name: kwargs.get(name) for name in ("namespace", "reread")}
         given = {name: option for name, option in options.items() if option}
-        for name in ("parallel_tool_calls", "response_format", "grammar"):
+        for name in ("parallel_tool_calls", "response_format", "grammar", *_REASONING_OPTIONS):
             if kwargs.get(name) is not None:
                 given[name] = kwargs[name]
         model = kwargs.get("model") or self.model

@@ -61,10 +61,10 @@ COUNTED = {
     "cache_control": no_effect(CACHING, cache_control=CACHE),
     "messages": supported(),
     "model": supported("The name of the model that is served, or an alias."),
-    "output_config": supported("`effort` is accepted without effect.", output_config={"effort": "low"}),
+    "output_config": supported("`effort`: as far as the model's template knows it.", output_config={"effort": "low"}),
     "speed": no_effect(ANTHROPIC_ONLY, speed="fast"),
     "system": supported(system=[{"type": "text", "text": "Be brief.", "cache_control": CACHE}]),
-    "thinking": no_effect(EFFORT, thinking={"type": "disabled"}),
+    "thinking": supported(EFFORT, thinking={"type": "disabled"}),
     "tool_choice": supported(tools=[TOOL], tool_choice={"type": "none"}),
     "tools": supported(tools=[TOOL]),
     "user_profile_id": no_effect("A header. Sessions belong to the API key.", user_profile_id="ann"),
@@ -77,7 +77,7 @@ FIELDS = {
     "inference_geo": no_effect(ANTHROPIC_ONLY, inference_geo="us"),
     "max_tokens": supported("", lambda answer: answer.usage.output_tokens == 3, max_tokens=3),
     "metadata": no_effect("Sessions belong to the API key.", metadata={"user_id": "ann"}),
-    "output_config": supported("`effort` is accepted without effect.", is_json, **JSON_SCHEMA),
+    "output_config": supported("`effort`: as far as the model's template knows it.", is_json, **JSON_SCHEMA),
     "service_tier": no_effect(ANTHROPIC_ONLY, service_tier="auto"),
     "stop_sequences": supported(
         "", lambda answer: answer.stop_reason == "stop_sequence", stop_sequences=list("aeiou .0123456789")
@@ -157,13 +157,13 @@ GROUPS = [
     Group(
         "`thinking`",
         THOUGHTS,
-        {kind: no_effect(EFFORT, thinking={"type": kind, "budget_tokens": 1024}) for kind in THOUGHTS},
+        {kind: supported(EFFORT, thinking={"type": kind, "budget_tokens": 1024}) for kind in THOUGHTS},
     ),
     Group(
         "`output_config`",
         fields(OutputConfigParam),
         {
-            "effort": no_effect(EFFORT, output_config={"effort": "low"}),
+            "effort": supported(EFFORT, output_config={"effort": "low"}),
             "format": supported("", is_json, **JSON_SCHEMA),
         },
     ),

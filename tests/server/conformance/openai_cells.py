@@ -32,7 +32,7 @@ CALLED: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "parallel_t
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA}}
 OPENAI_ONLY = "It is about OpenAI's own service."
 CACHING = "What was read is kept anyway."
-EFFORT = "The model's template decides whether it reasons."
+EFFORT = "As far as the model's template knows it."
 ONE = "Ask again for another answer."
 ENGINE = "The sampler has nothing like it."
 
@@ -94,7 +94,7 @@ CHAT = {
     ),
     "prompt_cache_options": no_effect(CACHING, prompt_cache_options={"mode": "implicit"}),
     "prompt_cache_retention": no_effect(CACHING, prompt_cache_retention="24h"),
-    "reasoning_effort": no_effect(EFFORT, reasoning_effort="low"),
+    "reasoning_effort": supported(EFFORT, reasoning_effort="low"),
     "response_format": supported("", is_json, response_format=JSON_SCHEMA, max_tokens=400),
     "safety_identifier": no_effect("Sessions belong to the API key.", safety_identifier="ann"),
     "service_tier": no_effect(OPENAI_ONLY, service_tier="flex"),

@@ -74,7 +74,7 @@ FIELDS = {
     ),
     "prompt_cache_options": no_effect(CACHING, prompt_cache_options={"mode": "implicit"}),
     "prompt_cache_retention": no_effect(CACHING, prompt_cache_retention="24h"),
-    "reasoning": no_effect(EFFORT, reasoning={"effort": "low"}),
+    "reasoning": supported(EFFORT, reasoning={"effort": "low"}),
     "safety_identifier": no_effect("Sessions belong to the API key.", safety_identifier="ann"),
     "service_tier": no_effect(OPENAI_ONLY, service_tier="flex"),
     "store": supported("On, where it is not given.", lambda answer: answer.store is False, store=False),

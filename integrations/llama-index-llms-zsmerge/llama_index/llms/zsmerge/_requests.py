@@ -14,7 +14,8 @@ from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.errors import ConfigError, did_you_mean
 from zsmerge_llm.types import Chunk, Message, Result, session_name
 
-_CHAT_OPTIONS = ("tools", "session", "session_id", "namespace", "probe", "reread")
+_REASONING_OPTIONS = ("template_args", "reasoning_effort")
+_CHAT_OPTIONS = ("tools", "session", "session_id", "namespace", "probe", "reread", *_REASONING_OPTIONS)
 _FORMAT_OPTIONS = ("response_format", "grammar")
 _REQUEST_OPTIONS = ("timeout", "priority")
 OPTIONS = (
@@ -90,6 +91,7 @@ def message_request(llm: LLM, messages: list[Message], sampling: SamplingParams,
             "tool_choice": to_tool_choice(options.get("tool_choice")),
             "parallel_tool_calls": options.get("allow_parallel_tool_calls", True),
             **({"reread": True} if options.get("reread") else {}),
+            **{name: options[name] for name in _REASONING_OPTIONS if options.get(name) is not None},
             **_other_options(options),
         },
     )
