@@ -24,9 +24,6 @@ TOKENS_PER_WORD = 4
 """Tokens of the budget for each word of a passage."""
 SIZE_STEP = 16
 """Words by which sizes of passages differ."""
-WHOLE_PARAGRAPHS = 480
-"""Tokens from which on passages are as long as most paragraphs."""
-PARAGRAPH_WORDS = 160
 MIN_SCORE = 0.5
 """Share of the best passage's score that others need. A gap tells that the search is sure."""
 ASKING = r"(?:what|when|where|which|who|whose|why|how|is|are|was|were|do|does|did|can|could)\b"
@@ -56,8 +53,6 @@ def passage_words(max_tokens: int) -> int:
 
     Sizes are few, for each needs an index of its own.
     """
-    if max_tokens >= WHOLE_PARAGRAPHS:
-        return PARAGRAPH_WORDS
     words = min(PASSAGE_WORDS, max_tokens // TOKENS_PER_WORD)
     return max(MIN_WORDS, words // SIZE_STEP * SIZE_STEP)
 
