@@ -26,6 +26,8 @@ QUESTION = "Can you suggest a good present?"
         "I'm not a fan of streaming services.",
         "From now on, answer in French.",
         "I prefer not to read English books.",
+        "I will only use devices without a camera.",
+        "I strictly follow a raw vegan diet.",
     ],
 )
 def test_what_users_say_about_every_answer_is_recognized(statement: str) -> None:
@@ -38,6 +40,7 @@ def test_what_users_say_about_every_answer_is_recognized(statement: str) -> None
         "I would love to know the time.",
         "I have never been to Rome.",
         "I only have two days left.",
+        "I never finished that book.",
         "What do you prefer?",
         f"{FILLER} " * MAX_MESSAGE_WORDS + PREFERENCE,
     ],
@@ -48,8 +51,8 @@ def test_other_sentences_and_long_texts_are_not(text: str) -> None:
 
 def test_of_a_long_sentence_the_clause_that_says_it_is_taken() -> None:
     rest = ", and I have done this and that in the project of which I told you before" * 3
-    assert find_statements(f"I am trying to keep my app small, I prefer few dependencies{rest}.") == [
-        "I prefer few dependencies,"
+    assert find_statements(f"I am trying to keep my app small, so I prefer few, simple dependencies{rest}.") == [
+        "so I prefer few, simple dependencies,"
     ]
 
 

@@ -19,6 +19,7 @@ MAX_MESSAGE_WORDS = 400
 """A longer message is a text to work on. What somebody in it prefers is nothing that the user asks for."""
 MAX_WORDS = 40
 """Of a longer sentence, the clause that says it is taken."""
+CLAUSE_END = r"[;:]\s+|,\s+(?=(?:and|but|so|or|how|can|could|which|because|considering)\b)"
 STATEMENT = re.compile(
     r"""
     ^\W*(?:please\s+|also,?\s+|and\s+)?
@@ -27,9 +28,11 @@ STATEMENT = re.compile(
     | \b(?:from\ now\ on|when(?:ever)?\ I\ ask)\b
     | \bI\s+(?:\w+ly\s+|much\s+|also\s+)?(?:
         prefer | dislike | hate | despise | detest | loathe | avoid | refuse | love
-        | (?:only|exclusively)\s+(?!have|had|know|need|want|got|see|meant|said)\w+
+        | (?:(?:can|will)\s+)?(?:only|exclusively|strictly|never|always)\s+
+          (?!\w+ed\b|have|had|know|knew|need|got|see|saw|meant|said|did|been|heard|thought)\w+
+        | (?:\w+\s+)?follow\s+an?\s+(?:[\w-]+\s+){0,3}diet
         | ca(?:n['\u2019]?|nno|n\ no)t\s+(?:stand|eat|tolerate|bear)
-        | do(?:\ not|n['\u2019]t)\s+(?:like|enjoy|want|eat|drink|use|listen|read|watch|wear|care)
+        | do(?:\ not|n['\u2019]t)\s+(?:like|enjoy|eat|drink|use|listen|read|watch|wear|care)
     )\b
     | \bI(?:['\u2019]m|\ am)\s+(?:not\ a(?:\ \w+)?\ fan|allergic|vegan|vegetarian|averse|\w+[\s-]intolerant)\b
     | \bI\s+have\s+(?:an?|no)\s+(?:[\w-]+\s+){0,2}
@@ -85,7 +88,7 @@ def find_statements(text: str) -> list[str]:
         return []
     found = []
     for sentence in _parts(text, SENTENCE_END):
-        clauses = [sentence] if count_words(sentence) <= MAX_WORDS else _parts(sentence, "[,;:]\\s+")
+        clauses = [sentence] if count_words(sentence) <= MAX_WORDS else _parts(sentence, CLAUSE_END)
         found += [clause for clause in clauses if STATEMENT.search(clause) and 2 < count_words(clause) <= MAX_WORDS]
     return found
 
