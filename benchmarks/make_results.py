@@ -224,6 +224,11 @@ def flat(result: Result) -> Iterator[Row]:
     yield from walk("", {key: value for key, value in result.items() if key not in known})
 
 
+def evidence(result: Result) -> Iterator[Row]:
+    for row in result["rows"]:
+        yield row["task"], row["limit"], row["questions"], number(row["recall"], 3), row["tokens"]
+
+
 QUALITY = ("model", "data", "setting", "budget", "policy", "questions (documents)", "NLL", "gap", "exact, %", "ROUGE-1, -2, -L", "cache, MB")  # noqa: E501  # fmt: skip
 TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]], ...] = (
     ("Decoding, tokens/s by tokens of history", "decode-and-prefill", ("model", "system", *LENGTHS), decoding),
@@ -274,6 +279,8 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
     ("Quality: chats, asked right after the turn that holds the answer (first) and at the end (later)", "quality",
      QUALITY, quality("first", "later")),
     ("Quality: summaries", "quality", QUALITY, quality("summary")),
+    ("Recall of evidence: does the text that is looked up hold the answer?", "evidence-recall",
+     ("data", "tokens at most", "questions", "recall", "tokens"), evidence),
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from zsmerge_llm.retrieval.query_probe import (
     is_multi_turn,
     message_probe,
 )
+from zsmerge_llm.retrieval.selection import RetrievalTokens
 from zsmerge_llm.runtime import (
     CopiedBySettings,
     LazyRuntime,
@@ -80,7 +81,7 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
             background; False never. Once compiled on a machine, both use them from the first token on. Where it is
             impossible, that is logged, and nothing else.
         retrieval_tokens: most tokens of earlier text that match a question and are read again before it, where the
-            cache has dropped some; at most half of its slots. 0: none.
+            cache has dropped some; at most half of its slots. "auto": the more, the more was dropped. 0: none.
         max_input_tokens: a longer prompt raises ContextLimitError; None: no limit. Nothing is ever truncated.
         sessions_dir: folder, or its fsspec URL, that keeps conversations across restarts; None: for this process.
         session_memory: bytes of host memory for idle conversations, such as "4GiB"; the least recently used ones go to
@@ -108,7 +109,7 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         allow_control_tokens: bool = False,
         chunk: int | Literal["auto"] = "auto",
         compile: bool | Literal["auto"] = "auto",
-        retrieval_tokens: int = DEFAULT_TOKENS,
+        retrieval_tokens: RetrievalTokens = DEFAULT_TOKENS,
         max_input_tokens: int | None = None,
         sessions_dir: str | Path | None = None,
         session_memory: int | str = "4GiB",

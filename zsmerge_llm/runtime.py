@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zsmerge_llm.engine.engine import Engine
     from zsmerge_llm.engine.layer_budgets import LayerBudgets
     from zsmerge_llm.planning.explanation import Explanation
+    from zsmerge_llm.retrieval.selection import RetrievalTokens
     from zsmerge_llm.sessions.conversations import Conversations
     from zsmerge_llm.sessions.tiers import DeviceTier
 
@@ -133,8 +134,12 @@ def validate_runtime_settings(
         raise ConfigError(f"cache must be a CacheConfig, not a {type(cache).__name__}.")
     if compile not in (True, False, "auto"):
         raise ConfigError(f"compile must be True, False or 'auto', not {shown(compile)}.")
-    if isinstance(retrieval_tokens, bool) or not isinstance(retrieval_tokens, int) or retrieval_tokens < 0:
-        raise ConfigError(f"retrieval_tokens must be a number of tokens, 0 for none, not {shown(retrieval_tokens)}.")
+    if retrieval_tokens != "auto" and (
+        isinstance(retrieval_tokens, bool) or not isinstance(retrieval_tokens, int) or retrieval_tokens < 0
+    ):
+        raise ConfigError(
+            f"retrieval_tokens must be a number of tokens, 0 for none, or 'auto', not {shown(retrieval_tokens)}."
+        )
 
 
 def check_limit(name: str, limit: Any) -> int | None:
@@ -158,7 +163,7 @@ def assemble(
     compile: bool | Literal["auto"],
     loading: dict[str, Any],
     template_args: dict[str, Any] | None,
-    retrieval_tokens: int,
+    retrieval_tokens: RetrievalTokens,
     sessions_dir: str | Path | None,
     session_memory: int,
     gpu_session_memory: int | str,

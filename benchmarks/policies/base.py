@@ -23,6 +23,7 @@ from zsmerge_llm.kvcache.policies.base import EvictionPolicy, RankingContext
 from zsmerge_llm.kvcache.rope import Rotation
 from zsmerge_llm.kvcache.scoring import TensorScoring
 from zsmerge_llm.kvcache.slots import AttentionInputs, LayerSpec
+from zsmerge_llm.retrieval.selection import RetrievalTokens
 
 STAGE = 128
 CHUNK = 512
@@ -103,7 +104,7 @@ class Policy:
     layer_weights: Callable[[int, int], Sequence[float]] | None = None
     layer_budget_strength: float = 0.0
     newest_only: bool = False
-    retrieval_tokens: int = 0
+    retrieval_tokens: RetrievalTokens = 0
     attention_search: bool = False
 
     @property

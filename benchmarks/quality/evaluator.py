@@ -26,6 +26,7 @@ from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.calibration import calibration
 from zsmerge_llm.retrieval.passage_search import PassageSearch, pinned_tail_tokens
 from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe, find_question
+from zsmerge_llm.retrieval.selection import token_limit
 
 FOLLOW_UPS = 2
 
@@ -133,7 +134,7 @@ class Evaluator:
 
         Where the words find nothing in a document, its cache is asked (`Policy.attention_search`).
         """
-        limit = min(policy.retrieval_tokens, budget.slots(item.tokens) // 2)
+        limit = token_limit(policy.retrieval_tokens, item.tokens, budget.slots(item.tokens))
         found = PassageSearch(self.template, limit).search(item.messages[:before], find_question(asked), limit)
         if found or cache is None or not policy.attention_search:
             return found

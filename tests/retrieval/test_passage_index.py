@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 
 from tests.support.chat import dialogue
 from zsmerge_llm.retrieval import passage_index
-from zsmerge_llm.retrieval.passage_index import MIN_SHARED, TOP, UNKNOWN_WEIGHT, PassageIndex
-from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS, TERM, count_words, query_terms, split, terms
+from zsmerge_llm.retrieval.passage_index import MAX_TERMS, MIN_SHARED, TOP, UNKNOWN_WEIGHT, PassageIndex
+from zsmerge_llm.retrieval.passages import (
+    MIN_WORDS,
+    PASSAGE_WORDS,
+    TERM,
+    Passage,
+    count_words,
+    query_terms,
+    split,
+    split_with_context,
+    terms,
+)
 from zsmerge_llm.types import Message
 
 FACT = "The password of the harbour vault is falcon seven."
@@ -24,8 +34,8 @@ FILLER = ["Rain fell on the quiet village all day long.", "Nobody in the market 
 def ranked(passages: Sequence[str], question: str) -> list[int]:
     index = PassageIndex()
     for passage in passages:
-        index.add(passage)
-    return index.rank(question)
+        index.add(Passage(passage))
+    return [number for number, _ in index.rank(question)]
 
 
 @given(st.text(st.sampled_from("ab .,\n!?。é中文"), max_size=900))
@@ -95,7 +105,8 @@ def reference_ranking(passages: Sequence[str], question: str) -> list[int]:
     having = {term: sum(term in kind for kind in kinds) for term in sought}
     weight = {term: math.log1p((len(kinds) - n + 0.5) / (n + 0.5)) for term, n in having.items()}
     shared = [sum(weight[term] for term in sought if term in kind) for kind in kinds]
-    least = MIN_SHARED * sum(weight[term] * (1 if having[term] else UNKNOWN_WEIGHT) for term in sought)
+    weights = sorted(weight[term] * (1 if having[term] else UNKNOWN_WEIGHT) for term in sought)
+    least = MIN_SHARED * sum(weights[-MAX_TERMS:])
     order = (-reference_scores(passages, question)).argsort(kind="stable").tolist()
     if max(shared[at] for at in order[:TOP]) < least:
         return []
@@ -112,9 +123,10 @@ def test_an_index_that_follows_a_conversation_ranks_as_one_made_at_once(
     index, messages = PassageIndex(size), list[Message]()
     for chat in chats:  # each continues a prefix of the one before, as after an edit
         messages = messages[: max(0, len(messages) - cut)] + chat
-        found, passages = index.find(messages, question)
-        assert passages == reference_passages(messages, size)
-        assert found == reference_ranking(passages, question)
+        (found,), passages = index.find(messages, [question])
+        texts = [passage.text for passage in passages]
+        assert texts == reference_passages(messages, size)
+        assert [number for number, _ in found] == reference_ranking(texts, question)
 
 
 @settings(max_examples=150, deadline=None)
@@ -123,7 +135,7 @@ def test_scores_are_those_of_the_library_bit_for_bit(passages: list[str], questi
     passages, sought = [*passages, FACT], sorted(set(query_terms(question)))
     index = PassageIndex()
     for passage in passages:
-        index.add(passage)
+        index.add(Passage(passage))
     if sought:
         assert index._scores(sought).tolist() == reference_scores(passages, question).tolist()
 
@@ -131,15 +143,56 @@ def test_scores_are_those_of_the_library_bit_for_bit(passages: list[str], questi
 def test_only_new_messages_are_split(monkeypatch: object) -> None:
     split_texts: list[str] = []
 
-    def counting(text: str, size: int) -> list[str]:
+    def counting(text: str, size: int, date: str) -> list[Passage]:
         split_texts.append(text)
-        return split(text, size)
+        return split_with_context(text, size, date)
 
-    monkeypatch.setattr(passage_index, "split", counting)  # type: ignore[attr-defined]
+    monkeypatch.setattr(passage_index, "split_with_context", counting)  # type: ignore[attr-defined]
     index, messages = PassageIndex(), dialogue(*FILLER, FACT)
-    index.find(messages, "password")
+    index.find(messages, ["password"])
     split_texts.clear()
     later = [*dialogue(*FILLER, FACT), {"role": "assistant", "content": "I see. " * 20}, *dialogue("And the vault?")]
-    found, passages = index.find(later, "password")
-    assert [passages[number] for number in found] == [FACT]
+    (found,), passages = index.find(later, ["password"])
+    assert [passages[number].text for number, _ in found] == [FACT]
     assert split_texts == [message["content"] for message in later[3:]]
+
+
+# -- when and under which heading something was said -------------------------------------------------------------------
+
+TEN = "One two three four five six seven eight nine ten. "
+
+
+def contexts(text: str) -> list[str]:
+    return [passage.context for passage in split_with_context(text, size=40)]
+
+
+def test_a_passage_has_the_date_and_the_heading_above_it_unless_it_shows_them() -> None:
+    first, second = (
+        f"DATE: 1:56 pm on 8 May, 2023\n{TEN * 8}",
+        f"Session 2 (2023-05-25)\n{TEN * 4}\n\n## Plans\n{TEN * 8}",
+    )
+    assert contexts(f"{first}\n{second}") == [
+        "",
+        "DATE: 1:56 pm on 8 May, 2023",
+        "",
+        "Session 2 (2023-05-25)",
+        "Session 2 (2023-05-25)\n## Plans",
+    ]
+
+
+def test_a_date_in_a_sentence_or_in_a_list_is_not_that_of_what_follows() -> None:
+    for line in [
+        "I was born on 8 May 2003.",
+        "- March 15, 2024: the end",
+        "So on 8 May 2023 we all went there by train",
+    ]:
+        assert set(contexts(f"{TEN * 4}\n\n{line}\n\n{TEN * 8}")) == {""}
+
+
+def test_the_date_that_a_message_opens_with_is_that_of_the_messages_behind_it() -> None:
+    index = PassageIndex()
+    chat = dialogue(f"8 May 2023\n{FACT}", "I see. " * 20, FACT, f"9 May 2023\n{FACT}", "Yes. " * 20)
+    _, passages = index.find(chat, ["password"])
+    assert [each.context for each in passages] == ["", "8 May 2023", "8 May 2023", "", "9 May 2023"]
+    _, passages = index.find(chat[:3], ["password"])
+    assert index.find(chat, ["password"])[1][3:] == index.find(chat[:2] + chat[3:], ["password"])[1][2:]

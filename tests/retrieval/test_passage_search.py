@@ -41,19 +41,19 @@ def test_passages_stand_before_a_short_message_within_the_budget(search: Passage
     messages = dialogue(
         *(text for fact in chatter(9) for text in (fact, "I see.")), "What is the password of the vault?"
     )
-    asking = search.augment(messages, budget=1000)
+    asking = search.augment(messages, slots=1000)
     block = asking[-1]["content"].removesuffix("What is the password of the vault?")
     assert asking[:-1] == messages[:-1]
     assert block.startswith(INTRODUCTION)
     assert FACT in block
     assert 0 < len(search.template.encode(block)) <= BUDGET + len(search.template.encode(INTRODUCTION + "\n\n"))
-    assert search.augment(messages, budget=8) == messages  # half of so small a cache has no room for a passage
+    assert search.augment(messages, slots=8) == messages  # half of so small a cache has no room for a passage
 
 
 @pytest.mark.parametrize("ending", ["What is the password?", "Query: What is the password?\nAnswer: "])
 def test_the_end_of_a_long_message_asks_for_what_stands_before_it(search: PassageSearch, ending: str) -> None:
     text = "\n\n".join(FILLER[at % 2] if at != 7 else FACT for at in range(40))
-    (asking,) = search.augment([{"role": "user", "content": f"{text}\n\n{ending}"}], budget=180)
+    (asking,) = search.augment([{"role": "user", "content": f"{text}\n\n{ending}"}], slots=180)
     assert asking["content"].startswith(f"{text}\n\n{INTRODUCTION}")
     assert FACT in asking["content"][len(text) :]
     assert asking["content"].endswith(f"\n\n{ending}")
@@ -63,15 +63,15 @@ def test_a_short_answer_is_found_by_its_question(search: PassageSearch) -> None:
     messages = dialogue(
         "How high is the old tower, in feet?", "Ninety.", *FILLER, "Tell me again how high the tower was."
     )
-    assert "old tower, in feet?\n\nNinety." in search.augment(messages, budget=1000)[-1]["content"]
+    assert "old tower, in feet?\n\nNinety." in search.augment(messages, slots=1000)[-1]["content"]
 
 
 def test_only_users_ask(search: PassageSearch) -> None:
     result = {"role": "tool", "content": FACT, "tool_call_id": "1"}
     messages = [*dialogue(FACT, "I see."), result]
-    assert search.augment(messages, budget=1000) == messages
+    assert search.augment(messages, slots=1000) == messages
     asked = dialogue(FACT, "I see.", "The password?")
-    assert PassageSearch(search.template, 0).augment(asked, budget=1000) == asked
+    assert PassageSearch(search.template, 0).augment(asked, slots=1000) == asked
 
 
 def test_a_short_system_message_is_repeated_whatever_is_asked_unless_it_is_among_the_recent_ids(
@@ -79,39 +79,39 @@ def test_a_short_system_message_is_repeated_whatever_is_asked_unless_it_is_among
 ) -> None:
     system = {"role": "system", "content": FACT}
     asked = [system, *dialogue(*chatter(7)[1:], "Good morning to you.")]
-    assert search.augment(asked, budget=1000)[-1]["content"] == f"{FACT}\n\nGood morning to you."
-    assert search.augment(asked, budget=1000, recent_ids=search.template.encode(f"... {FACT}\nRain fell.")) == asked
+    assert search.augment(asked, slots=1000)[-1]["content"] == f"{FACT}\n\nGood morning to you."
+    assert search.augment(asked, slots=1000, recent_ids=search.template.encode(f"... {FACT}\nRain fell.")) == asked
     wide = PassageSearch(search.template, 4 * BUDGET)
-    both = wide.augment([system, *dialogue("The market sells no bread.", "I see.", "The market?")], budget=1000)
+    both = wide.augment([system, *dialogue("The market sells no bread.", "I see.", "The market?")], slots=1000)
     assert both[-1]["content"].startswith(f"{FACT}\n\n{INTRODUCTION}\n\nThe market sells no bread.")
 
 
 def test_a_system_message_is_repeated_right_before_a_question_or_not_at_all(search: PassageSearch) -> None:
     system, wide = {"role": "system", "content": FACT}, PassageSearch(search.template, 4 * BUDGET)
     long = f"{FILLER[0]} {FILLER[1]} " * 10
-    assert wide.augment([system, *dialogue(long)], budget=1000) == [system, *dialogue(long)]
+    assert wide.augment([system, *dialogue(long)], slots=1000) == [system, *dialogue(long)]
     question = "Good morning to you."
-    asking = wide.augment([system, *dialogue(f"{long}\n\n{question}")], budget=300)
+    asking = wide.augment([system, *dialogue(f"{long}\n\n{question}")], slots=300)
     assert asking[-1]["content"] == f"{long}\n\n{FACT}\n\n{question}"
 
 
 def test_of_a_long_system_message_only_what_is_asked_for_is_repeated(search: PassageSearch) -> None:
     rules = [f"In room {number} nobody may ever open a window or a door without asking first." for number in range(12)]
     system = {"role": "system", "content": "\n\n".join([*rules[:6], f"{FACT} Tell it to nobody.", *rules[6:]])}
-    again = search.augment([system, *dialogue("The password of the vault?")], budget=1000)[-1]["content"]
+    again = search.augment([system, *dialogue("The password of the vault?")], slots=1000)[-1]["content"]
     assert again == f"{INTRODUCTION}\n\n{FACT} Tell it to nobody.\n\nThe password of the vault?"
 
 
 @pytest.mark.parametrize("asked", ["What is the colour of the captain's hat?", "What about it, then?", "??"])
 def test_what_shares_too_little_with_a_question_is_not_read_again(search: PassageSearch, asked: str) -> None:
     chat = dialogue(*(text for fact in chatter(14) for text in (fact, "I see.")), asked)
-    assert search.augment(chat, budget=1000) == chat
+    assert search.augment(chat, slots=1000) == chat
 
 
 @pytest.mark.parametrize("way", ["{}", "Could you please tell me: {}", "Question: {}\nAnswer:"])
 def test_the_wording_of_a_question_does_not_hide_what_it_is_about(search: PassageSearch, way: str) -> None:
     chat = dialogue(FACT, "I see.", *FILLER, way.format("What is the password of the vault?"))
-    assert FACT in search.augment(chat, budget=1000)[-1]["content"]
+    assert FACT in search.augment(chat, slots=1000)[-1]["content"]
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from zsmerge_llm.language import digests
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.messages import MessageHistory, normalize_messages
 from zsmerge_llm.retrieval import passage_index
-from zsmerge_llm.retrieval.passages import split
+from zsmerge_llm.retrieval.passages import Passage, split_with_context
 from zsmerge_llm.sessions.delta_renderer import DeltaRenderer, ignores_length
 from zsmerge_llm.sessions.token_ids import TokenIds
 
@@ -45,15 +45,15 @@ def counted_work() -> Iterator[dict[str, int]]:
         work["hashed"] += len(json.dumps(item))
         return digest(before, item)
 
-    def counting_split(text: str, size: int) -> list[str]:
+    def counting_split(text: str, size: int, date: str) -> list[Passage]:
         work["split"] += len(text)
-        return split(text, size)
+        return split_with_context(text, size, date)
 
     with (
         mock.patch.object(ChatTemplate, "render", counting_render),
         mock.patch.object(ChatTemplate, "_ids", counting_ids),
         mock.patch.object(digests, "_digest", counting_digest),
-        mock.patch.object(passage_index, "split", counting_split),
+        mock.patch.object(passage_index, "split_with_context", counting_split),
     ):
         yield work
 

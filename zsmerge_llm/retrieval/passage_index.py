@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zsmerge_llm.language.messages import shared_prefix
-from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS, count_words, query_terms, split, terms
+from zsmerge_llm.retrieval.passages import (
+    MIN_WORDS,
+    PASSAGE_WORDS,
+    Passage,
+    count_words,
+    opening_date,
+    query_terms,
+    split_with_context,
+    terms,
+)
 from zsmerge_llm.types import Message
 
 K1, B = 1.5, 0.75
@@ -24,6 +33,8 @@ MIN_SHARED = 0.35
 """Share of a question's terms, weighted by rarity, that one of the best passages has to contain; others half of it.
 Where an answer is found without this, 1 to 3 % share less, and 77 % of what fits best to a question about another text
 does (docs/research/retrieval)."""
+MAX_TERMS = 6
+"""Rarest terms of a question that count: no passage has most of the terms of a long one."""
 TOP = 3
 """Number of best passages, one of which has to share so much."""
 UNKNOWN_WEIGHT = 0.5
@@ -39,27 +50,29 @@ class PassageIndex:
 
     def __init__(self, size: int = PASSAGE_WORDS) -> None:
         self.size = size
-        self.passages: list[str] = []
+        self.passages: list[Passage] = []
         self._messages: list[Message] = []
-        # By message: the passage that it was joined to, and how many passages it added.
-        self._added: list[tuple[str | None, int]] = []
+        # By message: the passage that it was joined to, how many passages it added, and the date line it stands under.
+        self._added: list[tuple[Passage | None, int, str]] = []
         self._lengths = array("i")  # terms of each passage
         self._total = 0
         self._postings: dict[str, tuple[array[int], array[int]]] = {}  # by term: numbers of passages, and frequencies
         self._lock = Lock()
 
-    def find(self, messages: Sequence[Message], question: str) -> tuple[list[int], list[str]]:
-        """Return the numbers of the passages that share enough with a question, the best first, and all passages.
+    def find(
+        self, messages: Sequence[Message], questions: Sequence[str]
+    ) -> tuple[list[list[tuple[int, float]]], list[Passage]]:
+        """Return `rank` of the passages of some messages for each question, and all passages.
 
         Only messages that were not there at the last call are split and indexed.
         """
         with self._lock:
             self._update(list(messages))
-            return self.rank(question), list(self.passages)
+            return [self.rank(question) for question in questions], list(self.passages)
 
-    def add(self, passage: str) -> None:
-        """Add one passage."""
-        number, found = len(self.passages), terms(passage)
+    def add(self, passage: Passage) -> None:
+        """Add one passage. Its context is not searched."""
+        number, found = len(self.passages), terms(passage.text)
         for term, frequency in Counter(found).items():
             numbers, frequencies = self._postings.setdefault(term, (array("i"), array("i")))
             numbers.append(number)
@@ -68,11 +81,11 @@ class PassageIndex:
         self._lengths.append(len(found))
         self._total += len(found)
 
-    def _pop(self) -> str:
+    def _pop(self) -> Passage:
         """Remove the last passage."""
         passage = self.passages.pop()
         self._total -= self._lengths.pop()
-        for term in set(terms(passage)):
+        for term in set(terms(passage.text)):
             for part in self._postings[term]:
                 part.pop()
             if not self._postings[term][0]:
@@ -82,41 +95,42 @@ class PassageIndex:
     def _update(self, messages: list[Message]) -> None:
         known = shared_prefix(self._messages, messages)
         while len(self._added) > known:
-            joined, count = self._added.pop()
+            joined, count, _ = self._added.pop()
             for _ in range(count):
                 self._pop()
             if joined is not None:
                 self.add(joined)
         for message in messages[known:]:
             content = message["content"]
+            date = self._added[-1][2] if self._added else ""
             if message["role"] == "assistant" and self.passages and count_words(content) < MIN_WORDS:
                 joined = self._pop()  # a short answer is found by its question
-                self._added.append((joined, 1))
-                self.add(f"{joined}\n\n{content}")
+                self._added.append((joined, 1, date))
+                self.add(Passage(f"{joined.text}\n\n{content}", joined.context))
             else:
-                new = split(content, self.size)
-                self._added.append((None, len(new)))
+                new = split_with_context(content, self.size, date)
+                self._added.append((None, len(new), opening_date(content) or date))
                 for passage in new:
                     self.add(passage)
         self._messages = messages
 
-    def rank(self, question: str) -> list[int]:
-        """Return the numbers of the passages that share enough with a question, the best first."""
+    def rank(self, question: str) -> list[tuple[int, float]]:
+        """Return the numbers and scores of the passages that share enough with a question, the best first."""
         sought = sorted(set(query_terms(question)))
         if not sought or not self._total:
             return []
-        shared, weight = np.zeros(len(self.passages)), 0.0
+        shared, weights = np.zeros(len(self.passages)), list[float]()
         for term in sought:
             numbers = self._numbers(term)
             rarity = self._rarity(len(numbers))
             shared[numbers] += rarity
-            weight += rarity if len(numbers) else UNKNOWN_WEIGHT * rarity
-        scores, least = self._scores(sought), MIN_SHARED * weight
+            weights.append(rarity if len(numbers) else UNKNOWN_WEIGHT * rarity)
+        scores, least = self._scores(sought), MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
         if max(shared[at] for at in _highest(scores, TOP)) < least:
             return []
         enough = np.flatnonzero(shared >= least / 2)
-        ranked: list[int] = enough[np.argsort(-scores[enough], kind="stable")].tolist()
-        return ranked
+        ranked = enough[np.argsort(-scores[enough], kind="stable")]
+        return list(zip(ranked.tolist(), scores[ranked].tolist(), strict=True))
 
     def _scores(self, sought: Sequence[str]) -> NDArray[np.float32]:
         """Return the BM25 score of each passage: float32 sums, term by term, as bm25s computes them."""

@@ -2,13 +2,13 @@
 
 Text is cheap to keep, keys and values are not: a token takes some 4 bytes as text and 10,000 and more in a cache. So a
 turn whose cache loses tokens searches what was said before for passages that share the question's rarest words (BM25),
-and reads a fixed number of their tokens again, as a part of the question's message. The question need not be known in
-advance, and what is read for a turn does not grow with the conversation.
+and reads them again, as a part of the question's message: more of them where more was lost, and never more than the
+cache has room for (`selection`). The question need not be known in advance.
 
 The search finds words, not meanings. Where no passage shares enough with the question it finds nothing: small models
 answer from whatever stands before a question (docs/research/retrieval). About a document, the model's attention is
 searched then (`attention_search`). The system message is held for ever, but models follow it less the further behind it
-is, so it is repeated.
+is, so it is repeated, and so is what the user said about every answer (`standing_instructions`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS, find_question, question_start
+from zsmerge_llm.retrieval.selection import (
+    RetrievalTokens,
+    choose,
+    merge,
+    passage_words,
+    question_parts,
+    token_limit,
+    with_context,
+)
+from zsmerge_llm.retrieval.standing_instructions import StandingInstructions
 from zsmerge_llm.types import Message
 
 if TYPE_CHECKING:
@@ -27,10 +36,12 @@ if TYPE_CHECKING:
 
 Search = Callable[[str, int], list[str]]
 """A question, and how many tokens of passages at most → the passages."""
-DEFAULT_TOKENS = 256
-"""How many tokens are read again at most, unless a user sets another number (docs/research/retrieval)."""
-TOKENS_PER_WORD = 4
-"""Tokens of the budget for each word of a passage, where that makes passages shorter: one has to fit in whole."""
+DEFAULT_TOKENS: RetrievalTokens = "auto"
+"""How many tokens are read again at most, unless a user sets a number (docs/research/retrieval)."""
+STANDING_SHARE = 4
+"""The standing instructions take one in so many of the tokens at most."""
+MAX_INDEXES = 3
+"""Indexes of one conversation that are kept, those used last."""
 INTRODUCTION = "Remember this part of the text:"
 
 
@@ -41,31 +52,35 @@ def pinned_tail_tokens(retrieved: int) -> int:
 
 @dataclass
 class PassageIndexes:
-    """The indexes of one conversation, by the size of their passages. Turns differ in it where the system message is
-    repeated."""
+    """What one conversation is searched by. Turns differ in the size of passages where other things are repeated."""
 
     by_size: dict[int, PassageIndex] = field(default_factory=dict)
+    standing: StandingInstructions = field(default_factory=StandingInstructions)
 
     def of_size(self, size: int) -> PassageIndex:
         from zsmerge_llm.retrieval.passage_index import PassageIndex  # needs NumPy
 
-        return self.by_size.setdefault(size, PassageIndex(size))
+        known = {each: index for each, index in self.by_size.items() if each != size}
+        index = self.by_size.get(size) or PassageIndex(size)
+        self.by_size = dict([*known.items(), (size, index)][-MAX_INDEXES:])
+        return index
 
 
 @dataclass(frozen=True)
 class PassageSearch:
     """Adds passages of what was said before, and the system message, to the message that asks for them.
 
-    max_tokens: how many of them at most. 0: none, ever.
+    max_tokens: how many of them at most, as for `token_limit`. 0: none, ever.
     """
 
     template: ChatTemplate
-    max_tokens: int
+    max_tokens: RetrievalTokens
 
     def augment(
         self,
         messages: list[Message],
-        budget: int,
+        slots: int,
+        length: int = 0,
         recent_ids: Sequence[int] = (),
         fallback: Search | None = None,
         indexes: PassageIndexes | None = None,
@@ -73,16 +88,17 @@ class PassageSearch:
         """Return the messages, the last of them with the passages it asks for; unchanged where there are none.
 
         Only a user's message asks. In a message that is longer than the cache, the end asks for what stands before it.
-        In any other, what is repeated comes first. It takes up half of the cache at most.
+        In any other, what is repeated comes first.
 
         The system message is repeated as a whole if that takes no more than half of this, whatever is asked: models do
         not follow it from far behind, even where the cache holds all of it. But not before a message longer than a
         question: it would not stand near what is asked, and what is repeated again and again is not followed either.
+        So it is with the user's standing instructions.
 
         Args:
-            budget: slots of the cache.
-            recent_ids: ids of the conversation; where the last `budget` of them hold the system message, it is not
-                repeated.
+            slots: of the cache.
+            length: tokens of the conversation.
+            recent_ids: ids of the conversation; what the last `slots` of them hold is not repeated whatever is asked.
             fallback: another search, for where words find nothing.
             indexes: those of the conversation, so that only new messages are split and indexed.
         """
@@ -91,14 +107,20 @@ class PassageSearch:
             return messages
         content, start = last["content"], question_start(last["content"])
         size = len(self.template.encode_text(content))
-        if size <= budget:
+        if size <= slots:
             start = 0
-        left = min(self.max_tokens, budget // 2)
+        indexes = indexes or PassageIndexes()
+        left = token_limit(self.max_tokens, length, slots)
         system = self._system_message(before, left // 2)
         question = content if size <= MAX_QUESTION_TOKENS else find_question(content)
         searched = before[bool(system) :] + ([{**last, "content": content[:start]}] if start else [])
-        is_near = size <= MAX_QUESTION_TOKENS or start > 0
-        repeated = f"{system}\n\n" if system and is_near and not self._contains(recent_ids[-budget:], system) else ""
+        repeated = ""
+        if size <= MAX_QUESTION_TOKENS or start > 0:
+            recent = self._squeezed(str(self.template.tokenizer.decode(list(recent_ids[-slots:]))))
+            standing = self._standing(before, question, left // STANDING_SHARE, recent, indexes)
+            repeated = "\n\n".join(
+                [each for each in (system, standing) if each and self._squeezed(each) not in recent] + [""]
+            )
         left -= len(self.template.encode_text(repeated))
         found = self.search(searched, question, left, indexes)
         repeated += as_block(found if found or fallback is None else fallback(question, left))
@@ -106,31 +128,42 @@ class PassageSearch:
             return messages
         return [*before, {**last, "content": content[:start] + repeated + content[start:]}]
 
+    def _standing(
+        self, messages: Sequence[Message], question: str, left: int, recent: str, indexes: PassageIndexes
+    ) -> str:
+        """Return the standing instructions that a question has to heed and `recent` does not hold, in `left` tokens."""
+
+        def fits(statement: str) -> bool:
+            nonlocal left
+            cost = len(self.template.encode_text(statement + "\n"))
+            if cost > left or self._squeezed(statement) in recent:
+                return False
+            left -= cost
+            return True
+
+        return "\n".join(indexes.standing.select(messages, question, fits))
+
     def _system_message(self, messages: Sequence[Message], max_tokens: int) -> str:
         """Return the system message, if it has at most `max_tokens`; else ""."""
         text = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
         return text if len(self.template.encode_text(text)) <= max_tokens else ""
 
-    def _contains(self, ids: Sequence[int], text: str) -> bool:
-        """Return whether ids hold a text, but for spaces, which tokenizers do not always keep."""
-        decoded = str(self.template.tokenizer.decode(list(ids)))
-        return "".join(text.split()) in "".join(decoded.split())
+    @staticmethod
+    def _squeezed(text: str) -> str:
+        """Return a text without its spaces, which tokenizers do not always keep."""
+        return "".join(text.split())
 
     def search(
         self, messages: Sequence[Message], question: str, max_tokens: int, indexes: PassageIndexes | None = None
     ) -> list[str]:
         """Return the passages that fit best to a question, at most `max_tokens` together, in the text's order."""
-        size = min(PASSAGE_WORDS, max(MIN_WORDS, max_tokens // TOKENS_PER_WORD))
-        found: dict[int, str] = {}
-        ranked, passages = (indexes or PassageIndexes()).of_size(size).find(messages, question)
-        for number in ranked:
-            cost = len(self.template.encode_text(passages[number] + "\n\n"))
-            if cost <= max_tokens:
-                found[number] = passages[number]
-                max_tokens -= cost
-            elif found:
-                break
-        return [found[number] for number in sorted(found)]
+        questions = [question, *question_parts(question)]
+        rankings, passages = (indexes or PassageIndexes()).of_size(passage_words(max_tokens)).find(messages, questions)
+
+        def cost(number: int) -> int:
+            return len(self.template.encode_text("\n".join(with_context([passages[number]])) + "\n\n"))
+
+        return with_context([passages[number] for number in choose(merge(rankings), cost, max_tokens)])
 
 
 def as_block(passages: Sequence[str]) -> str:

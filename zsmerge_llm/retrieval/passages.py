@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 PASSAGE_WORDS = 80
 """Words after which a passage ends with the next sentence."""
@@ -15,6 +16,20 @@ TERM = "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\w+"
 """What is searched for: words, and single characters of scripts that write no spaces."""
 SENTENCE_END = "[.!?][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\n(?![a-z])\\s*"
 """Where a sentence, line or, with two line ends, a paragraph ends. A line that goes on in small letters does not."""
+DATE = (
+    r"\b(?:\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}"
+    r"|\d{1,2}(?:st|nd|rd|th)?\.?\s+(?:de\s+)?[^\W\d_]{3,}\.?,?\s+(?:de\s+)?\d{4}"
+    r"|[^\W\d_]{3,}\.?\s+\d{1,2}(?:st|nd|rd|th)?,?\s+\d{4})\b|\d{4}年\d{1,2}月\d{1,2}日"
+)
+"""A day of a calendar: "2023-05-08", "8 May, 2023", "May 8th, 2023", "8.5.2023"."""
+MAX_DATE_LINE_WORDS = 6
+"""Words that a line says beside a date, to say when what follows was said or happened."""
+MAX_HEADING_LETTERS = 120
+"""Characters of a heading."""
+LIST_ITEM = re.compile(r"(?:[-*+\u2022]|\d+[.)])\s")
+"""How an item of a list begins: a date in it is not that of what follows."""
+SESSION = re.compile(r"\W*(?:date|session|conversation|chat|meeting|day)\b", re.IGNORECASE)
+"""How a line begins that opens a part of a dialogue, also without an empty line before it."""
 QUESTION_WORDS = frozenset(
     re.findall(
         TERM,
@@ -26,10 +41,30 @@ QUESTION_WORDS = frozenset(
 """Words that ask, beside the stop words of a language: they do not tell what a question is about."""
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a text.
+
+    context: the last line with a date and the last Markdown heading before it; "" for those that it begins with.
+    """
+
+    text: str
+    context: str = ""
+
+
 def split(text: str, size: int = PASSAGE_WORDS) -> list[str]:
     """Split a text into passages: paragraphs, and parts of those of more than `size` words.
 
     A part ends with a sentence or a line. A heading belongs to what follows it, a short end to what stands before it.
+    """
+    return [passage.text for passage in split_with_context(text, size)]
+
+
+def split_with_context(text: str, size: int = PASSAGE_WORDS, date: str = "") -> list[Passage]:
+    """Split a text as `split` does, with the headings that each passage stands under.
+
+    Args:
+        date: the line with a date that the text stands under.
     """
     starts = [0]
     for end, ends_paragraph in _ends(text, size):
@@ -37,8 +72,47 @@ def split(text: str, size: int = PASSAGE_WORDS) -> list[str]:
             starts.append(end)
     if len(starts) > 1 and count_words(text[starts[-1] :]) < size // 2:
         starts.pop()
-    passages = [text[start:end].strip() for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
-    return [passage for passage in passages if count_words(passage)]
+    found, headings, shown = list[Passage](), list(_headings(text)), (date, "")
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        passage = text[start:end].strip()
+        if not count_words(passage):
+            continue
+        first = text.index(passage, start)
+        while headings and headings[0][0] < first:
+            shown = _under(shown, *headings.pop(0)[1:])
+        own = _under(shown, *headings[0][1:]) if headings and headings[0][0] == first else shown
+        found.append(Passage(passage, "\n".join(line for line in own if line and not passage.startswith(line))))
+    return found
+
+
+def opening_date(text: str) -> str:
+    """Return the first line of a text, if it says when what follows was said; else ""."""
+    return next((line for at, line, is_date in _headings(text[:MAX_HEADING_LETTERS]) if is_date and not at), "")
+
+
+def _headings(text: str) -> Iterator[tuple[int, str, bool]]:
+    """Yield where each heading begins, its line, and whether it is a date rather than a heading of Markdown."""
+    at, ends_paragraph = 0, True
+    for whole in text.splitlines(keepends=True):
+        line = whole.strip()
+        start, at = at + whole.find(line), at + len(whole)
+        if len(line) <= MAX_HEADING_LETTERS:
+            if re.match("#{1,6}\\s", line):
+                yield start, line, False
+            elif (ends_paragraph or SESSION.match(line)) and _is_date_line(line):
+                yield start, line, True
+        ends_paragraph = not line
+
+
+def _is_date_line(line: str) -> bool:
+    if LIST_ITEM.match(line) or line.endswith((".", "!", "?")) or not re.search(DATE, line):
+        return False
+    return count_words(re.sub(DATE, " ", line)) <= MAX_DATE_LINE_WORDS
+
+
+def _under(shown: tuple[str, str], line: str, is_date: bool) -> tuple[str, str]:
+    """Return the date line and the heading that a text stands under after one more of them."""
+    return (line, "") if is_date else (shown[0], line)
 
 
 def _ends(text: str, size: int) -> Iterator[tuple[int, bool]]:

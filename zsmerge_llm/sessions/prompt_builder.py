@@ -64,7 +64,7 @@ class PromptBuilder:
         system_tokens = _num_system_tokens(template, messages, tools, ids)
         config, plain = self.config(len(ids), system_tokens), len(ids)
         if config.slots is not None and plain > config.slots:
-            augmented = self.passage_search.augment(messages, config.slots, ids, indexes=indexes)
+            augmented = self.passage_search.augment(messages, config.slots, plain, ids, indexes=indexes)
             ids = template.encode(template.render(augmented, tools))
         probe = message_probe(template, messages[-1]["content"])
         return Prompt(ids, config, probe, is_multi_turn(messages), system_tokens, len(ids) - plain)
@@ -118,7 +118,7 @@ class PromptBuilder:
             return following
         messages, recent_ids = transcript.messages, [*snapshot.tokens[-slots:], *following][-slots:]
         fallback = self._document_search(continuation, cache)
-        augmented = self.passage_search.augment(messages, slots, recent_ids, fallback, transcript.indexes)
+        augmented = self.passage_search.augment(messages, slots, length, recent_ids, fallback, transcript.indexes)
         if augmented is messages:
             return following
         longer = self.following_ids(continuation, augmented)

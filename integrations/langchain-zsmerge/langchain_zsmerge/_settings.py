@@ -82,8 +82,9 @@ class ZSMergeSettings(BaseModel):
     """Variables for the chat template, such as `{"enable_thinking": False}`."""
     allow_control_tokens: bool = Field(default=False, frozen=True)
     """Whether control tokens that messages and tools spell, such as `<|im_end|>`, are read as tokens, not as text."""
-    retrieval_tokens: int = Field(default=256, frozen=True)
-    """Maximum tokens of dropped text that are retrieved and read again before a question; 0 for none."""
+    retrieval_tokens: int | Literal["auto"] = Field(default="auto", frozen=True)
+    """Maximum tokens of dropped text that are retrieved and read again before a question; 0 for none. `"auto"`: the
+    more, the more was dropped."""
     max_input_tokens: int | None = Field(default=None, frozen=True)
     """A longer prompt raises ContextLimitError; None sets no limit. Nothing is ever truncated."""
     sessions_dir: str | None = Field(

@@ -104,8 +104,8 @@ class ZSMergeLLM(StructuredPrediction):
         default=None, description="Variables for the chat template, such as {'enable_thinking': False}."
     )
     allow_control_tokens: bool = Field(default=False, description="Read control tokens spelled in text as tokens.")
-    retrieval_tokens: int = Field(
-        default=256, description="Maximum tokens of dropped text retrieved before a question; 0: none."
+    retrieval_tokens: int | str = Field(
+        default="auto", description="Maximum tokens of dropped text retrieved before a question; 0: none."
     )
     max_input_tokens: int | None = Field(default=None, description="A longer prompt is an error; None: no limit.")
     sessions_dir: PathText | None = Field(default=None, description="Folder that stores sessions.")

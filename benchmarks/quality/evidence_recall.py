@@ -1,0 +1,105 @@
+"""Recall of evidence, without a model: does the text that is looked up for a question hold its answer?
+
+    python benchmarks/quality/evidence_recall.py --data FILE.jsonl[xN]... [--tokens 128,256,...] [--model smollm2]
+
+`FILE.jsonl x5` as FILE.jsonlx5: five documents joined to one. For documents with `qa`, the share of questions whose
+gold answer stands in the passages found. For conversations (`turns`, with a `rubric` for each question), the mean share
+of the rubric's words, as far as the question does not have them and few passages do. The tokens are those of the
+passages, by the model's tokenizer. Writes results/evidence-recall.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.common import write
+from benchmarks.quality.tasks import load
+from zsmerge_llm import LLM
+from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
+from zsmerge_llm.retrieval.passages import query_terms, split, terms
+
+COMMON = 60
+"""Passages that a word of a rubric stands in at most: words of more tell nothing."""
+
+
+@cache
+def plain(text: str) -> str:
+    """Return a text's words alone."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def items(spec: str) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Yield the documents or conversations of a file: task, messages, and questions."""
+    path, join = (spec.rpartition("x")[0], int(spec.rpartition("x")[2])) if re.search(r"lx\d+$", spec) else (spec, 1)
+    for record in load([path], None, join):
+        if "turns" in record:
+            yield record["file"], record["turns"], record["qa"]
+        else:
+            yield record["file"], [{"role": "user", "content": record["context"]}], record["qa"]
+
+
+def facts(asked: dict[str, Any], spread: Counter[str]) -> set[str]:
+    """Return the terms of a rubric that the conversation has, and the question has not."""
+    answers = asked["a"] if isinstance(asked["a"], list) else [asked["a"]]
+    stated = query_terms(" ".join([*asked["rubric"], *answers]).replace("LLM response should", ""))
+    return {term for term in stated if 0 < spread[term] < COMMON} - set(terms(asked["q"]))
+
+
+def found_share(asked: dict[str, Any], text: str, spread: Counter[str]) -> float | None:
+    """Return how much of a question's evidence a text holds; None where it is not known."""
+    if "rubric" not in asked:
+        return float(any(plain(answer) in plain(text) for answer in asked["a"]))
+    needed = facts(asked, spread)
+    if asked["kind"] == "abstention" or not needed:
+        return None
+    return len(needed & set(terms(text))) / len(needed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True, help="JSON lines")
+    parser.add_argument("--tokens", default="128,256,384,512,640,1024")
+    parser.add_argument("--model", default="smollm2", help="whose tokenizer counts")
+    arguments = parser.parse_args()
+    template = ChatTemplate(LLM(arguments.model, compile=False).tokenizer)
+    found: dict[tuple[str, int], list[tuple[float, int]]] = {}
+    for task, messages, questions in (each for spec in arguments.data for each in items(spec)):
+        indexes = PassageIndexes()
+        spread = Counter(term for each in messages for part in split(each["content"]) for term in set(terms(part)))
+        for limit in map(int, arguments.tokens.split(",")):
+            search = PassageSearch(template, limit)
+            for asked in questions:
+                text = "\n\n".join(search.search(messages, asked["q"], limit, indexes))
+                share = found_share(asked, text, spread)
+                if share is None:
+                    continue
+                for name in [task, *([f"{task} {asked['kind']}"] if "kind" in asked else [])]:
+                    found.setdefault((name, limit), []).append((share, len(template.encode_text(text))))
+    rows = [
+        {
+            "task": task,
+            "limit": limit,
+            "questions": len(each),
+            "recall": round(statistics.fmean(share for share, _ in each), 4),
+            "tokens": round(statistics.fmean(size for _, size in each)),
+        }
+        for (task, limit), each in sorted(found.items())
+    ]
+    for row in rows:
+        print(*row.values(), sep="\t")
+    print(write("evidence-recall", {"model": arguments.model, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

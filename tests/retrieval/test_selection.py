@@ -1,0 +1,75 @@
+"""How many tokens are read again, which passages, and what is shown with them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zsmerge_llm.retrieval.passages import Passage
+from zsmerge_llm.retrieval.selection import (
+    FULL_OVERFLOW,
+    MIN_SCORE,
+    choose,
+    merge,
+    passage_words,
+    question_parts,
+    token_limit,
+    with_context,
+)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(8, 10**5))
+def test_the_more_is_lost_the_more_is_read_again_and_never_more_than_is_held(a: int, b: int, slots: int) -> None:
+    shorter, longer = sorted((a, b))
+    assert 0 <= token_limit("auto", shorter, slots) <= token_limit("auto", longer, slots) <= 0.75 * slots
+    assert token_limit("auto", longer, slots) >= token_limit(256, longer, slots)
+
+
+def test_a_fixed_number_stays_and_takes_half_of_the_slots_at_most() -> None:
+    assert token_limit(256, 10**6, 1024) == token_limit(256, 1024, 1024) == 256
+    assert token_limit(256, 10**6, 300) == 150
+    assert token_limit("auto", 1024, 1024) == 256
+    assert token_limit("auto", round(FULL_OVERFLOW * 1024), 1024) == token_limit("auto", 10**6, 1024) == 640
+
+
+@given(st.integers(0, 10**5))
+def test_passages_are_short_where_little_is_read_again_and_of_few_sizes(tokens: int) -> None:
+    assert passage_words(tokens) in {12, 16, 32, 48, 64, 80}
+    assert passage_words(tokens) <= passage_words(tokens + 100)
+
+
+def test_a_question_of_several_parts_is_searched_part_by_part() -> None:
+    assert question_parts("Who built the tower, and when was the harbour opened?") == [
+        "Who built the tower",
+        "when was the harbour opened",
+    ]
+    assert question_parts("How many days passed between the first storm and the last one?") == [
+        "the first storm",
+        "the last one",
+    ]
+    assert question_parts("Who built the old tower?") == question_parts("Do they sell bread and butter?") == []
+
+
+def test_passages_far_below_the_best_are_left_out_and_parts_take_turns() -> None:
+    assert merge([[(4, 2.0), (1, 1.9), (2, 2 * MIN_SCORE - 0.1)], [(7, 9.0), (4, 8.0)], []]) == [4, 7, 1]
+    assert merge([[], []]) == []
+
+
+@given(st.lists(st.integers(1, 50), unique=True), st.integers(0, 200))
+def test_what_is_chosen_fits_and_stands_in_the_texts_order(ranked: list[int], most: int) -> None:
+    chosen = choose(ranked, lambda number: number, most)
+    assert sum(chosen) <= most
+    assert chosen == sorted(set(chosen) & set(ranked))
+
+
+def test_headings_are_shown_once_and_not_where_the_passage_before_shows_them() -> None:
+    date = "8 May 2023"
+    shown = with_context(
+        [
+            Passage("I went.", date),
+            Passage("I came.", f"{date}\n## Plans"),
+            Passage("9 May 2023\nI saw."),
+            Passage("I won.", "9 May 2023"),
+        ]
+    )
+    assert shown == [f"{date}\nI went.", "## Plans\nI came.", "9 May 2023\nI saw.", "I won."]

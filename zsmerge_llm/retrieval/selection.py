@@ -1,0 +1,100 @@
+"""Which passages are read again, and how many tokens of them: by how much is lost, and by how sure the search is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+from typing import Literal
+
+from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS, Passage, count_words
+
+RetrievalTokens = int | Literal["auto"]
+"""How many tokens are read again at most; 0: none. "auto": `token_limit` says it for each turn."""
+FIXED_TOKENS = 256
+"""Tokens that are read again at most where a text is hardly longer than its cache."""
+PINNED_SHARE = 0.75
+"""Share of the slots that holds what a turn reads, and the question behind it (`CacheConfig.recent_share`)."""
+QUESTION_TOKENS = 128
+"""Tokens of that share for the question."""
+FULL_OVERFLOW = 20.0
+"""How many times its slots a text is long where nothing but passages and the newest tokens is worth a slot."""
+TOKENS_PER_WORD = 4
+"""Tokens of the budget for each word of a passage."""
+SIZE_STEP = 16
+"""Words by which sizes of passages differ."""
+MIN_SCORE = 0.5
+"""Share of the best passage's score that others need. A gap tells that the search is sure."""
+ASKING = r"(?:what|when|where|which|who|whose|why|how|is|are|was|were|do|does|did|can|could)\b"
+PART_END = rf"[?;]|,?\s(?:and|or)\s(?={ASKING})|,\s(?={ASKING})"
+"""Where one part of a question ends and the next begins."""
+COMPARED = r"\bbetween\s(.+?)\sand\s(.+)"
+"""Two things that stand at different places of a text, perhaps."""
+MIN_PART_WORDS = 2
+
+
+def token_limit(setting: RetrievalTokens, length: int, slots: int) -> int:
+    """Return how many tokens are read again at most before a question about a text of `length` tokens.
+
+    The share of the text that its cache holds is slots / length. So what a slot of older tokens is worth falls with the
+    length, and what a passage found by search is worth does not.
+    """
+    if setting != "auto":
+        return min(setting, slots // 2)
+    least = min(FIXED_TOKENS, slots // 2)
+    most = max(least, round(PINNED_SHARE * slots) - QUESTION_TOKENS)
+    lost = math.log(max(length, slots) / slots) / math.log(FULL_OVERFLOW)
+    return round(least + (most - least) * min(1.0, lost))
+
+
+def passage_words(max_tokens: int) -> int:
+    """Return the words of a passage where so many tokens are read again: one has to fit in whole.
+
+    Sizes are few, for each needs an index of its own.
+    """
+    words = min(PASSAGE_WORDS, max_tokens // TOKENS_PER_WORD)
+    return max(MIN_WORDS, words // SIZE_STEP * SIZE_STEP)
+
+
+def question_parts(question: str) -> list[str]:
+    """Return the parts of a question that asks several things, each to be searched for; [] for a single one."""
+    parts: list[str] = []
+    for part in re.split(PART_END, question, flags=re.IGNORECASE):
+        compared = re.search(COMPARED, part, re.IGNORECASE)
+        parts += compared.groups() if compared else [part]
+    parts = [part.strip() for part in parts if count_words(part) >= MIN_PART_WORDS]
+    return parts if len(parts) > 1 else []
+
+
+def merge(rankings: Sequence[Sequence[tuple[int, float]]]) -> list[int]:
+    """Return the numbers of the passages of several rankings by turns, without those far below the best of each."""
+    near = ([number for number, score in each if score >= MIN_SCORE * each[0][1]] for each in rankings)
+    return list(dict.fromkeys(number for turn in zip_longest(*near) for number in turn if number is not None))
+
+
+def choose(ranked: Iterable[int], cost: Callable[[int], int], max_tokens: int) -> list[int]:
+    """Return the first of the passages that cost `max_tokens` together, in the text's order.
+
+    cost: tokens of a passage.
+    """
+    chosen: list[int] = []
+    for number in ranked:
+        if (size := cost(number)) <= max_tokens:
+            chosen.append(number)
+            max_tokens -= size
+        elif chosen:
+            break
+    return sorted(chosen)
+
+
+def with_context(passages: Sequence[Passage]) -> list[str]:
+    """Return the texts of passages in order, each below the headings that no passage before it has shown."""
+    texts: list[str] = []
+    before = Passage("")
+    for passage in passages:
+        shown = f"{before.context}\n{before.text}".split("\n")
+        new = (line for line in passage.context.split("\n") if line and line not in shown)
+        texts.append("\n".join([*new, passage.text]))
+        before = passage
+    return texts

@@ -1,0 +1,100 @@
+"""Standing instructions: what a user once said that holds for every later answer, such as "I dislike superhero films".
+
+A question does not repeat the words of the preference that it has to heed, so no search finds it. Users state such
+things in few forms, which are recognized in their messages. English only: elsewhere nothing is recognized.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from threading import Lock
+
+from zsmerge_llm.language.messages import shared_prefix
+from zsmerge_llm.retrieval.passages import SENTENCE_END, count_words, query_terms, terms
+from zsmerge_llm.types import Message
+
+MAX_MESSAGE_WORDS = 400
+"""A longer message is a text to work on. What somebody in it prefers is nothing that the user asks for."""
+MAX_WORDS = 40
+"""Of a longer sentence, the clause that says it is taken."""
+CLAUSE_END = r"[;:]\s+|,\s+(?=(?:and|but|so|or|how|can|could|which|because|considering)\b)"
+STATEMENT = re.compile(
+    r"""
+    ^\W*(?:please\s+|also,?\s+|and\s+)?
+    (?:always|never|from\ now\ on|whenever|in\ (?:the\ )?future|remember\ to|keep\ in\ mind
+       |do(?:\ not|n['\u2019]t)\ ever)\b
+    | \b(?:from\ now\ on|when(?:ever)?\ I\ ask)\b
+    | \bI\s+(?:\w+ly\s+|much\s+|also\s+)?(?:
+        prefer | dislike | hate | despise | detest | loathe | avoid | refuse | love
+        | (?:(?:can|will)\s+)?(?:only|exclusively|strictly|never|always)\s+
+          (?!\w+ed\b|have|had|know|knew|need|got|see|saw|meant|said|did|been|heard|thought)\w+
+        | (?:\w+\s+)?follow\s+an?\s+(?:[\w-]+\s+){0,3}diet
+        | ca(?:n['\u2019]?|nno|n\ no)t\s+(?:stand|eat|tolerate|bear)
+        | do(?:\ not|n['\u2019]t)\s+(?:like|enjoy|eat|drink|use|listen|read|watch|wear|care)
+    )\b
+    | \bI(?:['\u2019]m|\ am)\s+(?:not\ a(?:\ \w+)?\ fan|allergic|vegan|vegetarian|averse|\w+[\s-]intolerant)\b
+    | \bI\s+have\s+(?:an?|no)\s+(?:[\w-]+\s+){0,2}
+      (?:aversion|preference|objection|allergy|dislike|distaste|interest|phobia|fear)\b
+    | \bmy\s+favou?rite\b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+class StandingInstructions:
+    """The standing instructions and preferences of a conversation's user. Each turn adds those of its new messages.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._messages: list[Message] = []
+        self._found: list[list[str]] = []  # by message
+        self._lock = Lock()
+
+    def select(self, messages: Sequence[Message], question: str, fits: Callable[[str], bool]) -> list[str]:
+        """Return the statements of the users' messages that a question has to heed, in their order.
+
+        Those that share words with the question are tried first, the rarest words of all; then the newest.
+
+        Args:
+            fits: whether a statement is to be repeated, beside those before which it said so.
+        """
+        with self._lock:
+            statements = self._update(list(messages))
+        having = Counter(term for each in statements for term in set(terms(each)))
+        asked = set(query_terms(question))
+
+        def relevance(number: int) -> tuple[float, int]:
+            return sum(1 / having[term] for term in asked & set(terms(statements[number]))), number
+
+        by_relevance = sorted(range(len(statements)), key=relevance, reverse=True)
+        return [statements[number] for number in sorted(each for each in by_relevance if fits(statements[each]))]
+
+    def _update(self, messages: list[Message]) -> list[str]:
+        """Return all statements, the oldest first; of equal ones the newest."""
+        known = shared_prefix(self._messages, messages)
+        new = [find_statements(each["content"]) if each["role"] == "user" else [] for each in messages[known:]]
+        self._messages, self._found = messages, [*self._found[:known], *new]
+        newest_first = dict.fromkeys(text for found in reversed(self._found) for text in reversed(found))
+        return list(reversed(newest_first))
+
+
+def find_statements(text: str) -> list[str]:
+    """Return the sentences of a message that state what its writer prefers, or how every answer is to be."""
+    if count_words(text) > MAX_MESSAGE_WORDS:
+        return []
+    found = []
+    for sentence in _parts(text, SENTENCE_END):
+        clauses = [sentence] if count_words(sentence) <= MAX_WORDS else _parts(sentence, CLAUSE_END)
+        found += [clause for clause in clauses if STATEMENT.search(clause) and 2 < count_words(clause) <= MAX_WORDS]
+    return found
+
+
+def _parts(text: str, end: str) -> list[str]:
+    """Return the parts of a text, each with the mark that ends it."""
+    ends = [each.end() for each in re.finditer(end, text)]
+    parts = (text[start:stop].strip() for start, stop in zip([0, *ends], [*ends, len(text)], strict=True))
+    return [part for part in parts if part]
