@@ -79,7 +79,7 @@ def _full(slots: int) -> CacheConfig:
 
 _ALL = (
     # Without eviction.
-    Policy("full", _full, chunk=None),
+    Policy("full", _full, chunk=2048),
     Policy("full-retrieval", _full, chunk=None, retrieval_tokens=DEFAULT_TOKENS),
     Policy("truncate", _full, newest_only=True),
     Policy("truncate-retrieval", _full, newest_only=True, retrieval_tokens=DEFAULT_TOKENS),
