@@ -23,7 +23,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -68,24 +69,25 @@ def done(path: Path) -> set[Cell]:
     return {cell(json.loads(line)) for line in lines}
 
 
-def records(arguments: argparse.Namespace, template: ChatTemplate) -> list[Record]:
-    """Return what the suite asks about."""
+def records(arguments: argparse.Namespace, template: ChatTemplate) -> tuple[int | None, Iterable[Record]]:
+    """Return how many records a suite has (None: not known), and the records, which are made one after another."""
     if arguments.suite == "files":
         loaded = load(arguments.data, arguments.documents, arguments.join)
-        found = list(loaded if arguments.rephrased is None else rephrased(loaded, Path(arguments.rephrased)))
-        if arguments.needles:
-            found += needles(Path(arguments.needles), template, arguments.documents or 6, arguments.needle_tokens)
-        return found
+        found = loaded if arguments.rephrased is None else rephrased(loaded, Path(arguments.rephrased))
+        hidden = (Path(arguments.needles), template, arguments.documents or 6, arguments.needle_tokens)
+        return None, chain(found, needles(*hidden) if arguments.needles else ())
     sources = Sources.at(arguments.folder, lambda text: len(template.encode_text(text)))
     if arguments.suite == "beam":
-        return list(dialogues.beam(sources, arguments.most_messages))[: arguments.documents]
+        return None, islice(dialogues.beam(sources, arguments.most_messages), arguments.documents)
     if arguments.suite == "prefeval":
-        count = arguments.documents or 100
-        return list(dialogues.preferences(sources, arguments.between, count, arguments.together))
+        count, together = arguments.documents or 100, arguments.together
+        total = len(arguments.between) * -(-count // together)
+        return total, dialogues.preferences(sources, arguments.between, count, together)
     suite: Any = ruler if arguments.suite == "ruler" else scbench
     tasks = arguments.tasks.split(",") if arguments.tasks else tuple(suite.TASKS)
-    questions = arguments.questions or 4
-    return list(suite.records(sources, arguments.lengths, arguments.documents or 8, questions, tasks=tasks))
+    texts = arguments.documents or 8
+    made = suite.records(sources, arguments.lengths, texts, arguments.questions or 4, tasks=tasks)
+    return len(arguments.lengths) * texts * len(tasks), made
 
 
 def measure(arguments: argparse.Namespace, path: Path) -> None:
@@ -93,8 +95,8 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
     llm = LLM(arguments.model, compile=False)
     evaluator = Evaluator(llm.engine, ChatTemplate(llm.tokenizer), rouge=not arguments.no_rouge)
     known, finished, started = contenders(evaluator), done(path), time.monotonic()
-    listed = records(arguments, evaluator.template)
-    for number, record in enumerate(listed):
+    total, made = records(arguments, evaluator.template)
+    for number, record in enumerate(made, start=1):
         plain, most = "prompt" in record, arguments.questions or (24 if arguments.suite == "files" else 1000)
         read = summary(evaluator.template, record) if plain else item(evaluator.template, record, most)
         for setting in ["summary"] if plain else arguments.settings:
@@ -107,7 +109,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
                     finished.add(key)
                     rows = list(getattr(known[name], setting)(budget, read))
                     append(path, key, {"kind": record["task"]} if arguments.suite in ("ruler", "scbench") else {}, rows)
-                    print(progress(number, len(listed), started), *key, *figures(rows), flush=True)
+                    print(progress(number, total, started), *key, *figures(rows), flush=True)
 
 
 def append(path: Path, key: Cell, fields: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -117,10 +119,11 @@ def append(path: Path, key: Cell, fields: dict[str, Any], rows: Sequence[dict[st
         file.writelines(json.dumps({**own, **fields, **row}) + "\n" for row in rows)
 
 
-def progress(number: int, total: int, started: float) -> str:
+def progress(number: int, total: int | None, started: float) -> str:
     """Return how much is done, and how long the rest takes at this pace."""
-    left = (time.monotonic() - started) / (number + 1) * (total - number - 1)
-    return f"[{number + 1}/{total}, {left / 60:.0f} min left]"
+    if total is None:
+        return f"[{number}]"
+    return f"[{number}/{total}, {(time.monotonic() - started) / number * (total - number) / 60:.0f} min left]"
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> list[str]:

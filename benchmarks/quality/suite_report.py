@@ -46,19 +46,32 @@ def mean(questions: Questions, figure: Figure) -> float:
 
 
 def interval(questions: Questions, figure: Figure, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of `mean`: each kind's texts are drawn, with all their questions."""
-    texts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (kind, text, _), line in questions.items():
-        texts[kind][text].append(figure(line))
-    draw, means = random.Random(seed), []
-    for _ in range(draws):
-        kinds = []
-        for own in texts.values():
-            values = [value for text in draw.choices(list(own.values()), k=len(own)) for value in text]
-            kinds.append(sum(values) / len(values))
-        means.append(sum(kinds) / len(kinds))
-    means.sort()
+    """Return the 95 % bootstrap interval of `mean`: texts are drawn, with all their questions.
+
+    Each kind's texts are drawn among themselves, or all together where a kind has only one.
+    """
+    texts: dict[tuple[str, str], Questions] = defaultdict(dict)
+    for key, line in questions.items():
+        texts[key[:2]][key] = line
+    strata = defaultdict(list)
+    for (kind, _), own in texts.items():
+        strata[kind].append(own)
+    groups = list(strata.values())
+    if min(map(len, groups)) == 1:
+        groups = [[own for group in groups for own in group]]
+    draw = random.Random(seed)
+    means = sorted(mean(_drawn(draw, groups), figure) for _ in range(draws))
     return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
+
+
+def _drawn(draw: random.Random, groups: Sequence[Sequence[Questions]]) -> Questions:
+    """Return as many texts of each group, drawn with replacement."""
+    drawn = (text for group in groups for text in draw.choices(group, k=len(group)))
+    return {
+        (kind, f"{text} {number}", question): line
+        for number, own in enumerate(drawn)
+        for (kind, text, question), line in own.items()
+    }
 
 
 def gap(own: Questions, ours: Questions, name: str) -> dict[str, Any]:

@@ -287,6 +287,12 @@ def test_kinds_count_alike_however_many_questions_they_have() -> None:
     assert suite_report.mean(own, lambda each: each["score"]) == 0.5
 
 
+def test_an_interval_over_kinds_of_one_text_each_is_not_empty() -> None:
+    own = {(kind, "1", 0): line("ours", 1, 0, 0.0, score) for kind, score in (("a", 0.0), ("b", 1.0), ("c", 1.0))}
+    low, high = suite_report.interval(own, lambda each: each["score"])
+    assert low < suite_report.mean(own, lambda each: each["score"]) < high
+
+
 def test_the_page_shows_what_the_result_files_give(tmp_path: Path) -> None:
     text = suite_table.PAGE.read_text(encoding="utf-8")
     assert suite_table.page(text) == text, "run python benchmarks/quality/suite_table.py"
@@ -298,4 +304,22 @@ def test_the_page_shows_what_the_result_files_give(tmp_path: Path) -> None:
 
 def test_progress_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.monotonic", lambda: 160.0)
-    assert run.progress(0, 4, 100.0) == "[1/4, 3 min left]"
+    assert run.progress(1, 4, 100.0) == "[1/4, 3 min left]"
+    assert run.progress(3, None, 100.0) == "[3]"
+
+
+def test_a_suite_is_one_command_and_a_restart_measures_nothing_again(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "LLM", lambda *_, **__: make_llm(cache=LARGE_CACHE))
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setenv("ZSMERGE_EVALUATION_DATA", str(sources.folder))
+    options = ["ruler", "--tasks", "niah_single_2", "--lengths", "2500", "--documents", "2", "--budgets", "100"]
+    monkeypatch.setattr("sys.argv", ["run.py", *options, "--contenders", "bm25,truncate"])
+    for _ in range(2):
+        run.main()
+        lines = (tmp_path / "suite-ruler-smollm2.jsonl").read_text().splitlines()
+        assert len(lines) == 4
+    assert capsys.readouterr().out.count("[2/2, 0 min left]") == 2
+    (cell,) = json.loads((tmp_path / "suite-ruler-smollm2.json").read_text())["cells"].values()
+    assert set(cell) == {"bm25", "truncate"}
