@@ -14,6 +14,7 @@ from benchmarks.quality.reconstruction import Reconstruction
 from benchmarks.quality.retrieval_only import RetrievalOnly
 from benchmarks.quality.tasks import Item
 from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS
 
 
 class Contender(Protocol):
@@ -43,12 +44,12 @@ class CachePolicy:
         return self.evaluator.summary(self.policy, budget, item)
 
 
-def contenders(evaluator: Evaluator) -> dict[str, Contender]:
-    """Return all of them by name."""
+def contenders(evaluator: Evaluator, retrieval_tokens: int | str = DEFAULT_TOKENS) -> dict[str, Contender]:
+    """Return all of them by name. retrieval_tokens: as for `LLM`."""
     own = (
-        Product("ours", evaluator),
+        Product("ours", evaluator, retrieval_tokens=retrieval_tokens),
         Product("ours-cache-alone", evaluator, retrieval_tokens=0),
-        Product("streaming-look-up", evaluator, config=CacheConfig.streaming),
+        Product("streaming-look-up", evaluator, CacheConfig.streaming, retrieval_tokens),
     )
     policies = {name: CachePolicy(evaluator, policy) for name, policy in POLICIES.items()}
     others = (RetrievalOnly(evaluator), Reconstruction(evaluator), *own)

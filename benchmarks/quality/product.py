@@ -49,7 +49,7 @@ class Product:
     name: str
     evaluator: Evaluator
     config: Callable[[int], CacheConfig] = compressed
-    retrieval_tokens: int = DEFAULT_TOKENS
+    retrieval_tokens: int | str = DEFAULT_TOKENS
     runtimes: dict[int, Runtime] = field(default_factory=dict)
 
     def runtime(self, slots: int) -> Runtime:

@@ -40,6 +40,7 @@ from benchmarks.quality.sources import Record, Sources
 from benchmarks.quality.tasks import item, load, needles, rephrased, summary
 from zsmerge_llm import LLM
 from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS
 
 FILES = (
     "full,truncate,streaming,h2o,snapkv,pyramidkv,tova,keydiff,knorm,expected,cam,paper,zsmerge-uniform-budgets,"
@@ -94,7 +95,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
     """Measure what is missing and append it, one cell at a time."""
     llm = LLM(arguments.model, compile=False)
     evaluator = Evaluator(llm.engine, ChatTemplate(llm.tokenizer), rouge=not arguments.no_rouge)
-    known, finished, started = contenders(evaluator), done(path), time.monotonic()
+    known, finished, started = contenders(evaluator, arguments.retrieval_tokens), done(path), time.monotonic()
     total, made = records(arguments, evaluator.template)
     for number, record in enumerate(made, start=1):
         plain, most = "prompt" in record, arguments.questions or (24 if arguments.suite == "files" else 1000)
@@ -133,6 +134,11 @@ def figures(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"n={len(rows)}", *shown, f"{rows[0]['seconds']:.0f} s"]
 
 
+def tokens(text: str) -> int | str:
+    """Parse a number of tokens, or the name of a rule for it."""
+    return int(text) if text.isdigit() else text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", nargs="?", default="files", choices=SUITES)
@@ -149,6 +155,9 @@ def main() -> None:
     suites.add_argument("--lengths", nargs="*", type=int, default=[4096], help="tokens of generated texts")
     suites.add_argument("--tasks", help="of a generated suite (default: all)")
     suites.add_argument("--between", nargs="*", type=int, default=[2, 10, 30, 70], help="turns behind a preference")
+    suites.add_argument(
+        "--retrieval-tokens", type=tokens, default=DEFAULT_TOKENS, help="of `ours`, as for `LLM` (default: its own)"
+    )
     suites.add_argument("--together", type=int, default=1, help="preferences that one conversation begins with")
     suites.add_argument("--most-messages", type=int, help="of each BEAM conversation, its first ones (default: all)")
     files = parser.add_argument_group("files")
