@@ -95,7 +95,8 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
     """Measure what is missing and append it, one cell at a time."""
     llm = LLM(arguments.model, compile=False)
     evaluator = Evaluator(llm.engine, ChatTemplate(llm.tokenizer), rouge=not arguments.no_rouge)
-    known, finished, started = contenders(evaluator, arguments.retrieval_tokens), done(path), time.monotonic()
+    known, finished, first = contenders(evaluator, arguments.retrieval_tokens), done(path), 0
+    started = time.monotonic()
     total, made = records(arguments, evaluator.template)
     for number, record in enumerate(made, start=1):
         plain, most = "prompt" in record, arguments.questions or (24 if arguments.suite == "files" else 1000)
@@ -108,9 +109,10 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
                     if key in finished:
                         continue
                     finished.add(key)
+                    first, started = (first, started) if first else (number, time.monotonic())
                     rows = list(getattr(known[name], setting)(budget, read))
                     append(path, key, {"kind": record["task"]} if arguments.suite in ("ruler", "scbench") else {}, rows)
-                    print(progress(number, total, started), *key, *figures(rows), flush=True)
+                    print(progress(number, total, first, started), *key, *figures(rows), flush=True)
 
 
 def append(path: Path, key: Cell, fields: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -120,11 +122,12 @@ def append(path: Path, key: Cell, fields: dict[str, Any], rows: Sequence[dict[st
         file.writelines(json.dumps({**own, **fields, **row}) + "\n" for row in rows)
 
 
-def progress(number: int, total: int | None, started: float) -> str:
-    """Return how much is done, and how long the rest takes at this pace."""
+def progress(number: int, total: int | None, first: int, started: float) -> str:
+    """Return how much is done, and how long the rest takes at the pace since the record `first`."""
     if total is None:
         return f"[{number}]"
-    return f"[{number}/{total}, {(time.monotonic() - started) / number * (total - number) / 60:.0f} min left]"
+    pace = (time.monotonic() - started) / (number - first + 1)
+    return f"[{number}/{total}, {pace * (total - number) / 60:.0f} min left]"
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> list[str]:

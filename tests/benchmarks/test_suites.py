@@ -304,8 +304,8 @@ def test_the_page_shows_what_the_result_files_give(tmp_path: Path) -> None:
 
 def test_progress_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.monotonic", lambda: 160.0)
-    assert run.progress(1, 4, 100.0) == "[1/4, 3 min left]"
-    assert run.progress(3, None, 100.0) == "[3]"
+    assert run.progress(3, 6, 3, 100.0) == "[3/6, 3 min left]"
+    assert run.progress(3, None, 1, 100.0) == "[3]"
 
 
 def test_a_suite_is_one_command_and_a_restart_measures_nothing_again(

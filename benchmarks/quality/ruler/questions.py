@@ -7,8 +7,9 @@ Questions (`nq_multidoc_10`), which stand in for HotpotQA.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle
 from random import Random
 
 from benchmarks.quality.sources import Record, Sources, fit
@@ -42,7 +43,7 @@ class DocumentQuestions:
             draw = Random(seed)
             answering = draw.sample([text for text, asked in pool.items() if asked], questions)
             others = [text for text in draw.sample(list(pool), len(pool)) if text not in answering]
-            documents = answering + list(islice(cycle(others), max(0, size - questions)))
+            documents = answering + first_sentences(others, size - 1)
             draw.shuffle(documents)
             shown = [f"Document {number}:\n{text}" for number, text in enumerate(documents, start=1)]
             asked = [
@@ -61,6 +62,18 @@ class DocumentQuestions:
             "metric": "any",
             "depth": depth,
         }
+
+
+def first_sentences(documents: Sequence[str], count: int) -> list[str]:
+    """Return documents of so many sentences together, the last one cut; they are repeated where they are too few."""
+    found: list[str] = []
+    for text in cycle(documents):
+        sentences = re.split(r"(?<=[.!?]) ", text)
+        if count <= 0:
+            break
+        found.append(" ".join(sentences[:count]))
+        count -= len(sentences)
+    return found
 
 
 QUESTIONS = {
