@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import answers, dialogues, ruler, run, scbench, suite_report, suite_table, tasks
+from benchmarks.quality import answers, dialogues, product, ruler, run, scbench, suite_report, suite_table, tasks
 from benchmarks.quality.contenders import contenders
 from benchmarks.quality.evaluator import Budget, Evaluator
 from benchmarks.quality.product import Product
@@ -254,6 +254,16 @@ def test_a_conversation_is_read_turn_by_turn(bench: Evaluator) -> None:
         (row,) = contenders(bench)[name].unknown(Budget(100), read)
         assert row["tokens_read"] >= read.tokens - 4
         assert 0 <= row["score"] <= 1
+
+
+def test_each_turn_of_a_conversation_continues_the_one_before(bench: Evaluator) -> None:
+    said = [{"role": ("user", "assistant")[n % 2], "content": f"Message {n} about the sea."} for n in range(6)]
+    record = {"id": "c", "file": "toy", "messages": said, "qa": [{"q": "What about?", "a": ["the sea"]}]}
+    read, runtime = tasks.item(bench.template, record, 1), Product("ours", bench).runtime(2000)
+    cache = product.read_conversation(runtime, read)
+    turn = product.begin(runtime, [*said, {"role": "user", "content": "What about?"}])
+    assert (turn.reuse, turn.cache.seen) == ("continued", cache.seen)
+    assert runtime.tokenizer.decode(turn.tokens[: cache.seen]) in bench.template.render(said)
 
 
 # -- figures ---------------------------------------------------------------------------------------------------
