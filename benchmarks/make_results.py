@@ -203,6 +203,26 @@ def quality(*settings: str) -> Callable[[Result], Iterator[Row]]:
     return rows
 
 
+def suites(result: Result) -> Iterator[Row]:
+    for title, cell in result["cells"].items():
+        for name, row in cell.items():
+            gaps = {figure: "{:+.2f} [{:+.2f}, {:+.2f}]".format(gap["mean"], *gap["interval"])
+                    for figure, gap in row["gaps"].items()}  # fmt: skip
+            yield (
+                result["model"],
+                *title.split(" / "),
+                name,
+                f"{row['n']} ({row['texts']})",
+                number(row.get("score"), 2),
+                number(row.get("of_full"), 2),
+                gaps.get("score", ""),
+                number(row["nll"], 2),
+                gaps.get("nll", ""),
+                number(row["reading_bytes"] / 1e6),
+                number(row["seconds"], 1),
+            )
+
+
 def tool_conversations(result: Result) -> Iterator[Row]:
     for agent, counts in result["agents"].items():
         read_again = sum(count for how, count in counts["reuse"].items() if how == "new" or how.startswith("reread"))
@@ -281,6 +301,9 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
     ("Quality: summaries", "quality", QUALITY, quality("summary")),
     ("Recall of evidence: does the text that is looked up hold the answer?", "evidence-recall",
      ("data", "tokens at most", "questions", "recall", "tokens"), evidence),
+    ("Suites: long texts and conversations", "suite",
+     ("model", "suite", "setting", "budget", "contender", "questions (texts)", "score", "of full", "gap", "NLL", "gap",
+      "peak, MB", "reading, s"), suites),
 )  # fmt: skip
 
 

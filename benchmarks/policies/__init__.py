@@ -15,9 +15,10 @@ from benchmarks.policies.value_weighted import (
 )
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.layer_budgets import PROMPT_STRENGTH
-from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS
 
 __all__ = ["POLICIES", "ModelFacts", "Policy"]
+LOOK_UP_TOKENS = 256
+"""Tokens that policies with a look-up read again, whatever the library's default is."""
 
 
 def _streaming(slots: int) -> CacheConfig:
@@ -79,10 +80,10 @@ def _full(slots: int) -> CacheConfig:
 
 _ALL = (
     # Without eviction.
-    Policy("full", _full, chunk=None),
-    Policy("full-retrieval", _full, chunk=None, retrieval_tokens=DEFAULT_TOKENS),
+    Policy("full", _full, chunk=2048),
+    Policy("full-retrieval", _full, chunk=None, retrieval_tokens=LOOK_UP_TOKENS),
     Policy("truncate", _full, newest_only=True),
-    Policy("truncate-retrieval", _full, newest_only=True, retrieval_tokens=DEFAULT_TOKENS),
+    Policy("truncate-retrieval", _full, newest_only=True, retrieval_tokens=LOOK_UP_TOKENS),
     # The field's.
     Policy("streaming", _streaming),
     Policy("streaming-whole", _streaming, chunk=None),
@@ -109,7 +110,7 @@ _ALL = (
         _passages,
         probe="question",
         layer_budget_strength=PROMPT_STRENGTH,
-        retrieval_tokens=DEFAULT_TOKENS,
+        retrieval_tokens=LOOK_UP_TOKENS,
     ),
     Policy("passages-uniform-budgets", _passages, probe="question"),
     Policy("passages-half-layer-budgets", _passages, probe="question", layer_budget_strength=0.5),
@@ -123,7 +124,7 @@ _ALL = (
     Policy("question-and-generic-mean", _query_agnostic, probe="both", layer_budget_strength=1),
     # Chats.
     Policy("zsmerge-chat", _chat, probe="question"),
-    Policy("zsmerge-chat-retrieval", _chat, probe="question", retrieval_tokens=DEFAULT_TOKENS),
+    Policy("zsmerge-chat-retrieval", _chat, probe="question", retrieval_tokens=LOOK_UP_TOKENS),
     Policy("chat-no-history", _no_history, probe="question"),
     Policy("chat-half-layer-budgets", _chat, probe="question", layer_budget_strength=0.5),
     Policy("chat-layer-budgets", _chat, probe="question", layer_budget_strength=1),
@@ -135,7 +136,7 @@ _ALL = (
         _query_agnostic,
         probe="generic",
         layer_budget_strength=1,
-        retrieval_tokens=DEFAULT_TOKENS,
+        retrieval_tokens=LOOK_UP_TOKENS,
         attention_search=True,
     ),
     Policy(
@@ -143,7 +144,7 @@ _ALL = (
         _query_agnostic,
         probe="generic",
         layer_budget_strength=1,
-        retrieval_tokens=DEFAULT_TOKENS,
+        retrieval_tokens=LOOK_UP_TOKENS,
     ),
     Policy("pooled-generic", _pooled, probe="generic"),
     Policy("layer-budgets-generic", _pooled, probe="generic", layer_budget_strength=1),

@@ -24,11 +24,17 @@ MAX_TOKENS = 512
 
 @dataclass(frozen=True)
 class Score:
-    """nll: mean negative log-likelihood per token of the gold answer. exact: whether greedy decoding gives it."""
+    """nll: mean negative log-likelihood per token of the gold answer. exact: whether greedy decoding gives it.
+
+    score, f1: how right an answer is (`answers.answer`), None where none was given. generated: its text.
+    """
 
     nll: float
     exact: bool
     tokens: int
+    score: float | None = None
+    f1: float | None = None
+    generated: str | None = None
 
 
 @dataclass

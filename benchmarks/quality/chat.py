@@ -28,7 +28,7 @@ from benchmarks.policies.base import STAGE, Policy
 from benchmarks.quality.evaluator import Budget, Evaluator, row
 from benchmarks.quality.report import report
 from benchmarks.quality.run import done
-from benchmarks.quality.tasks import GUIDE, Item, item, load
+from benchmarks.quality.tasks import GUIDE, Item, item, load, paragraphs
 from zsmerge_llm import LLM
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
@@ -44,18 +44,6 @@ class Chat:
 
     item: Item
     asked_after: list[int]
-
-
-def paragraphs(record: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Return the paragraphs of a document, each with the questions that its text answers."""
-    found, start, whole = [], 0, record["context"]
-    for text in whole.split("\n\n"):
-        first, last = start / len(whole), (start + len(text)) / len(whole)
-        asked = [each for each in record["qa"] if first <= each["depth"] < last and each["a"][0] in text]
-        if text.strip():
-            found.append((text.strip(), asked))
-        start += len(text) + 2
-    return found
 
 
 def conversation(record: dict[str, Any], early: float = EARLY) -> tuple[dict[str, Any], list[int]]:

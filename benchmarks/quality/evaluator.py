@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.common import peak_rss, reset_peak_rss
 from benchmarks.policies.base import STAGE, ModelFacts, Policy, plain
+from benchmarks.quality.answers import answer
 from benchmarks.quality.ask import Score, ask
 from benchmarks.quality.rouge import rouge
 from benchmarks.quality.tasks import Item, Question
@@ -175,8 +176,10 @@ class Evaluator:
         Retrieved passages are read into a copy of it, as the library does: they are more than a cache has room for.
         """
         if not policy.retrieval_tokens:
-            asked = [(self.question_ids(policy, budget, item, each, follows), each.answer) for each in questions]
-            return ask(self.engine, cache, asked)
+            ids = [self.question_ids(policy, budget, item, each, follows) for each in questions]
+            gold = ask(self.engine, cache, [(own, each.answer) for own, each in zip(ids, questions, strict=True)])
+            asked = zip(ids, questions, gold, strict=True)
+            return [answer(self.engine, self.template, cache, *each) for each in asked]
         found = []
         for each in questions:
             own = copy.deepcopy(cache)
@@ -184,7 +187,7 @@ class Evaluator:
             self.engine.chunk = 512
             multi_turn = follows or len(item.parts) > 1
             self.engine.read(own, ids[:-1], probe=each.probe, multi_turn=multi_turn)
-            found += ask(self.engine, own, [(ids[-1:], each.answer)])
+            found.append(answer(self.engine, self.template, own, ids[-1:], each))
         return found
 
     # -- the settings ------------------------------------------------------------------------------------------------
@@ -192,9 +195,22 @@ class Evaluator:
     def unknown(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
         """Read the document once, then ask every question of the same cache."""
         cache, facts = self._measured(policy, budget, item, None)
+        started = time.perf_counter()
         scores = self.scores(policy, budget, item, cache, item.questions)
+        facts["question_seconds"] = round((time.perf_counter() - started) / len(scores), 2)
         for asked, score in zip(item.questions, scores, strict=True):
             yield row(asked, score, facts)
+
+    def turns(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
+        """Read the document once, then ask the questions one after another in one conversation, with gold answers."""
+        cache, facts = self._measured(policy, budget, item, None)
+        for number, asked in enumerate(item.questions):
+            ids = self.question_ids(policy, budget, item, asked, number > 0, cache=cache)
+            self.engine.chunk = 512
+            self.engine.read(cache, ids[:-1], probe=self.probe(policy, asked.probe) or None, multi_turn=number > 0)
+            score = answer(self.engine, self.template, cache, ids[-1:], asked)
+            yield {**row(asked, score, facts), "setting": "turns"}
+            self.engine.read(cache, [*ids[-1:], *asked.answer])
 
     def known(self, policy: Policy, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
         """Read document and question as one prompt, then ask two other questions in the same chat."""
@@ -249,12 +265,10 @@ class Evaluator:
 
 def row(asked: Question, score: Score, facts: dict[str, Any]) -> dict[str, Any]:
     """Return one line of the results."""
-    return {
-        "question": asked.index,
-        "depth": asked.depth,
-        **{name: round(value, 5) if name == "nll" else value for name, value in asdict(score).items()},
-        **facts,
-    }
+    scores = {name: value for name, value in asdict(score).items() if value is not None}
+    scores["nll"] = round(score.nll, 5)
+    kind = {"kind": asked.kind} if asked.kind else {}
+    return {"question": asked.index, "depth": asked.depth, **kind, **scores, **facts}
 
 
 def plain_bytes(engine: Engine, slots: int) -> int:

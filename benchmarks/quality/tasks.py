@@ -1,7 +1,10 @@
 """Tasks of the quality benchmark: documents or chats with questions, from JSON lines to token ids.
 
 One line: `{id, task, context | messages | prompt, qa: [{q, a: [accepted answers], depth}], metric, max_new_tokens}`.
-With an `opening` of a question, the assistant's answer begins with it, and the gold answer continues from there.
+With an `opening` of a question, the assistant's answer begins with it, and the gold answer continues from there. The
+gold answer is the first accepted one, or `gold`. A question with a `metric` is also answered (`answers.Metric`), and
+one with `options` is a choice whose first one is right. A record that is `complete` has questions that need no guide,
+and its document is introduced as `LLM.read_document` does.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import as_block
 from zsmerge_llm.retrieval.query_probe import chat_probe, find_question
+from zsmerge_llm.sessions.documents import INSTRUCTION
 
 GUIDE = "Answer with a few words from the text above.\nQuestion: "
 MARK = "@@question@@"
@@ -29,7 +33,8 @@ class Question:
 
     asking, following: its ids after the document, and after another answer. answer: ids of the gold answer. probe: the
     query probe of a prompt that ends with it. forms: the texts of `asking` and `following`, with MARK before the
-    question.
+    question. message: the user's message. opening: ids of the beginning of the answer. accepted, metric: how an answer
+    is scored; None: not at all. options: ids of the answers to choose from, the right one first. kind: of questions.
     """
 
     index: int
@@ -40,6 +45,12 @@ class Question:
     probe: list[int]
     depth: float
     forms: tuple[str, str] = ("", "")
+    message: str = ""
+    opening: Sequence[int] = ()
+    accepted: Sequence[str] = ()
+    metric: str | None = None
+    options: Sequence[list[int]] = ()
+    kind: str = ""
 
     def with_passages(self, template: ChatTemplate, passages: Sequence[str], follows: bool) -> list[int]:
         """Return `asking` or `following` with passages before the question, as `LLM` puts them."""
@@ -62,6 +73,11 @@ class Item:
     texts: list[str] = field(default_factory=list)
 
     @property
+    def context(self) -> str:
+        """The document's text."""
+        return str(self.messages[0]["content"])
+
+    @property
     def tokens(self) -> int:
         """Tokens of all parts."""
         return sum(len(ids) for ids, _ in self.parts)
@@ -75,6 +91,18 @@ def load(paths: Sequence[str | Path], limit: int | None, join: int = 1) -> Itera
         for start in range(0, len(records) - join + 1, join):
             record = joined(records[start : start + join]) if join > 1 else records[start]
             yield {**record, "file": path.stem if join == 1 else f"{path.stem}x{join}"}
+
+
+def paragraphs(record: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return the paragraphs of a document, each with the questions that its text answers."""
+    found, start, whole = [], 0, record["context"]
+    for text in whole.split("\n\n"):
+        first, last = start / len(whole), (start + len(text)) / len(whole)
+        asked = [each for each in record["qa"] if first <= each["depth"] < last and each["a"][0] in text]
+        if text.strip():
+            found.append((text.strip(), asked))
+        start += len(text) + 2
+    return found
 
 
 def rephrased(records: Iterable[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
@@ -106,11 +134,11 @@ def item(template: ChatTemplate, record: dict[str, Any], most: int) -> Item:
         messages = record["messages"]
     else:
         texts, messages = [], [{"role": "user", "content": record["context"]}]
-        parts, closing = _document(template, record["context"])
+        parts, closing = _document(template, (INSTRUCTION if record.get("complete") else "") + record["context"])
     asked, between = record["qa"], _between(template)
     step = max(1.0, len(asked) / most)
     picked = [int(number * step) for number in range(min(most, len(asked)))]
-    complete = "messages" in record or record.get("task", "").startswith(("kv_", "longchat"))
+    complete = "messages" in record or record.get("complete") or record.get("task", "").startswith(("kv_", "longchat"))
     guide = "" if complete else GUIDE  # those questions are complete instructions
     questions = [_question(template, index, asked[index], guide, closing, between) for index in picked]
     return Item(str(record["id"]), record["file"], parts, questions, messages, texts)
@@ -120,16 +148,23 @@ def _question(
     template: ChatTemplate, index: int, asked: dict[str, Any], guide: str, closing: str, between: str
 ) -> Question:
     """Return one of a record's `qa`, asked after the document (`closing`) or another answer (`between`)."""
-    opening = asked.get("opening", "")
+    opening, message = asked.get("opening", ""), guide + asked["q"]
+    space = " " if opening else ""
     return Question(
         index,
         asked["q"],
-        template.encode(closing.replace(MARK, guide + asked["q"]) + opening),
-        template.encode(between.replace(MARK, guide + asked["q"]) + opening),
-        template.encode(f" {asked['a'][0]}" if opening else asked["a"][0]),
+        template.encode(closing.replace(MARK, message) + opening),
+        template.encode(between.replace(MARK, message) + opening),
+        template.encode(space + asked.get("gold", asked["a"][0])),
         chat_probe(template, find_question(asked["q"])),
         float(asked.get("depth", 0.0)),
-        tuple(form.replace(MARK, MARK + guide + asked["q"]) + opening for form in (closing, between)),
+        tuple(form.replace(MARK, MARK + message) + opening for form in (closing, between)),
+        message,
+        template.encode(opening) if opening else [],
+        asked["a"],
+        asked.get("metric"),
+        [template.encode(space + option) for option in asked.get("options", ())],
+        asked.get("kind", ""),
     )
 
 
