@@ -11,7 +11,7 @@ from zsmerge_llm.config import SamplingParams
 from zsmerge_llm.generation.logprobs import LogprobRecorder
 from zsmerge_llm.language.messages import assistant_message
 from zsmerge_llm.language.output_format import UNCONSTRAINED, OutputFormat
-from zsmerge_llm.language.reasoning import AnswerPiece
+from zsmerge_llm.language.reasoning import AnswerPiece, text_behind
 from zsmerge_llm.language.tool_call_stream import RepetitionGate, merge_deltas, whole_call
 from zsmerge_llm.language.tool_calls import ParsedAnswer
 from zsmerge_llm.sessions.prompt import Prompt
@@ -278,7 +278,8 @@ class Attempt:
                 'for less reasoning: reasoning_effort="none".',
                 stacklevel=2,
             )
-        closing = f"\n{self.output_format.reasoning_tags.close}\n\n"
+        tags = self.output_format.reasoning_tags
+        closing = tags.close + text_behind(tags) + tags.answer_open
         return list(self._tokenizer(closing, add_special_tokens=False)["input_ids"])
 
     def _retry_format(self, has_calls: bool, redundant: bool) -> OutputFormat | None:

@@ -157,7 +157,7 @@ class ReasoningConstraint:
         self._is_inside = is_open and not given
         self._tokens: list[int] = []
         header = "" if has_header else tags.answer_open
-        behind = (NEXT_MESSAGE if tags is HARMONY else BREAK) + header
+        behind = text_behind(tags) + header
         self._break_ids, self._close_ids = (_encode(tokenizer, text) for text in (behind, tags.close + behind))
         self._pending = list(given)  # ids that must come next, one by one
         limit = answer.tokens_left
@@ -240,6 +240,11 @@ class ReasoningConstraint:
         if close in self._tokenizer.decode(self._tokens[-len(close.encode()) :]):
             self._is_inside, self._pending = False, list(self._break_ids)
         return token
+
+
+def text_behind(tags: ReasoningTags) -> str:
+    """Return what a family writes between reasoning and the tag of its answer."""
+    return NEXT_MESSAGE if tags is HARMONY else BREAK
 
 
 def held_back(text: str, tag: str) -> int:

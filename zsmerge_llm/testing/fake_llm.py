@@ -60,6 +60,8 @@ class FakeRequest:
     probe: str | None = None
     reread: bool = False
     retry_invalid: bool = False
+    template_args: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     timeout: float | None = None
     priority: int = 0
     cancel: Event | None = None
