@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.models.tiny_folders import load_tiny, logits
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from zsmerge_llm.cpu.package_key import describe_layer
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import (
     ConfigError,
@@ -104,6 +105,11 @@ def test_a_lora_model_has_the_logits_of_its_own_forward(name: str, compile: bool
     torch.testing.assert_close(logits_by_step(engine), expected, atol=1e-3, rtol=1e-3)
     if compile:
         assert engine.backend.disabled_reason is None
+
+
+def test_layers_with_the_same_adapters_are_compiled_once() -> None:
+    first, second = with_adapter().get_base_model().model.layers
+    assert describe_layer(first) == describe_layer(second)
 
 
 def test_an_llm_takes_a_peft_model_and_gives_it_back() -> None:

@@ -26,6 +26,8 @@ from zsmerge_llm.types import CONFIG_ORIGIN
 SOURCES = ("package_builder", "step_capture", "step_package", "graph_passes", "patches", "quantized_linear")
 """The modules of this folder whose text decides about the code."""
 MAX_DEPTH = 6
+PEFT_NAME = "target_name"
+"""Under this key an adapter of peft notes the name of its module: another in each layer, without effect on its code."""
 
 
 def package_key(model: PreTrainedModel, layers: Sequence[nn.Module], forms: Sequence[StepForm]) -> str:
@@ -72,7 +74,7 @@ def _describe(value: Any, depth: int) -> str:
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{tuple(value.shape)} {value.dtype} {hashlib.sha256(content).hexdigest()}"
     if isinstance(value, dict) and depth:
-        return str({str(key): _describe(each, depth - 1) for key, each in value.items()})
+        return str({str(key): _describe(each, depth - 1) for key, each in value.items() if key != PEFT_NAME})
     if isinstance(value, list | tuple | set | frozenset) and depth:
         described = [_describe(each, depth - 1) for each in value]
         return str(sorted(described) if isinstance(value, set | frozenset) else described)

@@ -8,7 +8,7 @@ applications:
 ```
 
 Or `serve run zsmerge_llm.server.ray_app:application model=smollm2 replicas=2 sessions_dir=/shared/chats`. Needs the
-extra `ray`.
+extra `ray`, and API keys in the variable ZSMERGE_API_KEYS or `insecure=true`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from ray.serve import Application
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.server.replicas.routing import conversation_key
-from zsmerge_llm.server.settings import ServerSettings, environment_keys, responses_folder
+from zsmerge_llm.server.settings import KEYS, ServerSettings, environment_keys, responses_folder
 
 MOST_CONVERSATIONS = 10_000
 """Conversations that Ray knows to be held by one replica."""
@@ -96,12 +97,21 @@ def application(args: dict[str, str]) -> Application:
     """Return the application.
 
     args: `model`; `replicas`, 1 by default; `sessions_dir`, a folder or an fsspec URL that all machines share;
-        `num_gpus` of each replica, 0 by default; and other settings of `LLM` that are text. API keys are those of the
-        variable ZSMERGE_API_KEYS.
+        `num_gpus` of each replica, 0 by default; `insecure`, "true" to serve everybody without keys; and other settings
+        of `LLM` that are text. API keys are those of the variable ZSMERGE_API_KEYS.
+
+    Raises:
+        ConfigError: there are no API keys. Ray decides which machines reach its proxies.
     """
     llm: dict[str, Any] = dict(args)
     model, replicas, gpus = llm.pop("model"), int(llm.pop("replicas", 1)), float(llm.pop("num_gpus", 0))
+    insecure = str(llm.pop("insecure", False)).lower() == "true"
     kept = responses_folder(llm.get("sessions_dir"))
     settings = ServerSettings(api_keys=tuple(environment_keys()), responses_dir=kept)
+    if not (settings.api_keys or insecure):
+        raise ConfigError(
+            f"Ray's proxies may be reached from other machines, so the application needs API keys: put some into the "
+            f"variable {KEYS} (separated by commas), or serve everybody with insecure=true."
+        )
     deployed = Replica.options(num_replicas=replicas, ray_actor_options={"num_gpus": gpus})  # type: ignore[attr-defined]
     return Router.bind(deployed.bind(model, settings, llm))  # type: ignore[attr-defined]
