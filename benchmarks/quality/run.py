@@ -75,8 +75,10 @@ def records(arguments: argparse.Namespace, template: ChatTemplate) -> tuple[int 
     if arguments.suite == "files":
         loaded = load(arguments.data, arguments.documents, arguments.join)
         found = loaded if arguments.rephrased is None else rephrased(loaded, Path(arguments.rephrased))
+        if not arguments.needles:
+            return None, found
         hidden = (Path(arguments.needles), template, arguments.documents or 6, arguments.needle_tokens)
-        return None, chain(found, needles(*hidden) if arguments.needles else ())
+        return None, chain(found, needles(*hidden))
     sources = Sources.at(arguments.folder, lambda text: len(template.encode_text(text)))
     if arguments.suite == "beam":
         return None, islice(dialogues.beam(sources, arguments.most_messages), arguments.documents)

@@ -40,7 +40,7 @@ class Sources:
         """Return the data of a folder; None takes the environment's."""
         folder = folder or os.environ.get(VARIABLE)
         if not folder:
-            raise SystemExit(f"Give the folder with the evaluation data: --data FOLDER, or set {VARIABLE}.")
+            raise SystemExit(f"Give the folder with the evaluation data: --folder FOLDER, or set {VARIABLE}.")
         return cls(Path(folder), count)
 
     def lines(self, *names: str) -> list[Any]:

@@ -318,6 +318,19 @@ def test_progress_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.progress(3, None, 1, 100.0) == "[3]"
 
 
+def test_documents_of_a_file_are_asked_without_needles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "LLM", lambda *_, **__: make_llm(cache=LARGE_CACHE))
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    record = {"id": 1, "task": "facts", "context": "The sky is blue.", "qa": [{"q": "What is blue?", "a": ["sky"]}]}
+    data = tmp_path / "facts.jsonl"
+    data.write_text(json.dumps(record) + "\n")
+    monkeypatch.setattr("sys.argv", ["run.py", "files", "--data", str(data), "--contenders", "full", "--no-rouge"])
+    run.main()
+    assert "n=1" in capsys.readouterr().out
+
+
 def test_a_suite_is_one_command_and_a_restart_measures_nothing_again(
     sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
