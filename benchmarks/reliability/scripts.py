@@ -42,6 +42,7 @@ class Conversation:
     Attributes:
         points: tokens that were read at the end of each turn's prompt.
         repeatable: whether the last turn can be taken again: only the two newest points of a conversation are kept.
+        acts: what was done with it, for a report.
     """
 
     script: Script
@@ -50,6 +51,7 @@ class Conversation:
     name: str | None = None
     points: list[int] = field(default_factory=lambda: [0])
     repeatable: bool = False
+    acts: list[str] = field(default_factory=list)
 
     @property
     def turn(self) -> int:

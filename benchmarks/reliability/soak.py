@@ -63,6 +63,7 @@ class Soak:
         self.over = threading.Event()
         self._start = start
         self._llm = start()
+        self._num_starts = 1
         self._running = 0
         self._numbers = iter(range(10**9))
         self._changed = threading.Condition()
@@ -94,6 +95,7 @@ class Soak:
         with self._changed:
             self._changed.wait_for(lambda: not self._running)
             self._llm = self._start()
+            self._num_starts += 1
             self._restarting = False
             self._changed.notify_all()
         self.counts["restarts while requests ran" if abrupt else "restarts"] += 1
@@ -117,9 +119,11 @@ class Soak:
         while not self.over.is_set():
             at = choices.randrange(len(talks))
             act = choices.choices((self.ask, self.drop, self.repeat, self.fork), (8, 2, 1, 1))[0]
+            talks[at].acts.append(f"{act.__name__} after {self._num_starts} starts")
             try:
                 goes_on = act(talks[at], choices)
             except Exception as error:  # counted by its type
+                talks[at].acts[-1] += f": {type(error).__name__}"
                 goes_on = self._count(error) and talks[at].name is not None  # else it may be read again unseen
             if not goes_on or talks[at].is_over:
                 self._remove(talks[at])
@@ -192,7 +196,7 @@ class Soak:
             self.counts["read again, without a name" if talk.name is None else "lost"] += 1
             if talk.name is not None:
                 read = {"cached": usage.cached_tokens, "last answer": talk.points[-1], "reuse": usage.reuse}
-                self.lost.append({"turn": talk.turn, "name": talk.name, **read})
+                self.lost.append({"turn": talk.turn, **read, "acts": talk.acts})
             return False
         return True
 
@@ -280,7 +284,8 @@ def measure(
         run(soak, threads, seconds, restart_seconds)
         soak.close()
         leftovers = [path.name for path in Path(folder).iterdir() if path.name.startswith(".")]
-    samples, counts, errors, latencies, wrong = soak.samples, soak.counts, soak.errors, soak.latencies, soak.wrong
+    samples, counts, errors, latencies = soak.samples, soak.counts, soak.errors, soak.latencies
+    wrong, lost = soak.wrong, soak.lost
     trimmed = soak.trimmed
     del soak, start
     gc.collect()
@@ -291,6 +296,7 @@ def measure(
         | dict(counts),
         "errors": dict(errors),
         "wrong": wrong[:20],
+        "lost": lost[:20],
         "latency_ms": {name: percentiles(each) for name, each in latencies.items()},
         "resident_mb": {
             **{"before": resident_before / 1e6, "at_half": samples[len(samples) // 2][1] / 1e6},
