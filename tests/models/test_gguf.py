@@ -33,6 +33,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+FALCON_11B = {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}
 GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 
 
@@ -52,10 +54,16 @@ GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": Tr
         ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
         ("starcoder2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
         ("stablelm", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5}}),
+        ("falcon", {"multi_query": True, "layer_norm_epsilon": 1e-3}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        ("falcon", {**FALCON_11B, "tie_word_embeddings": False}),
+        ("gpt2", {"n_positions": 512, "n_inner": 96, "layer_norm_epsilon": 1e-3}),
+        ("nemotron", {"head_dim": 32, "norm_eps": 1e-3, "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.25}}),
     ],
     ids=[
         *("llama", "llama-wide-tied", "qwen2", "qwen3", "gemma3", "phi3-sliding", "phi3-partial-rotary"),
         *("gemma2", "qwen3moe", "qwen2moe", "lfm2", "starcoder2", "stablelm"),
+        *("falcon-7b", "falcon-40b", "falcon-11b", "gpt2", "nemotron"),
     ],
 )
 def test_a_gguf_file_gives_the_logits_of_the_model_it_was_made_from(

@@ -77,21 +77,26 @@ def write_gguf(
 
 
 def _write_fields(writer: gguf.GGUFWriter, config: Any, fields: dict[str, Any]) -> None:
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    widths = [getattr(config, name, None) for name in ("ffn_hidden_size", "n_inner", "intermediate_size")]
+    writer.add_feed_forward_length(next(width for width in widths if width))
     writer.add_head_count(config.num_attention_heads)
     attends = [kind == "full_attention" for kind in getattr(config, "layer_types", None) or ()]
-    heads = config.num_key_value_heads
-    writer.add_head_count_kv([heads * each for each in attends] if writer.arch == "lfm2" else heads)
-    norm = getattr(config, "norm_epsilon", None) or getattr(config, "layer_norm_eps", None)
+    if writer.arch != "gpt2":
+        heads = _kv_heads(config)
+        writer.add_head_count_kv([heads * each for each in attends] if writer.arch == "lfm2" else heads)
+    norms = [getattr(config, name, None) for name in ("norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")]
+    norm = config.norm_eps if writer.arch == "nemotron" else next((eps for eps in norms if eps), None)
     writer.add_layer_norm_eps(norm) if norm else writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
-    writer.add_key_length(head)
-    writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
-    writer.add_rope_freq_base(rope["rope_theta"])
+    if writer.arch not in ("falcon", "gpt2"):
+        writer.add_key_length(head)
+        writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
+        writer.add_rope_freq_base(rope["rope_theta"])
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
     if writer.arch == "lfm2":
@@ -108,6 +113,12 @@ def _write_fields(writer: gguf.GGUFWriter, config: Any, fields: dict[str, Any]) 
     for name, value in fields.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         (writer.add_string if isinstance(value, str) else add)(f"{writer.arch}.{name}", value)
+
+
+def _kv_heads(config: Any) -> int:
+    if config.model_type != "falcon":
+        return int(config.num_key_value_heads)
+    return 1 if config.multi_query and not config.new_decoder_architecture else int(config.num_kv_heads)
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, split: str) -> None:
@@ -137,12 +148,22 @@ def _tensors(model: PreTrainedModel, architecture: str, output: bool) -> dict[st
         if architecture == "llama" and ("attn_q." in gguf_name or "attn_k." in gguf_name):
             heads = config.num_attention_heads if "attn_q." in gguf_name else config.num_key_value_heads
             array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        if architecture in ("gemma2", "gemma3") and gguf_name.endswith("norm.weight"):
+        if architecture == "falcon" and "attn_qkv" in gguf_name:
+            array = _ungrouped(array, config.num_attention_heads, _kv_heads(config))
+        if architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            array = array.T
+        if architecture in ("gemma2", "gemma3", "nemotron") and gguf_name.endswith("norm.weight"):
             array = array + 1
         if "shortconv.conv" in gguf_name or "gate_inp_shexp" in gguf_name:
             array = array.squeeze(1 if "conv" in gguf_name else 0)
         tensors[gguf_name] = np.ascontiguousarray(array)
     return tensors
+
+
+def _ungrouped(array: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+    """Return Falcon's fused projection as all queries, then all keys, then all values."""
+    groups = array.reshape(kv_heads, heads // kv_heads + 2, -1, array.shape[1])
+    return np.concatenate([part.reshape(-1, array.shape[1]) for part in (groups[:, :-2], groups[:, -2], groups[:, -1])])
 
 
 def _parts(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,8 +1,8 @@
 """Conversion of GGUF files: checked, dequantized once into a model folder in the Hugging Face format.
 
-transformers reads the tensors, the model's shape and the vocabulary. What version 5.23 leaves out or reads wrongly is
-corrected here, one function each: RoPE scaling, sliding windows, tied embeddings stored twice, end tokens and the
-pre-tokenizer.
+transformers reads the tensors, the model's shape and the vocabulary. What version 5.24 leaves out or reads wrongly is
+corrected, one function each: settings in `gguf_config`, weights in `gguf_weights`; tied embeddings stored twice, end
+tokens and the pre-tokenizer here.
 
 The folder holds float16. A GGUF block is a float16 scale times integers of at most 8 bits, so float16 (11 bits of
 precision) rounds by 0.02 %, far below the quantization itself (0.4 % at 8 bits, 5 to 10 % at 4), where bfloat16
@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, UnsupportedModelError, ZSMergeError
 from zsmerge_llm.models.converted import is_complete, put_in_place
 from zsmerge_llm.models.file_locks import delete_leftovers, locked
+from zsmerge_llm.models.gguf_config import overrides, set_query_scale, set_rope, set_window
 from zsmerge_llm.models.gguf_header import REMEDY, Header, read_header
+from zsmerge_llm.models.gguf_weights import restore_weights
 from zsmerge_llm.models.log_filters import quiet_transformers
 from zsmerge_llm.paths import check_folder, private_folder
 
@@ -40,9 +42,6 @@ PARTIAL = ".partial-"
 
 CONVERTER_VERSION = 1
 """Version of the conversion, part of the folder's name. Raise it when the conversion changes."""
-
-LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
-"""Layers of the largest models of architectures whose query scale no field has."""
 
 # llama.cpp ends an answer at these tokens too, beside the one that the file names
 END_TOKENS = (
@@ -125,9 +124,9 @@ def _convert(header: Header, target: Path) -> None:
         model = _load_dequantized(header, file)
     tied = _tie_embeddings(model, header)
     _check_complete(model, header, tied)
-    _set_rope(model.config, header)
-    _set_window(model.config, header)
-    _set_query_scale(model.config, header)
+    set_rope(model.config, header)
+    set_window(model.config, header)
+    set_query_scale(model.config, header)
     _set_end_tokens(model, tokenizer, header)
     _save_folder(model, tokenizer, target)
 
@@ -158,13 +157,13 @@ def read_config(path: Path) -> Any:
     with _typed_errors(path):
         with quiet_transformers(), redirect_stderr(StringIO()):
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        for name, value in _overrides(header).items():
+        for name, value in overrides(header).items():
             setattr(config, name, value)
         config.tie_word_embeddings = "output.weight" not in header.tensors
         config.dtype = _converted_dtype(header)
         kinds: Any = AutoModelForCausalLM._model_mapping
         config.architectures = [kinds[type(config)].__name__]
-        _set_window(config, header)
+        set_window(config, header)
     return config
 
 
@@ -175,23 +174,6 @@ def _converted_dtype(header: Header) -> torch.dtype:
     matrices = [t for name, t in header.tensors.items() if len(t.shape) > 1 and not any(part in name for part in small)]
     types = {t.tensor_type.name for t in matrices}
     return torch.float32 if "F32" in types else torch.bfloat16 if types == {"BF16"} else torch.float16
-
-
-def _overrides(header: Header) -> dict[str, Any]:
-    """Return settings of the config that transformers reads wrongly."""
-    overrides: dict[str, Any] = {}
-    if header.architecture in ("llama", "qwen3") and header.get("attention.key_length"):
-        overrides["head_dim"] = header.get("attention.key_length")  # transformers uses its own default for Qwen3
-    if header.architecture == "llama" and "blk.0.attn_q.bias" in header.tensors:
-        overrides["attention_bias"] = True  # else transformers ignores these biases
-    if header.architecture in ("qwen2moe", "qwen3moe"):
-        overrides["moe_intermediate_size"] = header.get("expert_feed_forward_length")
-    if header.architecture == "qwen2moe":
-        overrides["shared_expert_intermediate_size"] = header.get("expert_shared_feed_forward_length")
-    if header.architecture == "gemma2":
-        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            overrides[name] = header.get(name)
-    return {name: value for name, value in overrides.items() if value is not None}
 
 
 def _load_dequantized(header: Header, file: Path) -> PreTrainedModel:
@@ -206,11 +188,12 @@ def _load_dequantized(header: Header, file: Path) -> PreTrainedModel:
                 dtype=attempt,
                 local_files_only=True,
                 output_loading_info=True,
-                **_overrides(header),
+                **overrides(header),
             )
         model, info = loaded
         if wrong := sorted(str(each) for each in info["mismatched_keys"]):
             raise CorruptModelError(f"{header.path} holds tensors of other shapes than its fields say: {wrong[0]}.")
+        restore_weights(model, header)
         if all(torch.isfinite(p).all() for p in model.parameters()):  # else a value overflows float16: load in float32
             return model
     raise CorruptModelError(f"{header.path} holds weights that are not finite: download it again.")
@@ -252,61 +235,6 @@ def _check_complete(model: PreTrainedModel, header: Header, tied: bool) -> None:
             f"{header.path} holds {in_file:,} weights, but a {header.architecture} model of its shape "
             f"has {in_model:,}: {REMEDY}."
         )
-
-
-def _set_rope(config: Any, header: Header) -> None:
-    scaling = header.get("rope.scaling.type")
-    parameters = config.rope_parameters
-    parameters = parameters.get("full_attention", parameters)  # Gemma 3 scales its full-attention layers only
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if header.architecture in ("phi3", "stablelm") and (rotary := header.get("rope.dimension_count")):
-        parameters["partial_rotary_factor"] = rotary / head_dim
-    if header.architecture in ("starcoder2", "stablelm") and (theta := header.get("rope.freq_base")):
-        parameters["rope_theta"] = theta  # which transformers does not read of them
-    if "rope_freqs.weight" in header.tensors:
-        parameters.update(_llama3_rope(header, parameters["rope_theta"], head_dim))
-    elif scaling in ("linear", "yarn"):
-        parameters.update(rope_type=scaling, factor=header.get("rope.scaling.factor"))
-        if original := header.get("rope.scaling.original_context_length"):
-            parameters["original_max_position_embeddings"] = original
-    elif scaling not in (None, "none") or "rope_factors_long.weight" in header.tensors:
-        raise UnsupportedModelError(f"{header.path} scales positions by {scaling or 'longrope'}: {REMEDY}.")
-
-
-def _llama3_rope(header: Header, theta: float, head_dim: int) -> dict[str, Any]:
-    """Return Llama 3.1's RoPE parameters, from the file's factor per frequency, which transformers ignores."""
-    import numpy as np
-
-    found = header.tensors["rope_freqs.weight"].data.astype(np.float64)
-    factor, low, high, original = float(found.max()), 1.0, 4.0, 8192
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-    if found.shape != smooth.shape or not np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-        raise UnsupportedModelError(f"{header.path} scales positions by unknown factors: {REMEDY}.")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
-
-
-def _set_window(config: Any, header: Header) -> None:
-    window = header.get("attention.sliding_window")
-    if not window or window >= (header.get("context_length") or window + 1):
-        return
-    if header.architecture not in ("gemma2", "gemma3", "phi3"):
-        raise UnsupportedModelError(f"{header.path} has a sliding window of {window} tokens: {REMEDY}.")
-    config.sliding_window = window
-
-
-def _set_query_scale(config: Any, header: Header) -> None:
-    """Set Gemma's query scale, which no field has: the head size, or hidden size / heads in the 27B models."""
-    if header.architecture in LAYERS_OF_27B:
-        mean_head_dim = config.hidden_size // config.num_attention_heads
-        is_27b = config.num_hidden_layers == LAYERS_OF_27B[header.architecture]
-        config.query_pre_attn_scalar = mean_head_dim if is_27b else config.head_dim
 
 
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, header: Header) -> None:

@@ -12,7 +12,10 @@ from zsmerge_llm.errors import CorruptModelError, ModelNotFoundError, Unsupporte
 
 EXPERTS = ("qwen2moe", "qwen3moe")
 """Supported architectures with experts."""
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "lfm2", "starcoder2", "stablelm", *EXPERTS)
+ARCHITECTURES = (
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "lfm2", "starcoder2", "stablelm"),
+    *("falcon", "gpt2", "nemotron", *EXPERTS),
+)
 """Supported architectures: their conversion is tested against the original model. Mistral and SmolLM are "llama"."""
 REMEDY = "load the model's folder or Hub id in safetensors format instead"
 TEXT, ARRAY = 8, 9
