@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MODEL_TYPES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+MODEL_TYPES = {
+    **{"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"},
+    **{"gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2"},
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -40,7 +43,7 @@ def random_model(architecture: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
-        for weight in model.parameters():
+        for weight in model.state_dict(keep_vars=True).values():
             weight.add_(torch.randn_like(weight) * 0.2)
     return model
 
@@ -54,21 +57,26 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     fields: dict[str, Any] | None = None,
     split: str = "gpt-2",
+    name: str | None = None,
+    special: Sequence[str] = (),
 ) -> Path:
     """Write a model to `path`, and return the path.
 
     Args:
         kinds: storage type by tensor name, such as "Q8_0"; "output.weight" of a tied model is written only if named.
         extra: further tensors. fields: further fields of the architecture. split: name of the pre-tokenizer.
+        name: of the model. special: further special tokens.
     """
     writer = gguf.GGUFWriter(path, architecture)
+    if name:
+        writer.add_name(name)
     _write_fields(writer, model.config, fields or {})
-    _write_vocabulary(writer, split)
+    _write_vocabulary(writer, split, special)
     kinds = kinds or {}
-    for name, array in {**_tensors(model, architecture, "output.weight" in kinds), **(extra or {})}.items():
-        kind = gguf.GGMLQuantizationType[kinds.get(name, "F32")]
+    for tensor, array in {**_tensors(model, architecture, "output.weight" in kinds), **(extra or {})}.items():
+        kind = gguf.GGMLQuantizationType[kinds.get(tensor, "F32")]
         data = array if kind.name == "F32" else gguf.quantize(array, kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
+        writer.add_tensor(tensor, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -104,10 +112,16 @@ def _write_fields(writer: gguf.GGUFWriter, config: Any, fields: dict[str, Any]) 
     if writer.arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if writer.arch.endswith("moe"):
+    if getattr(config, "num_experts", None):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if writer.arch == "minimax-m2":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if writer.arch == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     for name, value in fields.items():
@@ -121,12 +135,13 @@ def _kv_heads(config: Any) -> int:
     return 1 if config.multi_query and not config.new_decoder_architecture else int(config.num_kv_heads)
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter, split: str) -> None:
+def _write_vocabulary(writer: gguf.GGUFWriter, split: str, special: Sequence[str]) -> None:
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([control if token in SPECIAL else normal for token in VOCABULARY])
+    tokens = [*VOCABULARY, *special]
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if token in (*SPECIAL, *special) else normal for token in tokens])
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -169,7 +184,19 @@ def _ungrouped(array: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
 def _parts(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Iterate over a model's weights as a checkpoint has them, except that all experts of a layer are one tensor."""
     for name, weight in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "sinks":
+            yield f"{name}.weight", weight
+        elif leaf == "e_score_correction_bias":
+            yield f"{layer.replace('mlp', 'block_sparse_moe')}.e_score_correction.bias", weight
+        elif model.config.model_type == "gpt_oss" and ".experts." in name:
+            stem, suffix = (leaf[:-5], "bias") if leaf.endswith("_bias") else (leaf, "weight")
+            weight = weight if suffix == "bias" else weight.transpose(1, 2)
+            rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+            parts = rows if stem == "gate_up_proj" else {stem: slice(None)}
+            for part, picked in parts.items():
+                yield f"{layer}.{part}.{suffix}", weight[:, picked]
+        elif name.endswith("experts.gate_up_proj"):
             for part, half in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
                 yield f"{name.removesuffix('gate_up_proj')}{part}.weight", half
         else:

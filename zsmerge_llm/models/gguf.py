@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, UnsupportedModelError, ZSMergeError
 from zsmerge_llm.models.converted import is_complete, put_in_place
 from zsmerge_llm.models.file_locks import delete_leftovers, locked
-from zsmerge_llm.models.gguf_config import overrides, set_query_scale, set_rope, set_window
+from zsmerge_llm.models.gguf_config import overrides, own_config, set_query_scale, set_rope, set_window
 from zsmerge_llm.models.gguf_header import REMEDY, Header, read_header
-from zsmerge_llm.models.gguf_weights import restore_weights
+from zsmerge_llm.models.gguf_weights import group_heads, read_gpt_oss
 from zsmerge_llm.models.log_filters import quiet_transformers
 from zsmerge_llm.paths import check_folder, private_folder
 
@@ -47,6 +47,7 @@ CONVERTER_VERSION = 1
 END_TOKENS = (
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>"),
     *("<|end_of_text|>", "<end_of_turn>", "<|end|>", "<|eot|>"),
+    *("<|return|>", "<|call|>"),
 )
 # vocabularies whose text llama.cpp splits at every digit, then as GPT-2 does
 _SPLIT_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
@@ -155,8 +156,10 @@ def read_config(path: Path) -> Any:
 
     header = read_header(path)
     with _typed_errors(path):
-        with quiet_transformers(), redirect_stderr(StringIO()):
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        config: Any = own_config(header)
+        if config is None:
+            with quiet_transformers(), redirect_stderr(StringIO()):
+                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         for name, value in overrides(header).items():
             setattr(config, name, value)
         config.tie_word_embeddings = "output.weight" not in header.tensors
@@ -170,7 +173,7 @@ def read_config(path: Path) -> Any:
 def _converted_dtype(header: Header) -> torch.dtype:
     import torch
 
-    small = ("gate_inp", "conv.weight")  # routers and short convolutions are float32 in every file
+    small = ("gate_inp", "conv.weight", ".bias")  # routers, short convolutions, biases: float32 in every file
     matrices = [t for name, t in header.tensors.items() if len(t.shape) > 1 and not any(part in name for part in small)]
     types = {t.tensor_type.name for t in matrices}
     return torch.float32 if "F32" in types else torch.bfloat16 if types == {"BF16"} else torch.float16
@@ -178,25 +181,36 @@ def _converted_dtype(header: Header) -> torch.dtype:
 
 def _load_dequantized(header: Header, file: Path) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
 
     for attempt in dict.fromkeys((_converted_dtype(header), torch.float32)):
-        with redirect_stderr(StringIO()):  # hides a progress bar that no setting turns off
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=attempt,
-                local_files_only=True,
-                output_loading_info=True,
-                **overrides(header),
-            )
-        model, info = loaded
-        if wrong := sorted(str(each) for each in info["mismatched_keys"]):
-            raise CorruptModelError(f"{header.path} holds tensors of other shapes than its fields say: {wrong[0]}.")
-        restore_weights(model, header)
+        model = _load(header, file, attempt)
         if all(torch.isfinite(p).all() for p in model.parameters()):  # else a value overflows float16: load in float32
             return model
     raise CorruptModelError(f"{header.path} holds weights that are not finite: download it again.")
+
+
+def _load(header: Header, file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = own_config(header)
+    if config is not None and header.architecture == "gpt-oss":
+        return read_gpt_oss(header, config, dtype)
+    settings = overrides(header) if config is None else {"config": config}
+    with redirect_stderr(StringIO()):  # hides a progress bar that no setting turns off
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            **settings,
+        )
+    model, info = loaded
+    if wrong := sorted(str(each) for each in info["mismatched_keys"]):
+        raise CorruptModelError(f"{header.path} holds tensors of other shapes than its fields say: {wrong[0]}.")
+    if header.architecture == "falcon":
+        group_heads(model)
+    return model
 
 
 def _tie_embeddings(model: PreTrainedModel, header: Header) -> bool:
@@ -229,7 +243,7 @@ def _check_complete(model: PreTrainedModel, header: Header, tied: bool) -> None:
     """Refuse a file whose number of weights differs from the model's: transformers ignores tensors silently."""
     dropped = {"output.weight"} if tied else set()
     in_file = sum(t.n_elements for name, t in header.tensors.items() if name not in dropped and "rope_" not in name)
-    in_model = sum(p.numel() for p in model.parameters())
+    in_model = sum(tensor.numel() for tensor in {t.data_ptr(): t for t in model.state_dict().values()}.values())
     if in_file != in_model:
         raise UnsupportedModelError(
             f"{header.path} holds {in_file:,} weights, but a {header.architecture} model of its shape "
@@ -240,12 +254,14 @@ def _check_complete(model: PreTrainedModel, header: Header, tied: bool) -> None:
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, header: Header) -> None:
     added = tokenizer.get_added_vocab()
     file_ids = (header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    ids = [i for i in file_ids if i is not None] + [added[token] for token in END_TOKENS if token in added]
+    inside = {"<|end|>"} if "<|return|>" in added else set()  # ends a message of gpt-oss, whose answers have several
+    ids = [i for i in file_ids if i is not None]
+    ids += [added[token] for token in END_TOKENS if token in added and token not in inside]
     model.config.eos_token_id = model.generation_config.eos_token_id = list(dict.fromkeys(ids))
 
 
 def _load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
-    from tokenizers import normalizers, pre_tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     split = header.fields.get("tokenizer.ggml.pre")
@@ -259,6 +275,10 @@ def _load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
     if split in _SPLIT_DIGITS:
         gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    elif split == "falcon":
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation("contiguous"), words, digits])
     elif byte_level and split not in _GPT2_SPLIT and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         logger.warning("%s names the unknown pre-tokenizer %r; GPT-2's is used: %s.", header.path.name, split, REMEDY)
     if split == "qwen2":

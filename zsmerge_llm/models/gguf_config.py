@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.models.gguf_header import REMEDY, Header
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 """Layers of the largest models of architectures whose query scale no field has."""
+
+
+def own_config(header: Header) -> PretrainedConfig | None:
+    """Return the config of a file whose fields transformers cannot make one from; None: it can.
+
+    Of gpt-oss it reads the lengths of the names of the YaRN fields in place of their values. A Llama file whose name is
+    "mistral" becomes a Mistral model, whose tensors it then does not find.
+    """
+    from transformers import GptOssConfig, LlamaConfig
+
+    if header.architecture == "gpt-oss":
+        return GptOssConfig(
+            **_decoder_shape(header),
+            intermediate_size=header.get("expert_feed_forward_length") or header.get("feed_forward_length"),
+            num_local_experts=header.get("expert_count"),
+            num_experts_per_tok=header.get("expert_used_count"),
+        )
+    if header.architecture == "llama" and header.fields.get("general.name") == "mistral":
+        return LlamaConfig(**_decoder_shape(header), intermediate_size=header.get("feed_forward_length"))
+    return None
+
+
+def _decoder_shape(header: Header) -> dict[str, Any]:
+    get, heads = header.get, header.get("attention.head_count")
+    ids = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+    return {
+        "vocab_size": int(header.tensors["token_embd.weight"].shape[1]),
+        "hidden_size": get("embedding_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv") or heads,
+        "head_dim": get("attention.key_length") or get("rope.dimension_count") or get("embedding_length") // heads,
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": get("rope.freq_base") or 10000.0},
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        **{setting: header.fields.get(f"tokenizer.ggml.{name}_token_id") for name, setting in ids.items()},
+    }
 
 
 def overrides(header: Header) -> dict[str, Any]:
@@ -30,6 +71,8 @@ def overrides(header: Header) -> dict[str, Any]:
             found |= _falcon_shape(header)
         case "gpt2":
             found |= {"n_positions": get("context_length"), "n_inner": get("feed_forward_length")}
+        case "minimax-m2":
+            found["intermediate_size"] = get("expert_feed_forward_length")
         case "nemotron":
             found["norm_eps"] = get("attention.layer_norm_epsilon")
     return {name: value for name, value in found.items() if value is not None}
@@ -73,6 +116,8 @@ def set_rope(config: Any, header: Header) -> None:
         parameters.update(rope_type=scaling, factor=header.get("rope.scaling.factor"))
         if original := header.get("rope.scaling.original_context_length"):
             parameters["original_max_position_embeddings"] = original
+        if header.architecture == "gpt-oss":
+            parameters["truncate"] = False  # its frequencies change between fractions of dimensions
     elif scaling not in (None, "none") or "rope_factors_long.weight" in header.tensors:
         raise UnsupportedModelError(f"{header.path} scales positions by {scaling or 'longrope'}: {REMEDY}.")
 
@@ -105,7 +150,7 @@ def set_window(config: Any, header: Header) -> None:
     window = header.get("attention.sliding_window")
     if not window or window >= (header.get("context_length") or window + 1):
         return
-    if header.architecture not in ("gemma2", "gemma3", "phi3"):
+    if header.architecture not in ("gemma2", "gemma3", "phi3", "gpt-oss"):
         raise UnsupportedModelError(f"{header.path} has a sliding window of {window} tokens: {REMEDY}.")
     config.sliding_window = window
 
