@@ -77,8 +77,10 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_was_made_from(
     tmp_path: Path, architecture: str, changes: dict[str, Any]
 ) -> None:
     model = random_model(architecture, **changes)
-    loaded = load_tiny(write_gguf(tmp_path / "tiny.gguf", model, architecture))
+    file = write_gguf(tmp_path / "tiny.gguf", model, architecture)
+    planned, loaded = gguf.read_config(file), load_tiny(file)
     torch.testing.assert_close(logits(loaded.model), logits(model), rtol=1e-4, atol=1e-4)
+    assert (type(planned), planned.vocab_size) == (type(model.config), model.config.vocab_size)
     assert loaded.model.num_parameters() == model.num_parameters()
     assert loaded.name == "tiny"
     assert loaded.source == tmp_path / "tiny.gguf"
@@ -171,6 +173,12 @@ def test_a_smollm_file_splits_digits_before_anything_else(tmp_path: Path) -> Non
     file = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", split="smollm")
     tokenizer = load_tiny(file).tokenizer
     assert tokenizer.tokenize("a  1") == ["a", "ĠĠ", "1"]  # GPT-2's rule would leave one space to the number
+
+
+def test_a_falcon_file_splits_numbers_after_three_digits(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", split="falcon")
+    split = load_tiny(file).tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12345, ...b")
+    assert [part for part, _ in split] == ["a", "Ġ", "123", "45", ",", "Ġ", "...", "b"]
 
 
 def test_a_llama_3_file_begins_a_text_with_bos_and_does_not_merge_inside_known_words(tmp_path: Path) -> None:
