@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.models.tiny_folders import load_tiny, logits, unreachable
-from tests.support.gguf_writer import EXPERTS, TEMPLATE, random_model, write_gguf
+from tests.support.gguf_writer import EXPERTS, TEMPLATE, VOCABULARY, random_model, write_gguf
 from zsmerge_llm.errors import (
     CorruptModelError,
     ModelNotFoundError,
@@ -33,6 +33,13 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+FALCON_11B = {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}
+YARN = {
+    **{"rope_type": "yarn", "rope_theta": 150000.0, "factor": 8.0, "original_max_position_embeddings": 64},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 8}
 GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 
 
@@ -52,18 +59,28 @@ GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": Tr
         ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
         ("starcoder2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
         ("stablelm", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5}}),
+        ("falcon", {"multi_query": True, "layer_norm_epsilon": 1e-3}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        ("falcon", {**FALCON_11B, "tie_word_embeddings": False}),
+        ("gpt2", {"n_positions": 512, "n_inner": 96, "layer_norm_epsilon": 1e-3}),
+        ("nemotron", {"head_dim": 32, "norm_eps": 1e-3, "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.25}}),
+        ("gpt-oss", {**GPT_OSS, "rope_parameters": YARN}),
+        ("minimax-m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "rotary_dim": 16}),
     ],
     ids=[
         *("llama", "llama-wide-tied", "qwen2", "qwen3", "gemma3", "phi3-sliding", "phi3-partial-rotary"),
         *("gemma2", "qwen3moe", "qwen2moe", "lfm2", "starcoder2", "stablelm"),
+        *("falcon-7b", "falcon-40b", "falcon-11b", "gpt2", "nemotron", "gpt-oss", "minimax-m2"),
     ],
 )
 def test_a_gguf_file_gives_the_logits_of_the_model_it_was_made_from(
     tmp_path: Path, architecture: str, changes: dict[str, Any]
 ) -> None:
     model = random_model(architecture, **changes)
-    loaded = load_tiny(write_gguf(tmp_path / "tiny.gguf", model, architecture))
+    file = write_gguf(tmp_path / "tiny.gguf", model, architecture)
+    planned, loaded = gguf.read_config(file), load_tiny(file)
     torch.testing.assert_close(logits(loaded.model), logits(model), rtol=1e-4, atol=1e-4)
+    assert (type(planned), planned.vocab_size) == (type(model.config), model.config.vocab_size)
     assert loaded.model.num_parameters() == model.num_parameters()
     assert loaded.name == "tiny"
     assert loaded.source == tmp_path / "tiny.gguf"
@@ -77,6 +94,19 @@ def test_the_rope_factors_of_a_llama_3_file_become_its_rope_scaling(tmp_path: Pa
     loaded = load_tiny(file)
     assert loaded.model.config.rope_parameters["rope_type"] == "llama3"
     torch.testing.assert_close(logits(loaded.model), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_llama_file_whose_name_is_mistral_is_read(tmp_path: Path) -> None:
+    model = random_model("llama", head_dim=32)
+    loaded = load_tiny(write_gguf(tmp_path / "tiny.gguf", model, "llama", name="mistral"))
+    torch.testing.assert_close(logits(loaded.model), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_the_end_of_a_gpt_oss_message_does_not_end_its_answer(tmp_path: Path) -> None:
+    model = random_model("gpt-oss", **GPT_OSS, rope_parameters=YARN, vocab_size=len(VOCABULARY) + 2)
+    special = ["<|return|>", "<|end|>"]
+    loaded = load_tiny(write_gguf(tmp_path / "tiny.gguf", model, "gpt-oss", special=special))
+    assert loaded.model.generation_config.eos_token_id == [2, 0, len(VOCABULARY)]
 
 
 def test_linear_rope_scaling_of_a_gemma_3_file_goes_to_its_full_layers(tmp_path: Path) -> None:
@@ -143,6 +173,12 @@ def test_a_smollm_file_splits_digits_before_anything_else(tmp_path: Path) -> Non
     file = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", split="smollm")
     tokenizer = load_tiny(file).tokenizer
     assert tokenizer.tokenize("a  1") == ["a", "ĠĠ", "1"]  # GPT-2's rule would leave one space to the number
+
+
+def test_a_falcon_file_splits_numbers_after_three_digits(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", random_model("llama"), "llama", split="falcon")
+    split = load_tiny(file).tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12345, ...b")
+    assert [part for part, _ in split] == ["a", "Ġ", "123", "45", ",", "Ġ", "...", "b"]
 
 
 def test_a_llama_3_file_begins_a_text_with_bos_and_does_not_merge_inside_known_words(tmp_path: Path) -> None:
@@ -260,6 +296,17 @@ def _refused_file(tmp_path: Path, architecture: str = "llama", **more: Any) -> P
 def test_a_gguf_architecture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"holds a mamba model; .*qwen2.*safetensors format"):
         load(_refused_file(tmp_path, "mamba", extra={}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [("deci", "transformers has no model of this kind"), ("gemma4", "neither the kind and the shape of each layer")],
+)
+def test_an_architecture_that_transformers_converts_wrongly_is_refused_with_the_reason(
+    tmp_path: Path, architecture: str, reason: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"holds a {architecture} model, .*{reason}.*safetensors format"):
+        load(_refused_file(tmp_path, architecture, extra={}))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-MODEL_TYPES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+MODEL_TYPES = {
+    **{"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"},
+    **{"gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2"},
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -40,7 +43,7 @@ def random_model(architecture: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
-        for weight in model.parameters():
+        for weight in model.state_dict(keep_vars=True).values():
             weight.add_(torch.randn_like(weight) * 0.2)
     return model
 
@@ -54,21 +57,26 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     fields: dict[str, Any] | None = None,
     split: str = "gpt-2",
+    name: str | None = None,
+    special: Sequence[str] = (),
 ) -> Path:
     """Write a model to `path`, and return the path.
 
     Args:
         kinds: storage type by tensor name, such as "Q8_0"; "output.weight" of a tied model is written only if named.
         extra: further tensors. fields: further fields of the architecture. split: name of the pre-tokenizer.
+        name: of the model. special: further special tokens.
     """
     writer = gguf.GGUFWriter(path, architecture)
+    if name:
+        writer.add_name(name)
     _write_fields(writer, model.config, fields or {})
-    _write_vocabulary(writer, split)
+    _write_vocabulary(writer, split, special)
     kinds = kinds or {}
-    for name, array in {**_tensors(model, architecture, "output.weight" in kinds), **(extra or {})}.items():
-        kind = gguf.GGMLQuantizationType[kinds.get(name, "F32")]
+    for tensor, array in {**_tensors(model, architecture, "output.weight" in kinds), **(extra or {})}.items():
+        kind = gguf.GGMLQuantizationType[kinds.get(tensor, "F32")]
         data = array if kind.name == "F32" else gguf.quantize(array, kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
+        writer.add_tensor(tensor, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -77,21 +85,26 @@ def write_gguf(
 
 
 def _write_fields(writer: gguf.GGUFWriter, config: Any, fields: dict[str, Any]) -> None:
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    widths = [getattr(config, name, None) for name in ("ffn_hidden_size", "n_inner", "intermediate_size")]
+    writer.add_feed_forward_length(next(width for width in widths if width))
     writer.add_head_count(config.num_attention_heads)
     attends = [kind == "full_attention" for kind in getattr(config, "layer_types", None) or ()]
-    heads = config.num_key_value_heads
-    writer.add_head_count_kv([heads * each for each in attends] if writer.arch == "lfm2" else heads)
-    norm = getattr(config, "norm_epsilon", None) or getattr(config, "layer_norm_eps", None)
+    if writer.arch != "gpt2":
+        heads = _kv_heads(config)
+        writer.add_head_count_kv([heads * each for each in attends] if writer.arch == "lfm2" else heads)
+    norms = [getattr(config, name, None) for name in ("norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")]
+    norm = config.norm_eps if writer.arch == "nemotron" else next((eps for eps in norms if eps), None)
     writer.add_layer_norm_eps(norm) if norm else writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
-    writer.add_key_length(head)
-    writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
-    writer.add_rope_freq_base(rope["rope_theta"])
+    if writer.arch not in ("falcon", "gpt2"):
+        writer.add_key_length(head)
+        writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
+        writer.add_rope_freq_base(rope["rope_theta"])
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
     if writer.arch == "lfm2":
@@ -99,10 +112,16 @@ def _write_fields(writer: gguf.GGUFWriter, config: Any, fields: dict[str, Any]) 
     if writer.arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if writer.arch.endswith("moe"):
+    if getattr(config, "num_experts", None):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if writer.arch == "minimax-m2":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if writer.arch == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     for name, value in fields.items():
@@ -110,12 +129,19 @@ def _write_fields(writer: gguf.GGUFWriter, config: Any, fields: dict[str, Any]) 
         (writer.add_string if isinstance(value, str) else add)(f"{writer.arch}.{name}", value)
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter, split: str) -> None:
+def _kv_heads(config: Any) -> int:
+    if config.model_type != "falcon":
+        return int(config.num_key_value_heads)
+    return 1 if config.multi_query and not config.new_decoder_architecture else int(config.num_kv_heads)
+
+
+def _write_vocabulary(writer: gguf.GGUFWriter, split: str, special: Sequence[str]) -> None:
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([control if token in SPECIAL else normal for token in VOCABULARY])
+    tokens = [*VOCABULARY, *special]
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if token in (*SPECIAL, *special) else normal for token in tokens])
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -137,7 +163,11 @@ def _tensors(model: PreTrainedModel, architecture: str, output: bool) -> dict[st
         if architecture == "llama" and ("attn_q." in gguf_name or "attn_k." in gguf_name):
             heads = config.num_attention_heads if "attn_q." in gguf_name else config.num_key_value_heads
             array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        if architecture in ("gemma2", "gemma3") and gguf_name.endswith("norm.weight"):
+        if architecture == "falcon" and "attn_qkv" in gguf_name:
+            array = _ungrouped(array, config.num_attention_heads, _kv_heads(config))
+        if architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            array = array.T
+        if architecture in ("gemma2", "gemma3", "nemotron") and gguf_name.endswith("norm.weight"):
             array = array + 1
         if "shortconv.conv" in gguf_name or "gate_inp_shexp" in gguf_name:
             array = array.squeeze(1 if "conv" in gguf_name else 0)
@@ -145,10 +175,28 @@ def _tensors(model: PreTrainedModel, architecture: str, output: bool) -> dict[st
     return tensors
 
 
+def _ungrouped(array: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+    """Return Falcon's fused projection as all queries, then all keys, then all values."""
+    groups = array.reshape(kv_heads, heads // kv_heads + 2, -1, array.shape[1])
+    return np.concatenate([part.reshape(-1, array.shape[1]) for part in (groups[:, :-2], groups[:, -2], groups[:, -1])])
+
+
 def _parts(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Iterate over a model's weights as a checkpoint has them, except that all experts of a layer are one tensor."""
     for name, weight in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "sinks":
+            yield f"{name}.weight", weight
+        elif leaf == "e_score_correction_bias":
+            yield f"{layer.replace('mlp', 'block_sparse_moe')}.e_score_correction.bias", weight
+        elif model.config.model_type == "gpt_oss" and ".experts." in name:
+            stem, suffix = (leaf[:-5], "bias") if leaf.endswith("_bias") else (leaf, "weight")
+            weight = weight if suffix == "bias" else weight.transpose(1, 2)
+            rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+            parts = rows if stem == "gate_up_proj" else {stem: slice(None)}
+            for part, picked in parts.items():
+                yield f"{layer}.{part}.{suffix}", weight[:, picked]
+        elif name.endswith("experts.gate_up_proj"):
             for part, half in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
                 yield f"{name.removesuffix('gate_up_proj')}{part}.weight", half
         else:

@@ -1,8 +1,8 @@
 """Conversion of GGUF files: checked, dequantized once into a model folder in the Hugging Face format.
 
-transformers reads the tensors, the model's shape and the vocabulary. What version 5.23 leaves out or reads wrongly is
-corrected here, one function each: RoPE scaling, sliding windows, tied embeddings stored twice, end tokens and the
-pre-tokenizer.
+transformers reads the tensors, the model's shape and the vocabulary. What version 5.24 leaves out or reads wrongly is
+corrected, one function each: settings in `gguf_config`, weights in `gguf_weights`; tied embeddings stored twice, end
+tokens and the pre-tokenizer here.
 
 The folder holds float16. A GGUF block is a float16 scale times integers of at most 8 bits, so float16 (11 bits of
 precision) rounds by 0.02 %, far below the quantization itself (0.4 % at 8 bits, 5 to 10 % at 4), where bfloat16
@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, UnsupportedModelError, ZSMergeError
 from zsmerge_llm.models.converted import is_complete, put_in_place
 from zsmerge_llm.models.file_locks import delete_leftovers, locked
+from zsmerge_llm.models.gguf_config import overrides, own_config, set_query_scale, set_rope, set_window
 from zsmerge_llm.models.gguf_header import REMEDY, Header, read_header
+from zsmerge_llm.models.gguf_weights import group_heads, read_gpt_oss
 from zsmerge_llm.models.log_filters import quiet_transformers
 from zsmerge_llm.paths import check_folder, private_folder
 
@@ -41,13 +43,11 @@ PARTIAL = ".partial-"
 CONVERTER_VERSION = 1
 """Version of the conversion, part of the folder's name. Raise it when the conversion changes."""
 
-LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
-"""Layers of the largest models of architectures whose query scale no field has."""
-
 # llama.cpp ends an answer at these tokens too, beside the one that the file names
 END_TOKENS = (
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>"),
     *("<|end_of_text|>", "<end_of_turn>", "<|end|>", "<|eot|>"),
+    *("<|return|>", "<|call|>"),
 )
 # vocabularies whose text llama.cpp splits at every digit, then as GPT-2 does
 _SPLIT_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
@@ -125,9 +125,9 @@ def _convert(header: Header, target: Path) -> None:
         model = _load_dequantized(header, file)
     tied = _tie_embeddings(model, header)
     _check_complete(model, header, tied)
-    _set_rope(model.config, header)
-    _set_window(model.config, header)
-    _set_query_scale(model.config, header)
+    set_rope(model.config, header)
+    set_window(model.config, header)
+    set_query_scale(model.config, header)
     _set_end_tokens(model, tokenizer, header)
     _save_folder(model, tokenizer, target)
 
@@ -156,64 +156,61 @@ def read_config(path: Path) -> Any:
 
     header = read_header(path)
     with _typed_errors(path):
-        with quiet_transformers(), redirect_stderr(StringIO()):
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        for name, value in _overrides(header).items():
+        config: Any = own_config(header)
+        if config is None:
+            with quiet_transformers(), redirect_stderr(StringIO()):
+                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        for name, value in overrides(header).items():
             setattr(config, name, value)
         config.tie_word_embeddings = "output.weight" not in header.tensors
         config.dtype = _converted_dtype(header)
         kinds: Any = AutoModelForCausalLM._model_mapping
         config.architectures = [kinds[type(config)].__name__]
-        _set_window(config, header)
+        set_window(config, header)
     return config
 
 
 def _converted_dtype(header: Header) -> torch.dtype:
     import torch
 
-    small = ("gate_inp", "conv.weight")  # routers and short convolutions are float32 in every file
+    small = ("gate_inp", "conv.weight", ".bias")  # routers, short convolutions, biases: float32 in every file
     matrices = [t for name, t in header.tensors.items() if len(t.shape) > 1 and not any(part in name for part in small)]
     types = {t.tensor_type.name for t in matrices}
     return torch.float32 if "F32" in types else torch.bfloat16 if types == {"BF16"} else torch.float16
 
 
-def _overrides(header: Header) -> dict[str, Any]:
-    """Return settings of the config that transformers reads wrongly."""
-    overrides: dict[str, Any] = {}
-    if header.architecture in ("llama", "qwen3") and header.get("attention.key_length"):
-        overrides["head_dim"] = header.get("attention.key_length")  # transformers uses its own default for Qwen3
-    if header.architecture == "llama" and "blk.0.attn_q.bias" in header.tensors:
-        overrides["attention_bias"] = True  # else transformers ignores these biases
-    if header.architecture in ("qwen2moe", "qwen3moe"):
-        overrides["moe_intermediate_size"] = header.get("expert_feed_forward_length")
-    if header.architecture == "qwen2moe":
-        overrides["shared_expert_intermediate_size"] = header.get("expert_shared_feed_forward_length")
-    if header.architecture == "gemma2":
-        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            overrides[name] = header.get(name)
-    return {name: value for name, value in overrides.items() if value is not None}
-
-
 def _load_dequantized(header: Header, file: Path) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
 
     for attempt in dict.fromkeys((_converted_dtype(header), torch.float32)):
-        with redirect_stderr(StringIO()):  # hides a progress bar that no setting turns off
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=attempt,
-                local_files_only=True,
-                output_loading_info=True,
-                **_overrides(header),
-            )
-        model, info = loaded
-        if wrong := sorted(str(each) for each in info["mismatched_keys"]):
-            raise CorruptModelError(f"{header.path} holds tensors of other shapes than its fields say: {wrong[0]}.")
+        model = _load(header, file, attempt)
         if all(torch.isfinite(p).all() for p in model.parameters()):  # else a value overflows float16: load in float32
             return model
     raise CorruptModelError(f"{header.path} holds weights that are not finite: download it again.")
+
+
+def _load(header: Header, file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = own_config(header)
+    if config is not None and header.architecture == "gpt-oss":
+        return read_gpt_oss(header, config, dtype)
+    settings = overrides(header) if config is None else {"config": config}
+    with redirect_stderr(StringIO()):  # hides a progress bar that no setting turns off
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            **settings,
+        )
+    model, info = loaded
+    if wrong := sorted(str(each) for each in info["mismatched_keys"]):
+        raise CorruptModelError(f"{header.path} holds tensors of other shapes than its fields say: {wrong[0]}.")
+    if header.architecture == "falcon":
+        group_heads(model)
+    return model
 
 
 def _tie_embeddings(model: PreTrainedModel, header: Header) -> bool:
@@ -246,7 +243,7 @@ def _check_complete(model: PreTrainedModel, header: Header, tied: bool) -> None:
     """Refuse a file whose number of weights differs from the model's: transformers ignores tensors silently."""
     dropped = {"output.weight"} if tied else set()
     in_file = sum(t.n_elements for name, t in header.tensors.items() if name not in dropped and "rope_" not in name)
-    in_model = sum(p.numel() for p in model.parameters())
+    in_model = sum(tensor.numel() for tensor in {t.data_ptr(): t for t in model.state_dict().values()}.values())
     if in_file != in_model:
         raise UnsupportedModelError(
             f"{header.path} holds {in_file:,} weights, but a {header.architecture} model of its shape "
@@ -254,70 +251,17 @@ def _check_complete(model: PreTrainedModel, header: Header, tied: bool) -> None:
         )
 
 
-def _set_rope(config: Any, header: Header) -> None:
-    scaling = header.get("rope.scaling.type")
-    parameters = config.rope_parameters
-    parameters = parameters.get("full_attention", parameters)  # Gemma 3 scales its full-attention layers only
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if header.architecture in ("phi3", "stablelm") and (rotary := header.get("rope.dimension_count")):
-        parameters["partial_rotary_factor"] = rotary / head_dim
-    if header.architecture in ("starcoder2", "stablelm") and (theta := header.get("rope.freq_base")):
-        parameters["rope_theta"] = theta  # which transformers does not read of them
-    if "rope_freqs.weight" in header.tensors:
-        parameters.update(_llama3_rope(header, parameters["rope_theta"], head_dim))
-    elif scaling in ("linear", "yarn"):
-        parameters.update(rope_type=scaling, factor=header.get("rope.scaling.factor"))
-        if original := header.get("rope.scaling.original_context_length"):
-            parameters["original_max_position_embeddings"] = original
-    elif scaling not in (None, "none") or "rope_factors_long.weight" in header.tensors:
-        raise UnsupportedModelError(f"{header.path} scales positions by {scaling or 'longrope'}: {REMEDY}.")
-
-
-def _llama3_rope(header: Header, theta: float, head_dim: int) -> dict[str, Any]:
-    """Return Llama 3.1's RoPE parameters, from the file's factor per frequency, which transformers ignores."""
-    import numpy as np
-
-    found = header.tensors["rope_freqs.weight"].data.astype(np.float64)
-    factor, low, high, original = float(found.max()), 1.0, 4.0, 8192
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-    if found.shape != smooth.shape or not np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-        raise UnsupportedModelError(f"{header.path} scales positions by unknown factors: {REMEDY}.")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
-
-
-def _set_window(config: Any, header: Header) -> None:
-    window = header.get("attention.sliding_window")
-    if not window or window >= (header.get("context_length") or window + 1):
-        return
-    if header.architecture not in ("gemma2", "gemma3", "phi3"):
-        raise UnsupportedModelError(f"{header.path} has a sliding window of {window} tokens: {REMEDY}.")
-    config.sliding_window = window
-
-
-def _set_query_scale(config: Any, header: Header) -> None:
-    """Set Gemma's query scale, which no field has: the head size, or hidden size / heads in the 27B models."""
-    if header.architecture in LAYERS_OF_27B:
-        mean_head_dim = config.hidden_size // config.num_attention_heads
-        is_27b = config.num_hidden_layers == LAYERS_OF_27B[header.architecture]
-        config.query_pre_attn_scalar = mean_head_dim if is_27b else config.head_dim
-
-
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, header: Header) -> None:
     added = tokenizer.get_added_vocab()
     file_ids = (header.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    ids = [i for i in file_ids if i is not None] + [added[token] for token in END_TOKENS if token in added]
+    inside = {"<|end|>"} if "<|return|>" in added else set()  # ends a message of gpt-oss, whose answers have several
+    ids = [i for i in file_ids if i is not None]
+    ids += [added[token] for token in END_TOKENS if token in added and token not in inside]
     model.config.eos_token_id = model.generation_config.eos_token_id = list(dict.fromkeys(ids))
 
 
 def _load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
-    from tokenizers import normalizers, pre_tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     split = header.fields.get("tokenizer.ggml.pre")
@@ -331,6 +275,10 @@ def _load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
     if split in _SPLIT_DIGITS:
         gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    elif split == "falcon":
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation("contiguous"), words, digits])
     elif byte_level and split not in _GPT2_SPLIT and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         logger.warning("%s names the unknown pre-tokenizer %r; GPT-2's is used: %s.", header.path.name, split, REMEDY)
     if split == "qwen2":

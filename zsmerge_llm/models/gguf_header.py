@@ -10,10 +10,20 @@ from typing import Any
 
 from zsmerge_llm.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
 
-EXPERTS = ("qwen2moe", "qwen3moe")
+EXPERTS = ("qwen2moe", "qwen3moe", "gpt-oss", "minimax-m2")
 """Supported architectures with experts."""
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "lfm2", "starcoder2", "stablelm", *EXPERTS)
+ARCHITECTURES = (
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "lfm2", "starcoder2", "stablelm"),
+    *("falcon", "gpt2", "nemotron", *EXPERTS),
+)
 """Supported architectures: their conversion is tested against the original model. Mistral and SmolLM are "llama"."""
+REFUSED = {
+    "deci": "whose shape differs from layer to layer: transformers has no model of this kind",
+    "gemma4": "of which transformers reads neither the kind and the shape of each layer nor the embeddings per layer",
+}
+"""Architectures that transformers names among those of GGUF files, and why they cannot be read all the same."""
+SIGMOID = 2
+"""llama.cpp's number of the function that weighs MiniMax-M2's experts."""
 REMEDY = "load the model's folder or Hub id in safetensors format instead"
 TEXT, ARRAY = 8, 9
 NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -129,6 +139,10 @@ def _check_supported(header: Header) -> None:
         raise UnsupportedModelError(
             f"{header.path} is one part of a split file: join the parts with `llama-gguf-split --merge` first."
         )
+    if header.architecture in REFUSED:
+        raise UnsupportedModelError(
+            f"{header.path} holds a {header.architecture} model, {REFUSED[header.architecture]}: {REMEDY}."
+        )
     if header.architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{header.path} holds a {header.architecture or 'nameless'} model; from GGUF files "
@@ -136,6 +150,8 @@ def _check_supported(header: Header) -> None:
         )
     if header.get("expert_count") and header.architecture not in EXPERTS:
         raise UnsupportedModelError(f"{header.path} holds a mixture of experts: {REMEDY}.")
+    if header.architecture == "minimax-m2" and header.get("expert_gating_func") not in (None, SIGMOID):
+        raise UnsupportedModelError(f"{header.path} weighs its experts by another function than a sigmoid: {REMEDY}.")
     if "token_embd.weight" not in header.tensors:
         raise CorruptModelError(f"{header.path} holds no weights (a vocabulary only?): give the model's own file.")
 
