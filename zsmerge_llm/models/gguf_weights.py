@@ -38,7 +38,7 @@ def read_gpt_oss(header: Header, config: PretrainedConfig, dtype: torch.dtype) -
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.to_empty(device="cpu")
+    model.to_empty(device=torch.get_default_device())
     model.tie_weights()
     names = get_tensor_name_map(MODEL_ARCH.GPT_OSS, config.num_hidden_layers)
     for name, weight in model.named_parameters():
