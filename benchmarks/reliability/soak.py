@@ -148,8 +148,9 @@ class Soak:
         with self.request() as llm:
             if how == 0:
                 chunks = list(self._stream(llm, talk, cancel=event, progress=lambda *_: event.set()))
-                return self._goes_on(talk, chunks[-1].usage)
-            if how == 1:
+                if chunks[-1].finish_reason == "cancelled":  # else there was nothing to read any more
+                    return self._goes_on(talk, chunks[-1].usage)
+            elif how == 1:
                 stream = self._stream(llm, talk)
                 chunks = [next(stream)]
                 stream.close()
