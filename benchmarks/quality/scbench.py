@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterator, Sequence
 from random import Random
 
+from benchmarks.quality.generated import GeneratedSuite
 from benchmarks.quality.ruler.tracking import VariableTracking
 from benchmarks.quality.sources import Record, Sources, distinct, fit, random_uuid
 
@@ -106,18 +106,4 @@ def many_shot(sources: Sources, seed: str, tokens: int, questions: int) -> Recor
 
 TASKS = {"kv": key_values, "prefix_suffix": prefix_suffix, "vt": chains, "many_shot": many_shot}
 
-
-def records(
-    sources: Sources,
-    lengths: Sequence[int],
-    texts: int,
-    questions: int,
-    seed: int = 0,
-    tasks: Sequence[str] = tuple(TASKS),
-) -> Iterator[Record]:
-    """Yield `texts` texts of each kind and length, as `ruler.records`."""
-    for tokens in lengths:
-        for number in range(texts):
-            for name in tasks:
-                record = TASKS[name](sources, f"{seed}/{name}/{tokens}/{number}", tokens, questions)
-                yield {**record, "id": f"{name}-{number}", "task": name, "file": f"scbench-{tokens}", "complete": True}
+records = GeneratedSuite("scbench", TASKS).records
