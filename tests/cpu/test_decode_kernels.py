@@ -101,7 +101,7 @@ def test_gemv_with_int8_weights_matches_the_dequantized_matrix(
 def test_gemv_with_int4_weights_matches_the_kernel_of_pytorch(
     dtype: torch.dtype, rows: int, inputs: int, outputs: list[int], seed: int
 ) -> None:
-    if not torch.ops.zsmerge.has_int4_products():  # this processor leaves 4 bits to PyTorch
+    if not native.int4_pack_width():  # this processor leaves 4 bits to PyTorch
         return
     torch.manual_seed(seed)
     x = torch.randn(rows, inputs).to(dtype)

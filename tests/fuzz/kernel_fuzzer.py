@@ -73,7 +73,8 @@ class Fuzzer:
 
     def gemv(self) -> list[Any]:
         rows, count, dtype = self.random.randint(1, 8), self.random.randint(1, 3), self.random.choice(FLOATS)
-        kind = self.random.choice(("plain", "int8", "int4"))
+        kinds = ("plain", "int8", "int4") if torch.ops.zsmerge.int4_pack_width() else ("plain", "int8")
+        kind = self.random.choice(kinds)
         groups, width = self.random.randint(1, 4), self.random.choice((2, 16, 32, 64, 128))
         inputs = groups * width if kind == "int4" else self.random.choice((*WIDTHS, 300))
         outputs = [
@@ -183,16 +184,23 @@ class Fuzzer:
 
 
 OPERATORS = ("decode_attention", "push_queries", "gemv", "prefill_attention", "attention_mass", "quantized_gemm")
+NEEDED = {
+    "prefill_attention": "has_bf16_products",
+    "attention_mass": "has_bf16_products",
+    "quantized_gemm": "has_int8_products",
+}
+"""Operators that not every processor has, and what tells whether this one does."""
 
 
 def fuzz(count: int, seed: int = 0, report: Callable[[str], None] = lambda text: None) -> Counter[str]:
     """Call operators `count` times as they are meant, and each time once more with an argument that is not.
 
     Returns how many calls were answered, and how many refused. A call that fits is never refused. Only operators that
-    are loaded are called.
+    are loaded, and that this processor has, are called.
     """
     fuzzer, found = Fuzzer(seed), Counter[str]()
     loaded = [name for name in OPERATORS if hasattr(torch.ops.zsmerge, name)]
+    loaded = [name for name in loaded if name not in NEEDED or getattr(torch.ops.zsmerge, NEEDED[name])()]
     for index in range(count):
         name = loaded[index % len(loaded)]
         arguments = getattr(fuzzer, name)()

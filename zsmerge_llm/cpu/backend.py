@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zsmerge_llm.attention.backend import AttentionOps, DecodeStep, TorchBackend, TorchOps
@@ -23,7 +23,9 @@ from zsmerge_llm.attention.masks import PassLayout
 from zsmerge_llm.attention.offloading import input_device
 from zsmerge_llm.cpu import native
 from zsmerge_llm.cpu.compiled_steps import CompiledSteps
+from zsmerge_llm.cpu.float32_products import Float32Linear, Float32Ops
 from zsmerge_llm.cpu.patches import ForwardPatches, GemmLinear, GemvLinear, covers_model, is_matrix
+from zsmerge_llm.cpu.product_dtype import product_dtype
 from zsmerge_llm.cpu.quantized_linear import Int4Linear, Int8Linear
 from zsmerge_llm.cpu.threads import PassThreads
 from zsmerge_llm.errors import UnsupportedModelError
@@ -125,6 +127,10 @@ class CPUBackend(TorchBackend):
         self._covers_model = False
         self._threads = PassThreads()
         self._decode_ops, self._prefill_ops = DecodeOps(), PrefillOps()
+        if product_dtype(model.dtype) != model.dtype:
+            self.torch_ops = Float32Ops()
+            for module in [module for module in model.modules() if type(module) is nn.Linear and is_matrix(module)]:
+                self.patches.replace(module, Float32Linear(module))
         self.compiled = CompiledSteps(model, num_layers, num_draft_tokens, self._load_decode)
         if automatic:
             self.compiled.watch()

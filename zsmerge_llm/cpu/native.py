@@ -26,14 +26,17 @@ from zsmerge_llm.cpu.trusted_files import digest, writable_folder
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.paths import cache_folder, check_folder, check_owner, private_folder
 
-DECODE_SOURCES = ("simd", "shapes", "quantization", "gemv", "decode_attention", "packaged_step")
+DECODE_SOURCES = (
+    *("simd", "shapes", "quantization", "dot", "dot_avx512", "dot_avx2"),
+    *("gemv", "decode_attention", "packaged_step"),
+)
 PREFILL_SOURCES = ("simd", "shapes", "quantization", "quantized_gemm", "prefill_attention")
 """Files of `csrc/` that are compiled together, in this order."""
 MAX_ROWS = 8
 """Most rows of `gemv`, and most tokens a row of `decode_attention` (docs/research/kernels)."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PACK_WIDTH = 64
-"""Outputs interleaved in one block of torch's int4 packing for AVX-512, the one that the kernels read."""
+PANEL = 64
+"""`quantized_gemm` multiplies by so many outputs at a time: a block of torch's int4 packing for AVX-512."""
 FLAGS = ("-O3", "-DNDEBUG", "-ffp-contract=fast", "-fno-math-errno")
 
 
@@ -58,7 +61,7 @@ def build(sources: Sequence[str] = DECODE_SOURCES) -> None:
         raise UnsupportedModelError(f"The C++ kernels could not be built: {str(reason).strip()[-1000:]}") from error
     if sources == DECODE_SOURCES:
         _register_fakes()
-        _has_int4_products()  # cached here: it cannot run while a graph is traced
+        int4_pack_width()  # cached here: it cannot run while a graph is traced
 
 
 @cache
@@ -205,7 +208,7 @@ def can_gemv(x: Tensor, weight: Tensor) -> bool:
     if not x.is_cpu or x.dtype not in DTYPES or not weight.is_contiguous():
         return False
     if weight.dtype == torch.uint8:
-        known = _has_int4_products() and len(weight) % PACK_WIDTH == 0
+        known = int4_pack_width() > 0 and len(weight) % int4_pack_width() == 0
     else:
         known = weight.dtype in (torch.int8, x.dtype)
     return known and 0 < x.numel() <= x.shape[-1] * MAX_ROWS
@@ -215,7 +218,7 @@ def gemv(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases:
     """Multiply x [M, K], M <= `MAX_ROWS`, by matrices that share it, + biases if any: [M, N] each.
 
     A matrix is [N, K] in x's dtype without scales; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's int4
-    packing for AVX-512 with scales and zeros [K / group, N, 2]. All are of one kind.
+    packing with scales and zeros [K / group, N, 2]. All are of one kind.
     """
     result: list[Tensor] = torch.ops.zsmerge.gemv(x, [*weights, *scales, *biases], len(weights))
     return result
@@ -232,9 +235,10 @@ def _fake_attend_slots(
 
 
 @cache
-def _has_int4_products() -> bool:
-    """Return whether `gemv` takes int4 weights on this machine."""
-    return bool(torch.ops.zsmerge.has_int4_products()) and int4_layout() == (PACK_WIDTH, True)
+def int4_pack_width() -> int:
+    """Return how many outputs a block of an int4 matrix has for `gemv`; 0 where it takes none on this machine."""
+    width = int(torch.ops.zsmerge.int4_pack_width())
+    return width if int4_layout() == (width, True) else 0
 
 
 # -- prefill -----------------------------------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ def has_bf16_products() -> bool:
 
 def has_int8_products() -> bool:
     """Return whether `quantized_gemm` runs on this processor, and faster than dequantizing (VNNI without AMX)."""
-    return bool(torch.ops.zsmerge.has_int8_products()) and int4_layout() == (PACK_WIDTH, True)
+    return bool(torch.ops.zsmerge.has_int8_products()) and int4_layout() == (PANEL, True)
 
 
 def can_prefill(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -313,7 +317,7 @@ def attention_mass(
 def can_gemm(x: Tensor, weight: Tensor, scales: Tensor) -> bool:
     """Return whether `quantized_gemm` takes x [..., K] and an int4 or int8 matrix, given `has_int8_products`."""
     kinds = x.dtype == scales.dtype == torch.bfloat16 and weight.dtype in (torch.uint8, torch.int8)
-    return kinds and x.is_cpu and x.numel() > x.shape[-1] * MAX_ROWS and len(weight) % PACK_WIDTH == 0
+    return kinds and x.is_cpu and x.numel() > x.shape[-1] * MAX_ROWS and len(weight) % PANEL == 0
 
 
 def quantized_gemm(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

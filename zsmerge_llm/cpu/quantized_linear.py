@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from zsmerge_llm.cpu.product_dtype import product_dtype
+
 GROUP_SIZE = 32
 """Inputs that share a scale and a zero in int4."""
 MAX_GEMV_ROWS_INT4, MAX_GEMV_ROWS_INT8 = 32, 12
@@ -62,13 +64,13 @@ class Int8Linear(nn.Module):
         return self.weight.float() * self.scale.float()[:, None]
 
     def _dequantizing_matmul(self, rows: Tensor) -> Tensor:
-        step = max(1, _MAX_DEQUANTIZED // self.in_features)
+        step, wide = max(1, _MAX_DEQUANTIZED // self.in_features), rows.to(product_dtype(rows.dtype))
         if step >= self.out_features:
-            return F.linear(rows, self.weight.to(rows.dtype)).mul_(self.scale)
+            return F.linear(wide, self.weight.to(wide.dtype)).mul_(self.scale).to(rows.dtype)
         out = rows.new_empty(len(rows), self.out_features)
         for start in range(0, self.out_features, step):
             some = slice(start, start + step)
-            out[:, some] = F.linear(rows, self.weight[some].to(rows.dtype)).mul_(self.scale[some])
+            out[:, some] = F.linear(wide, self.weight[some].to(wide.dtype)).mul_(self.scale[some])
         return out
 
 
@@ -111,21 +113,21 @@ class Int4Linear(nn.Module):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.scales_and_zeros)
 
     def _dequantizing_matmul(self, rows: Tensor) -> Tensor:
-        out = rows.new_empty(len(rows), self.out_features)
+        out, wide = rows.new_empty(len(rows), self.out_features), rows.to(product_dtype(rows.dtype))
         step = max(64, _PIECE // self.in_features // 64 * 64)
         for start in range(0, self.out_features, step):
             end = min(start + step, self.out_features)
-            out[:, start:end] = rows @ self._dequantized_columns(start, end)
+            out[:, start:end] = wide @ self._dequantized_columns(start, end, wide.dtype)
         return out
 
-    def _dequantized_columns(self, start: int, end: int) -> Tensor:
+    def _dequantized_columns(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Return Wᵀ[:, start:end], [K, end - start]; `start` is a multiple of 64."""
         codes = unpack_int4(self.weight[start:end], cast("tuple[int, bool]", int4_layout())).float()  # [K, n], 0 to 15
         grouped = codes.view(-1, self.group_size, end - start)  # in bfloat16, addcmul takes three times as long
         scale, zero = self.scales_and_zeros[:, start:end].float().unbind(-1)
         zero = (zero - 8 * scale)[:, None].contiguous()
         torch.addcmul(zero, grouped, scale.contiguous()[:, None], out=grouped)
-        return codes.to(self.scales_and_zeros.dtype)
+        return codes.to(dtype)
 
 
 class Int8Embedding(nn.Module):

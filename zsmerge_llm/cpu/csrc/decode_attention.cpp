@@ -46,7 +46,7 @@ void slot_bias(const float* multiplicity, const int32_t* slot_position, int32_t 
 // P pairs of columns of values [size, E], weighted by weights [Q, SLOT_BLOCK] -> interleaved float32 out [Q, stride].
 template <typename T, int Q, int P>
 inline void weighted_sum(const T* values, const float* weights, int64_t size, int64_t E, int64_t stride, float* out) {
-  f32x16 acc[Q][P][2] = {};
+  f32v acc[Q][P][2] = {};
   for (int64_t c = 0; c < size; ++c)
     UNROLL for (int i = 0; i < P; ++i) {
       const Pair value = widen(values + c * E + i * PAIR);
@@ -67,16 +67,16 @@ inline void weighted_sum(const T* values, const float* weights, int64_t size, in
 inline std::pair<float, float> softmax_inplace(float* logits, const float* bias, int64_t size, float scaling,
                                                float cap) {
   const int64_t padded = (size + LANES - 1) / LANES * LANES;
-  f32x16 lane_max = splat(MASKED), total = {};
+  f32v lane_max = splat(MASKED), total = {};
   for (int64_t c = 0; c < padded; c += LANES) {
-    f32x16 logit = load<f32x16>(logits + c) * scaling;
-    logit = (cap > 0 ? softcapped(logit, cap) : logit) + load<f32x16>(bias + c);
+    f32v logit = load<f32v>(logits + c) * scaling;
+    logit = (cap > 0 ? softcapped(logit, cap) : logit) + load<f32v>(bias + c);
     store(logit, logits + c);
     lane_max = logit > lane_max ? logit : lane_max;
   }
   const float max = hmax(lane_max);
   for (int64_t c = 0; c < padded; c += LANES) {
-    const f32x16 weight = exp_nonpositive(load<f32x16>(logits + c) - max);
+    const f32v weight = exp_nonpositive(load<f32v>(logits + c) - max);
     total += weight;
     store(weight, logits + c);
   }
@@ -88,7 +88,7 @@ inline std::pair<float, float> softmax_inplace(float* logits, const float* bias,
 template <typename T, int Q>
 void attend_block(const float* queries, const T* keys, const T* values, const float* const* biases, int64_t size,
                   int64_t D, int64_t E, float scaling, float cap, float* results) {
-  constexpr int R = 4;
+  constexpr int R = WIDE ? 4 : 4 / Q;
   alignas(64) float logits[Q * SLOT_BLOCK] = {};
   float dots[R * Q];
   int64_t c = 0;
@@ -107,7 +107,9 @@ void attend_block(const float* queries, const T* keys, const T* values, const fl
     std::tie(results[q * stride], results[q * stride + 1]) =
         softmax_inplace(logits + q * SLOT_BLOCK, biases[q], size, scaling, cap);
   int64_t e = 0;
-  for (; e + 2 * PAIR <= E; e += 2 * PAIR) weighted_sum<T, Q, 2>(values + e, logits, size, E, stride, results + 2 + e);
+  if constexpr (WIDE || Q <= 2)  // as many accumulators as there are registers for
+    for (; e + 2 * PAIR <= E; e += 2 * PAIR)
+      weighted_sum<T, Q, 2>(values + e, logits, size, E, stride, results + 2 + e);
   for (; e + PAIR <= E; e += PAIR) weighted_sum<T, Q, 1>(values + e, logits, size, E, stride, results + 2 + e);
   for (; e < E; ++e)
     for (int q = 0; q < Q; ++q) {
@@ -141,7 +143,7 @@ inline void weighted_sum_bf16(const BFloat16* values, const BFloat16* weights, i
   }
   for (int q = 0; q < Q; ++q)
     for (int i = 0; i < P; ++i) {  // into the element order of `widen`
-      const f32x16 a = (f32x16)acc[q][i][0], b = (f32x16)acc[q][i][1];
+      const f32v a = (f32v)acc[q][i][0], b = (f32v)acc[q][i][1];
       float* to = out + q * stride + i * PAIR;
       store(__builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30), to);
       store(__builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31), to + LANES);
@@ -171,7 +173,7 @@ void attend_block_bf16(const BFloat16* queries, const BFloat16* keys, const BFlo
         UNROLL for (int r = 0; r < R; ++r) acc[q][r] = _mm512_dpbf16_ps(acc[q][r], key[r], query);
       }
     }
-    const f32x16 dots = hsum16((const f32x16*)acc);
+    const f32v dots = hsum16((const f32v*)acc);
     std::memcpy(logits + c, &dots, sizeof(f32x4));
     UNROLL for (int q = 1; q < Q; ++q)
         std::memcpy(logits + q * SLOT_BLOCK + c, (const float*)&dots + q * R, sizeof(f32x4));

@@ -93,10 +93,10 @@ struct PackagedStep : torch::CustomClassHolder {
 };
 
 // Whether `gemv` takes packed int4 weights.
-bool has_int4_products() { return HAS_VNNI; }
+int64_t int4_pack_width() { return HAS_INTEGER_PRODUCTS ? PACK_WIDTH : 0; }
 
 TORCH_LIBRARY_FRAGMENT(zsmerge, library) {
-  library.def("has_int4_products() -> bool", &has_int4_products);
+  library.def("int4_pack_width() -> int", &int4_pack_width);
   library.def("gemv(Tensor x, Tensor[] operands, int num_matrices) -> Tensor[]");
   library.def(
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) "

@@ -53,21 +53,21 @@ void pack_values(const PrefillArgs& args, const Tensor& values, int64_t item) {
 // weights exp(logit - max). Updates the running max and total; returns the factor that rescales earlier weights.
 float online_softmax(float* logits, BFloat16* weights, int64_t size, int64_t visible, const PrefillArgs& args,
                      const float* bias, const int32_t* slot_position, int32_t window_start, float& max, float& total) {
-  const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  f32x16 top = splat(max);
+  const i32v lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  f32v top = splat(max);
   for (int64_t c = 0; c < size; c += LANES) {
-    f32x16 logit = load<f32x16>(logits + c) * args.scaling;
+    f32v logit = load<f32v>(logits + c) * args.scaling;
     if (args.cap > 0) logit = softcapped(logit, args.cap);
-    if (bias != nullptr) logit += load<f32x16>(bias + c);
+    if (bias != nullptr) logit += load<f32v>(bias + c);
     if (c + LANES > visible) logit = lanes < static_cast<int32_t>(visible - c) ? logit : splat(MASKED);
-    if (slot_position != nullptr) logit = load<i32x16>(slot_position + c) > window_start ? logit : splat(MASKED);
+    if (slot_position != nullptr) logit = load<i32v>(slot_position + c) > window_start ? logit : splat(MASKED);
     store(logit, logits + c);
     top = logit > top ? logit : top;
   }
   const float new_max = hmax(top);
-  f32x16 sums = {};
+  f32v sums = {};
   for (int64_t c = 0; c < size; c += LANES) {
-    const f32x16 weight = exp_nonpositive(load<f32x16>(logits + c) - new_max);
+    const f32v weight = exp_nonpositive(load<f32v>(logits + c) - new_max);
     sums += weight;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + c), (__m256i)_mm512_cvtneps_pbh((__m512)weight));
   }
@@ -143,25 +143,25 @@ void mass_block(const PrefillArgs& args, int64_t row, const std::vector<const BF
   for (int64_t q = 0; q < size; ++q) {
     if (query_position[q] < 0) continue;
     float* row_logits = logits.data() + q * args.C_padded;
-    f32x16 top = splat(sinks[q]), sums = {};
+    f32v top = splat(sinks[q]), sums = {};
     for (int64_t c = 0; c < args.C_padded; c += LANES) {
-      f32x16 logit = load<f32x16>(row_logits + c) * args.scaling;
+      f32v logit = load<f32v>(row_logits + c) * args.scaling;
       if (args.cap > 0) logit = softcapped(logit, args.cap);
-      logit = load<i32x16>(slot_position + c) <= query_position[q] ? logit + load<f32x16>(bias + c) : splat(MASKED);
+      logit = load<i32v>(slot_position + c) <= query_position[q] ? logit + load<f32v>(bias + c) : splat(MASKED);
       store(logit, row_logits + c);
       top = logit > top ? logit : top;
     }
     const float new_max = hmax(top);
     for (int64_t c = 0; c < args.C_padded; c += LANES) {
-      const f32x16 unnormalized = exp_nonpositive(load<f32x16>(row_logits + c) - new_max);
+      const f32v unnormalized = exp_nonpositive(load<f32v>(row_logits + c) - new_max);
       sums += unnormalized;
       store(unnormalized, row_logits + c);
     }
     const float total = hsum(sums) + (sinks[q] > MASKED ? std::exp(sinks[q] - new_max) : 0.0f);
-    const f32x16 inverse = splat(1 / total);
+    const f32v inverse = splat(1 / total);
     for (int64_t c = 0; c < args.C_padded; c += LANES) {
-      const f32x16 mass = load<f32x16>(row_logits + c) * inverse, max_mass = load<f32x16>(out + args.C_padded + c);
-      store(load<f32x16>(out + c) + mass * weight, out + c);
+      const f32v mass = load<f32v>(row_logits + c) * inverse, max_mass = load<f32v>(out + args.C_padded + c);
+      store(load<f32v>(out + c) + mass * weight, out + c);
       store(mass > max_mass ? mass : max_mass, out + args.C_padded + c);
     }
   }

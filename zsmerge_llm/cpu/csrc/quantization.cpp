@@ -1,25 +1,25 @@
 // Integer codes of inputs and weights. Inputs are quantized symmetrically, one scale per group. Needs simd.cpp.
 
 // Round to nearest even; |x| < 2^22.
-inline i32x16 round_to_int(f32x16 x) { return (i32x16)(x + 12582912.0f) - 0x4b400000; }
+inline i32v round_to_int(f32v x) { return (i32v)(x + 12582912.0f) - 0x4b400000; }
 
-// Two int32 vectors in the order of `widen<T>` -> 32 codes in memory order.
+// Two int32 vectors in the order of `widen<T>` -> 2 * LANES codes in memory order.
 template <typename T>
-inline void narrow(i32x16 a, i32x16 b, int16_t* to) {
-  const i16x16 pair[2] = {__builtin_convertvector(a, i16x16), __builtin_convertvector(b, i16x16)};
+inline void narrow(i32v a, i32v b, int16_t* to) {
+  const i16_half pair[2] = {__builtin_convertvector(a, i16_half), __builtin_convertvector(b, i16_half)};
   std::memcpy(to, pair, sizeof(pair));
 }
 template <>
-inline void narrow<BFloat16>(i32x16 a, i32x16 b, int16_t* to) {
-  const u32x16 merged = ((u32x16)a & 0xffffu) | ((u32x16)b << 16);
+inline void narrow<BFloat16>(i32v a, i32v b, int16_t* to) {
+  const u32v merged = ((u32v)a & 0xffffu) | ((u32v)b << 16);
   std::memcpy(to, &merged, sizeof(merged));
 }
 
 template <typename T>
-inline void narrow(i32x16 a, i32x16 b, int8_t* to) {
+inline void narrow(i32v a, i32v b, int8_t* to) {
   int16_t wide[PAIR];
   narrow<T>(a, b, wide);
-  const i8x32 narrowed = __builtin_convertvector(load<i16x32>(wide), i8x32);
+  const i8_half narrowed = __builtin_convertvector(load<i16v>(wide), i8_half);
   std::memcpy(to, &narrowed, sizeof(narrowed));
 }
 
@@ -27,11 +27,11 @@ inline void narrow(i32x16 a, i32x16 b, int8_t* to) {
 template <typename T, typename C>
 float quantize_group(const T* x, int64_t size, C* codes) {
   constexpr float MAX_CODE = std::numeric_limits<C>::max();
-  f32x16 max = {};
+  f32v max = {};
   int64_t k = 0;
   for (; k + PAIR <= size; k += PAIR) {
     const Pair pair = widen(x + k);
-    for (const f32x16 v : {pair.a, -pair.a, pair.b, -pair.b}) max = v > max ? v : max;
+    for (const f32v v : {pair.a, -pair.a, pair.b, -pair.b}) max = v > max ? v : max;
   }
   float absmax = std::max(1e-30f, hmax(max));
   for (int64_t tail = k; tail < size; ++tail) absmax = std::max(absmax, std::abs(static_cast<float>(x[tail])));

@@ -82,8 +82,8 @@ struct Requantizer {
   __m512i scale, zero;
 };
 
-inline __m512i duplicate_u16(f32x16 x) {
-  const u32x16 whole = (u32x16)round_to_int(x) & 0xffffu;
+inline __m512i duplicate_u16(f32v x) {
+  const u32v whole = (u32v)round_to_int(x) & 0xffffu;
   return (__m512i)(whole | (whole << 16));
 }
 
@@ -96,12 +96,12 @@ inline __m512i requantize(__m512i codes, const Requantizer& requantizer) {
 }
 
 // int8 scale of 16 outputs: absmax over `groups` groups, whose [N, 2] scales and zeros are N * 2 apart, / 127.
-f32x16 panel_scale(const BFloat16* scales_zeros, int64_t N, int64_t groups) {
-  f32x16 absmax = {};
+f32v panel_scale(const BFloat16* scales_zeros, int64_t N, int64_t groups) {
+  f32v absmax = {};
   for (int64_t g = 0; g < groups; ++g) {
     const Pair scale_zero = widen(scales_zeros + g * N * 2);
-    for (const f32x16 end : {scale_zero.b - scale_zero.a * 8.0f, scale_zero.b + scale_zero.a * 7.0f}) {
-      const f32x16 size = end < 0.0f ? -end : end;
+    for (const f32v end : {scale_zero.b - scale_zero.a * 8.0f, scale_zero.b + scale_zero.a * 7.0f}) {
+      const f32v size = end < 0.0f ? -end : end;
       absmax = size > absmax ? size : absmax;
     }
   }
@@ -116,7 +116,7 @@ void unpack_panel(const uint8_t* packed, const BFloat16* scales_zeros, int64_t N
   const int64_t groups = rows.K / group, groups_per_block = BLOCK_SPANS * rows.span / group;
   for (int64_t first = 0; first < groups; first += groups_per_block) {
     const int64_t last = std::min(groups, first + groups_per_block);
-    f32x16 scale[PANEL_VECTORS];
+    f32v scale[PANEL_VECTORS];
     for (int64_t part = 0; part < PANEL_VECTORS; ++part) {
       scale[part] = panel_scale(scales_zeros + first * N * 2 + part * PAIR, N, last - first);
       store(scale[part], panel.scale.data() + first / groups_per_block * PACK_WIDTH + part * LANES);
@@ -125,7 +125,7 @@ void unpack_panel(const uint8_t* packed, const BFloat16* scales_zeros, int64_t N
       Requantizer requantizer[PANEL_VECTORS];
       for (int64_t part = 0; part < PANEL_VECTORS; ++part) {
         const Pair scale_zero = widen(scales_zeros + g * N * 2 + part * PAIR);
-        const f32x16 factor = 256.0f / scale[part];
+        const f32v factor = 256.0f / scale[part];
         constexpr float OFFSET = (128 + 0.5f) * 256;  // +128 makes codes unsigned, +0.5 rounds; in units of 1 / 256
         requantizer[part] = {duplicate_u16(scale_zero.a * factor),
                              duplicate_u16((scale_zero.b - scale_zero.a * 8.0f) * factor + OFFSET)};
@@ -144,9 +144,9 @@ void unpack_panel(const uint8_t* packed, const BFloat16* scales_zeros, int64_t N
 }
 
 // Transpose 16 x 16 words in place (four butterfly steps).
-inline void transpose_16x16(u32x16* v) {
+inline void transpose_16x16(u32v* v) {
   UNROLL for (int step = 1; step < LANES; step *= 2) {
-    u32x16 low, high;
+    u32v low, high;
     for (uint32_t i = 0; i < LANES; ++i) {
       low[i] = i & step ? i + LANES - step : i;
       high[i] = i & step ? i + LANES : i + step;
@@ -154,8 +154,8 @@ inline void transpose_16x16(u32x16* v) {
     _Pragma("GCC unroll 16") for (int i = 0; i < LANES; ++i) {
       if (i & step) continue;
       const __m512i a = (__m512i)v[i], b = (__m512i)v[i + step];
-      v[i] = (u32x16)_mm512_permutex2var_epi32(a, (__m512i)low, b);
-      v[i + step] = (u32x16)_mm512_permutex2var_epi32(a, (__m512i)high, b);
+      v[i] = (u32v)_mm512_permutex2var_epi32(a, (__m512i)low, b);
+      v[i + step] = (u32v)_mm512_permutex2var_epi32(a, (__m512i)high, b);
     }
   }
 }
@@ -168,9 +168,9 @@ void unpack_panel(const int8_t* weight, const BFloat16* scale, const QuantizedRo
     for (int64_t k = 0; k < rows.K; k += 64) {
       const int64_t size = std::min<int64_t>(64, rows.K - k);
       const __mmask64 mask = size == 64 ? ~0ull : (1ull << size) - 1;
-      u32x16 v[LANES];
+      u32v v[LANES];
       for (int64_t i = 0; i < LANES; ++i)
-        v[i] = (u32x16)_mm512_xor_si512(offset, _mm512_maskz_loadu_epi8(mask, row + i * rows.K + k));
+        v[i] = (u32v)_mm512_xor_si512(offset, _mm512_maskz_loadu_epi8(mask, row + i * rows.K + k));
       transpose_16x16(v);
       for (int64_t i = 0; i < size / 4; ++i)
         _mm512_storeu_si512(panel.codes.data() + (k + 4 * i) * PACK_WIDTH + part * 64, (__m512i)v[i]);
@@ -188,7 +188,7 @@ void unpack_panel(const int8_t* weight, const BFloat16* scale, const QuantizedRo
   const float* scale = rows.scale + plane_row * rows.spans;
   const float* offset = rows.offset + plane_row * rows.blocks + block;
   const uint8_t* w = panel.codes.data() + start * rows.span * PACK_WIDTH + part * 64;
-  f32x16 y[TILE_M][TILE_N];
+  f32v y[TILE_M][TILE_N];
   UNROLL for (int r = 0; r < TILE_M; ++r)
     UNROLL for (int p = 0; p < TILE_N; ++p) y[r][p] = splat(offset[r * rows.planes * rows.blocks]);
   for (int64_t s = start; s < std::min(rows.spans, start + BLOCK_SPANS); ++s) {
@@ -204,23 +204,23 @@ void unpack_panel(const int8_t* weight, const BFloat16* scale, const QuantizedRo
       }
     }
     UNROLL for (int r = 0; r < TILE_M; ++r) {
-      const f32x16 factor = splat(scale[r * rows.planes * rows.spans + s]);
-      UNROLL for (int p = 0; p < TILE_N; ++p) y[r][p] += (f32x16)_mm512_cvtepi32_ps(acc[r][p]) * factor;
+      const f32v factor = splat(scale[r * rows.planes * rows.spans + s]);
+      UNROLL for (int p = 0; p < TILE_N; ++p) y[r][p] += (f32v)_mm512_cvtepi32_ps(acc[r][p]) * factor;
     }
   }
   UNROLL for (int p = 0; p < TILE_N; ++p) {
-    const f32x16 factor = load<f32x16>(panel.scale.data() + block * PACK_WIDTH + (part + p) * LANES);
+    const f32v factor = load<f32v>(panel.scale.data() + block * PACK_WIDTH + (part + p) * LANES);
     UNROLL for (int r = 0; r < TILE_M; ++r) {
       float* to = out + r * PACK_WIDTH + (part + p) * LANES;
-      store(load<f32x16>(to) + y[r][p] * factor, to);
+      store(load<f32v>(to) + y[r][p] * factor, to);
     }
   }
 }
 
 // Store as bfloat16, rounding to nearest even.
-inline void store_bf16(f32x16 x, BFloat16* to) {
-  const u32x16 bits = (u32x16)x;
-  const i16x16 upper = __builtin_convertvector((i32x16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16), i16x16);
+inline void store_bf16(f32v x, BFloat16* to) {
+  const u32v bits = (u32v)x;
+  const i16_half upper = __builtin_convertvector((i32v)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16), i16_half);
   std::memcpy(to, &upper, sizeof(upper));
 }
 
@@ -238,7 +238,7 @@ void multiply_strip(const QuantizedRows& rows, Panel& panel, int64_t start, int6
   if (bias != nullptr) std::copy(bias, bias + PACK_WIDTH, panel_bias);
   for (int64_t m = start; m < end; ++m)
     for (int64_t n = 0; n < PACK_WIDTH; n += LANES)
-      store_bf16(load<f32x16>(panel.out.data() + (m - start) * PACK_WIDTH + n) + load<f32x16>(panel_bias + n),
+      store_bf16(load<f32v>(panel.out.data() + (m - start) * PACK_WIDTH + n) + load<f32v>(panel_bias + n),
                  out + m * N + n);
 }
 

@@ -27,14 +27,25 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)  // else shorter: vectors of several registers would be spilled all the time
+#define VECTOR_BYTES 64
+#else
+#define VECTOR_BYTES 32
 #endif
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define HAS_VNNI 1
 #else
 #define HAS_VNNI 0
 #endif
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(__AVX512F__)
+#define HAS_AVX2 1
+#else
+#define HAS_AVX2 0
+#endif
+#define HAS_INTEGER_PRODUCTS (HAS_VNNI || HAS_AVX2)
 #if defined(__AVX512BF16__)
 #define HAS_AVX512_BF16 1
 #else
@@ -50,24 +61,26 @@ using at::BFloat16;
 using at::Half;
 using at::Tensor;
 
-constexpr int64_t LANES = 16;
+constexpr bool WIDE = VECTOR_BYTES == 64;       // AVX-512: twice as many registers, too
+constexpr int64_t LANES = VECTOR_BYTES / 4;
 constexpr int64_t PAIR = 2 * LANES;
 constexpr int MAX_ROWS = 8;                    // rows of a GEMV that share one pass over the weights
 constexpr int64_t SLOT_BLOCK = 256;            // slots per task of decode attention
-constexpr int64_t PACK_WIDTH = 64;             // outputs interleaved in one block of a packed int4 matrix
+constexpr int64_t PACK_WIDTH = WIDE ? 64 : 32;  // outputs interleaved in one block of a packed int4 matrix
 constexpr int64_t PREFETCH_BYTES = 4096;       // distance of software prefetch in packed weights
 constexpr float MASKED = -1e30f;               // masked logit; finite, so that MASKED - MASKED is 0, not NaN
 
-typedef float f32x16 __attribute__((vector_size(64)));
+// A vector of LANES values, its halves and quarters, and what is as long in memory.
+typedef float f32v __attribute__((vector_size(VECTOR_BYTES)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef int16_t i16x16 __attribute__((vector_size(32)));
-typedef int16_t i16x32 __attribute__((vector_size(64)));
-typedef int8_t i8x32 __attribute__((vector_size(32)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef _Float16 f16x16 __attribute__((vector_size(32)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef int32_t i32v __attribute__((vector_size(VECTOR_BYTES)));
+typedef int16_t i16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef int16_t i16v __attribute__((vector_size(VECTOR_BYTES)));
+typedef int8_t i8_half __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef int8_t i8_quarter __attribute__((vector_size(VECTOR_BYTES / 4)));
+typedef uint32_t u32v __attribute__((vector_size(VECTOR_BYTES)));
+typedef _Float16 f16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 template <typename V>
 inline V load(const void* from) {
@@ -87,37 +100,45 @@ void dynamic_for(int64_t items, const F& work) {
   at::parallel_for(0, std::min<int64_t>(items, at::get_num_threads()), 1, [&](int64_t, int64_t) { work(next); });
 }
 
-inline void store(f32x16 value, float* to) { std::memcpy(to, &value, sizeof(value)); }
-inline f32x16 splat(float value) { return f32x16{} + value; }
+inline void store(f32v value, float* to) { std::memcpy(to, &value, sizeof(value)); }
+inline f32v splat(float value) { return f32v{} + value; }
 
-// 32 values as two vectors, in the cheapest order for their type (bfloat16: even and odd elements).
+// 2 * LANES values as two vectors, in the cheapest order for their type (bfloat16: even and odd elements).
 struct Pair {
-  f32x16 a, b;
+  f32v a, b;
 };
 
-inline Pair widen(const float* from) { return {load<f32x16>(from), load<f32x16>(from + LANES)}; }
+inline Pair widen(const float* from) { return {load<f32v>(from), load<f32v>(from + LANES)}; }
 inline Pair widen(const BFloat16* from) {  // even elements, odd elements
-  const u32x16 both = load<u32x16>(from);
-  return {(f32x16)(both << 16), (f32x16)(both & 0xffff0000u)};
+  const u32v both = load<u32v>(from);
+  return {(f32v)(both << 16), (f32v)(both & 0xffff0000u)};
 }
 #if defined(__AVX512F__)  // GCC 12 scalarises __builtin_convertvector for these types
 inline Pair widen(const Half* from) {
   const __m512i both = _mm512_loadu_si512(from);
-  return {(f32x16)_mm512_cvtph_ps(_mm512_castsi512_si256(both)),
-          (f32x16)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
+  return {(f32v)_mm512_cvtph_ps(_mm512_castsi512_si256(both)),
+          (f32v)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
 }
-inline f32x16 load_i8x16(const int8_t* from) {
-  return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+inline f32v load_i8(const int8_t* from) {
+  return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+#elif HAS_AVX2
+inline Pair widen(const Half* from) {
+  const auto* halves = (const __m128i*)from;
+  return {(f32v)_mm256_cvtph_ps(_mm_loadu_si128(halves)), (f32v)_mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+}
+inline f32v load_i8(const int8_t* from) {
+  return (f32v)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 }
 #else
 inline Pair widen(const Half* from) {
-  return {__builtin_convertvector(load<f16x16>(from), f32x16),
-          __builtin_convertvector(load<f16x16>(from + LANES), f32x16)};
+  return {__builtin_convertvector(load<f16_half>(from), f32v),
+          __builtin_convertvector(load<f16_half>(from + LANES), f32v)};
 }
-inline f32x16 load_i8x16(const int8_t* from) { return __builtin_convertvector(load<i8x16>(from), f32x16); }
+inline f32v load_i8(const int8_t* from) { return __builtin_convertvector(load<i8_quarter>(from), f32v); }
 #endif
 
-// Scales (a) and zeros (b) of 16 outputs from interleaved [16, 2].
+// Scales (a) and zeros (b) of LANES outputs from interleaved [LANES, 2].
 inline Pair load_scales_zeros(const BFloat16* from) { return widen(from); }
 template <typename T>
 inline Pair load_scales_zeros(const T* from) {
@@ -126,10 +147,10 @@ inline Pair load_scales_zeros(const T* from) {
     scale[i] = static_cast<float>(from[2 * i]);
     zero[i] = static_cast<float>(from[2 * i + 1]);
   }
-  return {load<f32x16>(scale), load<f32x16>(zero)};
+  return {load<f32v>(scale), load<f32v>(zero)};
 }
 
-inline Pair widen(const int8_t* from) { return {load_i8x16(from), load_i8x16(from + LANES)}; }
+inline Pair widen(const int8_t* from) { return {load_i8(from), load_i8(from + LANES)}; }
 
 // [size] -> factor * x as float32, in the element order of `widen`; a tail below PAIR keeps its order.
 template <typename T>
@@ -154,19 +175,24 @@ void deinterleave<BFloat16>(float* x, int64_t size) {
   }
 }
 
-inline float hsum(f32x16 v) {
+inline float hsum(f32v v) {
+#if VECTOR_BYTES == 64
   f32x8 halves[2];
-  f32x4 quarters[2];
   std::memcpy(halves, &v, sizeof(v));
   const f32x8 eight = halves[0] + halves[1];
+#else
+  const f32x8 eight = v;
+#endif
+  f32x4 quarters[2];
   std::memcpy(quarters, &eight, sizeof(eight));
   const f32x4 four = quarters[0] + quarters[1];
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+#if HAS_AVX512_BF16
 // Horizontal sums of 16 vectors, in their order: a transposing tree of adds.
-inline f32x16 hsum16(const f32x16* v) {
-  f32x16 eight[8], four[4], two[2];
+inline f32v hsum16(const f32v* v) {
+  f32v eight[8], four[4], two[2];
   UNROLL for (int i = 0; i < 8; ++i) eight[i] =
       __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
       __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -180,34 +206,40 @@ inline f32x16 hsum16(const f32x16* v) {
          __builtin_shufflevector(two[0], two[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
-inline float hmax(f32x16 v) {
+#endif
+
+inline float hmax(f32v v) {
+#if VECTOR_BYTES == 64
   f32x8 halves[2];
-  f32x4 quarters[2];
   std::memcpy(halves, &v, sizeof(v));
   const f32x8 eight = halves[0] > halves[1] ? halves[0] : halves[1];
+#else
+  const f32x8 eight = v;
+#endif
+  f32x4 quarters[2];
   std::memcpy(quarters, &eight, sizeof(eight));
   const f32x4 four = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
   return std::max(std::max(MASKED, std::max(four[0], four[2])), std::max(four[1], four[3]));
 }
 
 // e^x for x <= 0 within a few ulp (Cephes expf polynomial); 0 below x = -80.
-inline f32x16 exp_nonpositive(f32x16 x) {
-  const i32x16 in_range = x > -80.0f;
+inline f32v exp_nonpositive(f32v x) {
+  const i32v in_range = x > -80.0f;
   x = x > -80.0f ? x : splat(-80.0f);
-  const f32x16 shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 leaves the rounded integer in the low bits
-  const f32x16 power = shifted - 12582912.0f;
-  const f32x16 r = x - power * 0.693359375f + power * 2.12194440e-4f;
-  f32x16 y = splat(1.9875691500e-4f);
+  const f32v shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 leaves the rounded integer in the low bits
+  const f32v power = shifted - 12582912.0f;
+  const f32v r = x - power * 0.693359375f + power * 2.12194440e-4f;
+  f32v y = splat(1.9875691500e-4f);
   for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     y = y * r + c;
   y = y * r * r + r + 1.0f;
-  const i32x16 scaled = (i32x16)y + (((i32x16)shifted - 0x4b400000) << 23);
-  return (f32x16)(scaled & in_range);
+  const i32v scaled = (i32v)y + (((i32v)shifted - 0x4b400000) << 23);
+  return (f32v)(scaled & in_range);
 }
 
-inline f32x16 softcapped(f32x16 logit, float cap) {  // cap * tanh(logit / cap)
-  const f32x16 size = logit < 0.0f ? -logit : logit;
-  const f32x16 small = exp_nonpositive(size * (-2.0f / cap));
-  const f32x16 squashed = (1.0f - small) / (1.0f + small) * cap;
+inline f32v softcapped(f32v logit, float cap) {  // cap * tanh(logit / cap)
+  const f32v size = logit < 0.0f ? -logit : logit;
+  const f32v small = exp_nonpositive(size * (-2.0f / cap));
+  const f32v squashed = (1.0f - small) / (1.0f + small) * cap;
   return logit < 0.0f ? -squashed : squashed;
 }
