@@ -22,7 +22,7 @@ LOWEST_VERSIONS := grep -ohE '"[A-Za-z0-9_-]+>=[0-9.]+' $(PROJECTS) | tr -d '"' 
 FLOOR_PACKAGES := pytest pytest-asyncio pytest-xdist filelock hypothesis psutil openai anthropic peft compressed-tensors \
 	langchain langchain-tests langgraph-checkpoint-sqlite
 FLOOR_TESTS := tests/cpu/test_decode_kernels.py tests/engine/test_engine.py tests/language/test_chat_template.py \
-	tests/language/test_json_schema.py tests/models/test_checkpoints.py tests/models/test_gguf.py tests/models/test_hub.py \
+	tests/language/test_json_schema.py tests/models/test_checkpoints.py tests/models/test_gguf*.py tests/models/test_hub.py \
 	tests/models/test_loader.py tests/models/test_torchao_settings.py tests/retrieval/test_passage_index.py \
 	tests/sessions/test_file_format.py tests/server/test_anthropic.py tests/server/test_openai.py tests/cli \
 	$(addprefix integrations/langchain-zsmerge/tests/test_langchain_,\

@@ -110,11 +110,12 @@ def test_a_step_and_compressing_do_not_touch_the_host(family: str, preset: str) 
 @torch.inference_mode()
 def test_a_step_of_a_hybrid_does_not_touch_the_host(family: str) -> None:
     (model, (specs, recurrent)), config = model_on_meta(family), SMALL_PRESETS["default"]
-    batch = StaticBatch(config, specs, 97, model.dtype, rows=4, num_tokens=1, recurrent=recurrent)
+    batch = StaticBatch(config, specs, 97, model.dtype, rows=4, num_tokens=3, recurrent=recurrent)
     row, backend = torch.zeros(1, dtype=torch.long, device=META), GPUAttention()
     with HostTraffic():
         batch.step(model, backend, rows=4, num_tokens=1)
-        batch.step(model, backend, rows=1, num_tokens=1)
+        batch.step(model, backend, rows=1, num_tokens=3)
+        batch.commit(rows=1, num_tokens=3)
         batch.commit(rows=2, num_tokens=1)
         for group in batch.groups:
             batch.compress(group, row)

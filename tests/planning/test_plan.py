@@ -15,7 +15,9 @@ from tests.planning.test_shape import held
 from tests.support.gguf_writer import random_model, write_gguf
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import CacheConfig
+from zsmerge_llm.attention.static_states import StaticState
 from zsmerge_llm.engine.engine import Engine
+from zsmerge_llm.engine.model_runner import STEP_TOKENS
 from zsmerge_llm.errors import ConfigError, ModelNotFoundError
 from zsmerge_llm.models.description import describe
 from zsmerge_llm.models.loader import load
@@ -52,6 +54,20 @@ def test_its_cache_is_the_engines() -> None:
     cache = engine.new_cache()
     engine.read(cache, [5])
     assert make().cache_nbytes == cache.nbytes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_next", "lfm2"])
+def test_states_of_recurrent_layers_behind_pending_tokens_are_counted_on_a_gpu(family: str) -> None:
+    model = tiny_model(family)
+    recurrent = Engine(model, CACHE, compile=False).layers.recurrent
+    states = [StaticState(spec, 1, STEP_TOKENS) for spec in recurrent]
+    pending = sum(each.nbytes for state in states for each in state.pending)
+    made, on_host = make(model, device="cuda", memory="4GiB"), make(model, memory="4GiB")
+
+    assert (pending > 0) is (family != "llama")
+    assert made.turn_nbytes == 4 * made.cache_nbytes + pending
+    assert on_host.turn_nbytes == 2 * on_host.cache_nbytes
+    assert made.states_nbytes == sum(state.counted.nbytes for state in states)
 
 
 def test_what_does_not_fit_names_the_largest_slots_and_sessions_that_do() -> None:

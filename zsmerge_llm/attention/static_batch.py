@@ -126,7 +126,7 @@ class StaticBatch:
     Args:
         specs: of the model's layers. rows: conversations that there is memory for. num_tokens: most tokens of a step.
         capacity: entries of each layer of the exact cache, which has no size of its own. recurrent: of the layers that
-            keep a state, whose steps have one token.
+            keep a state: steps of several tokens have one row then.
 
     Attributes:
         states: of the recurrent layers.
@@ -150,7 +150,7 @@ class StaticBatch:
         device = specs[-1].device
         own = Cache(config, specs, rows=0).layers
         self.groups = [self._group(own, indices, capacity) for indices in _alike(own)]
-        self.states = [StaticState(spec, rows) for spec in recurrent]
+        self.states = [StaticState(spec, rows, num_tokens) for spec in recurrent]
         self.inputs = StepInputs.empty(rows, num_tokens, device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.logits = torch.zeros(rows, num_tokens, vocab_size, dtype=dtype, device=device)
@@ -226,7 +226,7 @@ class StaticBatch:
         valid = torch.arange(num_tokens, device=kept.device) < kept[:, None]
         self.lengths[:rows] += kept
         for state in self.states:
-            state.commit(kept)
+            state.commit(kept, num_tokens)
         for group in self.groups:
             eviction.commit(group.first_rows(rows), self._pending(group, self.pending_positions[:rows], valid))
 
@@ -301,7 +301,7 @@ class StaticPass(ForwardPass):
         return output
 
     def mix(self, call: RecurrentCall) -> Tensor:
-        """Mix one token of each row into a copy of the layer's state, which is kept until it is counted."""
+        """Mix the tokens into copies of the layer's state, one behind each, which are kept until they are counted."""
         assert self.batch is not None
         return self.batch.states[call.index].step(call)
 

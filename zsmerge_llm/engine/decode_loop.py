@@ -43,7 +43,10 @@ class Drafting(Protocol):
         """Return how many tokens of a draft may follow so many tokens: 0 where that would delay other rows."""
 
     def sample_draft(self, num_pending: int) -> list[int]:
-        """Run the step with its draft, behind so many tokens: what the model says in place of each of the draft's."""
+        """Run the step with its draft, behind so many tokens: what the model says in place of each of the draft's.
+
+        Nothing where the draft had to be dropped.
+        """
 
     def keep(self, count: int) -> None:
         """End a step with a draft: its first `count` tokens are read."""
@@ -93,7 +96,7 @@ def _verify_draft(
     """Keep and yield those tokens of a draft that the model samples itself."""
     sampled, kept = drafting.sample_draft(num_pending), num_pending
     try:
-        for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, sampled, strict=True)):
+        for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, sampled, strict=False)):
             sequence.accept(token)
             kept += sequence.is_running  # the last token is not read, as without a draft: the next turn reads it
             yield [token]

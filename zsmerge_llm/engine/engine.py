@@ -26,7 +26,7 @@ from zsmerge_llm.config import MAX_SIZE, CacheConfig, SamplingParams, check_inte
 from zsmerge_llm.cpu.backend import CPUBackend
 from zsmerge_llm.engine import decode_loop
 from zsmerge_llm.engine.device_thread import DeviceThread, Kind
-from zsmerge_llm.engine.model_runner import ModelRunner
+from zsmerge_llm.engine.model_runner import STEP_TOKENS, ModelRunner
 from zsmerge_llm.engine.position_remapping import PositionRemapper
 from zsmerge_llm.engine.prompt_lookup import MAX_DRAFT_TOKENS
 from zsmerge_llm.engine.prompt_reader import PromptReader, Reading, prompt_probe
@@ -34,7 +34,7 @@ from zsmerge_llm.engine.sampler import Sampler
 from zsmerge_llm.engine.scheduler import DecodeScheduler
 from zsmerge_llm.engine.scheduling import Cancelled, RequestLimit, SchedulingConfig, check_cancelled
 from zsmerge_llm.engine.sequence import DecodeSequence
-from zsmerge_llm.engine.static_decoder import make_decoder, max_step_tokens
+from zsmerge_llm.engine.static_decoder import make_decoder
 from zsmerge_llm.engine.static_scheduler import StaticScheduler, is_capturable
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.gpu.backend import GPUBackend
@@ -349,7 +349,7 @@ def _static_scheduler(
     sizes = runner.backend.static_sizes
     if sizes is None:
         return None
-    sizes, max_tokens = (sizes[-1:], 1) if scheduling.batch_invariant else (sizes, max_step_tokens(layers))
+    sizes, max_tokens = (sizes[-1:], 1) if scheduling.batch_invariant else (sizes, STEP_TOKENS)
     return StaticScheduler(partial(make_decoder, runner, layers, vocab_size), device, sizes, max_tokens)
 
 

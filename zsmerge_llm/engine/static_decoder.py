@@ -84,7 +84,12 @@ class StaticDecoder:
 
     @property
     def takes_draft(self) -> bool:
-        """Whether a step of `num_tokens` fits into every row in use without compressing: all write as many."""
+        """Whether a step of `num_tokens` fits into every row in use without compressing: all write as many.
+
+        With recurrent layers it has one row: their states are kept behind each token there only.
+        """
+        if self.batch.states and self._rows() > 1:
+            return False
         new = self.batch.num_tokens + (self.batch.config.slots is not None)
         return all(self.has_room(row, new) for row, cache in enumerate(self.caches) if cache is not None)
 
@@ -135,7 +140,7 @@ class StaticDecoder:
 
     def _rows(self) -> int:
         """Return the rows of a step: the least size that holds all that are in use."""
-        last = max(row for row, cache in enumerate(self.caches) if cache is not None)
+        last = max((row for row, cache in enumerate(self.caches) if cache is not None), default=0)
         return next(size for size in self._sizes if size > last)
 
     def _fills_up(self) -> bool:
@@ -225,15 +230,10 @@ class StaticDecoder:
             self.batch.compress(self.batch.groups[which], self._row, keep=None if trace else lambda rows, layer: None)
 
 
-def max_step_tokens(layers: ModelLayers) -> int:
-    """Return the most tokens of a step. A recurrent layer takes one: its state is kept twice, not once a token."""
-    return 1 if layers.recurrent else STEP_TOKENS
-
-
 def make_decoder(
     runner: ModelRunner, layers: ModelLayers, vocab_size: int, config: CacheConfig, rows: int, capacity: int
 ) -> StaticDecoder:
     """Allocate memory in which so many conversations of one configuration decode. capacity: see `StaticBatch`."""
     specs, recurrent, dtype = layers.attention, layers.recurrent, runner.model.dtype
-    batch = StaticBatch(config, specs, vocab_size, dtype, rows, max_step_tokens(layers), capacity, recurrent)
+    batch = StaticBatch(config, specs, vocab_size, dtype, rows, STEP_TOKENS, capacity, recurrent)
     return StaticDecoder(runner, batch, runner.backend.static_sizes or ())

@@ -40,8 +40,8 @@ class StaticRows:
     """The rows of one cache while they decode in a static batch: a `Decoder`.
 
     caches: the conversations, one row each. rows: where they are, empty while they are in no batch. ids: what they
-    read next. counted: whether that counts as soon as it has run. done: whether it has run. alone: whether it shares no
-    step, because one failed.
+    read next. num_given: how many of the first row's are no draft. counted: whether they count as soon as they have
+    run. done: whether they have run. alone: whether it shares no step, because one failed.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class StaticRows:
         self.config = cache.config
         self.rows: list[int] = []
         self.ids: list[list[int]] = []
+        self.num_given = 0
         self.counted = False
         self.done = True
         self.alone = False
@@ -77,6 +78,7 @@ class StaticRows:
     def launch(self, ids: Sequence[Sequence[int]], draft: Sequence[int] = ()) -> None:
         """Run a step ahead of the caller where no other conversation decodes; else `finish` runs it with theirs."""
         self.ids, self.done, self.counted = [list(part) for part in ids], False, False
+        self.num_given = len(self.ids[0])
         self.ids[0] += draft
         longest = max(map(len, self.ids))
         in_one_step = longest == 1 or (longest <= self._scheduler.max_tokens and self._scheduler.fits(self))
@@ -91,14 +93,24 @@ class StaticRows:
         return self._scheduler.step(self)
 
     def sample_draft(self, num_pending: int) -> list[int]:
-        """Return what the model says in place of each of the draft's tokens, behind so many others."""
+        """Return what the model says in place of each of the draft's tokens, behind so many others.
+
+        Nothing where the draft had no room.
+        """
         return self._scheduler.device.call(partial(self._sample_draft, num_pending), priority=self.priority)
 
     def keep(self, count: int) -> None:
         """Read the first `count` tokens."""
         self._scheduler.count(self, [count])
 
+    def drop_draft(self) -> None:
+        """Forget a draft: a row that it was to be verified in has no room, or is not the only one any more."""
+        if not self.counted:
+            del self.ids[0][self.num_given :]
+
     def _sample_draft(self, num_pending: int) -> list[int]:
+        if len(self.ids[0]) == num_pending:
+            return []
         assert self.pending_logits is not None
         logits = self.pending_logits[num_pending - 1 : -1]
         return sample_rows(logits, list(self.sequences) * len(logits))
@@ -228,6 +240,9 @@ class StaticScheduler:
     def _run_together(self, groups: Sequence[StaticRows]) -> None:
         """Run the next tokens of some groups: one step, or several of a single row with more tokens than fit one."""
         decoder = self._seat(groups)
+        if not decoder.takes_draft:
+            for group in groups:
+                group.drop_draft()
         left = {row: part for group in groups for row, part in zip(group.rows, group.ids, strict=True) if part}
         logits: dict[int, Tensor] = {}
         while left:

@@ -6,6 +6,7 @@ It stands beside the slots of the attention layers in a `Cache`, and is copied, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -30,6 +31,11 @@ class RecurrentSpec:
     layer: int
     tensors: tuple[StateTensor, ...]
     device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state of one row."""
+        return sum(prod(each.shape) * each.dtype.itemsize for each in self.tensors)
 
 
 class RecurrentState:

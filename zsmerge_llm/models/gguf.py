@@ -26,8 +26,9 @@ from zsmerge_llm.errors import ConfigError, CorruptModelError, LoadError, Unsupp
 from zsmerge_llm.models.converted import is_complete, put_in_place
 from zsmerge_llm.models.file_locks import delete_leftovers, locked
 from zsmerge_llm.models.gguf_config import overrides, own_config, set_query_scale, set_rope, set_window
+from zsmerge_llm.models.gguf_gemma4 import read_gemma4
 from zsmerge_llm.models.gguf_header import REMEDY, Header, read_header
-from zsmerge_llm.models.gguf_weights import group_heads, read_gpt_oss
+from zsmerge_llm.models.gguf_weights import group_heads, read_gpt_oss, unused_tensors
 from zsmerge_llm.models.log_filters import quiet_transformers
 from zsmerge_llm.paths import check_folder, private_folder
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+READERS = {"gpt-oss": read_gpt_oss, "gemma4": read_gemma4}
+"""What reads the weights of architectures that transformers does not read."""
 
 PARTIAL = ".partial-"
 """How the names of unfinished folders begin."""
@@ -47,7 +51,7 @@ CONVERTER_VERSION = 1
 END_TOKENS = (
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>"),
     *("<|end_of_text|>", "<end_of_turn>", "<|end|>", "<|eot|>"),
-    *("<|return|>", "<|call|>"),
+    *("<|return|>", "<|call|>", "<turn|>", "<|tool_response>"),
 )
 # vocabularies whose text llama.cpp splits at every digit, then as GPT-2 does
 _SPLIT_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
@@ -173,7 +177,7 @@ def read_config(path: Path) -> Any:
 def _converted_dtype(header: Header) -> torch.dtype:
     import torch
 
-    small = ("gate_inp", "conv.weight", ".bias")  # routers, short convolutions, biases: float32 in every file
+    small = ("gate_inp", "conv.weight", "conv1d.weight", ".bias")  # routers, short convolutions, biases: always float32
     matrices = [t for name, t in header.tensors.items() if len(t.shape) > 1 and not any(part in name for part in small)]
     types = {t.tensor_type.name for t in matrices}
     return torch.float32 if "F32" in types else torch.bfloat16 if types == {"BF16"} else torch.float16
@@ -193,8 +197,8 @@ def _load(header: Header, file: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = own_config(header)
-    if config is not None and header.architecture == "gpt-oss":
-        return read_gpt_oss(header, config, dtype)
+    if config is not None and header.architecture in READERS:
+        return READERS[header.architecture](header, config, dtype)
     settings = overrides(header) if config is None else {"config": config}
     with redirect_stderr(StringIO()):  # hides a progress bar that no setting turns off
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -242,6 +246,7 @@ def _tie_embeddings(model: PreTrainedModel, header: Header) -> bool:
 def _check_complete(model: PreTrainedModel, header: Header, tied: bool) -> None:
     """Refuse a file whose number of weights differs from the model's: transformers ignores tensors silently."""
     dropped = {"output.weight"} if tied else set()
+    dropped |= unused_tensors(header, model.config)
     in_file = sum(t.n_elements for name, t in header.tensors.items() if name not in dropped and "rope_" not in name)
     in_model = sum(tensor.numel() for tensor in {t.data_ptr(): t for t in model.state_dict().values()}.values())
     if in_file != in_model:
@@ -281,7 +286,7 @@ def _load_tokenizer(header: Header, file: Path) -> PreTrainedTokenizerBase:
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation("contiguous"), words, digits])
     elif byte_level and split not in _GPT2_SPLIT and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         logger.warning("%s names the unknown pre-tokenizer %r; GPT-2's is used: %s.", header.path.name, split, REMEDY)
-    if split == "qwen2":
+    if split in ("qwen2", "qwen35"):
         backend.normalizer = normalizers.NFC()
     if split in _IGNORE_MERGES:
         backend.model.ignore_merges = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from zsmerge_llm.errors import UnsupportedModelError
+from zsmerge_llm.models.gguf_gemma4 import gemma4_config
 from zsmerge_llm.models.gguf_header import REMEDY, Header
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ def own_config(header: Header) -> PretrainedConfig | None:
     """Return the config of a file whose fields transformers cannot make one from; None: it can.
 
     Of gpt-oss it reads the lengths of the names of the YaRN fields in place of their values. A Llama file whose name is
-    "mistral" becomes a Mistral model, whose tensors it then does not find.
+    "mistral" becomes a Mistral model, whose tensors it then does not find. Of Gemma 4 it reads what
+    all decoders have.
     """
     from transformers import GptOssConfig, LlamaConfig
 
@@ -29,6 +31,8 @@ def own_config(header: Header) -> PretrainedConfig | None:
             num_local_experts=header.get("expert_count"),
             num_experts_per_tok=header.get("expert_used_count"),
         )
+    if header.architecture == "gemma4":
+        return gemma4_config(header, _decoder_shape(header))
     if header.architecture == "llama" and header.fields.get("general.name") == "mistral":
         return LlamaConfig(**_decoder_shape(header), intermediate_size=header.get("feed_forward_length"))
     return None
@@ -95,14 +99,14 @@ def _falcon_shape(header: Header) -> dict[str, Any]:
 
 
 def set_rope(config: Any, header: Header) -> None:
-    """Set the rotary positions' parameters: base, share of the head, scaling. GPT-2 has a table of positions instead.
+    """Set the rotary positions' parameters: base, share of the head, scaling. Gemma 4's are read; GPT-2 has a table.
 
     Raises:
         UnsupportedModelError: a scaling that is not linear, YaRN or Llama 3.1's.
     """
     scaling = header.get("rope.scaling.type")
     parameters = getattr(config, "rope_parameters", None)
-    if not parameters:
+    if not parameters or header.architecture == "gemma4":
         return
     parameters = parameters.get("full_attention", parameters)  # Gemma 3 scales its full-attention layers only
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -150,7 +154,7 @@ def set_window(config: Any, header: Header) -> None:
     window = header.get("attention.sliding_window")
     if not window or window >= (header.get("context_length") or window + 1):
         return
-    if header.architecture not in ("gemma2", "gemma3", "phi3", "gpt-oss"):
+    if header.architecture not in ("gemma2", "gemma3", "gemma4", "phi3", "gpt-oss"):
         raise UnsupportedModelError(f"{header.path} has a sliding window of {window} tokens: {REMEDY}.")
     config.sliding_window = window
 

@@ -10,26 +10,31 @@ from typing import Any
 
 from zsmerge_llm.errors import CorruptModelError, ModelNotFoundError, UnsupportedModelError
 
-EXPERTS = ("qwen2moe", "qwen3moe", "gpt-oss", "minimax-m2")
+EXPERTS = ("qwen2moe", "qwen3moe", "qwen35moe", "gemma4", "gpt-oss", "minimax-m2")
 """Supported architectures with experts."""
 ARCHITECTURES = (
-    *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "lfm2", "starcoder2", "stablelm"),
+    *("llama", "qwen2", "qwen3", "qwen35", "gemma2", "gemma3", "phi3", "lfm2", "starcoder2", "stablelm"),
     *("falcon", "gpt2", "nemotron", *EXPERTS),
 )
 """Supported architectures: their conversion is tested against the original model. Mistral and SmolLM are "llama"."""
 REFUSED = {
     "deci": "whose shape differs from layer to layer: transformers has no model of this kind",
-    "gemma4": "of which transformers reads neither the kind and the shape of each layer nor the embeddings per layer",
 }
 """Architectures that transformers names among those of GGUF files, and why they cannot be read all the same."""
 SIGMOID = 2
 """llama.cpp's number of the function that weighs MiniMax-M2's experts."""
 REMEDY = "load the model's folder or Hub id in safetensors format instead"
 TEXT, ARRAY = 8, 9
+MOST_LAYERS = 1024
+"""Of a list that has a value for each layer."""
 NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Types of fields in the file, and bytes of those that are numbers."""
-SIZES = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
-OPTIONAL_SIZES = ("attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size")
+SIZES = ("block_count", "embedding_length", "attention.head_count")
+OPTIONAL_SIZES = (
+    *("feed_forward_length", "expert_feed_forward_length", "attention.head_count_kv", "vocab_size"),
+    *("attention.key_length", "attention.key_length_swa", "attention.value_length"),
+    *("ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank"),
+)
 """Fields from which a model is made: none is larger than the largest dimension of a tensor."""
 
 
@@ -68,7 +73,7 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
             _check_counts(content)
         reader = GGUFReader(path)
-        fields = {key: field.contents() for key, field in reader.fields.items() if len(field.data) <= 1}
+        fields = {key: field.contents() for key, field in reader.fields.items() if _is_setting(field)}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         _check_places(list(tensors.values()), size)
     except CorruptModelError:
@@ -79,6 +84,11 @@ def read_header(path: Path) -> Header:
     _check_supported(header)
     _check_sizes(header)
     return header
+
+
+def _is_setting(field: Any) -> bool:
+    """Return whether a field is one value, or numbers of the layers; vocabularies are left to transformers."""
+    return len(field.data) <= 1 or (len(field.data) <= MOST_LAYERS and int(field.types[-1]) != TEXT)
 
 
 def is_gguf(path: Path) -> bool:
@@ -161,7 +171,7 @@ def _check_sizes(header: Header) -> None:
     shapes = {name: [int(size) for size in tensor.shape] for name, tensor in header.tensors.items()}
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
     largest = max(max(shape, default=0) for shape in shapes.values())
-    claimed = {name: header.get(name) for name in (*SIZES, *OPTIONAL_SIZES)}
+    claimed = {name: _largest(header.get(name)) for name in (*SIZES, *OPTIONAL_SIZES)}
     wrong = [
         name
         for name, size in claimed.items()
@@ -176,3 +186,8 @@ def _check_sizes(header: Header) -> None:
     if wrong:
         field = f"{wrong[0]} ({claimed[wrong[0]]!r})"
         raise CorruptModelError(f"The field {field} of {header.path} does not fit its tensors: download it again.")
+
+
+def _largest(value: Any) -> Any:
+    """Return the largest number of a list that has one for each layer, or the field's only value."""
+    return max(value, default=0) if isinstance(value, list) else value

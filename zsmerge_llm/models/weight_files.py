@@ -71,11 +71,18 @@ def check_claims(folder: Path, name: str, config: Any) -> None:
     largest = MAX_PACKED * max(prod(tensor["shape"]) for tensor in tensors)
     limits = {"num_hidden_layers": len(tensors), **dict.fromkeys(WIDTHS, largest)}
     for setting, limit in limits.items():
-        size = getattr(own, setting, None)
-        if size is not None and not (type(size) is int and 0 <= size <= limit):
-            raise CorruptModelError(f"{setting} in the config.json of {name} ({size!r}) does not fit the weights.")
+        for size in _sizes(own, setting):
+            if size is not None and not (type(size) is int and 0 <= size <= limit):
+                raise CorruptModelError(f"{setting} in the config.json of {name} ({size!r}) does not fit the weights.")
     if own.vocab_size * own.hidden_size > largest:
         raise CorruptModelError(f"The embeddings that the config.json of {name} describes are not in its weights.")
+
+
+def _sizes(config: Any, setting: str) -> list[Any]:
+    """Return a setting's values: one, or one for each layer of a model whose layers differ (Gemma 4's heads)."""
+    if setting == "num_hidden_layers" or not getattr(config, "is_heterogeneous", False):
+        return [getattr(config, setting, None)]
+    return [getattr(layer, setting, None) for layer in config.per_layer_config]
 
 
 def check_fits(

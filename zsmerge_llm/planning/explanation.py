@@ -97,7 +97,8 @@ def free_for_idle(engine: Engine, quantization: str | None) -> int:
         for device, found in memory.items()
     )
     shape = shape_of(engine.model, engine.layers)
-    return idle_nbytes(available, _workspace(engine, shape, quantization), shape.conversation_nbytes(engine.config))
+    workspace, cache_nbytes = _workspace(engine, shape, quantization), shape.conversation_nbytes(engine.config)
+    return idle_nbytes(available, workspace, cache_nbytes, shape.states_nbytes)
 
 
 def _workspace(engine: Engine, shape: ModelShape, quantization: str | None) -> int:

@@ -21,7 +21,7 @@ from zsmerge_llm.models.device_memory import device_memory
 from zsmerge_llm.models.footprint import meta_model, weight_nbytes
 from zsmerge_llm.models.hub import StatusCallback
 from zsmerge_llm.planning.decode_step import Compile, StepChoice, planned_step
-from zsmerge_llm.planning.idle_conversations import STATIC_COPIES, TURN_COPIES, idle_nbytes
+from zsmerge_llm.planning.idle_conversations import STATIC_COPIES, TURN_COPIES, idle_nbytes, pending_nbytes
 from zsmerge_llm.planning.shape import ModelShape, shape_of
 from zsmerge_llm.planning.sizes import format_bytes, format_table
 from zsmerge_llm.planning.workspace import workspace_nbytes
@@ -52,7 +52,8 @@ class Plan:
         weights_mapped: whether weights stay in their file, so that the system may drop and read them again.
         runtime_nbytes: tokenizer, code and compiler on the host, or a GPU's context.
         cache_nbytes: of one conversation, with the logits after its last token.
-        turn_nbytes: copies of a conversation while its turn is answered.
+        states_nbytes: recurrent states, a part of `cache_nbytes`.
+        turn_nbytes: copies of a conversation while its turn is answered; on a GPU also states behind pending tokens.
         workspace_nbytes: peak of a forward pass above weights and caches.
         available_nbytes: None where the device does not tell.
         on_host: whether the device is the host, where idle conversations take what `session_memory` grants.
@@ -73,6 +74,7 @@ class Plan:
     weights_mapped: bool
     runtime_nbytes: int
     cache_nbytes: int
+    states_nbytes: int
     turn_nbytes: int
     workspace_nbytes: int
     available_nbytes: int | None
@@ -111,7 +113,7 @@ class Plan:
         if self.on_host or self.available_nbytes is None:
             return None
         free = self.available_nbytes - self.weights_nbytes - self.runtime_nbytes
-        return idle_nbytes(free, self.workspace_nbytes, self.cache_nbytes) // self.cache_nbytes
+        return idle_nbytes(free, self.workspace_nbytes, self.cache_nbytes, self.states_nbytes) // self.cache_nbytes
 
     @property
     def fits(self) -> bool:
@@ -221,6 +223,8 @@ class _Planner:
     ) -> Plan:
         """Return the plan of these settings, without a remedy."""
         step, cache_nbytes = self._step(quantization), self.shape.conversation_nbytes(cache)
+        in_fixed_memory = 0 if self.on_host else STATIC_COPIES * cache_nbytes
+        pending = 0 if self.on_host else pending_nbytes(self.shape.states_nbytes, rows=1)
         name, files = str(self.dtype).removeprefix("torch."), self.description.stored
         stored = None if files is None else list(files.nbytes)
         return Plan(
@@ -235,7 +239,8 @@ class _Planner:
             weights_mapped=self.on_host and quantization is None and stored == [name],
             runtime_nbytes=self._runtime(),
             cache_nbytes=cache_nbytes,
-            turn_nbytes=(TURN_COPIES + (0 if self.on_host else STATIC_COPIES)) * cache_nbytes,
+            states_nbytes=self.shape.states_nbytes,
+            turn_nbytes=TURN_COPIES * cache_nbytes + in_fixed_memory + pending,
             workspace_nbytes=workspace_nbytes(
                 self.shape,
                 cache,

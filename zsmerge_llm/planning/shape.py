@@ -56,6 +56,11 @@ class ModelShape:
                 layer.grow_to(self.window)
         return cache.nbytes + self.vocab * self.dtype.itemsize
 
+    @property
+    def states_nbytes(self) -> int:
+        """Bytes of one conversation's recurrent states, which are a part of its cache."""
+        return sum(spec.nbytes for spec in self.recurrent)
+
     def full_cache_nbytes(self, tokens: int) -> int:
         """Return the bytes of keys and values of an exact cache after `tokens`."""
         return Cache(CacheConfig(), self.specs, 1, self.recurrent).full_nbytes(tokens)
