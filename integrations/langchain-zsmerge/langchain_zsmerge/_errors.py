@@ -37,7 +37,7 @@ def langchain_errors() -> Iterator[None]:
 
 def as_langchain(error: errors.ZSMergeError) -> errors.ZSMergeError:
     """Return the same error as an instance of its own class and of LangChain's."""
-    converted: errors.ZSMergeError = _both(type(error))(*error.args)
+    converted: errors.ZSMergeError = _both(type(error))(*error.args)  # type: ignore[arg-type]  # mypy takes a class for its object's hash
     converted.__dict__.update(vars(error))
     return converted
 

@@ -183,7 +183,7 @@ def response_metadata(answer: Result | Chunk, model: str) -> dict[str, Any]:
 
 def usage_metadata(usage: Usage) -> UsageMetadata:
     """Return token counts: `input_tokens` is the logical prompt, `cache_read` the part read by earlier requests."""
-    tokens = UsageMetadata(
+    tokens = UsageMetadata(  # type: ignore[typeddict-item]  # typing of Python 3.10 has no NotRequired
         input_tokens=usage.prompt_tokens,
         output_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from operator import itemgetter
-from typing import Any, cast
+from typing import Any
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import LanguageModelInput
@@ -135,7 +135,7 @@ def _parameters(wanted: OutputType) -> dict[str, Any]:
     if _is_object(wanted.schema):
         return wanted.schema
     schema = dict(wanted.schema)
-    shared = {key: schema.pop(key) for key in ("$defs", "definitions") if key in schema}
+    shared: dict[str, Any] = {key: schema.pop(key) for key in ("$defs", "definitions") if key in schema}
     return {"type": "object", "properties": {WRAPPED: schema}, "required": [WRAPPED], **shared}
 
 
@@ -172,7 +172,7 @@ class StructuredParser(BaseCumulativeTransformOutputParser[Any]):
         return self._checked(text, None)
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        message = cast(ChatGeneration, result[0]).message if isinstance(result[0], ChatGeneration) else None
+        message = result[0].message if isinstance(result[0], ChatGeneration) else None
         if not isinstance(message, AIMessage):
             return self.parse(result[0].text)
         reason = message.response_metadata.get("finish_reason")

@@ -29,7 +29,7 @@ def _to_tool(tool: Any) -> dict[str, Any]:
     recursive = _recursive_schema(tool.tool_call_schema if isinstance(tool, BaseTool) else tool)
     if recursive is None:
         try:
-            return cast("dict[str, Any]", convert_to_openai_tool(tool))
+            return convert_to_openai_tool(tool)
         except Exception as error:  # pydantic's and LangChain's own, of many kinds
             raise UnsupportedSchemaError(
                 f"{getattr(tool, 'name', None) or getattr(tool, '__name__', tool)!r} cannot be offered as a tool: "

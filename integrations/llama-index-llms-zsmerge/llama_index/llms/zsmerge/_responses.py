@@ -60,7 +60,7 @@ def completion_responses(chunks: Generator[Chunk, None, None], model: str) -> Ge
             )
 
 
-def usage_of(response: ChatResponse | None) -> dict[str, Any] | None:
+def usage_of(response: ChatResponse | CompletionResponse | None) -> dict[str, Any] | None:
     """Return the usage of an answer, or None for a model that reports none."""
     raw = response.raw if response is not None else None
     return raw.get("usage") if isinstance(raw, dict) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llama_index.core.base.llms.types import ChatResponse
 from llama_index.core.llms.llm import ToolSelection
@@ -75,7 +75,7 @@ def to_tool_choice(choice: str | Mapping[str, Any] | None) -> ToolChoice | None:
         InputError: a dictionary without a name.
     """
     if choice is None or choice == "auto" or choice == "none" or choice == "required":
-        return choice
+        return cast("ToolChoice | None", choice)
     if choice == "any":
         return "required"
     named = choice.get("function", choice) if isinstance(choice, Mapping) else {"name": choice}

@@ -29,7 +29,7 @@ class WholeHistoryMemory(BaseChatStoreMemory):
         return "WholeHistoryMemory"
 
     @classmethod
-    def from_defaults(
+    def from_defaults(  # type: ignore[override]  # an unknown option is an error, not ignored as in LlamaIndex's
         cls,
         chat_history: list[ChatMessage] | None = None,
         llm: LLM | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_index.core import instrumentation
 from llama_index.core.base.base_query_engine import BaseQueryEngine
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, MessageRole
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
 from llama_index.core.base.response.schema import (
     RESPONSE_TYPE,
     AsyncStreamingResponse,
@@ -138,7 +138,7 @@ class ZSMergeDocumentQueryEngine(BaseQueryEngine):
         messages = self._llm._extend_messages([question])
         return messages, {"session": session}
 
-    def _response(self, response: ChatResponse, sources: list[NodeWithScore]) -> RESPONSE_TYPE:
+    def _response(self, response: ChatResponse | CompletionResponse, sources: list[NodeWithScore]) -> RESPONSE_TYPE:
         metadata, text = {**_source_metadata(sources), "usage": usage_of(response)}, text_of(response)
         if self._output_cls is not None:
             return PydanticResponse(parse(self._output_cls, response), source_nodes=sources, metadata=metadata)
