@@ -18,13 +18,15 @@ INTEGRATIONS := integrations/langchain-zsmerge integrations/llama-index-llms-zsm
 PROJECTS := pyproject.toml $(INTEGRATIONS:%=%/pyproject.toml)
 EDITABLE := $(INTEGRATIONS:%=-e %)
 
-LOWEST_VERSIONS := grep -ohE '"[A-Za-z0-9_-]+>=[0-9.]+' $(PROJECTS) | tr -d '"' | sed 's/>=/==/' | sort -u
+LOWEST_VERSIONS := grep -ohE '"[A-Za-z0-9_-]+>=[0-9.]+' $(PROJECTS) | tr -d '"' | grep -v ^setuptools | sed 's/>=/==/' | sort -u
 FLOOR_PACKAGES := pytest pytest-asyncio pytest-xdist filelock hypothesis psutil openai anthropic peft compressed-tensors \
+	llama-index-llms-openai-like \
 	langchain langchain-tests langgraph-checkpoint-sqlite
 FLOOR_TESTS := tests/cpu/test_decode_kernels.py tests/engine/test_engine.py tests/language/test_chat_template.py \
 	tests/language/test_json_schema.py tests/models/test_checkpoints.py tests/models/test_gguf*.py tests/models/test_hub.py \
 	tests/models/test_loader.py tests/models/test_torchao_settings.py tests/retrieval/test_passage_index.py \
 	tests/sessions/test_file_format.py tests/server/test_anthropic.py tests/server/test_openai.py tests/cli \
+	tests/server/test_llamaindex_openai_like.py \
 	$(addprefix integrations/langchain-zsmerge/tests/test_langchain_,\
 		chat.py llm.py schemas.py standard_unit.py structured.py tools.py) \
 	$(addprefix integrations/llama-index-llms-zsmerge/tests/test_llamaindex_,\
@@ -77,6 +79,7 @@ $(VENV)/.installed-dev: $(PROJECTS) | $(VENV)/bin/pip
 
 # Every direct dependency at its lowest version, what these need at the newest. TORCH stays whichever build it names.
 # Not deepagents and MCP, which are for tests only: they need newer versions of the others.
+# Not setuptools, which is for builds: llama-index-core needs a newer one.
 $(VENV)/.installed-floors: $(PROJECTS)
 	@echo "Installing the lowest versions of all dependencies into $(VENV)/floors"
 	$(PYTHON) -m venv --clear $(VENV)/floors
