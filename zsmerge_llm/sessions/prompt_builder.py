@@ -14,6 +14,7 @@ from zsmerge_llm.language.request_args import without_request_args
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch, Search
 from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, is_multi_turn, message_probe
+from zsmerge_llm.retrieval.section_notes import SectionNotes
 from zsmerge_llm.sessions.documents import document_head
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.sessions.session import Snapshot
@@ -57,14 +58,15 @@ class PromptBuilder:
         tools: Tools = None,
         template: ChatTemplate | None = None,
         indexes: PassageIndexes | None = None,
+        notes: SectionNotes | None = None,
     ) -> Prompt:
-        """Return a whole conversation as a prompt that is read from its beginning."""
+        """Return a whole conversation as a prompt that is read from its beginning. notes: about its document."""
         template = template or self.template
         ids = template.encode(template.render(messages, tools))
         system_tokens = _num_system_tokens(template, messages, tools, ids)
         config, plain = self.config(len(ids), system_tokens), len(ids)
         if config.slots is not None and plain > config.slots:
-            augmented = self.passage_search.augment(messages, config.slots, plain, ids, indexes=indexes)
+            augmented = self.passage_search.augment(messages, config.slots, plain, ids, indexes=indexes, notes=notes)
             ids = template.encode(template.render(augmented, tools))
         probe = message_probe(template, messages[-1]["content"])
         return Prompt(ids, config, probe, is_multi_turn(messages), system_tokens, len(ids) - plain)
@@ -118,7 +120,9 @@ class PromptBuilder:
             return following
         messages, recent_ids = transcript.messages, [*snapshot.tokens[-slots:], *following][-slots:]
         fallback = self._document_search(continuation, cache)
-        augmented = self.passage_search.augment(messages, slots, length, recent_ids, fallback, transcript.indexes)
+        notes = continuation.document.notes if continuation.document is not None else None
+        how = (recent_ids, fallback, transcript.indexes, notes)
+        augmented = self.passage_search.augment(messages, slots, length, *how)
         if augmented is messages:
             return following
         longer = self.following_ids(continuation, augmented)
