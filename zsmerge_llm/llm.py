@@ -131,8 +131,6 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         self._explain = partial(explain, *how)
         self._runtime = LazyRuntime(partial(assemble, *how, *settings, scheduling, allow_control_tokens))
 
-    # -- the model ---------------------------------------------------------------------------------------------------
-
     @property
     def loaded(self) -> bool:
         """Whether the model is in memory."""

@@ -95,7 +95,8 @@ def chunks(llm: LLM, text: str, tokens: int) -> list[str]:
 
 def document_session(llm: LLM, document: TravelDocument, max_tokens: int, notes: str | bool) -> Ask:
     """Read a document ahead; return what answers questions about it."""
-    session = llm.read_document(text=document.text, notes=notes)
+    name = f"{len(document.text)} {notes}"  # a document with notes would be found again without them
+    session = llm.read_document(text=document.text, name=name, notes=notes)
     sampling = SamplingParams(max_tokens=max_tokens)
     return lambda question: llm.chat(question, session=session, sampling=sampling).text
 

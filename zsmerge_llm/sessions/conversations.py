@@ -22,7 +22,6 @@ from zsmerge_llm.language.messages import MessageHistory
 from zsmerge_llm.language.request_args import mark_prompt, with_request_args
 from zsmerge_llm.retrieval import section_notes
 from zsmerge_llm.retrieval.passage_search import INTRODUCTION
-from zsmerge_llm.retrieval.section_notes import SectionNotes
 from zsmerge_llm.sessions.branching import MIN_SHARED_TOKENS, before_dropped_reasoning, branch_points, reread_reason
 from zsmerge_llm.sessions.documents import INSTRUCTION, Documents, num_merged, put_before
 from zsmerge_llm.sessions.folder import generate_name
@@ -174,10 +173,10 @@ class Conversations:
             InputError, MissingTemplateError: as `ChatTemplate.render`.
             SessionCorruptError: a document whose file is corrupt.
         """
-        name, document, notes = self._resolve(session)
+        name, source = self._resolve(session)
         start, messages = self.template.digest_chain(tools, namespace), mark_prompt(self.template, messages)
-        transcript = self._transcript(history, messages, start, name, document, notes)
-        if document is not None and self.documents.is_document(name):
+        transcript = self._transcript(history, messages, start, name, source)
+        if source is not None and self.documents.is_document(name):
             name = None
         if reread:
             return replace(self._start(transcript, tools, name, namespace, "asked for"), single_question=True)
@@ -244,18 +243,15 @@ class Conversations:
 
     # -- what a request is about -------------------------------------------------------------------------------------
 
-    def _resolve(self, session: str | Session | None) -> tuple[str | None, str | None, SectionNotes | None]:
-        """Return a session's name, its document's text, and the notes about it. A new fork is put into the store."""
+    def _resolve(self, session: str | Session | None) -> tuple[str | None, Session | None]:
+        """Return a session's name and, if it is about a document, the session. A new fork is put into the store."""
         if isinstance(session, Session) and session.name not in self.store:
             self.store.adopt(session)
         name = session.name if isinstance(session, Session) else session
         if name is not None:
             self.store.refresh(name)
         info = self.store.info(name) if name is not None else None
-        if info is None or not info.has_document:
-            return name, None, None
-        known = self.store.get(info.name)
-        return name, known.document, known.notes
+        return name, self.store.get(info.name) if info is not None and info.has_document else None
 
     def _transcript(
         self,
@@ -263,16 +259,16 @@ class Conversations:
         messages: list[Message],
         start: DigestChain,
         name: str | None,
-        document: str | None,
-        notes: SectionNotes | None,
+        source: Session | None,
     ) -> Transcript:
+        document = source.document if source is not None else None
         known = find_transcript(self.store.transcripts(name), history.messages, start, document)
         chain = known.chain if known is not None else start
-        if document is None:
+        if source is None or document is None:
             return Transcript(history, chain.of(messages))
         document_text = known.document if known is not None else None
-        if document_text is None or document_text.notes != notes:
-            document_text = DocumentText(document, self.documents.digest(document), notes)
+        if document_text is None or document_text.notes != source.notes:
+            document_text = DocumentText(document, self.documents.digest(document), source.notes)
         used = num_merged(messages)
         if known is not None and known.history.messages[:used] == messages[:used]:
             messages = [known.messages[0], *messages[used:]]
@@ -350,11 +346,9 @@ class Conversations:
     ) -> Turn:
         """Return a turn that reads everything. reason: why a known conversation is read again, if that is known."""
         template, messages = self.template.with_date(self.today()), transcript.messages
-        transcript = transcript.of_session(None)
-        notes = transcript.document.notes if transcript.document is not None else None
-        prompt = self.prompts.build(messages, tools, template, transcript.indexes, notes)
+        transcript, document = transcript.of_session(None), transcript.document
+        prompt = self.prompts.build(messages, tools, template, transcript.indexes, document)
         reason = reason or reread_reason(self.store, transcript, name)
-        document = transcript.document
         session, version = _new_session(self.store, name, namespace, template.today, document, {})
         return Turn(
             transcript,

@@ -14,7 +14,6 @@ from zsmerge_llm.language.request_args import without_request_args
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch, Search
 from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, is_multi_turn, message_probe
-from zsmerge_llm.retrieval.section_notes import SectionNotes
 from zsmerge_llm.sessions.documents import document_head
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.sessions.session import Snapshot
@@ -58,15 +57,16 @@ class PromptBuilder:
         tools: Tools = None,
         template: ChatTemplate | None = None,
         indexes: PassageIndexes | None = None,
-        notes: SectionNotes | None = None,
+        document: DocumentText | None = None,
     ) -> Prompt:
-        """Return a whole conversation as a prompt that is read from its beginning. notes: about its document."""
+        """Return a whole conversation as a prompt that is read from its beginning, about a document or none."""
         template = template or self.template
         ids = template.encode(template.render(messages, tools))
         system_tokens = _num_system_tokens(template, messages, tools, ids)
         config, plain = self.config(len(ids), system_tokens), len(ids)
         if config.slots is not None and plain > config.slots:
-            augmented = self.passage_search.augment(messages, config.slots, plain, ids, indexes=indexes, notes=notes)
+            how = (ids, None, indexes, document.notes if document is not None else None)
+            augmented = self.passage_search.augment(messages, config.slots, plain, *how)
             ids = template.encode(template.render(augmented, tools))
         probe = message_probe(template, messages[-1]["content"])
         return Prompt(ids, config, probe, is_multi_turn(messages), system_tokens, len(ids) - plain)
