@@ -29,12 +29,12 @@ from zsmerge_llm.models.device import validate_settings
 from zsmerge_llm.retrieval.documents import read_text
 from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS
 from zsmerge_llm.retrieval.query_probe import (
-    GENERIC_QUESTION,
     chat_probe,
     completion_probe,
     is_multi_turn,
     message_probe,
 )
+from zsmerge_llm.retrieval.section_notes import note_instruction
 from zsmerge_llm.retrieval.selection import RetrievalTokens
 from zsmerge_llm.runtime import (
     CopiedBySettings,
@@ -130,8 +130,6 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         how = (model, self.cache, chunk, compile, loading)
         self._explain = partial(explain, *how)
         self._runtime = LazyRuntime(partial(assemble, *how, *settings, scheduling, allow_control_tokens))
-
-    # -- the model ---------------------------------------------------------------------------------------------------
 
     @property
     def loaded(self) -> bool:
@@ -273,6 +271,7 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
         text: str | None = None,
         name: str | None = None,
         probe: str | None = None,
+        notes: str | bool = False,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> Session:
@@ -283,13 +282,14 @@ class LLM(CopiedBySettings, AbstractContextManager["LLM"]):
             text: the text, instead of `document`, where it must never be taken for the name of a file.
             name: the session's name; a document that was read under that name, with the same text, is returned.
             probe: what will be asked, as far as it is known; decides what is kept. cancel, progress: as for `stream`.
+            notes: what to note about each section of a text that does not fit, for questions about all of it; or True.
 
         Raises:
             InputError: no text, or a file that is not text. Cancelled: `cancel` was set; nothing is kept.
         """
-        check_arguments(name=name, probe=probe, cancel=cancel, progress=progress)
-        content = read_text(document, text)
-        return _read_document(self._load(), content, name, probe, self.max_input_tokens, cancel, progress)
+        check_arguments(name=name, probe=probe, notes=notes, cancel=cancel, progress=progress)
+        content, reader = read_text(document, text), self._load().document_reader(self.max_input_tokens)
+        return reader.read(content, name, probe, note_instruction(notes), cancel, progress)
 
     # -- plain completion --------------------------------------------------------------------------------------------
 
@@ -345,29 +345,6 @@ def _begin_turn(
     output_format = output_format.with_added(*turn.added_texts, document=turn.document)
     settings = (options.sampling, output_format, turn.cache.seen, turn.reuse)
     return turn, Attempt(Request(prompt, *settings, priority=options.priority), turn.cache, runtime.tokenizer)
-
-
-def _read_document(
-    runtime: Runtime,
-    document: tuple[str, str],
-    name: str | None,
-    probe: str | None,
-    max_input_tokens: int | None,
-    cancel: Event | None,
-    progress: Progress | None,
-) -> Session:
-    """Read a document (its text and title), unless it has been read under that name. As `LLM.read_document`."""
-    engine, documents = runtime.engine, runtime.conversations.documents
-    content, title = document
-    check = partial(check_cancelled, cancel)
-    reading = documents.open(content, name, title, question_known=probe is not None, check=check)
-    if reading.new_ids:
-        check_length(len(reading.tokens), SamplingParams(), max_input_tokens, engine.exact_limit, stacklevel=5)
-        probe_ids = chat_probe(runtime.template, probe or GENERIC_QUESTION)
-        with engine.requests.admit():
-            engine.read(reading.cache, reading.new_ids, probe=probe_ids, cancel=cancel, progress=progress)
-        documents.keep(reading)
-    return reading.session
 
 
 def _batch_request(runtime: Runtime, messages: list[Message], options: RequestOptions) -> Request:

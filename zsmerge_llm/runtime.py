@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from zsmerge_llm.engine.engine import Engine
     from zsmerge_llm.engine.layer_budgets import LayerBudgets
+    from zsmerge_llm.generation.document_reading import DocumentReader
     from zsmerge_llm.planning.explanation import Explanation
     from zsmerge_llm.retrieval.selection import RetrievalTokens
     from zsmerge_llm.sessions.conversations import Conversations
@@ -51,6 +52,14 @@ class Runtime:
         template = conversations.template
         formats = self.output_formats.using(template)
         return replace(self, template=template, output_formats=formats, conversations=conversations)
+
+    def document_reader(self, max_input_tokens: int | None) -> DocumentReader:
+        """Return what reads documents into their sessions. max_input_tokens: as for `LLM`."""
+        from zsmerge_llm.generation.document_reading import DocumentReader  # needs torch
+
+        return DocumentReader(
+            self.engine, self.conversations.documents, self.template, self.output_formats, max_input_tokens
+        )
 
 
 class LazyRuntime:

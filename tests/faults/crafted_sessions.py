@@ -76,7 +76,7 @@ class Parts:
 
     def write(self, text: str | None = None, entries: Callable[[dict[str, Any]], str] = json.dumps) -> bytes:
         """Return the bytes of the file, with right checksums. text, entries: other JSON of the facts, of the header."""
-        text = json.dumps({"format": 6, **self.facts}) if text is None else text
+        text = json.dumps({"format": 7, **self.facts}) if text is None else text
         digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()
         header: dict[str, Any] = {
             "__metadata__": {METADATA: text, METADATA_DIGEST: digest, CHECKSUM: NO_CHECKSUM.decode()}
@@ -279,11 +279,11 @@ def _together(origin: Parts, moment: random.Random) -> Iterator[Crafted]:
 def _headers(origin: Parts, moment: random.Random) -> Iterator[Crafted]:
     """The JSON is deep, says things twice, is no JSON, or announces what is not there."""
     whole, deep = origin.write(), "[" * 100_000
-    plain = json.dumps({"format": 6, **origin.facts})
+    plain = json.dumps({"format": 7, **origin.facts})
     for name, text in {
         "deep": deep,
         "deep and closed": deep + "]" * 100_000,
-        "deep objects": '{"format": 6, "a":' * 5000 + "1" + "}" * 5000,
+        "deep objects": '{"format": 7, "a":' * 5000 + "1" + "}" * 5000,
         "a list": "[]",
         "a number": "6",
         "no format": "{}",
@@ -291,9 +291,9 @@ def _headers(origin: Parts, moment: random.Random) -> Iterator[Crafted]:
         "empty": "",
         "twice a name": plain[:-1] + ', "name": "other"}',
         "twice a fact of the cache": plain.replace('"lengths"', '"lengths": [0], "lengths"', 1),
-        "another format": plain.replace('"format": 6', '"format": 5'),
-        "format as text": plain.replace('"format": 6', '"format": "6"'),
-        "a long number": plain.replace('"format": 6', '"format": 6, "n": ' + "1" * 10_000),
+        "another format": plain.replace('"format": 7', '"format": 6'),
+        "format as text": plain.replace('"format": 7', '"format": "6"'),
+        "a long number": plain.replace('"format": 7', '"format": 7, "n": ' + "1" * 10_000),
         "no end": plain[:-1],
         "lone surrogates": plain.replace('"name": "', '"name": "\ud800'),
     }.items():
@@ -351,7 +351,7 @@ def _flipped(origin: Parts, moment: random.Random) -> Iterator[Crafted]:
         place = moment.randrange(8, size)
         changed[place] ^= 1 << moment.randrange(8)
         yield Crafted(f"header byte {place} flipped", with_checksum(bytes(changed)))
-    text = json.dumps({"format": 6, **origin.facts})
+    text = json.dumps({"format": 7, **origin.facts})
     for _ in range(60):
         place = moment.randrange(len(text))
         letter = chr(moment.randrange(32, 127))

@@ -27,7 +27,7 @@ def check_types(options: Any) -> None:
 def check_arguments(**given: Any) -> None:
     """Refuse arguments of a wrong type, by the names that options have. Raises InputError."""
     for name, value in given.items():
-        is_valid, expected = _TEXT if name == "name" else _EXPECTED[name]
+        is_valid, expected = _OF_DOCUMENTS.get(name) or _EXPECTED[name]
         if not is_valid(value):
             raise InputError(f"{name} must be {expected}, not a {type(value).__name__}.")
 
@@ -98,3 +98,11 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """By the name of an option: whether a value is one, and what it must be."""
+_OF_DOCUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": _TEXT,
+    "notes": (
+        lambda value: isinstance(value, bool) or (isinstance(value, str) and value.strip() != ""),
+        "what notes are to be about (a text that is not empty), True or False",
+    ),
+}
+"""The same for what no request takes."""

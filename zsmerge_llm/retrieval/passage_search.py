@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS, find_question, question_start
+from zsmerge_llm.retrieval.section_notes import SectionNotes, notes_for
 from zsmerge_llm.retrieval.selection import (
     RetrievalTokens,
     choose,
     merge,
     passage_words,
+    pinned_tokens,
     question_parts,
     token_limit,
     with_context,
@@ -84,6 +86,7 @@ class PassageSearch:
         recent_ids: Sequence[int] = (),
         fallback: Search | None = None,
         indexes: PassageIndexes | None = None,
+        notes: SectionNotes | None = None,
     ) -> list[Message]:
         """Return the messages, the last of them with the passages it asks for; unchanged where there are none.
 
@@ -101,9 +104,11 @@ class PassageSearch:
             recent_ids: ids of the conversation; what the last `slots` of them hold is not repeated whatever is asked.
             fallback: another search, for where words find nothing.
             indexes: those of the conversation, so that only new messages are split and indexed.
+            notes: about its document. They come first where a question is about all of it, whatever `max_tokens` is;
+                passages take what they leave of the slots for what a turn reads.
         """
         *before, last = messages
-        if last["role"] != "user" or not self.max_tokens:
+        if last["role"] != "user" or not (self.max_tokens or notes):
             return messages
         content, start = last["content"], question_start(last["content"])
         size = len(self.template.encode_text(content))
@@ -122,8 +127,11 @@ class PassageSearch:
                 [each for each in (system, standing) if each and self._squeezed(each) not in recent] + [""]
             )
         left -= len(self.template.encode_text(repeated))
-        found = self.search(searched, question, left, indexes)
-        repeated += as_block(found if found or fallback is None else fallback(question, left))
+        if noted := notes_for(notes, question):
+            repeated += noted
+            left = min(left, pinned_tokens(slots) - len(self.template.encode_text(repeated)))
+        found = self.search(searched, question, left, indexes) if left > 0 else []
+        repeated += as_block(found if found or fallback is None or left <= 0 else fallback(question, left))
         if not repeated:
             return messages
         return [*before, {**last, "content": content[:start] + repeated + content[start:]}]

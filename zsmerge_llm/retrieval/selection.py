@@ -43,9 +43,14 @@ def token_limit(setting: RetrievalTokens, length: int, slots: int) -> int:
     if setting != "auto":
         return min(setting, slots // 2)
     least = min(FIXED_TOKENS, slots // 2)
-    most = max(least, round(PINNED_SHARE * slots) - QUESTION_TOKENS)
+    most = max(least, pinned_tokens(slots))
     lost = math.log(max(length, slots) / slots) / math.log(FULL_OVERFLOW)
     return round(least + (most - least) * min(1.0, lost))
+
+
+def pinned_tokens(slots: int) -> int:
+    """Return how many tokens of a turn stay whole while it is read, beside its question."""
+    return max(0, round(PINNED_SHARE * slots) - QUESTION_TOKENS)
 
 
 def passage_words(max_tokens: int) -> int:

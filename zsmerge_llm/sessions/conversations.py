@@ -20,6 +20,7 @@ from zsmerge_llm.language.chat_template import ChatTemplate, Tools
 from zsmerge_llm.language.digests import DigestChain
 from zsmerge_llm.language.messages import MessageHistory
 from zsmerge_llm.language.request_args import mark_prompt, with_request_args
+from zsmerge_llm.retrieval import section_notes
 from zsmerge_llm.retrieval.passage_search import INTRODUCTION
 from zsmerge_llm.sessions.branching import MIN_SHARED_TOKENS, before_dropped_reasoning, branch_points, reread_reason
 from zsmerge_llm.sessions.documents import INSTRUCTION, Documents, num_merged, put_before
@@ -77,7 +78,9 @@ class Turn:
         """What was put before the document, and before passages that were read again in this turn or an earlier one."""
         slots = self.cache.config.slots
         may_repeat = slots is not None and len(self.tokens) > slots
-        return (INSTRUCTION,) * bool(self.document) + (INTRODUCTION,) * may_repeat
+        notes = self.transcript.document is not None and self.transcript.document.notes is not None
+        repeated = (INTRODUCTION, *((section_notes.INTRODUCTION,) * notes)) * may_repeat
+        return (INSTRUCTION,) * bool(self.document) + repeated
 
     def reading_points(self) -> list[tuple[Kind, int, int]]:
         """Return the snapshots to take while the prompt is read, as (kind, messages, tokens) in their order.
@@ -170,10 +173,10 @@ class Conversations:
             InputError, MissingTemplateError: as `ChatTemplate.render`.
             SessionCorruptError: a document whose file is corrupt.
         """
-        name, document = self._resolve(session)
+        name, source = self._resolve(session)
         start, messages = self.template.digest_chain(tools, namespace), mark_prompt(self.template, messages)
-        transcript = self._transcript(history, messages, start, name, document)
-        if document is not None and self.documents.is_document(name):
+        transcript = self._transcript(history, messages, start, name, source)
+        if source is not None and self.documents.is_document(name):
             name = None
         if reread:
             return replace(self._start(transcript, tools, name, namespace, "asked for"), single_question=True)
@@ -240,16 +243,15 @@ class Conversations:
 
     # -- what a request is about -------------------------------------------------------------------------------------
 
-    def _resolve(self, session: str | Session | None) -> tuple[str | None, str | None]:
-        """Return a session's name and its document's text. A fork that is not in the store yet is put there."""
+    def _resolve(self, session: str | Session | None) -> tuple[str | None, Session | None]:
+        """Return a session's name and, if it is about a document, the session. A new fork is put into the store."""
         if isinstance(session, Session) and session.name not in self.store:
             self.store.adopt(session)
         name = session.name if isinstance(session, Session) else session
         if name is not None:
             self.store.refresh(name)
         info = self.store.info(name) if name is not None else None
-        document = self.store.get(info.name).document if info is not None and info.has_document else None
-        return name, document
+        return name, self.store.get(info.name) if info is not None and info.has_document else None
 
     def _transcript(
         self,
@@ -257,14 +259,16 @@ class Conversations:
         messages: list[Message],
         start: DigestChain,
         name: str | None,
-        document: str | None,
+        source: Session | None,
     ) -> Transcript:
+        document = source.document if source is not None else None
         known = find_transcript(self.store.transcripts(name), history.messages, start, document)
         chain = known.chain if known is not None else start
-        if document is None:
+        if source is None or document is None:
             return Transcript(history, chain.of(messages))
         document_text = known.document if known is not None else None
-        document_text = document_text or DocumentText(document, self.documents.digest(document))
+        if document_text is None or document_text.notes != source.notes:
+            document_text = DocumentText(document, self.documents.digest(document), source.notes)
         used = num_merged(messages)
         if known is not None and known.history.messages[:used] == messages[:used]:
             messages = [known.messages[0], *messages[used:]]
@@ -296,7 +300,7 @@ class Conversations:
         transcript = transcript.of_session(owner[0].transcript if owner is not None else None)
         document = transcript.document
         if document is None and source.document is not None:  # the messages repeat it
-            document = DocumentText(source.document, snapshot.digest)
+            document = DocumentText(source.document, snapshot.digest, source.notes)
         continuation = Continuation(template, snapshot, transcript, tools, document)
         if snapshot.kind == "answer" and document is None:
             earlier = before_dropped_reasoning(self.prompts, source, continuation)
@@ -314,7 +318,7 @@ class Conversations:
                 each for each in (*source.snapshots.values(), snapshot) if each.kind == "prefix" or each is snapshot
             ]
             snapshots = {each.digest: each for each in shared if each.kind != "document"}
-            session, version = _new_session(self.store, name, namespace, template.today, source.document, snapshots)
+            session, version = _new_session(self.store, name, namespace, template.today, document, snapshots)
         cache = snapshot.cache.clone()
         turn = Turn(
             transcript,
@@ -342,10 +346,9 @@ class Conversations:
     ) -> Turn:
         """Return a turn that reads everything. reason: why a known conversation is read again, if that is known."""
         template, messages = self.template.with_date(self.today()), transcript.messages
-        transcript = transcript.of_session(None)
-        prompt = self.prompts.build(messages, tools, template, transcript.indexes)
+        transcript, document = transcript.of_session(None), transcript.document
+        prompt = self.prompts.build(messages, tools, template, transcript.indexes, document)
         reason = reason or reread_reason(self.store, transcript, name)
-        document = transcript.document.text if transcript.document is not None else None
         session, version = _new_session(self.store, name, namespace, template.today, document, {})
         return Turn(
             transcript,
@@ -365,13 +368,15 @@ def _new_session(
     name: str | None,
     namespace: str | None,
     today: date,
-    document: str | None,
+    document: DocumentText | None,
     snapshots: dict[str, Snapshot],
 ) -> tuple[Session, int | None]:
     """Return a new session, and the version of the session that has its name until now."""
     version = store.version(name) if name else None
     own = name or generate_name(f"{namespace}/" if namespace else "")
-    return Session(own, store.fingerprint, today, snapshots, document=document, named=bool(name)), version
+    text, notes = (None, None) if document is None else (document.text, document.notes)
+    session = Session(own, store.fingerprint, today, snapshots, document=text, notes=notes, named=bool(name))
+    return session, version
 
 
 def _owner(store: Store, found: ResumePoint, name: str | None, is_named_so: bool) -> tuple[Session, int | None] | None:

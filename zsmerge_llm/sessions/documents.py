@@ -58,6 +58,7 @@ class Documents:
         title: str,
         question_known: bool = False,
         check: Callable[[], None] = lambda: None,
+        notes: str | None = None,
     ) -> DocumentReading:
         """Return the session of a document, and what is to be read of it.
 
@@ -65,6 +66,7 @@ class Documents:
             name: the session's name. None: `title`, or something like it where that is another session's.
             question_known: whether the probe is what will be asked, so that the cache need not suit any question.
             check: as for `ChatTemplate.with_check`.
+            notes: what its notes are to be about. A document that has others, or none, is read again. None: any.
         """
         digest, template = self.digest(text), self.template.with_date(self.today()).with_check(check)
         if name is not None:
@@ -75,6 +77,8 @@ class Documents:
                     found = self.store.open(candidate, digest)
                 except SessionError:
                     self.store.forget(candidate)
+                    continue
+                if notes is not None and (found.session.notes is None or found.session.notes.instruction != notes):
                     continue
                 snapshot = found.snapshot
                 return DocumentReading(found.session, digest, snapshot.cache, TokenIds.of(snapshot.tokens), [])

@@ -25,7 +25,7 @@ from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionMismatch
 from zsmerge_llm.models.atomic_write import write_atomically
 from zsmerge_llm.sessions.seal import KEY_VARIABLE, digest, session_key
 
-FORMAT = 6
+FORMAT = 7
 MAX_HEADER = 100_000_000
 METADATA, METADATA_DIGEST, CHECKSUM = "about", "check", "sha256"
 """Keys of the header, the same in all formats, so that an older file is refused by its number."""

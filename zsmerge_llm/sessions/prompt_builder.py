@@ -57,14 +57,16 @@ class PromptBuilder:
         tools: Tools = None,
         template: ChatTemplate | None = None,
         indexes: PassageIndexes | None = None,
+        document: DocumentText | None = None,
     ) -> Prompt:
-        """Return a whole conversation as a prompt that is read from its beginning."""
+        """Return a whole conversation as a prompt that is read from its beginning, about a document or none."""
         template = template or self.template
         ids = template.encode(template.render(messages, tools))
         system_tokens = _num_system_tokens(template, messages, tools, ids)
         config, plain = self.config(len(ids), system_tokens), len(ids)
         if config.slots is not None and plain > config.slots:
-            augmented = self.passage_search.augment(messages, config.slots, plain, ids, indexes=indexes)
+            how = (ids, None, indexes, document.notes if document is not None else None)
+            augmented = self.passage_search.augment(messages, config.slots, plain, *how)
             ids = template.encode(template.render(augmented, tools))
         probe = message_probe(template, messages[-1]["content"])
         return Prompt(ids, config, probe, is_multi_turn(messages), system_tokens, len(ids) - plain)
@@ -118,7 +120,9 @@ class PromptBuilder:
             return following
         messages, recent_ids = transcript.messages, [*snapshot.tokens[-slots:], *following][-slots:]
         fallback = self._document_search(continuation, cache)
-        augmented = self.passage_search.augment(messages, slots, length, recent_ids, fallback, transcript.indexes)
+        notes = continuation.document.notes if continuation.document is not None else None
+        how = (recent_ids, fallback, transcript.indexes, notes)
+        augmented = self.passage_search.augment(messages, slots, length, *how)
         if augmented is messages:
             return following
         longer = self.following_ids(continuation, augmented)

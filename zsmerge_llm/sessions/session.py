@@ -24,6 +24,7 @@ from zsmerge_llm.errors import InputError, SessionMismatchError, SessionStorageE
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.cache_state import cache_state, restore_cache
 from zsmerge_llm.paths import as_path
+from zsmerge_llm.retrieval.section_notes import SectionNotes, notes_from
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.identity import Fingerprint, Kind
 from zsmerge_llm.sessions.token_ids import TokenIds
@@ -141,7 +142,7 @@ class Session:
     Attributes:
         today: the date its template shows, frozen when it began.
         used: when it was last used, in seconds since 1970.
-        document: the text that its questions are about.
+        document: the text that its questions are about. notes: those about its sections; None: none were wanted.
         named: whether the caller chose the name.
         forked: whether `fork` made it, so that it continues under its own name even where it begins at a document.
         prefix_digests: digests of all prefixes of its messages, the shortest first. They explain what was not reused.
@@ -155,6 +156,7 @@ class Session:
     snapshots: dict[str, Snapshot] = field(default_factory=dict, repr=False)
     used: float = field(default_factory=time.time)
     document: str | None = field(default=None, repr=False)
+    notes: SectionNotes | None = field(default=None, repr=False)
     named: bool = True
     forked: bool = False
     prefix_digests: tuple[str, ...] = field(default=(), repr=False)
@@ -240,6 +242,7 @@ class Session:
             self.today,
             dict(self.snapshots),
             document=self.document,
+            notes=self.notes,
             forked=True,
             prefix_digests=self.prefix_digests,
             transcript=self.transcript and self.transcript.of_session(None),
@@ -292,6 +295,7 @@ class Session:
             "fingerprint": asdict(self.fingerprint),
             "today": self.today.isoformat(),
             "kind": head.kind,
+            "notes": {} if self.notes is None else asdict(self.notes),
             "cache": cache_metadata,
         }
         try:
@@ -342,6 +346,7 @@ def load_session(
         {head.digest: head},
         used=source.stat().st_mtime,
         document=document,
+        notes=notes_from(facts["notes"]),
         named=facts["named"],
         forked=facts["forked"],
         prefix_digests=tuple(facts["prefix_digests"]),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from zsmerge_llm.language.digests import DigestChain
 from zsmerge_llm.language.messages import MessageHistory, shared_prefix
 from zsmerge_llm.retrieval.passage_search import PassageIndexes
+from zsmerge_llm.retrieval.section_notes import SectionNotes
 from zsmerge_llm.sessions.delta_renderer import DeltaRenderer
 from zsmerge_llm.types import Message
 
@@ -17,10 +18,14 @@ FEW_NEW = 4
 
 @dataclass(eq=False)
 class DocumentText:
-    """A document that a conversation is about. num_tokens: its length with the template's opening, once known."""
+    """A document that a conversation is about, and the notes about it.
+
+    num_tokens: its length with the template's opening, once known.
+    """
 
     text: str
     digest: str
+    notes: SectionNotes | None = None
     num_tokens: int | None = None
 
 

@@ -23,13 +23,14 @@ from zsmerge_llm.kvcache.layer_cache import SAVED, LayerCache
 from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec
 from zsmerge_llm.kvcache.slots import PER_SLOT, LayerSpec
 from zsmerge_llm.models.device import HOST
+from zsmerge_llm.retrieval.section_notes import check_notes
 from zsmerge_llm.sessions.file_format import TensorInfo
 from zsmerge_llm.sessions.identity import Fingerprint, Kind
 
 FACTS: dict[str, type] = {
     **{"name": str, "named": bool, "forked": bool, "digest": str, "prefix_digests": list, "messages": int},
     **{"tokens": int, "has_document": bool, "is_document": bool, "fingerprint": dict, "today": str, "kind": str},
-    "cache": dict,
+    **{"notes": dict, "cache": dict},
 }
 """What the header says of a session, and its types."""
 CACHE_FACTS: dict[str, type] = dict.fromkeys(("specs", "lengths", "position_maps", "num_filled"), list)
@@ -93,6 +94,9 @@ def check_facts(facts: Mapping[str, Any]) -> None:
         raise ValueError("has an impossible number of messages or tokens")
     if facts["is_document"] != (facts["has_document"] and facts["kind"] == "document" and not facts["forked"]):
         raise ValueError("contradicts itself about its document")
+    check_notes(facts["notes"])
+    if facts["notes"] and not facts["has_document"]:
+        raise ValueError("has notes about no document")
     cache = facts["cache"]
     _check_types(cache, {"config": dict, **CACHE_FACTS})
     one_row = [cache["lengths"], *cache["num_filled"]]

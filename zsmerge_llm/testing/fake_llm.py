@@ -181,6 +181,7 @@ class FakeLLM:
         text: str | None = None,
         name: str | None = None,
         probe: str | None = None,
+        notes: str | bool = False,
         cancel: Event | None = None,
         progress: Progress | None = None,
     ) -> FakeSession:
@@ -192,7 +193,7 @@ class FakeLLM:
                 time.sleep(self.delay)
                 self.documents[name] = read
                 self.documents_read += 1
-            self.document_probe = probe
+            self.document_probe, self.document_notes = probe, notes
             return FakeSession(name)
 
     def _answer(self, request: FakeRequest) -> Iterator[Chunk]:

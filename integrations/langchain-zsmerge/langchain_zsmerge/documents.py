@@ -42,6 +42,8 @@ class ZSMergeDocuments(RunnableSerializable[LanguageModelInput, AIMessage]):
     """Name of the session that holds the documents; by default one is derived from their text."""
     probe: str | None = None
     """The expected questions: a cache smaller than the documents keeps the tokens that they attend to."""
+    notes: str | bool = False
+    """Whether the model writes a note about each section, or what about, for questions about all of the documents."""
 
     _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
 
@@ -64,7 +66,9 @@ class ZSMergeDocuments(RunnableSerializable[LanguageModelInput, AIMessage]):
         """
         text = _join(self.documents)
         with self._lock:
-            session = self.model.core.read_document(text=text, name=self.session_id, probe=self.probe, cancel=cancel)
+            session = self.model.core.read_document(
+                text=text, name=self.session_id, probe=self.probe, notes=self.notes, cancel=cancel
+            )
         return str(session.name)
 
     async def aread(self) -> str:

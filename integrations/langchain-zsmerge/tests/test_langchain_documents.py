@@ -39,6 +39,13 @@ def test_questions_of_every_kind_go_to_the_session_of_the_documents(llm: Any) ->
     assert llm.documents_read == 1
 
 
+def test_notes_are_asked_of_the_model(llm: Any) -> None:
+    report(llm).invoke("Which colour?")
+    assert llm.document_notes is False
+    report(llm, "Snow is white.", notes="colours").invoke("Which colours are there?")
+    assert llm.document_notes == "colours"
+
+
 async def test_an_async_stream_reads_in_a_thread(slow_llm: Any) -> None:
     pieces = [chunk.text async for chunk in report(slow_llm).astream("Which?", max_tokens=2)]
     assert "".join(pieces) == "word word "

@@ -159,6 +159,14 @@ def test_the_name_and_the_probe_reach_the_model() -> None:
     assert [message["role"] for message in engine.requests[0].prompt] == ["system", "user"]
 
 
+@pytest.mark.parametrize("engine_class", [ZSMergeDocumentQueryEngine, ZSMergeDocumentChatEngine])
+def test_notes_are_asked_of_the_model(engine_class: Any) -> None:
+    fake = FakeLLM()
+    engine = engine_class(["A text."], ZSMergeLLM(llm=fake), notes="who arrives")
+    (engine.query if engine_class is ZSMergeDocumentQueryEngine else engine.chat)("Who?")
+    assert fake.document_notes == "who arrives"
+
+
 def test_a_text_that_names_a_file_is_not_taken_for_the_file(tiny: LLM, tmp_path: Any, monkeypatch: Any) -> None:
     (tmp_path / "secret").write_text("The password is MARIGOLD. " * 50)
     monkeypatch.chdir(tmp_path)

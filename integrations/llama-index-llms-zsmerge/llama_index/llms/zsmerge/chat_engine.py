@@ -33,7 +33,7 @@ class ZSMergeDocumentChatEngine(ConversationEngine):
         llm: a `ZSMergeLLM`. None: `Settings.llm`.
         memory: holds the conversation. None: one that removes no message.
         prefix_messages: messages before the conversation.
-        name, probe: as for `ZSMergeDocumentQueryEngine`.
+        name, probe, notes: as for `ZSMergeDocumentQueryEngine`.
 
     Raises:
         InputError: no documents. ConfigError: another LLM.
@@ -48,10 +48,11 @@ class ZSMergeDocumentChatEngine(ConversationEngine):
         *,
         name: str | None = None,
         probe: str | None = None,
+        notes: str | bool = False,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         self._sources = as_sources(documents)
-        self._reader = DocumentReader(llm, name, probe)
+        self._reader = DocumentReader(llm, name, probe, notes)
         model = self._reader.llm
         super().__init__(model, memory or WholeHistoryMemory.from_defaults(), prefix_messages, callback_manager)
 
@@ -67,12 +68,13 @@ class ZSMergeDocumentChatEngine(ConversationEngine):
         prefix_messages: Sequence[ChatMessage] | None = None,
         name: str | None = None,
         probe: str | None = None,
+        notes: str | bool = False,
     ) -> ZSMergeDocumentChatEngine:
         """Create the engine with a system prompt and a history."""
         llm = llm or Settings.llm
         before = prefix(llm, system_prompt, prefix_messages)
         memory = memory or WholeHistoryMemory.from_defaults(chat_history)
-        return cls(documents, llm, memory, before, name=name, probe=probe)
+        return cls(documents, llm, memory, before, name=name, probe=probe, notes=notes)
 
     def _turn(self, message: str, history: list[ChatMessage]) -> Turn:
         return Turn(user_message(message), self._sources, {"session": self._reader.read(self._sources)})

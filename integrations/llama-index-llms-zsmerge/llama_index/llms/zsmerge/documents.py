@@ -23,15 +23,19 @@ class DocumentReader:
         llm: the model. None: `Settings.llm`.
         name: name of the document's session, to reuse it in another process (`sessions_dir`).
         probe: the expected questions; a cache smaller than the document keeps the tokens that they attend to.
+        notes: whether the model writes a note about each section, or what about, for questions about the whole.
 
     Raises:
         ConfigError: `llm` is no `ZSMergeLLM`, or a base model.
     """
 
-    def __init__(self, llm: LLM | None = None, name: str | None = None, probe: str | None = None) -> None:
+    def __init__(
+        self, llm: LLM | None = None, name: str | None = None, probe: str | None = None, notes: str | bool = False
+    ) -> None:
         self.llm = _check_llm(llm)
         self._name = name
         self._probe = probe
+        self._notes = notes
         self._lock = threading.Lock()
 
     def read(self, nodes: Sequence[NodeWithScore], cancel: threading.Event | None = None) -> str:
@@ -44,7 +48,9 @@ class DocumentReader:
         if not text.strip():
             raise InputError("The documents have no text: give some to read.")
         with self._lock:
-            session = self.llm.llm.read_document(text=text, name=self._name, probe=self._probe, cancel=cancel)
+            session = self.llm.llm.read_document(
+                text=text, name=self._name, probe=self._probe, notes=self._notes, cancel=cancel
+            )
         return session.name
 
     async def aread(self, nodes: Sequence[NodeWithScore]) -> str:

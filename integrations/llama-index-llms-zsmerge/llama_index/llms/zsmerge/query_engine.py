@@ -42,6 +42,7 @@ class ZSMergeDocumentQueryEngine(BaseQueryEngine):
         llm: a `ZSMergeLLM`. None: `Settings.llm`.
         name: name of the documents' session, to reuse it in another process (`sessions_dir`).
         probe: the expected questions; a cache smaller than the documents keeps the tokens that they attend to.
+        notes: whether the model writes a note about each section, or what about, for questions about all of it.
         output_cls: answer with objects of this class (`PydanticResponse`) instead of text.
         streaming: answer with `StreamingResponse`, from `aquery` with `AsyncStreamingResponse`.
 
@@ -62,6 +63,7 @@ class ZSMergeDocumentQueryEngine(BaseQueryEngine):
         *,
         name: str | None = None,
         probe: str | None = None,
+        notes: str | bool = False,
         output_cls: type[BaseModel] | None = None,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
@@ -69,7 +71,7 @@ class ZSMergeDocumentQueryEngine(BaseQueryEngine):
         if streaming and output_cls is not None:
             raise ConfigError("output_cls cannot be streamed: leave out streaming.")
         self._sources = as_sources(documents)
-        self._reader = DocumentReader(llm, name, probe)
+        self._reader = DocumentReader(llm, name, probe, notes)
         self._llm = self._reader.llm
         self._output_cls = output_cls
         self._streaming = streaming
