@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,25 @@ settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+STARTED = pytest.StashKey[float]()
+
 FETCH = Path(__file__).parents[1] / "shared" / "models.py"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    about = "begin no test later than this: those that are left are skipped, and counted"
+    parser.addoption("--time-limit", type=float, metavar="MINUTES", help=about)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STARTED] = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--time-limit")
+    if limit is not None and time.monotonic() - item.config.stash[STARTED] > 60 * limit:
+        pytest.skip("no time is left for this test: --time-limit")
 
 
 class GGUFFiles(dict[str, Path]):

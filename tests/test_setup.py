@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,14 @@ def test_the_roots_extras_name_no_sibling() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = text[text.index("[project.optional-dependencies]") : text.index("[project.scripts]")]
     assert "zsmerge" not in extras  # they are not published: pip would look for them in the public index
+
+
+def test_no_test_begins_behind_the_time_limit() -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "tests/test_setup.py", "-k", "one_version"]
+    skipped, passed = (
+        subprocess.run([*command, "--time-limit", limit], cwd=ROOT, capture_output=True, text=True).stdout
+        for limit in ("0", "9")
+    )
+    assert "1 skipped" in skipped
+    assert "no time is left" in skipped
+    assert "1 passed" in passed
