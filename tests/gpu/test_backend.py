@@ -63,8 +63,13 @@ def answers(engine: Engine) -> list[list[int | None]]:
     return [*alone, *engine.decode(Cache.stack(caches), [GREEDY] * 3, [[]] * 3)]
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("family", ["llama", "llama-mqa", "gemma3", "gemma2-softcap"])
+COMPARED = ("llama", "llama-mqa", "gemma3", "gemma2-softcap")
+COMPILING_IS_SLOW = [pytest.param(family, True, marks=pytest.mark.slow) for family in COMPARED[1:]]
+
+
+@pytest.mark.parametrize(
+    ("family", "compile"), [("llama", True), *((family, False) for family in COMPARED), *COMPILING_IS_SLOW]
+)
 def test_it_answers_as_the_reference_does(family: str, compile: bool) -> None:
     config = SMALL_PRESETS["residual"]
     expected = answers(Engine(tiny_model(family), config, chunk=40, compile=False))
