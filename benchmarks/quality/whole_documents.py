@@ -1,6 +1,6 @@
 """Questions about whole documents: notes taken while reading, beside LlamaIndex's and LangChain's summarizers.
 
-    python -m benchmarks.quality.whole_documents MODEL --out FILE.jsonl [--documents 3] [--slots 512] ...
+    python benchmarks/quality/whole_documents.py MODEL --out FILE.jsonl [--documents 3] [--slots 512] ...
 
 Contenders, all with the same model:
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import provenance
 from benchmarks.quality.travel_documents import TravelDocument, score, travel_document

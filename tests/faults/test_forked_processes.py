@@ -74,7 +74,7 @@ print(Chat(llm, "it").ask("Hello").usage.reuse)
 def run(program: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

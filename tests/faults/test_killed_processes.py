@@ -17,7 +17,7 @@ def kill(folder: Path, kills: int, seconds: float) -> dict[str, int]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.faults.killed_processes", str(folder), str(kills)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(seconds)], cwd=ROOT, capture_output=True, text=True, timeout=seconds + 100, env=environment
+        [*command, str(seconds)], cwd=ROOT, capture_output=True, text=True, timeout=seconds + 400, env=environment
     )
     assert done.returncode == 0, done.stderr
     counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])

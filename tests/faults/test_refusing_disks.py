@@ -143,7 +143,7 @@ print(chat.ask("And on").usage.reuse, sorted(path.suffix for path in folder.iter
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of the size of files")
 def test_turns_go_on_where_no_file_can_grow_and_are_saved_when_it_can_again(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", SMALL_DISK, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["3", "continued ['.earlier', '.zsmerge']"]
 

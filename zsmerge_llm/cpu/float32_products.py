@@ -48,7 +48,9 @@ class Float32Ops(TorchOps):
     """Attention of a chunk in half precision, computed in float32."""
 
     def attention(self, view: KVView, call: AttentionCall, keys: Tensor, values: Tensor, layout: PassLayout) -> Tensor:
-        """Attend from call.query to keys and values [B, H, C + m, D]: [B, Hq, T, D]."""
+        """Attend from call.query to keys and values [B, H, C + m, D]: [B, Hq, T, D]; few tokens as PyTorch does."""
+        if call.query.shape[2] <= MAX_ROWS:
+            return super().attention(view, call, keys, values, layout)
         bias = layout.logit_bias(view, call)
         wide = replace(call, query=call.query.float())
         output = dense_attention(wide, keys.float(), values.float(), None if bias is None else bias.float())
