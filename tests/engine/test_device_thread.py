@@ -82,6 +82,38 @@ def test_a_step_runs_between_two_chunks_however_large_the_share_of_reading() -> 
     assert order == "cscscscscs"
 
 
+def test_short_prompts_that_wait_together_are_read_before_the_next_step_up_to_one_chunk() -> None:
+    device = DeviceThread(reading_share=1.0, max_tokens=512)
+    sizes = [64, 200, 248, 1, 512, 512]
+    order: list[str] = []
+    with held(device):
+        jobs = [
+            device.submit(Job(lambda size=size: order.append(f"c{size}"), Kind.CHUNK, tokens=size)) for size in sizes
+        ]
+        jobs += [device.submit(Job(lambda: order.append("s"), Kind.STEP)) for _ in range(4)]
+    for job in jobs:
+        job.wait()
+    # 64 + 200 + 248 tokens are one chunk. The one token counts as 64, beside which 512 do not fit.
+    assert order == ["c64", "c200", "c248", "s", "c1", "s", "c512", "s", "c512", "s"]
+
+
+def test_streams_have_their_share_of_the_time_after_several_short_prompts() -> None:
+    device, order = DeviceThread(reading_share=0.5, max_tokens=512), []
+
+    def run(name: str, seconds: float) -> None:
+        time.sleep(seconds)
+        order.append(name)
+
+    with held(device):
+        jobs = [device.submit(Job(lambda: run("c", 0.05), Kind.CHUNK, tokens=128)) for _ in range(5)]
+        jobs += [device.submit(Job(lambda: run("s", 0.01), Kind.STEP)) for _ in range(40)]
+    for job in jobs:
+        job.wait()
+    assert order[:4] == ["c"] * 4
+    steps = order[4:].index("c")  # of 10 ms and more each, after 200 ms of reading
+    assert 6 <= steps <= 30  # one chunk alone would leave them 50 ms
+
+
 def test_reading_gets_its_share_of_the_time_while_streams_wait() -> None:
     jobs = [(f"c{number}", Kind.CHUNK, 0) for number in range(3)] + [
         (f"s{number}", Kind.STEP, 0) for number in range(40)

@@ -1,8 +1,9 @@
 """The thread that owns the device: all forward passes of an engine run in it, one after another.
 
 Requests of other threads submit jobs and wait. The thread chooses the next job by priority, then by order of arrival,
-and interleaves the chunks of prompts with decode steps: where both wait, prompts get a share of the time, and at least
-one step runs between two chunks, so that no stream waits for more than one chunk.
+and interleaves the chunks of prompts with decode steps: where both wait, prompts get a share of the time. No stream
+waits for more than one chunk, or for several short prompts that have no more tokens together: streams that begin
+together share all of their steps.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ MAX_WAIT_SECONDS = 0.002
 """How long a pass waits for rows that took part in the last one: far less than a pass takes."""
 POLL_SECONDS = 0.05
 """How often a waiting request looks whether it was cancelled."""
+MIN_PASS_TOKENS = 64
+"""A shorter chunk counts as so many tokens: every pass reads all weights."""
 
 Within = Callable[[int], AbstractContextManager[None]]
 """Makes what a job runs within, from the number of threads that its caller lets PyTorch use."""
@@ -49,13 +52,17 @@ class Job(Generic[T]):
         run: does the work.
         priority: jobs of a lower number go first.
         row: what a step is for, where another step may do it along with its own (`DeviceThread.take`).
+        tokens: how many a chunk reads.
 
     Attributes:
         most_threads: how many threads the caller lets PyTorch use.
     """
 
-    def __init__(self, run: Callable[[], T], kind: Kind, priority: int = 0, row: Any = None) -> None:
+    def __init__(
+        self, run: Callable[[], T], kind: Kind, priority: int = 0, row: Any = None, *, tokens: int = 0
+    ) -> None:
         self.kind, self.priority, self.row = kind, priority, row
+        self.tokens = max(tokens, MIN_PASS_TOKENS)
         self.most_threads = torch.get_num_threads()
         self._run: Callable[[], T] | None = run
         self._claimed = Lock()
@@ -125,6 +132,7 @@ class DeviceThread:
         reading_share: how much of the time the chunks of prompts get while streams wait for decode steps, 0 to 1.
         within: see `Within`.
         before_wait: what each caller runs before it waits for a job.
+        max_tokens: how many tokens of several chunks are read at most while a stream waits. One chunk may have more.
     """
 
     def __init__(
@@ -132,12 +140,13 @@ class DeviceThread:
         reading_share: float = 0.5,
         within: Within = lambda threads: nullcontext(),
         before_wait: Callable[[], None] = lambda: None,
+        max_tokens: int = 0,
     ) -> None:
         check_process()
         self._before_wait = before_wait
         self._inbox: SimpleQueue[Job[Any] | None] = SimpleQueue()  # reentrant: a finalizer may submit at any time
         self._within = within
-        self._agenda = _Agenda(self._inbox, reading_share, within)
+        self._agenda = _Agenda(self._inbox, reading_share, within, max_tokens)
         self._thread: Thread | None = None
         self._starting = RLock()
 
@@ -158,6 +167,7 @@ class DeviceThread:
         *,
         priority: int = 0,
         cancel: Event | None = None,
+        tokens: int = 0,
     ) -> T:
         """Run something in the device thread and return its result; in the device thread itself, at once.
 
@@ -166,7 +176,7 @@ class DeviceThread:
             ForkedProcessError: this is a fork of the process that has the thread.
         """
         check_process()
-        return run() if self.is_current else self.submit(Job(run, kind, priority)).wait(cancel)
+        return run() if self.is_current else self.submit(Job(run, kind, priority, tokens=tokens)).wait(cancel)
 
     def submit(self, job: Job[T]) -> Job[T]:
         """Put a job into the queue, and return it. Raises ForkedProcessError."""
@@ -208,11 +218,15 @@ class DeviceThread:
 class _Agenda:
     """The jobs that wait, and which comes next. It does not reference the thread's owner."""
 
-    def __init__(self, inbox: SimpleQueue[Job[Any] | None], reading_share: float, within: Within) -> None:
+    def __init__(
+        self, inbox: SimpleQueue[Job[Any] | None], reading_share: float, within: Within, max_tokens: int
+    ) -> None:
         self.waiting: list[Job[Any]] = []  # in order of arrival
         self._inbox = inbox
         self._share = reading_share
         self._within = within
+        self._max_tokens = max_tokens
+        self._tokens = 0  # of the chunks that ran since the last step
         self._owed = 0.0  # seconds that streams have before the next chunk, where both wait
         self._last, self._last_priority = Kind.SHORT, 0  # of the chunk or step that ran last
         self._ending = False
@@ -285,7 +299,10 @@ class _Agenda:
         urgent = [job for job in self.waiting if job.priority == first]
         by_kind = [[job for job in urgent if job.kind is kind] for kind in (Kind.CHUNK, Kind.STEP)]
         if all(by_kind):
-            is_due = self._last is not Kind.CHUNK and self._owed <= 0  # never twice in a row
+            if self._last is Kind.CHUNK:
+                is_due = self._tokens + by_kind[0][0].tokens <= self._max_tokens
+            else:
+                is_due = self._owed <= 0
             return by_kind[0] if is_due else by_kind[1]
         return urgent
 
@@ -297,9 +314,11 @@ class _Agenda:
         return is_urgent or (self._last is Kind.STEP and not self.steps)
 
     def _record(self, job: Job[Any], seconds: float) -> None:
-        """Record what a job took. After a chunk, streams have as much time as the share of reading leaves them."""
+        """Record what a job took. After chunks, streams have as much time as the share of reading leaves them."""
         if job.kind is Kind.CHUNK:
-            self._owed = seconds * (1 - self._share) / self._share
+            in_a_row = self._last is Kind.CHUNK
+            self._owed = (self._owed if in_a_row else 0.0) + seconds * (1 - self._share) / self._share
+            self._tokens = (self._tokens if in_a_row else 0) + job.tokens
         elif job.kind is Kind.STEP:
             self._owed -= seconds
         if job.kind is not Kind.SHORT:

@@ -96,7 +96,7 @@ class Engine:
             self._held.backends.append(self.backend)
             self.chunk = self.backend.default_chunk(self.specs) if chunk == "auto" else chunk
             self.runner = ModelRunner(model, self.backend, PositionRemapper(model, self.specs, self.context_window))
-            self._device = DeviceThread(how.reading_share, _running(self.backend), self.backend.release_threads)
+            self._device = _device_thread(self.backend, how, self.chunk)
             self._reader = PromptReader(self.runner, self.specs, self._device)
             self._scheduler = DecodeScheduler(self.runner, self._device, how.batch_invariant)
             self._static_scheduler = _static_scheduler(self.runner, self._device, self.layers, self.vocab_size, how)
@@ -336,6 +336,11 @@ def _running(backend: AttentionBackend) -> Callable[[int], AbstractContextManage
         return nullcontext() if known is None else known.running(threads)
 
     return running
+
+
+def _device_thread(backend: AttentionBackend, scheduling: SchedulingConfig, chunk: int) -> DeviceThread:
+    """Make the thread that runs all passes."""
+    return DeviceThread(scheduling.reading_share, _running(backend), backend.release_threads, max_tokens=chunk)
 
 
 def _static_scheduler(

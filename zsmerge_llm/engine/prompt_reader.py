@@ -53,7 +53,7 @@ class PromptReader:
                 check_cancelled(cancel)
                 done += len(chunk)
                 run = partial(self._read_chunk, cache, chunk, how, pinned=max(0, done - unpinned))
-                logits = self._device.call(run, Kind.CHUNK, priority=how.priority, cancel=cancel)
+                logits = self._device.call(run, Kind.CHUNK, priority=how.priority, cancel=cancel, tokens=len(chunk))
                 if progress is not None:
                     progress(done, len(tokens))
         finally:

@@ -20,7 +20,8 @@ class SchedulingConfig(NamedSettings):
     Args:
         max_requests: a request beyond so many that wait, are read or answered raises QueueFullError.
         reading_share: how much of the time the reading of prompts gets while answers are decoded, above 0, at most 1.
-            A stream waits for one chunk (`LLM(chunk=...)`) at most, whatever the share: with 1, after each token.
+            A stream waits for one chunk (`LLM(chunk=...)`) at most, or for as many tokens of several short prompts,
+            whatever the share: with 1, after each token.
         batch_invariant: whether an answer must not depend on the requests beside it, not even by rounding. On a CPU
             with our kernels that holds anyway. Without them rows decode in turns; on a GPU all steps have the largest
             size, and no draft.
