@@ -17,7 +17,7 @@ from tests.support.reference_attention import TOLERANCE, reference_attention, re
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import CacheConfig
 from zsmerge_llm.cpu import native
-from zsmerge_llm.cpu.quantized_linear import quantize_int4, quantize_int8
+from zsmerge_llm.cpu.quantized_linear import Int4Linear, quantize_int4, quantize_int8, quantize_linear
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.kvcache import equations
@@ -113,6 +113,34 @@ def test_gemv_with_int4_weights_matches_the_kernel_of_pytorch(
     for product, (weight, scales) in zip(products, packed, strict=True):
         expected = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded_inputs, weight, 32, scales.float())
         assert relative_error(product, expected) < max(TOLERANCE[dtype], 1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+    rows=st.integers(native.MAX_ROWS + 1, 40),
+    inputs=st.integers(1, 8).map(lambda each: 32 * each),
+    outputs=st.integers(1, 6).map(lambda each: 32 * each),
+    biased=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_a_chunk_times_int4_weights_has_for_each_row_what_the_row_has_alone(
+    dtype: torch.dtype, rows: int, inputs: int, outputs: int, biased: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = quantize_linear(torch.nn.Linear(inputs, outputs, bias=biased), 4, dtype)
+    assert isinstance(layer, Int4Linear)
+    x, biases = torch.randn(rows, inputs).to(dtype), [layer.bias] if layer.bias is not None else []
+    takes_blocks = bool(native.int4_pack_width()) and outputs % native.int4_pack_width() == 0
+    assert native.can_gemv(x, layer.weight) == (takes_blocks and torch.ops.zsmerge.has_int4_chunks())
+    assert not native.can_gemv(x.float(), layer.weight)  # their rounding to 8 bits would be seen
+    if not native.can_gemv(x, layer.weight):  # this processor has another kernel for chunks, or PyTorch's
+        return
+
+    (product,) = native.gemv(x, [layer.weight], [layer.scales], biases)
+
+    alone = [native.gemv(row[None].contiguous(), [layer.weight], [layer.scales], biases)[0] for row in x]
+    assert torch.equal(product, torch.cat(alone))
 
 
 def test_gemv_refuses_more_than_8_rows() -> None:

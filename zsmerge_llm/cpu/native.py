@@ -211,11 +211,17 @@ def can_gemv(x: Tensor, weight: Tensor) -> bool:
         known = int4_pack_width() > 0 and len(weight) % int4_pack_width() == 0
     else:
         known = weight.dtype in (torch.int8, x.dtype)
-    return known and 0 < x.numel() <= x.shape[-1] * MAX_ROWS
+    few = x.numel() <= x.shape[-1] * MAX_ROWS
+    return known and x.numel() > 0 and (few or _takes_chunks(x, weight))
+
+
+def _takes_chunks(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `gemv` takes any number of rows: int4 on AVX2, with inputs that may be rounded to 8 bits."""
+    return weight.dtype == torch.uint8 and x.dtype != torch.float32 and bool(torch.ops.zsmerge.has_int4_chunks())
 
 
 def gemv(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-    """Multiply x [M, K], M <= `MAX_ROWS`, by matrices that share it, + biases if any: [M, N] each.
+    """Multiply x [M, K], of as many rows as `can_gemv` allows, by matrices that share it, + biases if any: [M, N] each.
 
     A matrix is [N, K] in x's dtype without scales; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's int4
     packing with scales and zeros [K / group, N, 2]. All are of one kind.

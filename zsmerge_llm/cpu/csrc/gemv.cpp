@@ -1,5 +1,5 @@
 // GEMV for up to MAX_ROWS rows: weights in the input's dtype, int8 or packed int4. Needs dot.cpp, dot_avx512.cpp,
-// dot_avx2.cpp.
+// dot_avx2.cpp. On AVX2 int4 matrices take any number of rows: dequantizing for a float32 product would be slower.
 
 template <int M, int R>
 inline void dot_rows(const int8_t* weight, const GemvInput& input, float* out) {
@@ -93,11 +93,41 @@ void gemv_matrices(const Tensor& x, at::TensorList weights, at::TensorList scale
   });
 }
 
+#if HAS_AVX2
+// Many rows times an int4 matrix. Tiles of MAX_ROWS rows go through the loops of a GEMV, while a block of outputs is in
+// L1: each row is computed as if it were alone.
+template <typename T>
+void int4_chunk(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor* bias, Tensor& out) {
+  const int64_t M = x.size(0), N = weight.size(0), num_tiles = (M + MAX_ROWS - 1) / MAX_ROWS;
+  std::vector<Tensor> rows;
+  for (int64_t first = 0; first < M; first += MAX_ROWS) rows.push_back(x.slice(0, first, std::min(M, first + MAX_ROWS)));
+  std::vector<GemvInput> tiles(num_tiles);
+  at::parallel_for(0, num_tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile)
+      tiles[tile] = prepare_input<T>(rows[tile], MAX_ROWS, weight, scale);
+  });
+  T* to = out.data_ptr<T>();
+  dynamic_for(N / PACK_WIDTH, [&](const auto& next) {
+    for (int64_t block = next(); block >= 0; block = next())
+      for (int64_t tile = 0; tile < num_tiles; ++tile)
+        gemv_outputs<T, MAX_ROWS>(weight, &scale, bias, tiles[tile], block * PACK_WIDTH, (block + 1) * PACK_WIDTH,
+                                  to + tile * MAX_ROWS * N);
+  });
+}
+#endif
+
 // Rounds M up to a compiled value (1, 2, 5, 8); missing rows are zeros.
 template <typename T>
 void gemv_dispatch(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases,
                    std::vector<Tensor>& out) {
   const int64_t count = x.size(0);
+#if HAS_AVX2
+  if (count > MAX_ROWS && weights[0].scalar_type() == at::kByte) {
+    for (size_t i = 0; i < weights.size(); ++i)
+      int4_chunk<T>(x, weights[i], scales[i], biases.empty() ? nullptr : &biases[i], out[i]);
+    return;
+  }
+#endif
   TORCH_CHECK(count > 0 && count <= MAX_ROWS, "zsmerge::gemv is for 1 to ", MAX_ROWS, " rows, not ", count);
   if (count == 1) return gemv_matrices<T, 1>(x, weights, scales, biases, out);
   if (count == 2) return gemv_matrices<T, 2>(x, weights, scales, biases, out);
@@ -131,7 +161,7 @@ void check_matrix(const Tensor& x, const Tensor& weight, const Tensor& first, co
   TORCH_CHECK(bias == nullptr || is_dense(*bias, x.scalar_type(), {N}), "zsmerge::gemv takes biases [N]");
 }
 
-// x [M, K] times matrices that share it -> [M, N] each, + bias [N]. operands: all matrices, then all scales if there are
+// x [M, K] times matrices that share it -> [M, N] each, + bias [N]. M <= MAX_ROWS, or any with int4 on AVX2. operands: all matrices, then all scales if there are
 // any, then all biases if there are any: one list, since AOTInductor passes no empty ones. A matrix is [N, K] in x's
 // dtype; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's int4 packing with scales and zeros
 // [G, N, 2].
