@@ -213,7 +213,7 @@ def assemble(
         report_status = loading.get("progress")
         layer_budgets = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), report_status)
         configs = (layer_budgets.prompt_config, layer_budgets.document_config)
-        documents = Documents(store, template, engine.new_cache, *configs)
+        documents = Documents(store, template, engine.new_cache, *configs, engine.read)
         searches = (PassageSearch(template, retrieval_tokens), AttentionSearch(engine.query_attention, template))
         prompts = PromptBuilder(template, layer_budgets.prompt_config, *searches)
         conversations = Conversations(store, template, engine.new_cache, prompts, documents)

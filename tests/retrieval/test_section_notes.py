@@ -32,6 +32,7 @@ NOTES = SectionNotes("names", ("Ada sails.", "Odile waits."))
             "What are the main ideas?",
         ),
         *("How often does it rain?", "Which was bought in total?", "Recap the story chronologically."),
+        "Find all variables that are 5.",
     ],
 )
 def test_summaries_lists_counts_and_orders_are_about_the_whole(question: str) -> None:

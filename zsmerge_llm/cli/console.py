@@ -173,11 +173,13 @@ class Terminal:
     @contextmanager
     def _bar(self) -> Iterator[tuple[ReadCallback, Callable[[], None]]]:
         """Show a progress bar of prompt tokens. Yields its callback and a function that removes it."""
+        if self.quiet or not self._err.is_terminal:
+            yield lambda done, total: None, lambda: None
+            return
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("Reading"), BarColumn(), TextColumn("{task.fields[tokens]}, ETA"), TimeRemainingColumn())
-        hidden = self.quiet or not self._err.is_terminal
-        bar = Progress(*columns, console=self._err, transient=True, disable=hidden)
+        bar = Progress(*columns, console=self._err, transient=True)
         task = bar.add_task("", total=None, tokens="")
         started = time.perf_counter()
 

@@ -100,6 +100,10 @@ class Cache:
         full = [of(layer).item() for layer in self._full_layers]
         return round(sum(full) / len(full)) if full else 0
 
+    def holds_any(self, first: int, end: int) -> bool:
+        """Return whether a full-attention layer holds any of the tokens from `first` up to `end`."""
+        return any(layer.holds_any(first, end) for layer in self._full_layers)
+
     def full_nbytes(self, tokens: int | None = None) -> int:
         """Return the bytes of an exact cache after `tokens` (default: those read): keys, values, recurrent states."""
         total = sum(self.lengths) if tokens is None else tokens
@@ -139,6 +143,17 @@ class Cache:
                 row, lambda position: positions.rope_positions(position) - old.rope_positions(position), rotation
             )
         self.position_maps[row] = positions
+
+    def skip_to(self, length: int) -> None:
+        """Go on behind the first `length` tokens of a text, as if those that were not read had all been dropped.
+
+        The next token stands directly behind those that are held: the text between has no RoPE positions.
+        """
+        for row, held in enumerate(self.lengths):
+            self.position_maps[row] = PositionMap(((held, float(held)), (length, float(held))))
+            for layer in self.layers:
+                layer.dropped[row] += length - held
+            self.lengths[row] = length
 
     def replace_with(self, other: Cache) -> None:
         """Take over everything `other` holds; it must not be used any more."""

@@ -120,6 +120,10 @@ class LayerCache(Slots):
         """Return whether every row can take `new` tokens without compressing."""
         return self.config.slots is None or max(self.num_filled) + new < self.capacity
 
+    def holds_any(self, first: int, end: int) -> bool:
+        """Return whether a slot stands for one of the tokens from `first` up to `end`, or, merged, for more."""
+        return bool(((self.position >= first) & (self.position < end) & (self.multiplicity > 0)).any())
+
     def filled_after(self, inputs: AttentionInputs) -> list[int]:
         """Return the slots that each row has used once these tokens are in."""
         return [filled + new for filled, new in zip(self.num_filled, inputs.num_new_tokens, strict=True)]

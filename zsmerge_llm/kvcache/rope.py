@@ -19,8 +19,8 @@ from torch import Tensor
 class PositionMap:
     """Map text positions to RoPE positions: monotone, linear between its knots, and of slope 1 behind the last.
 
-    knots: (text position, RoPE position), both ascending; (0, 0) is understood. The last RoPE position is a whole
-    number. Without knots both positions are the same.
+    knots: (text position, RoPE position), ascending; (0, 0) is understood. Two may have one RoPE position where no
+    token is held between them. The last RoPE position is a whole number. Without knots both positions are the same.
     """
 
     knots: tuple[tuple[int, float], ...] = ()
@@ -41,9 +41,10 @@ class PositionMap:
     def squeezed(self, head: int, near: int, to: int, segments: int) -> PositionMap:
         """Return the map in which text position `near`, and all behind it, moves down to RoPE position `to`.
 
-        The first `head` positions stay, distances behind `near` stay, and what is between moves together in proportion.
-        Of its linear parts at most `segments` remain; the oldest become one.
+        The first `head` positions stay, up to the first knot at most. Distances behind `near` stay, and what is between
+        moves together in proportion. Of its linear parts at most `segments` remain; the oldest become one.
         """
+        head = min([head, *(at for at, _ in self.knots[:1])])
         end = float(self.rope_positions(torch.tensor(near)))
         scale = (to - head) / (end - head)
         between = [(at, head + (position - head) * scale) for at, position in self.knots if head < at < near]

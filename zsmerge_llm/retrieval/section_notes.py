@@ -31,7 +31,7 @@ WHOLE = re.compile(
         | (?:in\ )?(?:which|what)\ order | from\ (?:the\ )?(?:first|beginning|start)\ to\ (?:the\ )?(?:last|end)
         | how\ (?:many|often) | number\ of | count
         | list | enumerate | every(?:one|body|thing)? | each
-        | all\ (?:of\ )?(?:the|that|those|who)\b | name\ all | who\ are\ the
+        | all\ (?:of\ )?(?:the|that|those|who)\b | all\ \w+\ (?:that|which|who|in|of)\b | name\ all | who\ are\ the
         | main\ (?:\w+\ )?(?:points?|topics?|ideas?|themes?|events?)
         | what\ (?:is|are)\ (?:the\ |this\ |these\ )*(?:text|document|book|story|report|articles?)\ (?:\w+\ )?about
     )\b

@@ -23,8 +23,8 @@ from zsmerge_llm.language.request_args import mark_prompt, with_request_args
 from zsmerge_llm.retrieval import section_notes
 from zsmerge_llm.retrieval.passage_search import INTRODUCTION
 from zsmerge_llm.sessions.branching import MIN_SHARED_TOKENS, before_dropped_reasoning, branch_points, reread_reason
-from zsmerge_llm.sessions.documents import INSTRUCTION, Documents, num_merged, put_before
-from zsmerge_llm.sessions.folder import generate_name
+from zsmerge_llm.sessions.documents import INSTRUCTION, Documents, loses_most, num_merged, put_before
+from zsmerge_llm.sessions.ownership import find_owner, new_session
 from zsmerge_llm.sessions.prompt_builder import Continuation, PromptBuilder
 from zsmerge_llm.sessions.session import Kind, Session, Snapshot
 from zsmerge_llm.sessions.store import ResumePoint, Store
@@ -46,6 +46,7 @@ class Turn:
         single_question: whether this turn's question alone decides what is kept.
         retrieved_tokens: how many of the tokens repeat what was said before.
         resumed_from: the snapshot of its own session that it continues.
+        needs_document: as for `FollowingIds`.
         branch_points: where a later request may be written differently, as (messages, tokens) in their order.
     """
 
@@ -60,6 +61,7 @@ class Turn:
     single_question: bool = False
     retrieved_tokens: int = 0
     resumed_from: Snapshot | None = None
+    needs_document: bool = False
     branch_points: Sequence[tuple[int, int]] = ()
     snapshots: list[Snapshot] = field(default_factory=list)
 
@@ -183,6 +185,7 @@ class Conversations:
         known = dict(transcript.chain.lengths)
         if transcript.document is not None:
             known[transcript.document.digest] = -1
+        resumed: Turn | None = None
         reason, points = "", self._find_resume_points(transcript, known, name)
         is_named_so = any(candidate == name and known[digest] > 1 for candidate, digest in points)
         for candidate, digest in points:
@@ -195,11 +198,13 @@ class Conversations:
                 reason = "the saved session is damaged or gone"
                 continue
             turn = self._resume(found, transcript, tools, name, namespace, is_named_so)
-            if turn is not None:
+            if turn is not None and not turn.needs_document:
                 return self._with_branch_points(turn, tools)
+            resumed = resumed or turn
             if found.snapshot.kind in ("prompt", "answer"):
                 reason = reason or "the chat template writes it differently from what was read"
-        return self._with_branch_points(self._start(transcript, tools, name, namespace, reason), tools)
+        turn = resumed or self._start(transcript, tools, name, namespace, reason)
+        return self._with_branch_points(turn, tools)
 
     def commit(self, turn: Turn, answer: Message | None, generated: Sequence[int]) -> Session:
         """Keep the result of a turn: its snapshots and, unless `answer` is None (cancelled), the answer's end.
@@ -296,7 +301,7 @@ class Conversations:
         source, snapshot = found.session, found.snapshot
         # A prefix is shared only while its date is right.
         template = self.template.with_date(self.today() if snapshot.kind == "prefix" else source.today)
-        owner = _owner(self.store, found, name, is_named_so)
+        owner = find_owner(self.store, found, name, is_named_so)
         transcript = transcript.of_session(owner[0].transcript if owner is not None else None)
         document = transcript.document
         if document is None and source.document is not None:  # the messages repeat it
@@ -309,7 +314,7 @@ class Conversations:
                     found = self.store.open(source.name, earlier.digest)
                     return self._resume(found, transcript, tools, name, namespace, is_named_so)
         following = self.prompts.following_ids(continuation, transcript.messages)
-        if following is None or not self._has_wanted_config(snapshot, len(following)):
+        if following is None or not self.prompts.keeps_config(snapshot, len(following)):
             return None
         if owner is not None:
             session, version = owner
@@ -318,7 +323,7 @@ class Conversations:
                 each for each in (*source.snapshots.values(), snapshot) if each.kind == "prefix" or each is snapshot
             ]
             snapshots = {each.digest: each for each in shared if each.kind != "document"}
-            session, version = _new_session(self.store, name, namespace, template.today, document, snapshots)
+            session, version = new_session(self.store, name, namespace, template.today, document, snapshots)
         cache = snapshot.cache.clone()
         turn = Turn(
             transcript,
@@ -331,15 +336,11 @@ class Conversations:
             resumed_from=snapshot if owner is not None else None,
         )
         longer = self.prompts.with_retrieved(continuation, following, cache)
-        turn.tokens, turn.retrieved_tokens = turn.tokens + longer, len(longer) - len(following)
+        turn.tokens, turn.retrieved_tokens = turn.tokens + longer.ids, len(longer.ids) - len(following)
+        turn.needs_document = longer.needs_document
+        if longer.has_evidence and snapshot.kind == "document" and loses_most(snapshot.cache):
+            turn.cache = self.documents.beginning(snapshot, template)
         return turn
-
-    def _has_wanted_config(self, snapshot: Snapshot, num_following: int) -> bool:
-        """Return whether a prefix's cache has the configuration that a conversation which begins so would get."""
-        if snapshot.kind != "prefix":
-            return True
-        system_tokens = len(snapshot.tokens)
-        return snapshot.cache.config == self.prompts.config(system_tokens + num_following, system_tokens)
 
     def _start(
         self, transcript: Transcript, tools: Tools, name: str | None, namespace: str | None, reason: str
@@ -349,7 +350,7 @@ class Conversations:
         transcript, document = transcript.of_session(None), transcript.document
         prompt = self.prompts.build(messages, tools, template, transcript.indexes, document)
         reason = reason or reread_reason(self.store, transcript, name)
-        session, version = _new_session(self.store, name, namespace, template.today, document, {})
+        session, version = new_session(self.store, name, namespace, template.today, document, {})
         return Turn(
             transcript,
             session,
@@ -361,32 +362,3 @@ class Conversations:
             system_tokens=prompt.system_tokens if prompt.system_tokens >= MIN_SHARED_TOKENS else 0,
             retrieved_tokens=prompt.retrieved_tokens,
         )
-
-
-def _new_session(
-    store: Store,
-    name: str | None,
-    namespace: str | None,
-    today: date,
-    document: DocumentText | None,
-    snapshots: dict[str, Snapshot],
-) -> tuple[Session, int | None]:
-    """Return a new session, and the version of the session that has its name until now."""
-    version = store.version(name) if name else None
-    own = name or generate_name(f"{namespace}/" if namespace else "")
-    text, notes = (None, None) if document is None else (document.text, document.notes)
-    session = Session(own, store.fingerprint, today, snapshots, document=text, notes=notes, named=bool(name))
-    return session, version
-
-
-def _owner(store: Store, found: ResumePoint, name: str | None, is_named_so: bool) -> tuple[Session, int | None] | None:
-    """Return the session that goes on from a snapshot, and its version; None: a new one does."""
-    if name == found.session.name or (name is None and found.snapshot.kind in ("branch", "prompt", "answer")):
-        return found.session, found.version
-    if name is None or not is_named_so:
-        return None
-    version = store.version(name)
-    try:
-        return store.get(name), version
-    except SessionError:
-        return None

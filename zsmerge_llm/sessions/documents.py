@@ -10,17 +10,21 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import takewhile
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import InputError, SessionError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.language.request_args import without_request_args
 from zsmerge_llm.sessions.session import Session, Snapshot
 from zsmerge_llm.sessions.store import Store
 from zsmerge_llm.sessions.token_ids import TokenIds
 from zsmerge_llm.types import Message
 
 INSTRUCTION = "Answer from this document.\n\n"
+MIN_OVERFLOW = 8.0
+"""How many times its slots a document is long whose cache is worse than none beside passages that have the answer."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Documents:
     Attributes:
         prompt_config: the cache's configuration for a prompt of so many tokens, so many of them a system prefix.
         document_config: the same for a document of so many tokens whose questions are not known yet.
+        read: reads ids into a cache.
         today: the date on which a new session begins.
     """
 
@@ -49,6 +54,7 @@ class Documents:
     new_cache: Callable[[CacheConfig], Cache]
     prompt_config: Callable[[int, int], CacheConfig]
     document_config: Callable[[int], CacheConfig]
+    read: Callable[[Cache, Sequence[int]], object]
     today: Callable[[], date] = date.today
 
     def open(
@@ -94,6 +100,17 @@ class Documents:
         snapshot = Snapshot(reading.digest, 0, reading.tokens, reading.cache, "document")
         self.store.commit(reading.session, [snapshot], [reading.digest])
 
+    def beginning(self, document: Snapshot, template: ChatTemplate) -> Cache:
+        """Return a cache that holds what stands before a document's text, and goes on behind the document."""
+        before = template.encode(document_head(without_request_args(template), ""))
+        known = zip(before, document.tokens[: len(before)], strict=True)
+        # The last of them may have become one token with the text.
+        shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], known)]
+        cache = self.new_cache(document.cache.config)
+        self.read(cache, shared or document.tokens[:1])
+        cache.skip_to(document.cache.seen)
+        return cache
+
     def digest(self, text: str) -> str:
         return self.template.digests([], None, {"document": text})[0]
 
@@ -114,6 +131,15 @@ def num_merged(messages: list[Message]) -> int:
     """Return how many messages become a part of the document's: the system message and the first question."""
     system = int(messages[0]["role"] == "system")
     return system + sum(message["role"] == "user" for message in messages[system : system + 1])
+
+
+def loses_most(cache: Cache) -> bool:
+    """Return whether a document's cache keeps so little of it that passages found by words are better alone.
+
+    Not one that was read for a question: it keeps what that asks for (docs/research/retrieval).
+    """
+    slots, read_ahead = cache.config.slots, cache.config == cache.config.query_agnostic()
+    return slots is not None and read_ahead and cache.seen >= MIN_OVERFLOW * slots
 
 
 def document_head(template: ChatTemplate, text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import InputError
@@ -12,8 +13,10 @@ from zsmerge_llm.language.chat_template import ChatTemplate, Tools
 from zsmerge_llm.language.reasoning_history import answer_head, answer_header
 from zsmerge_llm.language.request_args import without_request_args
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
-from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch, Search
+from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
 from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, is_multi_turn, message_probe
+from zsmerge_llm.retrieval.section_notes import asks_about_whole
+from zsmerge_llm.retrieval.selection import question_parts
 from zsmerge_llm.sessions.documents import document_head
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.sessions.session import Snapshot
@@ -30,6 +33,19 @@ class Continuation:
     transcript: Transcript
     tools: Tools
     document: DocumentText | None
+
+
+@dataclass(frozen=True)
+class FollowingIds:
+    """What a turn reads behind a snapshot.
+
+    has_evidence: whether a question about one thing of a document comes with passages that share its words.
+    needs_document: whether it does not, and the snapshot's cache holds nothing of the document.
+    """
+
+    ids: list[int]
+    has_evidence: bool = False
+    needs_document: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,7 @@ class PromptBuilder:
             pass
         return None
 
-    def with_retrieved(self, continuation: Continuation, following: list[int], cache: Cache) -> list[int]:
+    def with_retrieved(self, continuation: Continuation, following: list[int], cache: Cache) -> FollowingIds:
         """Return the ids that follow a snapshot, with those that are read again.
 
         These are what its cache has lost, or is about to lose, of what the turn asks for. Nothing is read again in a
@@ -117,31 +133,62 @@ class PromptBuilder:
         snapshot, transcript = continuation.snapshot, continuation.transcript
         capacity, slots, length = cache.exact_capacity, cache.config.slots, len(snapshot.tokens) + len(following)
         if capacity is None or slots is None or length <= capacity or cache.seen == length:
-            return following
+            return FollowingIds(following)
         messages, recent_ids = transcript.messages, [*snapshot.tokens[-slots:], *following][-slots:]
-        fallback = self._document_search(continuation, cache)
+        search = DocumentSearch(self.attention_search, continuation, cache) if continuation.document else None
         notes = continuation.document.notes if continuation.document is not None else None
-        how = (recent_ids, fallback, transcript.indexes, notes)
-        augmented = self.passage_search.augment(messages, slots, length, *how)
-        if augmented is messages:
-            return following
-        longer = self.following_ids(continuation, augmented)
-        return following if longer is None else longer
+        augmented = self.passage_search.augment(messages, slots, length, recent_ids, search, transcript.indexes, notes)
+        longer = following if augmented is messages else self.following_ids(continuation, augmented) or following
+        if search is None:
+            return FollowingIds(longer)
+        evidence = len(longer) > len(following) and not search.was_asked and asks_one_thing(messages[-1]["content"])
+        return FollowingIds(longer, evidence, needs_document=not evidence and not search.holds_document)
 
-    def _document_search(self, continuation: Continuation, cache: Cache) -> Search | None:
-        """Return the search for places of a document by the attention of a question; None without a document."""
-        document, template = continuation.document, continuation.template
-        if document is None:
-            return None
+    def keeps_config(self, snapshot: Snapshot, num_following: int) -> bool:
+        """Return whether a prefix's cache has the configuration that a conversation which begins so would get."""
+        if snapshot.kind != "prefix":
+            return True
+        system_tokens = len(snapshot.tokens)
+        return snapshot.cache.config == self.config(system_tokens + num_following, system_tokens)
 
-        def search(question: str, max_tokens: int) -> list[str]:
-            if document.num_tokens is None:
-                head = document_head(without_request_args(template), document.text)
-                document.num_tokens = len(template.encode(head))
-            read = continuation.snapshot.tokens[: document.num_tokens]
-            return self.attention_search.search(cache, read, question, max_tokens)
 
-        return search
+class DocumentSearch:
+    """Searches what a cache holds of a document by the attention of a question.
+
+    Attributes:
+        was_asked: whether it was used: words found nothing.
+    """
+
+    def __init__(self, search: AttentionSearch, continuation: Continuation, cache: Cache) -> None:
+        self._search, self._continuation, self._cache = search, continuation, cache
+        self.was_asked = False
+
+    def __call__(self, question: str, max_tokens: int) -> list[str]:
+        """Return passages, as `Search`."""
+        self.was_asked = True
+        if not self.holds_document:
+            return []
+        read = self._continuation.snapshot.tokens[: self._num_tokens]
+        return self._search.search(self._cache, read, question, max_tokens)
+
+    @cached_property
+    def holds_document(self) -> bool:
+        """Whether the cache holds anything of the document's second half: one that began anew does not."""
+        return self._cache.holds_any(self._num_tokens // 2, self._num_tokens)
+
+    @cached_property
+    def _num_tokens(self) -> int:
+        document, template = self._continuation.document, self._continuation.template
+        assert document is not None
+        if document.num_tokens is None:
+            head = document_head(without_request_args(template), document.text)
+            document.num_tokens = len(template.encode(head))
+        return document.num_tokens
+
+
+def asks_one_thing(question: str) -> bool:
+    """Return whether a question asks for one thing, not for several or for all of a text."""
+    return not asks_about_whole(question) and not question_parts(question)
 
 
 def _num_system_tokens(template: ChatTemplate, messages: list[Message], tools: Tools, ids: list[int]) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import warnings
 from decimal import Decimal
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -95,7 +96,16 @@ class Chain(BaseModel):
 
 @pytest.mark.parametrize(
     ("wanted", "arguments"),
-    [(Tree, {"value": True, "children": [{"value": False, "children": []}]}), (Chain, {"rest": {"rest": None}})],
+    [
+        (Tree, {"value": True, "children": [{"value": False, "children": []}]}),
+        pytest.param(
+            *(Chain, {"rest": {"rest": None}}),
+            marks=pytest.mark.skipif(
+                tuple(map(int, version("llama-index-core").split(".")[:3])) < (0, 14, 25),
+                reason="calls a tool that has one argument with what is in it",
+            ),
+        ),
+    ],
 )
 async def test_a_recursive_class_is_predicted_by_a_call(wanted: type[BaseModel], arguments: dict[str, Any]) -> None:
     call = scripted_answer("", {"name": wanted.__name__, "arguments": arguments})
