@@ -25,13 +25,14 @@ TEXTS = Path(__file__).parents[1] / "zsmerge_llm" / "data"
 
 
 def processor() -> str:
-    """Return the processor's name and cores, and the GPU's name where there is one."""
+    """Return the processor's name, cores and vector instructions, and the GPU's name where there is one."""
     names = [platform.processor() or platform.machine()]
     info = Path("/proc/cpuinfo")
     if info.is_file():
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line][:1]
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    return ", ".join([f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}", *gpu])
+    name, vectors = names[0] if names else platform.machine(), torch.backends.cpu.get_cpu_capability()
+    return ", ".join([f"{os.cpu_count()} cores of {name} ({vectors})", *gpu])
 
 
 def commit() -> str:
