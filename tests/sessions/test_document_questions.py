@@ -21,8 +21,9 @@ CACHE = SMALL_CACHE.replace(slots=256, recent=32)
 
 
 def story(times: float) -> str:
-    """Return a text with one fact, about so many times as long as the cache's slots."""
+    """Return a text with one fact and a question in it, about so many times as long as the cache's slots."""
     lines = [f"Rain fell on the quiet village all day long. Day {day}." for day in range(int(times * 256 / 20) + 8)]
+    lines[2:2] = ["How many lists are there, and when were all of the towns counted?"]
     return "\n\n".join([*lines[: len(lines) // 3], FACT, *lines[len(lines) // 3 :]])
 
 

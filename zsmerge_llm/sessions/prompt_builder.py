@@ -141,7 +141,10 @@ class PromptBuilder:
         longer = following if augmented is messages else self.following_ids(continuation, augmented) or following
         if search is None:
             return FollowingIds(longer)
-        evidence = len(longer) > len(following) and not search.was_asked and asks_one_thing(messages[-1]["content"])
+        question = transcript.history.messages[-1][
+            "content"
+        ]  # the message that is rendered may begin with the document
+        evidence = len(longer) > len(following) and not search.was_asked and asks_one_thing(question)
         return FollowingIds(longer, evidence, needs_document=not evidence and not search.holds_document)
 
     def keeps_config(self, snapshot: Snapshot, num_following: int) -> bool:
