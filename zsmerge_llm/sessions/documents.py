@@ -103,7 +103,7 @@ class Documents:
     def beginning(self, document: Snapshot, template: ChatTemplate) -> Cache:
         """Return a cache that holds what stands before a document's text, and goes on behind the document."""
         before = template.encode(document_head(without_request_args(template), ""))
-        known = zip(before, document.tokens[: len(before)], strict=True)
+        known = zip(before, document.tokens[: len(before)], strict=False)
         # The last of them may have become one token with the text.
         shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], known)]
         cache = self.new_cache(document.cache.config)

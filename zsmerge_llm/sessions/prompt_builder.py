@@ -141,9 +141,8 @@ class PromptBuilder:
         longer = following if augmented is messages else self.following_ids(continuation, augmented) or following
         if search is None:
             return FollowingIds(longer)
-        question = transcript.history.messages[-1][
-            "content"
-        ]  # the message that is rendered may begin with the document
+        # Not the message that is rendered, which may begin with the document.
+        question = transcript.history.messages[-1]["content"]
         evidence = len(longer) > len(following) and not search.was_asked and asks_one_thing(question)
         return FollowingIds(longer, evidence, needs_document=not evidence and not search.holds_document)
 
