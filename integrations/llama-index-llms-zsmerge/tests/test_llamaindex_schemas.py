@@ -102,7 +102,7 @@ class Chain(BaseModel):
             *(Chain, {"rest": {"rest": None}}),
             marks=pytest.mark.skipif(
                 tuple(map(int, version("llama-index-core").split(".")[:3])) < (0, 14, 25),
-                reason="calls a tool that has one argument with what is in it",
+                reason="LlamaIndex before 0.14.25 calls a tool of one argument with what is in it",
             ),
         ),
     ],

@@ -161,10 +161,10 @@ void check_matrix(const Tensor& x, const Tensor& weight, const Tensor& first, co
   TORCH_CHECK(bias == nullptr || is_dense(*bias, x.scalar_type(), {N}), "zsmerge::gemv takes biases [N]");
 }
 
-// x [M, K] times matrices that share it -> [M, N] each, + bias [N]. M <= MAX_ROWS, or any with int4 on AVX2. operands: all matrices, then all scales if there are
-// any, then all biases if there are any: one list, since AOTInductor passes no empty ones. A matrix is [N, K] in x's
-// dtype; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's int4 packing with scales and zeros
-// [G, N, 2].
+// x [M, K] times matrices that share it -> [M, N] each, + bias [N]. M <= MAX_ROWS, or any with int4 on AVX2. operands:
+// all matrices, then all scales if there are any, then all biases if there are any: one list, since AOTInductor passes
+// no empty ones. A matrix is [N, K] in x's dtype; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's int4
+// packing with scales and zeros [G, N, 2].
 std::vector<Tensor> gemv(const Tensor& x, at::TensorList operands, int64_t num_matrices) {
   const size_t count = num_matrices;
   TORCH_CHECK(x.dim() == 2 && x.is_cpu() && x.size(1) > 0 && num_matrices > 0 && operands.size() >= count &&

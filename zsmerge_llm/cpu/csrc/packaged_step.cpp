@@ -94,6 +94,7 @@ struct PackagedStep : torch::CustomClassHolder {
 
 // Whether `gemv` takes packed int4 weights.
 int64_t int4_pack_width() { return HAS_INTEGER_PRODUCTS ? PACK_WIDTH : 0; }
+// Whether it takes any number of rows beside them.
 bool has_int4_chunks() { return HAS_AVX2; }
 
 TORCH_LIBRARY_FRAGMENT(zsmerge, library) {
