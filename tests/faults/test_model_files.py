@@ -25,7 +25,7 @@ from zsmerge_llm.kvcache.layer_cache import LayerCache
 from zsmerge_llm.kvcache.slots import LayerSpec
 from zsmerge_llm.models import gguf, hub, integrity
 from zsmerge_llm.models.weight_files import stored_weights
-from zsmerge_llm.sessions.fingerprint import fingerprint
+from zsmerge_llm.sessions.fingerprint import fingerprint, tokenizer_digest
 
 NAME, OLD, NEW = "owner/tiny", "1" * 40, "2" * 40
 
@@ -225,6 +225,24 @@ def test_values_that_change_places_change_the_fingerprint(tokenizer: Any) -> Non
     weight = model.get_input_embeddings().weight.data
     weight[[3, 4]] = weight[[4, 3]]
     assert print_of(model, tokenizer) != before
+
+
+def test_a_tokenizers_digest_is_kept_and_counts_neither_its_use_nor_a_damaged_copy(
+    original: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tiny(original).tokenizer
+    first = tokenizer_digest(tokenizer)
+    kept = [path for path in (cache / "digests").iterdir() if json.loads(path.read_text()) == {"digest": first}]
+    with monkeypatch.context() as patch:
+        patch.setattr("json.JSONEncoder.iterencode", pytest.fail)
+        assert tokenizer_digest(load_tiny(original).tokenizer) == first
+    for content in ("", "[]", '{"digest": 1}', "{"):
+        kept[0].write_text(content)
+        assert tokenizer_digest(tokenizer) == first
+    tokenizer("a b c d", truncation=True, max_length=2, padding="max_length")
+    assert tokenizer_digest(tokenizer) == first
+    tokenizer.add_tokens(["<another>"])
+    assert tokenizer_digest(tokenizer) != first
 
 
 def test_the_code_of_a_model_that_is_not_transformers_own_belongs_to_its_fingerprint(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,17 @@ def file_digests(folder: Path, names: Iterable[str], cache: Path) -> dict[str, s
     if {**known, **kept} != known:
         _write_private(path, {**known, **kept})
     return found
+
+
+def remembered_digest(content: str, find: Callable[[], str], cache: Path) -> str:
+    """Return what `find` gives for a content. It is kept in the cache folder, by the content's own SHA-256."""
+    path = cache / "digests" / f"{_sha256(content)}.json"
+    known = _read_private(path).get("digest")
+    if isinstance(known, str):
+        return known
+    digest = find()
+    _write_private(path, {"digest": digest})
+    return digest
 
 
 def pinned_revision(source: str, cache: Path) -> str | None:

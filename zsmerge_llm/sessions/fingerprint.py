@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from zsmerge_llm.attention.offloading import offloaded_tensor
 from zsmerge_llm.config import CacheConfig
+from zsmerge_llm.models.integrity import remembered_digest
 from zsmerge_llm.models.lora import AdapterState
+from zsmerge_llm.paths import cache_folder
 from zsmerge_llm.sessions.session import Fingerprint
 
 if TYPE_CHECKING:
@@ -73,19 +76,27 @@ def _foreign_code(model: nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the digest that tells one tokenizer from another in a fingerprint."""
-    digest = hashlib.sha256()
-    for piece in json.JSONEncoder(sort_keys=True).iterencode(_tokenizer_data(tokenizer)):
-        digest.update(piece.encode())  # all of it in one call of json.dumps would keep other threads waiting
-    return digest.hexdigest()
+    """Return the digest that tells one tokenizer from another in a fingerprint.
 
-
-def _tokenizer_data(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the tokenizer as JSON values, without the settings that mere use changes."""
+    Truncation and padding, which mere use changes, are no part of it.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return sorted(tokenizer.get_vocab().items())
-    return {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+        return _json_digest(sorted(tokenizer.get_vocab().items()))
+    text = backend.to_str()
+    find = partial(_json_digest_without_settings, text)
+    return remembered_digest(text, find, cache_folder())  # parsing and sorting it takes up to two seconds
+
+
+def _json_digest_without_settings(tokenizer_json: str) -> str:
+    return _json_digest({**json.loads(tokenizer_json), "truncation": None, "padding": None})
+
+
+def _json_digest(value: Any) -> str:
+    digest = hashlib.sha256()
+    for piece in json.JSONEncoder(sort_keys=True).iterencode(value):
+        digest.update(piece.encode())  # all of it in one call of json.dumps would keep other threads waiting
+    return digest.hexdigest()
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
