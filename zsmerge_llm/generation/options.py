@@ -97,10 +97,12 @@ class RequestOptions:
         """
         known = allowed.__annotations__
         if unknown := [name for name in given if name not in known]:
-            sampling = [each.name for each in fields(SamplingParams)]
+            sampling = {each.name: f"sampling=SamplingParams({each.name}=...)" for each in fields(SamplingParams)}
+            misplaced = [sampling[name] for name in unknown if name in sampling]
             raise TypeError(
                 f"Unknown keyword argument {', '.join(unknown)}: known are {', '.join(known)}. Settings of sampling, "
-                f"such as max_tokens, go into sampling=SamplingParams(...).{did_you_mean(unknown, [*known, *sampling])}"
+                "such as max_tokens, go into sampling=SamplingParams(...)."
+                + (f" Write {', '.join(misplaced)}." if misplaced else did_you_mean(unknown, [*known, *sampling]))
             )
         options = cls(**{**given, "sampling": SamplingParams() if given.get("sampling") is None else given["sampling"]})
         check_types(options)
