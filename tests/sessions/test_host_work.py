@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from zsmerge_llm.language import digests
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.language.messages import MessageHistory, normalize_messages
 from zsmerge_llm.retrieval import passage_index
-from zsmerge_llm.retrieval.passages import Passage, split_with_context
+from zsmerge_llm.retrieval.passages import Span, split_spans
 from zsmerge_llm.sessions.delta_renderer import DeltaRenderer, ignores_length
 from zsmerge_llm.sessions.token_ids import TokenIds
 
@@ -45,15 +46,15 @@ def counted_work() -> Iterator[dict[str, int]]:
         work["hashed"] += len(json.dumps(item))
         return digest(before, item)
 
-    def counting_split(text: str, size: int, date: str) -> list[Passage]:
+    def counting_split(text: str, size: int, date: str) -> list[Span]:
         work["split"] += len(text)
-        return split_with_context(text, size, date)
+        return split_spans(text, size, date)
 
     with (
         mock.patch.object(ChatTemplate, "render", counting_render),
         mock.patch.object(ChatTemplate, "_ids", counting_ids),
         mock.patch.object(digests, "_digest", counting_digest),
-        mock.patch.object(passage_index, "split_with_context", counting_split),
+        mock.patch.object(passage_index, "split_spans", counting_split),
     ):
         yield work
 
@@ -88,6 +89,24 @@ def test_a_restored_session_and_a_branch_go_on_as_cheaply(tmp_path: Any) -> None
         with counted_work() as work:
             assert other.ask("And now?").usage.reuse == "continued"
         assert max(work.values()) < 2500
+
+
+def test_a_document_is_split_once_for_all_conversations_about_it() -> None:
+    llm = make_llm(cache=replace(SMALL_CACHE, slots=512), retrieval_tokens=250)
+    text = " ".join(f"The lighthouse of island {number} is kept by keeper {number}." for number in range(80))
+    document = llm.read_document(text=text)
+    sizes = []
+    with counted_work() as work:
+        for conversation in range(3):
+            chat = Chat(llm, document)
+            for island in (7 + conversation, 70 + conversation):
+                work["split"] = 0
+                result = chat.ask(f"Who keeps island {island}?")
+                assert result.usage.retrieved_tokens
+                chat.session = result.session
+                sizes.append(work["split"])
+    assert sizes[0] > len(text)
+    assert max(sizes[1:]) < 400
 
 
 # -- deltas ------------------------------------------------------------------------------------------------------------

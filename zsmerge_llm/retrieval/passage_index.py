@@ -2,14 +2,20 @@
 
 Scores are those of the library bm25s (Lucene's variant, k1 = 1.5, b = 0.75), bit for bit. It computes them for a whole
 text at once, so an index of its could not grow.
+
+The index is small beside a cache: four bytes for a term of a passage and two for how often it is there. A question has
+few terms, and for each all of these are looked through, which takes a tenth of a millisecond for 500,000 tokens. Terms
+are told apart by a checksum of 32 bits. Passages are places in the messages, which a conversation holds anyway.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from threading import Lock
 
 import numpy as np
@@ -23,7 +29,7 @@ from zsmerge_llm.retrieval.passages import (
     count_words,
     opening_date,
     query_terms,
-    split_with_context,
+    split_spans,
     terms,
 )
 from zsmerge_llm.types import Message
@@ -37,8 +43,49 @@ MAX_TERMS = 6
 """Rarest terms of a question that count: no passage has most of the terms of a long one."""
 TOP = 3
 """Number of best passages, one of which has to share so much."""
+MAX_FREQUENCY = 0xFFFF
+"""Largest count that two bytes hold: beyond it, BM25 hardly tells frequencies apart."""
 UNKNOWN_WEIGHT = 0.5
 """Weight of a term that no passage has, relative to the rarest: it may be just the way the question is put."""
+
+
+@dataclass
+class Passages:
+    """The passages of some messages, as places in them.
+
+    A passage is a part of a message's text, and the short answers in the messages behind it, up to its last message.
+    """
+
+    messages: Sequence[Message] = ()
+    places: array[int] = field(default_factory=lambda: array("i"))  # of each: first message, start, end, last message
+    contexts: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    def __iter__(self) -> Iterator[Passage]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Passage:
+        message, start, end, last = self.places[4 * range(len(self))[number] :][:4]
+        behind = (each["content"] for each in self.messages[message + 1 : last + 1] if each["role"] == "assistant")
+        return Passage("\n\n".join([self.messages[message]["content"][start:end], *behind]), self.contexts[number])
+
+    def copy(self) -> Passages:
+        return Passages(self.messages, self.places[:], self.contexts[:])
+
+    def add(self, message: int, start: int, end: int, context: str) -> None:
+        if self.contexts and self.contexts[-1] == context:
+            context = self.contexts[-1]  # the same object
+        self.places.extend((message, start, end, message))
+        self.contexts.append(context)
+
+    def end_at(self, message: int) -> None:
+        """Make a message the last one of the last passage."""
+        self.places[-1] = message
+
+    def pop(self) -> None:
+        del self.places[-4:], self.contexts[-1]
 
 
 class PassageIndex:
@@ -50,109 +97,124 @@ class PassageIndex:
 
     def __init__(self, size: int = PASSAGE_WORDS) -> None:
         self.size = size
-        self.passages: list[Passage] = []
-        self._messages: list[Message] = []
-        # By message: the passage that it was joined to, how many passages it added, and the date line it stands under.
-        self._added: list[tuple[Passage | None, int, str]] = []
-        self._lengths = array("i")  # terms of each passage
+        self.passages = Passages()
+        # By message: whether it was joined to the last passage, how many it added, and the date line it stands under.
+        self._added: list[tuple[bool, int, str]] = []
+        self._lengths = array("i")  # words of each passage
         self._total = 0
-        self._postings: dict[str, tuple[array[int], array[int]]] = {}  # by term: numbers of passages, and frequencies
+        self._starts = array("i")  # where the terms of each passage begin
+        self._terms, self._frequencies = array("I"), array("H")
         self._lock = Lock()
 
     def find(
         self, messages: Sequence[Message], questions: Sequence[str]
-    ) -> tuple[list[list[tuple[int, float]]], list[Passage]]:
+    ) -> tuple[list[list[tuple[int, float]]], Passages]:
         """Return `rank` of the passages of some messages for each question, and all passages.
 
         Only messages that were not there at the last call are split and indexed.
         """
         with self._lock:
             self._update(list(messages))
-            return [self.rank(question) for question in questions], list(self.passages)
+            return [self.rank(question) for question in questions], self.passages.copy()
 
-    def add(self, passage: Passage) -> None:
-        """Add one passage. Its context is not searched."""
-        number, found = len(self.passages), terms(passage.text)
-        for term, frequency in Counter(found).items():
-            numbers, frequencies = self._postings.setdefault(term, (array("i"), array("i")))
-            numbers.append(number)
-            frequencies.append(frequency)
-        self.passages.append(passage)
+    def copy(self) -> PassageIndex:
+        """Return an index of the same messages that goes on by itself."""
+        other = PassageIndex(self.size)
+        with self._lock:
+            other.passages, other._added, other._total = self.passages.copy(), self._added[:], self._total
+            other._lengths, other._starts = self._lengths[:], self._starts[:]
+            other._terms, other._frequencies = self._terms[:], self._frequencies[:]
+        return other
+
+    def _append(self, text: str) -> None:
+        """Add the terms of a passage's text."""
+        found = terms(text)
+        counted = Counter(found)
+        self._starts.append(len(self._terms))
+        self._terms.extend(map(_checksum, counted))
+        self._frequencies.extend(min(each, MAX_FREQUENCY) for each in counted.values())
         self._lengths.append(len(found))
         self._total += len(found)
 
-    def _pop(self) -> Passage:
-        """Remove the last passage."""
-        passage = self.passages.pop()
+    def _drop(self) -> None:
+        """Remove the terms of the last passage."""
+        start = self._starts.pop()
+        del self._terms[start:], self._frequencies[start:]
         self._total -= self._lengths.pop()
-        for term in set(terms(passage.text)):
-            for part in self._postings[term]:
-                part.pop()
-            if not self._postings[term][0]:
-                del self._postings[term]
-        return passage
+
+    def _end_at(self, message: int) -> None:
+        """Make a message the last one of the last passage."""
+        self._drop()
+        self.passages.end_at(message)
+        self._append(self.passages[-1].text)
 
     def _update(self, messages: list[Message]) -> None:
-        known = shared_prefix(self._messages, messages)
+        known = shared_prefix(self.passages.messages, messages)
         while len(self._added) > known:
             joined, count, _ = self._added.pop()
             for _ in range(count):
-                self._pop()
-            if joined is not None:
-                self.add(joined)
-        for message in messages[known:]:
-            content = message["content"]
-            date = self._added[-1][2] if self._added else ""
-            if message["role"] == "assistant" and self.passages and count_words(content) < MIN_WORDS:
-                joined = self._pop()  # a short answer is found by its question
-                self._added.append((joined, 1, date))
-                self.add(Passage(f"{joined.text}\n\n{content}", joined.context))
-            else:
-                new = split_with_context(content, self.size, date)
-                self._added.append((None, len(new), opening_date(content) or date))
-                for passage in new:
-                    self.add(passage)
-        self._messages = messages
+                self._drop()
+                self.passages.pop()
+            if joined:
+                self._end_at(len(self._added) - 1)
+        self.passages.messages = messages
+        for number in range(known, len(messages)):
+            content, date = messages[number]["content"], self._added[-1][2] if self._added else ""
+            if messages[number]["role"] == "assistant" and self.passages and count_words(content) < MIN_WORDS:
+                self._end_at(number)  # a short answer is found by its question
+                self._added.append((True, 0, date))
+                continue
+            spans = split_spans(content, self.size, date)
+            for span in spans:
+                self.passages.add(number, *span)
+                self._append(content[span.start : span.end])
+            self._added.append((False, len(spans), opening_date(content) or date))
 
     def rank(self, question: str) -> list[tuple[int, float]]:
         """Return the numbers and scores of the passages that share enough with a question, the best first."""
         sought = sorted(set(query_terms(question)))
         if not sought or not self._total:
             return []
+        found = {term: self._having(term) for term in sought}
         shared, weights = np.zeros(len(self.passages)), list[float]()
-        for term in sought:
-            numbers = self._numbers(term)
+        for numbers, _ in found.values():
             rarity = self._rarity(len(numbers))
             shared[numbers] += rarity
             weights.append(rarity if len(numbers) else UNKNOWN_WEIGHT * rarity)
-        scores, least = self._scores(sought), MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
+        scores, least = self._scores(list(found.values())), MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
         if max(shared[at] for at in _highest(scores, TOP)) < least:
             return []
         enough = np.flatnonzero(shared >= least / 2)
         ranked = enough[np.argsort(-scores[enough], kind="stable")]
         return list(zip(ranked.tolist(), scores[ranked].tolist(), strict=True))
 
-    def _scores(self, sought: Sequence[str]) -> NDArray[np.float32]:
-        """Return the BM25 score of each passage: float32 sums, term by term, as bm25s computes them."""
+    def _scores(self, found: Sequence[tuple[NDArray[np.intp], NDArray[np.float64]]]) -> NDArray[np.float32]:
+        """Return the BM25 score of each passage: float32 sums, term by term, as bm25s computes them.
+
+        found: `_having` of each term.
+        """
         scores = np.zeros(len(self.passages), dtype=np.float32)
         lengths, mean = np.frombuffer(self._lengths, dtype=np.int32), self._total / len(self.passages)
-        for term in sought:
-            numbers = self._numbers(term)
+        for numbers, frequency in found:
             if len(numbers):
-                frequency = np.frombuffer(self._postings[term][1], dtype=np.int32).astype(np.float64)
                 saturation = frequency / (K1 * ((1 - B) + B * lengths[numbers] / mean) + frequency)
                 weight = np.float32(math.log(1 + (len(lengths) - len(numbers) + 0.5) / (len(numbers) + 0.5)))
                 scores[numbers] += (np.float64(weight) * saturation).astype(np.float32)
         return scores
 
-    def _numbers(self, term: str) -> NDArray[np.int32]:
-        """Return the numbers of the passages with a term. A view, to be gone before the index changes."""
-        posting = self._postings.get(term)
-        return np.frombuffer(posting[0], dtype=np.int32) if posting else np.zeros(0, dtype=np.int32)
+    def _having(self, term: str) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Return the numbers of the passages with a term, and how often each has it."""
+        places = np.flatnonzero(np.frombuffer(self._terms, dtype=np.uint32) == _checksum(term))
+        numbers = np.searchsorted(np.frombuffer(self._starts, dtype=np.int32), places, side="right") - 1
+        return numbers, np.frombuffer(self._frequencies, dtype=np.uint16)[places].astype(np.float64)
 
     def _rarity(self, having: int) -> float:
         """Return the weight of a term that `having` passages contain: the fewer, the more (BM25's idf)."""
         return math.log1p((len(self.passages) - having + 0.5) / (having + 0.5))
+
+
+def _checksum(term: str) -> int:
+    return zlib.crc32(term.encode("utf-8", "surrogatepass"))
 
 
 def _highest(scores: NDArray[np.float32], count: int) -> list[int]:

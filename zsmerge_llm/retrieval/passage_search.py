@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
@@ -67,6 +68,25 @@ class PassageIndexes:
         self.by_size = dict([*known.items(), (size, index)][-MAX_INDEXES:])
         return index
 
+    def copy(self) -> PassageIndexes:
+        """Return the same for another conversation that begins alike: it indexes only what is its own."""
+        return PassageIndexes({size: index.copy() for size, index in self.by_size.items()})
+
+
+@dataclass(frozen=True)
+class RecentText:
+    """What the newest ids of a conversation say. Decoded only if it is asked for."""
+
+    template: ChatTemplate
+    ids: Sequence[int]
+
+    def __contains__(self, text: str) -> bool:
+        return _squeezed(text) in self._text
+
+    @cached_property
+    def _text(self) -> str:
+        return _squeezed(str(self.template.tokenizer.decode(list(self.ids))))
+
 
 @dataclass(frozen=True)
 class PassageSearch:
@@ -87,6 +107,7 @@ class PassageSearch:
         fallback: Search | None = None,
         indexes: PassageIndexes | None = None,
         notes: SectionNotes | None = None,
+        document_length: int = 0,
     ) -> list[Message]:
         """Return the messages, the last of them with the passages it asks for; unchanged where there are none.
 
@@ -106,6 +127,7 @@ class PassageSearch:
             indexes: those of the conversation, so that only new messages are split and indexed.
             notes: about its document. They come first where a question is about all of it, whatever `max_tokens` is;
                 passages take what they leave of the slots for what a turn reads.
+            document_length: characters of the first message that are the document, whatever is asked about it.
         """
         *before, last = messages
         if last["role"] != "user" or not (self.max_tokens or notes):
@@ -121,30 +143,28 @@ class PassageSearch:
         searched = before[bool(system) :] + ([{**last, "content": content[:start]}] if start else [])
         repeated = ""
         if size <= MAX_QUESTION_TOKENS or start > 0:
-            recent = self._squeezed(str(self.template.tokenizer.decode(list(recent_ids[-slots:]))))
+            recent = RecentText(self.template, recent_ids[-slots:])
             standing = self._standing(before, question, left // STANDING_SHARE, recent, indexes)
-            repeated = "\n\n".join(
-                [each for each in (system, standing) if each and self._squeezed(each) not in recent] + [""]
-            )
+            repeated = "\n\n".join([each for each in (system, standing) if each and each not in recent] + [""])
         left -= len(self.template.encode_text(repeated))
         if noted := notes_for(notes, question):
             repeated += noted
             left = min(left, pinned_tokens(slots) - len(self.template.encode_text(repeated)))
-        found = self.search(searched, question, left, indexes) if left > 0 else []
+        found = self.search(apart(searched, document_length), question, left, indexes) if left > 0 else []
         repeated += as_block(found if found or fallback is None or left <= 0 else fallback(question, left))
         if not repeated:
             return messages
         return [*before, {**last, "content": content[:start] + repeated + content[start:]}]
 
     def _standing(
-        self, messages: Sequence[Message], question: str, left: int, recent: str, indexes: PassageIndexes
+        self, messages: Sequence[Message], question: str, left: int, recent: RecentText, indexes: PassageIndexes
     ) -> str:
         """Return the standing instructions that a question has to heed and `recent` does not hold, in `left` tokens."""
 
         def fits(statement: str) -> bool:
             nonlocal left
             cost = len(self.template.encode_text(statement + "\n"))
-            if cost > left or self._squeezed(statement) in recent:
+            if cost > left or statement in recent:
                 return False
             left -= cost
             return True
@@ -155,11 +175,6 @@ class PassageSearch:
         """Return the system message, if it has at most `max_tokens`; else ""."""
         text = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
         return text if len(self.template.encode_text(text)) <= max_tokens else ""
-
-    @staticmethod
-    def _squeezed(text: str) -> str:
-        """Return a text without its spaces, which tokenizers do not always keep."""
-        return "".join(text.split())
 
     def search(
         self, messages: Sequence[Message], question: str, max_tokens: int, indexes: PassageIndexes | None = None
@@ -172,6 +187,21 @@ class PassageSearch:
             return len(self.template.encode_text("\n".join(with_context([passages[number]])) + "\n\n"))
 
         return with_context([passages[number] for number in choose(merge(rankings), cost, max_tokens)])
+
+
+def apart(messages: list[Message], document_length: int) -> list[Message]:
+    """Return the messages with the document as one of its own: it is indexed once, whatever is asked about it."""
+    if not document_length or not messages:
+        return messages
+    first, *others = messages
+    content = first["content"]
+    parts = (content[:document_length], content[document_length:])
+    return [*({**first, "content": part} for part in parts if part), *others]
+
+
+def _squeezed(text: str) -> str:
+    """Return a text without its spaces, which tokenizers do not always keep."""
+    return "".join(text.split())
 
 
 def as_block(passages: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PASSAGE_WORDS = 80
 """Words after which a passage ends with the next sentence."""
@@ -52,27 +53,37 @@ class Passage:
     context: str = ""
 
 
+class Span(NamedTuple):
+    """Where a passage stands in its text, and its context, as for `Passage`."""
+
+    start: int
+    end: int
+    context: str
+
+
 def split(text: str, size: int = PASSAGE_WORDS) -> list[str]:
     """Split a text into passages: paragraphs, and parts of those of more than `size` words.
 
     A part ends with a sentence or a line. A heading belongs to what follows it, a short end to what stands before it.
     """
-    return [passage.text for passage in split_with_context(text, size)]
+    return [text[span.start : span.end] for span in split_spans(text, size)]
 
 
-def split_with_context(text: str, size: int = PASSAGE_WORDS, date: str = "") -> list[Passage]:
-    """Split a text as `split` does, with the headings that each passage stands under.
+def split_spans(text: str, size: int = PASSAGE_WORDS, date: str = "") -> list[Span]:
+    """Return where the passages stand into which `split` splits a text, and the headings that they stand under.
 
     Args:
         date: the line with a date that the text stands under.
     """
-    starts = [0]
-    for end, ends_paragraph in _ends(text, size):
-        if count_words(text[starts[-1] : end]) >= (MIN_WORDS if ends_paragraph else size):
+    starts, words = [0], 0
+    for end, ends_paragraph, more in _ends(text, size):
+        words += more
+        if words >= (MIN_WORDS if ends_paragraph else size):
             starts.append(end)
-    if len(starts) > 1 and count_words(text[starts[-1] :]) < size // 2:
+            words = 0
+    if len(starts) > 1 and words < size // 2:
         starts.pop()
-    found, headings, shown = list[Passage](), list(_headings(text)), (date, "")
+    found, headings, shown = list[Span](), list(_headings(text)), (date, "")
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
         passage = text[start:end].strip()
         if not count_words(passage):
@@ -81,7 +92,8 @@ def split_with_context(text: str, size: int = PASSAGE_WORDS, date: str = "") -> 
         while headings and headings[0][0] < first:
             shown = _under(shown, *headings.pop(0)[1:])
         own = _under(shown, *headings[0][1:]) if headings and headings[0][0] == first else shown
-        found.append(Passage(passage, "\n".join(line for line in own if line and not passage.startswith(line))))
+        context = "\n".join(line for line in own if line and not passage.startswith(line))
+        found.append(Span(first, first + len(passage), context))
     return found
 
 
@@ -115,13 +127,20 @@ def _under(shown: tuple[str, str], line: str, is_date: bool) -> tuple[str, str]:
     return (line, "") if is_date else (shown[0], line)
 
 
-def _ends(text: str, size: int) -> Iterator[tuple[int, bool]]:
-    """Yield where sentences and lines end, and whether a paragraph does. A very long sentence is cut between words."""
+def _ends(text: str, size: int) -> Iterator[tuple[int, bool, int]]:
+    """Yield where sentences and lines end, whether a paragraph does, and the words since the last end.
+
+    A very long sentence is cut between words.
+    """
     start = 0
     for found in re.finditer(SENTENCE_END, text + "\n\n"):
-        words = [start + each.end() for each in re.finditer(TERM, text[start : found.end()])]
-        yield from ((end, False) for end in words[size - 1 : -size : size])
-        yield found.end(), found[0].count("\n") > 1
+        words = count_words(text[start : found.end()])
+        if words > size:
+            ends = [start + each.end() for each in re.finditer(TERM, text[start : found.end()])]
+            ends = ends[size - 1 : -size : size]
+            yield from ((end, False, size) for end in ends)
+            words -= size * len(ends)
+        yield found.end(), found[0].count("\n") > 1, words
         start = found.end()
 
 

@@ -7,7 +7,8 @@ earlier turns. In both cases a snapshot is taken where the texts part, so that t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
@@ -18,6 +19,8 @@ from zsmerge_llm.sessions.store import Store
 from zsmerge_llm.sessions.transcript import Transcript
 from zsmerge_llm.types import Message
 
+SharedPrefix = Callable[[], int]
+"""Returns how many messages a conversation has in common with another session at most."""
 MIN_SHARED_TOKENS = 64
 """A shorter prefix costs less to read than to keep."""
 
@@ -70,15 +73,25 @@ def before_dropped_reasoning(prompts: PromptBuilder, session: Session, continuat
     return branch if left_out >= max(read_again, MIN_SHARED_TOKENS) else None
 
 
-def reread_reason(store: Store, transcript: Transcript, name: str | None) -> str:
+def shared_prefix(store: Store, transcript: Transcript) -> SharedPrefix:
+    """Return the function that says it of a transcript. All sessions are searched once, and only if it is called."""
+
+    @cache
+    def search() -> int:
+        found = store.longest_shared_prefix(transcript.digests)
+        return 0 if found is None else found[1]
+
+    return search
+
+
+def reread_reason(store: Store, transcript: Transcript, name: str | None, shared: SharedPrefix) -> str:
     """Return why a conversation is not resumed though it is known; "" for a new one."""
     if transcript.document is not None:
         return "the document was read without these tools"
     # A greeting alone does not make a conversation a known one.
     first = 2 + (transcript.messages[0]["role"] == "system")
-    similar = store.longest_shared_prefix(transcript.digests[first:])
-    if similar is not None:
-        return f"no snapshot of this conversation before message {similar[1] + first + 1} is left"
+    if shared() >= first:
+        return f"no snapshot of this conversation before message {shared() + 1} is left"
     if name is not None and name in store:
         return f"the messages and tools are not those of session {name!r}"
     return ""

@@ -22,14 +22,15 @@ from zsmerge_llm.language.messages import MessageHistory
 from zsmerge_llm.language.request_args import mark_prompt, with_request_args
 from zsmerge_llm.retrieval import section_notes
 from zsmerge_llm.retrieval.passage_search import INTRODUCTION
-from zsmerge_llm.sessions.branching import MIN_SHARED_TOKENS, before_dropped_reasoning, branch_points, reread_reason
+from zsmerge_llm.sessions import branching
+from zsmerge_llm.sessions.branching import MIN_SHARED_TOKENS, SharedPrefix
 from zsmerge_llm.sessions.documents import INSTRUCTION, Documents, loses_most, num_merged, put_before
 from zsmerge_llm.sessions.ownership import find_owner, new_session
 from zsmerge_llm.sessions.prompt_builder import Continuation, PromptBuilder
 from zsmerge_llm.sessions.session import Kind, Session, Snapshot
 from zsmerge_llm.sessions.store import ResumePoint, Store
 from zsmerge_llm.sessions.token_ids import TokenIds
-from zsmerge_llm.sessions.transcript import DocumentText, Transcript, find_history, find_transcript
+from zsmerge_llm.sessions.transcript import DocumentText, Transcript, find_history, find_indexes, find_transcript
 from zsmerge_llm.types import Message
 
 
@@ -180,6 +181,7 @@ class Conversations:
         transcript = self._transcript(history, messages, start, name, source)
         if source is not None and self.documents.is_document(name):
             name = None
+        shared = branching.shared_prefix(self.store, transcript)
         if reread:
             return replace(self._start(transcript, tools, name, namespace, "asked for"), single_question=True)
         known = dict(transcript.chain.lengths)
@@ -199,12 +201,14 @@ class Conversations:
                 continue
             turn = self._resume(found, transcript, tools, name, namespace, is_named_so)
             if turn is not None and not turn.needs_document:
-                return self._with_branch_points(turn, tools)
+                return self._with_branch_points(turn, tools, shared)
             resumed = resumed or turn
             if found.snapshot.kind in ("prompt", "answer"):
                 reason = reason or "the chat template writes it differently from what was read"
-        turn = resumed or self._start(transcript, tools, name, namespace, reason)
-        return self._with_branch_points(turn, tools)
+        if resumed is None:
+            reason = reason or branching.reread_reason(self.store, transcript, name, shared)
+            resumed = self._start(transcript, tools, name, namespace, reason)
+        return self._with_branch_points(resumed, tools, shared)
 
     def commit(self, turn: Turn, answer: Message | None, generated: Sequence[int]) -> Session:
         """Keep the result of a turn: its snapshots and, unless `answer` is None (cancelled), the answer's end.
@@ -237,13 +241,11 @@ class Conversations:
             points = self.store.find_resume_points(known, name)
         return points
 
-    def _with_branch_points(self, turn: Turn, tools: Tools) -> Turn:
+    def _with_branch_points(self, turn: Turn, tools: Tools, shared: SharedPrefix) -> Turn:
         """Return the turn with the points behind which later requests may be written differently."""
-        is_edited = turn.reuse != "continued" and not turn.document
-        known = self.store.longest_shared_prefix(turn.transcript.digests) if is_edited else None
-        position = (turn.tokens, turn.cache.seen, 0 if known is None else known[1])
-        template = self.template.with_date(turn.session.today)
-        turn.branch_points = branch_points(template, turn.transcript, tools, *position)
+        known = shared() if turn.reuse != "continued" and not turn.document else 0
+        template, seen = self.template.with_date(turn.session.today), turn.cache.seen
+        turn.branch_points = branching.branch_points(template, turn.transcript, tools, turn.tokens, seen, known)
         return turn
 
     # -- what a request is about -------------------------------------------------------------------------------------
@@ -267,10 +269,11 @@ class Conversations:
         source: Session | None,
     ) -> Transcript:
         document = source.document if source is not None else None
-        known = find_transcript(self.store.transcripts(name), history.messages, start, document)
-        chain = known.chain if known is not None else start
+        transcripts = self.store.transcripts(name)
+        known = find_transcript(transcripts, history.messages, start, document)
+        chain, indexes = start if known is None else known.chain, find_indexes(transcripts, known, document)
         if source is None or document is None:
-            return Transcript(history, chain.of(messages))
+            return Transcript(history, chain.of(messages), indexes=indexes)
         document_text = known.document if known is not None else None
         if document_text is None or document_text.notes != source.notes:
             document_text = DocumentText(document, self.documents.digest(document), source.notes)
@@ -279,7 +282,7 @@ class Conversations:
             messages = [known.messages[0], *messages[used:]]
         else:
             messages = put_before(document, messages)
-        return Transcript(history, chain.of(messages), document_text)
+        return Transcript(history, chain.of(messages), document_text, indexes)
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
@@ -302,13 +305,13 @@ class Conversations:
         # A prefix is shared only while its date is right.
         template = self.template.with_date(self.today() if snapshot.kind == "prefix" else source.today)
         owner = find_owner(self.store, found, name, is_named_so)
-        transcript = transcript.of_session(owner[0].transcript if owner is not None else None)
+        transcript = transcript.of_session(owner and owner[0].transcript, forked=snapshot.kind != "prefix")
         document = transcript.document
         if document is None and source.document is not None:  # the messages repeat it
             document = DocumentText(source.document, snapshot.digest, source.notes)
         continuation = Continuation(template, snapshot, transcript, tools, document)
         if snapshot.kind == "answer" and document is None:
-            earlier = before_dropped_reasoning(self.prompts, source, continuation)
+            earlier = branching.before_dropped_reasoning(self.prompts, source, continuation)
             if earlier is not None:
                 with suppress(SessionError):  # it may be gone meanwhile
                     found = self.store.open(source.name, earlier.digest)
@@ -349,7 +352,6 @@ class Conversations:
         template, messages = self.template.with_date(self.today()), transcript.messages
         transcript, document = transcript.of_session(None), transcript.document
         prompt = self.prompts.build(messages, tools, template, transcript.indexes, document)
-        reason = reason or reread_reason(self.store, transcript, name)
         session, version = new_session(self.store, name, namespace, template.today, document, {})
         return Turn(
             transcript,

@@ -15,9 +15,9 @@ from zsmerge_llm.language.request_args import without_request_args
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
 from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, is_multi_turn, message_probe
-from zsmerge_llm.retrieval.section_notes import asks_about_whole
+from zsmerge_llm.retrieval.section_notes import SectionNotes, asks_about_whole
 from zsmerge_llm.retrieval.selection import question_parts
-from zsmerge_llm.sessions.documents import document_head
+from zsmerge_llm.sessions.documents import INSTRUCTION, document_head
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.sessions.session import Snapshot
 from zsmerge_llm.sessions.transcript import DocumentText, Transcript
@@ -81,7 +81,7 @@ class PromptBuilder:
         system_tokens = _num_system_tokens(template, messages, tools, ids)
         config, plain = self.config(len(ids), system_tokens), len(ids)
         if config.slots is not None and plain > config.slots:
-            how = (ids, None, indexes, document.notes if document is not None else None)
+            how = (ids, None, indexes, *_about(document))
             augmented = self.passage_search.augment(messages, config.slots, plain, *how)
             ids = template.encode(template.render(augmented, tools))
         probe = message_probe(template, messages[-1]["content"])
@@ -136,8 +136,8 @@ class PromptBuilder:
             return FollowingIds(following)
         messages, recent_ids = transcript.messages, [*snapshot.tokens[-slots:], *following][-slots:]
         search = DocumentSearch(self.attention_search, continuation, cache) if continuation.document else None
-        notes = continuation.document.notes if continuation.document is not None else None
-        augmented = self.passage_search.augment(messages, slots, length, recent_ids, search, transcript.indexes, notes)
+        how = (recent_ids, search, transcript.indexes, *_about(continuation.document))
+        augmented = self.passage_search.augment(messages, slots, length, *how)
         longer = following if augmented is messages else self.following_ids(continuation, augmented) or following
         if search is None:
             return FollowingIds(longer)
@@ -191,6 +191,11 @@ class DocumentSearch:
 def asks_one_thing(question: str) -> bool:
     """Return whether a question asks for one thing, not for several or for all of a text."""
     return not asks_about_whole(question) and not question_parts(question)
+
+
+def _about(document: DocumentText | None) -> tuple[SectionNotes | None, int]:
+    """Return the notes about a document, and the characters that it is in the first message."""
+    return (None, 0) if document is None else (document.notes, len(INSTRUCTION + document.text))
 
 
 def _num_system_tokens(template: ChatTemplate, messages: list[Message], tools: Tools, ids: list[int]) -> int:

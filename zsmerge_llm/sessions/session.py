@@ -245,7 +245,7 @@ class Session:
             notes=self.notes,
             forked=True,
             prefix_digests=self.prefix_digests,
-            transcript=self.transcript and self.transcript.of_session(None),
+            transcript=self.transcript and self.transcript.of_session(None, forked=True),
             origin=self.origin,
         )
 

@@ -37,7 +37,8 @@ class Transcript:
         history: the messages as they were given, and checked.
         chain: the digests of the messages as they are rendered: with a document at the beginning and a note at the end.
         document: what the conversation is about; None if it is about no document.
-        indexes, deltas: shared by all turns of a session; each turn adds its new messages.
+        indexes, deltas: shared by all turns of a session; each turn adds its new messages. Until its session is known
+            (`of_session`), the indexes are those of the conversation that it has most in common with.
     """
 
     history: MessageHistory
@@ -56,10 +57,14 @@ class Transcript:
         """One digest for each prefix of the messages."""
         return self.chain.digests
 
-    def of_session(self, known: Transcript | None) -> Transcript:
-        """Return the transcript with the indexes of a session's earlier turns, or with new ones for another session."""
-        indexes, deltas = (PassageIndexes(), DeltaRenderer()) if known is None else (known.indexes, known.deltas)
-        return replace(self, indexes=indexes, deltas=deltas)
+    def of_session(self, known: Transcript | None, forked: bool = False) -> Transcript:
+        """Return the transcript with the indexes of a session's earlier turns, or with its own for another session.
+
+        forked: whether another session begins with most of the messages that are indexed: these are not indexed anew.
+        """
+        if known is not None:
+            return replace(self, indexes=known.indexes, deltas=known.deltas)
+        return replace(self, indexes=self.indexes.copy() if forked else PassageIndexes(), deltas=DeltaRenderer())
 
 
 def find_history(transcripts: Iterable[Transcript], messages: list[Message]) -> tuple[MessageHistory, int]:
@@ -86,6 +91,16 @@ def find_transcript(
         return shared_prefix(transcript.history.messages, messages)
 
     return _most_shared(transcripts, shared, len(messages))[0]
+
+
+def find_indexes(transcripts: Iterable[Transcript], known: Transcript | None, document: str | None) -> PassageIndexes:
+    """Return the indexes that hold most of a request's text, or new ones.
+
+    known: as `find_transcript` found it. document: the document's text.
+    """
+    about = (each for each in transcripts if each.document is not None and each.document.text == document)
+    found = known or next(about, None)
+    return PassageIndexes() if found is None else found.indexes
 
 
 def _most_shared(
