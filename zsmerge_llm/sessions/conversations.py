@@ -327,23 +327,20 @@ class Conversations:
             ]
             snapshots = {each.digest: each for each in shared if each.kind != "document"}
             session, version = new_session(self.store, name, namespace, template.today, document, snapshots)
-        cache = snapshot.cache.clone()
-        turn = Turn(
+        longer = self.prompts.with_retrieved(continuation, following)
+        begins_anew = longer.has_evidence and snapshot.kind == "document" and loses_most(snapshot.cache)
+        return Turn(
             transcript,
             session,
             is_new=owner is None,
             version=version,
-            cache=cache,
-            tokens=TokenIds.of(snapshot.tokens),
+            cache=self.documents.beginning(snapshot, template) if begins_anew else snapshot.cache.clone(),
+            tokens=TokenIds.of(snapshot.tokens) + longer.ids,
             reuse="continued" if snapshot.digest == found.head and snapshot.kind == "answer" else "restored",
+            retrieved_tokens=len(longer.ids) - len(following),
             resumed_from=snapshot if owner is not None else None,
+            needs_document=longer.needs_document,
         )
-        longer = self.prompts.with_retrieved(continuation, following, cache)
-        turn.tokens, turn.retrieved_tokens = turn.tokens + longer.ids, len(longer.ids) - len(following)
-        turn.needs_document = longer.needs_document
-        if longer.has_evidence and snapshot.kind == "document" and loses_most(snapshot.cache):
-            turn.cache = self.documents.beginning(snapshot, template)
-        return turn
 
     def _start(
         self, transcript: Transcript, tools: Tools, name: str | None, namespace: str | None, reason: str

@@ -8,7 +8,6 @@ from functools import cached_property
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import InputError
-from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate, Tools
 from zsmerge_llm.language.reasoning_history import answer_head, answer_header
 from zsmerge_llm.language.request_args import without_request_args
@@ -124,18 +123,19 @@ class PromptBuilder:
             pass
         return None
 
-    def with_retrieved(self, continuation: Continuation, following: list[int], cache: Cache) -> FollowingIds:
+    def with_retrieved(self, continuation: Continuation, following: list[int]) -> FollowingIds:
         """Return the ids that follow a snapshot, with those that are read again.
 
         These are what its cache has lost, or is about to lose, of what the turn asks for. Nothing is read again in a
         turn that was read already.
         """
         snapshot, transcript = continuation.snapshot, continuation.transcript
+        cache = snapshot.cache
         capacity, slots, length = cache.exact_capacity, cache.config.slots, len(snapshot.tokens) + len(following)
         if capacity is None or slots is None or length <= capacity or cache.seen == length:
             return FollowingIds(following)
         messages, recent_ids = transcript.messages, [*snapshot.tokens[-slots:], *following][-slots:]
-        search = DocumentSearch(self.attention_search, continuation, cache) if continuation.document else None
+        search = DocumentSearch(self.attention_search, continuation) if continuation.document else None
         how = (recent_ids, search, transcript.indexes, *_about(continuation.document))
         augmented = self.passage_search.augment(messages, slots, length, *how)
         longer = following if augmented is messages else self.following_ids(continuation, augmented) or following
@@ -155,14 +155,14 @@ class PromptBuilder:
 
 
 class DocumentSearch:
-    """Searches what a cache holds of a document by the attention of a question.
+    """Searches what a snapshot's cache holds of a document by the attention of a question.
 
     Attributes:
         was_asked: whether it was used: words found nothing.
     """
 
-    def __init__(self, search: AttentionSearch, continuation: Continuation, cache: Cache) -> None:
-        self._search, self._continuation, self._cache = search, continuation, cache
+    def __init__(self, search: AttentionSearch, continuation: Continuation) -> None:
+        self._search, self._continuation, self._cache = search, continuation, continuation.snapshot.cache
         self.was_asked = False
 
     def __call__(self, question: str, max_tokens: int) -> list[str]:
@@ -171,7 +171,7 @@ class DocumentSearch:
         if not self.holds_document:
             return []
         read = self._continuation.snapshot.tokens[: self._num_tokens]
-        return self._search.search(self._cache, read, question, max_tokens)
+        return self._search.search(self._cache.clone(), read, question, max_tokens)  # the snapshot's has other readers
 
     @cached_property
     def holds_document(self) -> bool:
