@@ -66,6 +66,7 @@ def test_the_roots_extras_name_no_sibling() -> None:
     assert "zsmerge" not in extras  # they are not published: pip would look for them in the public index
 
 
+@pytest.mark.slow
 def test_no_test_begins_behind_the_time_limit() -> None:
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "tests/test_setup.py", "-k", "one_version"]
     skipped, passed = (

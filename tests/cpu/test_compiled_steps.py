@@ -100,6 +100,7 @@ print(engine.backend.decode_step, any(name in sys.modules for name in {inductor!
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [True, "auto", False])
 def test_a_second_process_uses_the_package_from_its_first_token_without_inductor(compile: object) -> None:
     assert steps_of(Engine(tiny_model(), compile=True)).enabled

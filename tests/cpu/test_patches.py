@@ -128,6 +128,7 @@ def logits(engine: Engine) -> Tensor:
     return torch.stack([prefill, *(engine.read(cache, [token]) for token in tokens(20, seed=1))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_a_closed_backend_leaves_the_model_as_if_it_had_never_started(bits: int | None) -> None:
     models = [tiny_model(hidden_size=128, intermediate_size=192) for _ in range(2)]

@@ -155,6 +155,7 @@ def test_an_engine_prefills_with_the_kernels_as_without(name: str, config: Cache
     assert relative_error(read(kernels=True), read(kernels=False)) < 0.05
 
 
+@pytest.mark.slow
 def test_prefill_kernels_load_if_they_are_built_or_after_many_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -82,6 +82,7 @@ def test_a_closed_engine_leaves_a_model_with_changing_frequencies_fit_for_traini
     model(input_ids=ids, labels=ids).loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "falcon-new"])
 def test_an_engine_that_nothing_references_gives_its_compiled_model_back(family: str) -> None:
     model = handed_in(family, hidden_size=64)
@@ -179,6 +180,7 @@ def test_a_model_that_is_refused_is_left_as_it_was(monkeypatch: pytest.MonkeyPat
 QUICK = SamplingParams(max_tokens=4)
 
 
+@pytest.mark.slow
 def test_a_closed_llm_leaves_its_model_as_it_was_and_cannot_be_used() -> None:
     model, tokenizer = tiny_llm_model()
     before = state(model)

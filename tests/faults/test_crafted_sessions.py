@@ -115,6 +115,7 @@ def unexpected(found: list[tuple[Crafted, str]]) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_a_hundred_crafted_files_are_refused_or_do_no_harm(tmp_path: Path) -> None:
     original = saved("window", tmp_path)
     files = list(crafted(original))

@@ -79,6 +79,7 @@ def run(program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_fork_gets_an_error_at_once_and_takes_nothing_from_its_parent() -> None:
     lines = run(FORKED).splitlines()

@@ -30,6 +30,7 @@ def assert_nothing_is_lost(counts: dict[str, int]) -> None:
     assert [counts[key] for key in ("failed", "lost", "wrong", "leftovers")] == [0, 0, 0, 0], counts
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_whatever_was_answered_before_a_process_was_killed_is_found_again(tmp_path: Path) -> None:
     assert_nothing_is_lost(kill(tmp_path, 5, 15))

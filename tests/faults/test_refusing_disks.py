@@ -140,6 +140,7 @@ print(chat.ask("And on").usage.reuse, sorted(path.suffix for path in folder.iter
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of the size of files")
 def test_turns_go_on_where_no_file_can_grow_and_are_saved_when_it_can_again(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", SMALL_DISK, str(tmp_path)]

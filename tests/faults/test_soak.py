@@ -30,6 +30,7 @@ def assert_nothing_is_wrong_or_left(found: dict[str, Any]) -> None:
     assert found["leftovers"] == []
 
 
+@pytest.mark.slow
 def test_threads_that_cancel_and_branch_get_the_answers_of_a_single_one_across_restarts() -> None:
     found = measure(partial(make_llm, "tiny"), threads=6, seconds=6, restart_seconds=1.5, memory=4, scripts=4)
 

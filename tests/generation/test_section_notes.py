@@ -75,6 +75,7 @@ def test_later_turns_and_turns_that_are_read_again_have_them_too(llm: LLM) -> No
     assert INTRODUCTION in prompt_of(llm, "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [64, 96, 256, 400])
 def test_the_notes_stay_within_their_budget_whatever_the_model_writes(slots: int) -> None:
     llm = make_llm(cache=SMALL_CACHE.replace(slots=slots))

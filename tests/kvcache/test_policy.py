@@ -151,6 +151,7 @@ def test_padding_is_never_merged() -> None:
     assert keys.abs().max() < 1e3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_multiplicities_and_means_do_not_saturate_in_half_precision(dtype: torch.dtype) -> None:
     config = CacheConfig(slots=6, sink=0, recent=2, residual=1, stage=1, policy="cumulative_attention", decay=0.98)

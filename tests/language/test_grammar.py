@@ -88,6 +88,7 @@ def written(value: Any) -> str:
 SCHEMAS = st.recursive(leaves(), nodes, max_leaves=6).filter(lambda pair: "properties" in pair[0])
 
 
+@pytest.mark.slow
 @given(pair=SCHEMAS, few=st.integers(1, 60), seed=st.integers(0, 9))
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_answers_are_valid_under_random_schemas_also_within_few_tokens(pair: Pair, few: int, seed: int) -> None:

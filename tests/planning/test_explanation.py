@@ -83,6 +83,7 @@ def test_it_quotes_why_layers_could_not_be_compiled() -> None:
     assert backend.steps_until_start is None
 
 
+@pytest.mark.slow
 def test_a_started_backend_decodes_through_compiled_layers() -> None:
     llm = make_llm(compile=False)
     llm.engine.backend.start()

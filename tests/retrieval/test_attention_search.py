@@ -168,6 +168,7 @@ def read_for(llm: LLM, asked: str, name: str) -> tuple[Usage, str]:
     return usage, llm.tokenizer.decode(llm.session(name).tokens[len(document.tokens) :])
 
 
+@pytest.mark.slow
 def test_a_question_in_other_words_than_the_documents_finds_its_place(llm: LLM) -> None:
     asked = "How did the convict escape?"
     words = PassageSearch(ChatTemplate(llm.tokenizer), 90)

@@ -315,6 +315,7 @@ def pair(session: Session, llm: LLM) -> list[Session]:
     return [session, llm.session("other")]
 
 
+@pytest.mark.slow
 def test_after_fifty_killed_saves_the_old_or_the_new_session_loads(pair: list[Session], tmp_path: Path) -> None:
     found = kill_while_saving(tmp_path, pair, 50)
 

@@ -145,6 +145,7 @@ def test_replicas_end_with_a_router_that_was_killed(tmp_path: Path) -> None:
         assert not alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
