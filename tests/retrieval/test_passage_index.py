@@ -139,7 +139,7 @@ def test_scores_are_those_of_the_library_bit_for_bit(passages: list[str], questi
     passages, sought = [FACT, *(each for each in passages if terms(each))], sorted(set(query_terms(question)))
     index = indexed(passages)
     if sought:
-        found = [index._having(term) for term in sought]
+        found = [index._passages_with(term) for term in sought]
         assert index._scores(found).tolist() == reference_scores(passages, question).tolist()
 
 

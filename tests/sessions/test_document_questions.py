@@ -18,11 +18,13 @@ FACT = "The password of the harbour vault is falcon seven."
 FOUND, UNKNOWN = "What is the password of the vault?", "Zzyx qwv?"
 CACHE = SMALL_CACHE.replace(slots=256, recent=32)
 """Has room for all that a turn about passages reads."""
+LINE_TOKENS = 42
 
 
 def story(times: float) -> str:
     """Return a text with one fact and a question in it, about so many times as long as the cache's slots."""
-    lines = [f"Rain fell on the quiet village all day long. Day {day}." for day in range(int(times * 256 / 20) + 8)]
+    days = int(times * 256 / LINE_TOKENS)
+    lines = [f"Rain fell on the quiet village all day long. Day {day}." for day in range(days)]
     lines[2:2] = ["How many lists are there, and when were all of the towns counted?"]
     return "\n\n".join([*lines[: len(lines) // 3], FACT, *lines[len(lines) // 3 :]])
 
@@ -100,7 +102,7 @@ def test_where_the_document_is_gone_a_conversation_about_passages_goes_on(llm: L
 
 @pytest.mark.parametrize("known", [False, True])
 def test_a_cache_that_keeps_enough_or_knows_the_question_is_used_beside_passages(llm: LLM, known: bool) -> None:
-    text = story(MIN_OVERFLOW if known else MIN_OVERFLOW / 4)
+    text = story(MIN_OVERFLOW if known else MIN_OVERFLOW / 2)
     how = {"probe": FOUND} if known else {}
     document = llm.read_document(text=text, name=f"kept {known}", **how)
     answer = Chat(llm, document).ask("Which password has the harbour vault?")

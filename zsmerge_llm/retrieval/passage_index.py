@@ -72,9 +72,11 @@ class Passages:
         return Passage("\n\n".join([self.messages[message]["content"][start:end], *behind]), self.contexts[number])
 
     def copy(self) -> Passages:
+        """Return the same passages, which stay as they are when these change."""
         return Passages(self.messages, self.places[:], self.contexts[:])
 
     def add(self, message: int, start: int, end: int, context: str) -> None:
+        """Add a part of a message's text. context: as for `Passage`."""
         if self.contexts and self.contexts[-1] == context:
             context = self.contexts[-1]  # the same object
         self.places.extend((message, start, end, message))
@@ -85,6 +87,7 @@ class Passages:
         self.places[-1] = message
 
     def pop(self) -> None:
+        """Remove the last passage."""
         del self.places[-4:], self.contexts[-1]
 
 
@@ -175,7 +178,7 @@ class PassageIndex:
         sought = sorted(set(query_terms(question)))
         if not sought or not self._total:
             return []
-        found = {term: self._having(term) for term in sought}
+        found = {term: self._passages_with(term) for term in sought}
         shared, weights = np.zeros(len(self.passages)), list[float]()
         for numbers, _ in found.values():
             rarity = self._rarity(len(numbers))
@@ -191,7 +194,7 @@ class PassageIndex:
     def _scores(self, found: Sequence[tuple[NDArray[np.intp], NDArray[np.float64]]]) -> NDArray[np.float32]:
         """Return the BM25 score of each passage: float32 sums, term by term, as bm25s computes them.
 
-        found: `_having` of each term.
+        found: `_passages_with` of each term.
         """
         scores = np.zeros(len(self.passages), dtype=np.float32)
         lengths, mean = np.frombuffer(self._lengths, dtype=np.int32), self._total / len(self.passages)
@@ -202,7 +205,7 @@ class PassageIndex:
                 scores[numbers] += (np.float64(weight) * saturation).astype(np.float32)
         return scores
 
-    def _having(self, term: str) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    def _passages_with(self, term: str) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
         """Return the numbers of the passages with a term, and how often each has it."""
         places = np.flatnonzero(np.frombuffer(self._terms, dtype=np.uint32) == _checksum(term))
         numbers = np.searchsorted(np.frombuffer(self._starts, dtype=np.int32), places, side="right") - 1

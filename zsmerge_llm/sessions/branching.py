@@ -20,7 +20,7 @@ from zsmerge_llm.sessions.transcript import Transcript
 from zsmerge_llm.types import Message
 
 SharedPrefix = Callable[[], int]
-"""Returns how many messages a conversation has in common with another session at most."""
+"""Returns how many messages a conversation shares with the session that begins most like it."""
 MIN_SHARED_TOKENS = 64
 """A shorter prefix costs less to read than to keep."""
 
@@ -74,7 +74,7 @@ def before_dropped_reasoning(prompts: PromptBuilder, session: Session, continuat
 
 
 def shared_prefix(store: Store, transcript: Transcript) -> SharedPrefix:
-    """Return the function that says it of a transcript. All sessions are searched once, and only if it is called."""
+    """Return a `SharedPrefix` of a transcript. The sessions are searched at its first call, and only then."""
 
     @cache
     def search() -> int:

@@ -23,7 +23,7 @@ from zsmerge_llm.sessions.token_ids import TokenIds
 from zsmerge_llm.types import Message
 
 INSTRUCTION = "Answer from this document.\n\n"
-MIN_OVERFLOW = 8.0
+MIN_OVERFLOW = 3.5
 """How many times its slots a document is long whose cache is worse than none beside passages that have the answer."""
 
 
