@@ -30,7 +30,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.common import RESULTS, commit, long_text, write
+from benchmarks.common import long_text, write
 from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.retrieval.passage_index import PassageIndex
@@ -224,7 +224,6 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, required=True, help="a folder for the conversations that were read")
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=8, help="0: read only")
-    parser.add_argument("--label", default="now", help="the key of these figures in the result file")
     arguments = parser.parse_args()
     llm = LLM(arguments.model, cache=CacheConfig(slots=arguments.slots))
     llm.warm_up()
@@ -243,10 +242,7 @@ def main() -> None:
     ratios = {key: rows[-1][key] / rows[0][key] for key in ("first_token_seconds", "seconds")}
     print(json.dumps(ratios, indent=1))
     model = Path(arguments.model).stem
-    path = RESULTS / f"turn-cost-{model}.json"
-    runs = json.loads(path.read_text())["runs"] if path.is_file() else {}
-    runs[arguments.label] = {"commit": commit(), "last_over_first": ratios, "lengths": rows}
-    write(path.stem, {"model": model, "slots": arguments.slots, "runs": runs})
+    write(f"turn-cost-{model}", {"model": model, "slots": arguments.slots, "last_over_first": ratios, "lengths": rows})
 
 
 if __name__ == "__main__":
