@@ -33,7 +33,8 @@ def test_signatures_list_the_keyword_arguments_with_their_defaults(name: str) ->
 @pytest.mark.parametrize("name", [*REQUESTS])
 def test_an_unknown_keyword_argument_is_refused_at_once_and_the_error_lists_the_known_ones(name: str) -> None:
     llm = LLM()
-    with pytest.raises(TypeError, match=r"max_tokens: known.*Write sampling=SamplingParams\(max_tokens=\.\.\.\)\.$"):
+    message = r"max_tokens: known are sampling.*Write sampling=SamplingParams\(max_tokens=\.\.\.\)\.$"
+    with pytest.raises(TypeError, match=message):
         getattr(llm, name)("Hello", max_tokens=3)
     assert not llm.loaded
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import bm25s
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -143,14 +144,14 @@ def test_scores_are_those_of_the_library_bit_for_bit(passages: list[str], questi
         assert index._scores(found).tolist() == reference_scores(passages, question).tolist()
 
 
-def test_only_new_messages_are_split(monkeypatch: object) -> None:
+def test_only_new_messages_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     split_texts: list[str] = []
 
     def counting(text: str, size: int, date: str) -> list[Span]:
         split_texts.append(text)
         return split_spans(text, size, date)
 
-    monkeypatch.setattr(passage_index, "split_spans", counting)  # type: ignore[attr-defined]
+    monkeypatch.setattr(passage_index, "split_spans", counting)
     index, messages = PassageIndex(), dialogue(*FILLER, FACT)
     index.find(messages, ["password"])
     split_texts.clear()
