@@ -178,13 +178,13 @@ class PassageIndex:
         sought = sorted(set(query_terms(question)))
         if not sought or not self._total:
             return []
-        found = {term: self._passages_with(term) for term in sought}
+        found = [self._passages_with(term) for term in sought]
         shared, weights = np.zeros(len(self.passages)), list[float]()
-        for numbers, _ in found.values():
+        for numbers, _ in found:
             rarity = self._rarity(len(numbers))
             shared[numbers] += rarity
             weights.append(rarity if len(numbers) else UNKNOWN_WEIGHT * rarity)
-        scores, least = self._scores(list(found.values())), MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
+        scores, least = self._scores(found), MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
         if max(shared[at] for at in _highest(scores, TOP)) < least:
             return []
         enough = np.flatnonzero(shared >= least / 2)
