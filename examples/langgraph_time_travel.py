@@ -4,19 +4,21 @@
     python langgraph_time_travel.py --model path/to/qwen2.5-coder-0.5b-instruct.gguf
 
 Printed: the agent's messages, and after each answer the tokens of the conversation and the new ones that were read.
-The tool runs once a person has approved its call. The last turn forks the conversation after its first turn.
+A user's message is answered by a call of the tool, which runs once a person has approved it. The last turn forks the
+conversation after its first turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from langchain.agents import create_agent
-from langchain.agents.middleware import HumanInTheLoopMiddleware
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain.agents.middleware import HumanInTheLoopMiddleware, ModelRequest, ModelResponse, wrap_model_call
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_zsmerge import ChatZSMerge
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.types import Command
@@ -25,6 +27,13 @@ from langgraph.types import Command
 def send_mail(to: str, text: str) -> str:
     """Send a mail to somebody."""
     return f"Sent to {to}."
+
+
+@wrap_model_call
+def call_a_tool_first(request: ModelRequest, handler: Callable[[ModelRequest], ModelResponse]) -> ModelResponse:
+    """Let a user's message be answered by a call: a small model may claim to have sent a mail that it has not."""
+    asked = isinstance(request.messages[-1], HumanMessage)
+    return handler(request.override(tool_choice="any") if asked else request)
 
 
 def decide(agent: Any, thread: Any, decision: dict[str, str]) -> list[BaseMessage]:
@@ -51,7 +60,7 @@ def main() -> None:
     approval = HumanInTheLoopMiddleware(interrupt_on={"send_mail": True})
     path = Path(tempfile.mkdtemp()) / "checkpoints.sqlite"
     with SqliteSaver.from_conn_string(str(path)) as saver:
-        agent = create_agent(model, [send_mail], middleware=[approval], checkpointer=saver)
+        agent = create_agent(model, [send_mail], middleware=[approval, call_a_tool_first], checkpointer=saver)
         thread = {"configurable": {"thread_id": "ann"}}
         agent.invoke({"messages": [("user", "Send a mail to Bob. The text is: Lunch at noon.")]}, thread)
         show(decide(agent, thread, {"type": "approve"}))

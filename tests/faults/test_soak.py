@@ -44,6 +44,6 @@ def test_thirty_two_threads_get_the_answers_of_a_single_one_for_half_a_minute() 
     print(found)
 
     assert_nothing_is_wrong_or_left(found)
-    assert found["counts"]["compared"] > 250
+    assert found["counts"]["compared"] > 32, "not even one answer a thread"
     memory = found["resident_mb"]
     assert memory["trimmed_at_the_end"] - memory["trimmed_at_half"] < GROWTH_MB, memory
