@@ -224,6 +224,33 @@ def test_a_package_that_computes_something_else_is_thrown_away_and_made_again(
     assert len(no_process) == 1
 
 
+def test_a_package_that_was_wrong_twice_is_made_by_no_later_process(
+    packages: Path, no_process: list[object], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = packages.with_name("whole")
+    shutil.copytree(packages, whole)
+    monkeypatch.setattr(packaged_layers, "TOLERANCE", {torch.float32: -1.0})
+    for _ in range(2):
+        engine = Engine(tiny_model())
+        assert steps_of(engine).enabled
+        logits(engine)
+        assert not packages.exists()
+        shutil.copytree(whole, packages)
+    monkeypatch.undo()
+    monkeypatch.setattr("zsmerge_llm.cpu.step_package.cache_folder", lambda: packages.parents[1])
+    monkeypatch.setattr(CompiledSteps, "watch", WATCH)
+
+    later = Engine(tiny_model())
+    list(later.stream(later.new_cache(), tokens(5), SamplingParams(max_tokens=20, ignore_eos=True, lookup=False)))
+
+    assert not steps_of(later).enabled
+    assert no_process == []
+    record = packages.with_suffix(".mismatches")
+    assert str(record) in str(later.backend.disabled_reason)
+    record.unlink()
+    assert steps_of(Engine(tiny_model())).enabled
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_form")
 def test_decoding_goes_on_while_a_package_is_made_and_then_uses_it(

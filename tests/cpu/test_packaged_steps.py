@@ -13,7 +13,7 @@ import torch
 
 from tests.support.cpu_kernels import load_kernels
 from tests.support.tiny_models import FAMILIES, tiny_model
-from zsmerge_llm import CacheConfig, SamplingParams
+from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.cpu import native, quantized_linear
 from zsmerge_llm.cpu.step_capture import step_forms
 from zsmerge_llm.engine.engine import Engine
@@ -243,6 +243,22 @@ def test_the_kernels_give_a_row_the_same_logits_bit_for_bit_beside_others_and_in
             assert alone[0].logits is not None
             assert torch.equal(alone[0].logits[0], logits)
     assert not compiled or forms_used(engine) >= {"single", "batch"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["int4", "int8", None])
+def test_a_real_model_agrees_with_its_package_whatever_its_weights_are(quantization: str | None, gguf: Any) -> None:
+    path = gguf["smollm2-135m-instruct"]
+    with LLM(path, dtype="bfloat16", quantization=quantization, compile=True) as llm:
+        engine = start(llm.engine)
+        decode_batch(engine, 2)
+        decode(engine)
+        cache = engine.new_cache()
+        engine.read(cache, PROMPT)
+        for _ in range(2):
+            engine.runner.speculate(cache.clone(), PROMPT[: WIDTHS[1]])
+        assert forms_used(engine) == {"single", "draft", "batch"}
+        assert engine.backend.disabled_reason is None
 
 
 def test_drafts_are_verified_through_a_package() -> None:

@@ -22,7 +22,15 @@ from zsmerge_llm.cpu.package_key import package_key
 from zsmerge_llm.cpu.package_process import LOW_PRIORITY, PackageProcess, package_job
 from zsmerge_llm.cpu.packaged_layers import PackagedLayers
 from zsmerge_llm.cpu.step_capture import step_forms
-from zsmerge_llm.cpu.step_package import package_folder, packages_folder, read_manifest, remove_package
+from zsmerge_llm.cpu.step_package import (
+    add_mismatch,
+    mismatches_path,
+    num_mismatches,
+    package_folder,
+    packages_folder,
+    read_manifest,
+    remove_package,
+)
 from zsmerge_llm.cpu.trusted_files import temporary_folder, writable_folder
 from zsmerge_llm.errors import PackageError, UnsupportedModelError
 from zsmerge_llm.paths import private_folder
@@ -31,6 +39,8 @@ log = logging.getLogger(__name__)
 
 COMPILE_AFTER = 8
 """Decode steps before a package is made of its own accord: a process that decodes nothing needs none."""
+MAX_MISMATCHES = 2
+"""Packages that may compute something else before no process makes another one."""
 POLL_SECONDS = 0.5
 """How often a step looks whether the package is there."""
 
@@ -136,7 +146,9 @@ class CompiledSteps:
                 return False
             self.folder = package_folder(self._key)
             self._layers = PackagedLayers(self._model, self._decoders, self._on_mismatch)
-        return True
+            if num_mismatches(self.folder) >= MAX_MISMATCHES:
+                self.disable(_wrong_package(self.folder))
+        return self.disabled_reason is None
 
     def _install(self, folder: Path) -> bool:
         """Load the package in a folder; return whether that worked. One that does not load is removed."""
@@ -153,11 +165,11 @@ class CompiledSteps:
         return self.enabled
 
     def _on_mismatch(self, reason: str) -> None:
-        """Throw a package away, and make another one once."""
+        """Throw a package away, and make another one, if it is the first that this process or others found wrong."""
         self.close()
         remove_package(self.folder)
-        if self._rebuilt:
-            self.disable(PackageError(f"The package of compiled decode steps is wrong: {reason}."))
+        if add_mismatch(self.folder, reason) >= MAX_MISMATCHES or self._rebuilt:
+            self.disable(_wrong_package(self.folder, f" ({reason})"))
             return
         self._rebuilt = True
         log.warning("The package of compiled decode steps is made again: %s.", reason)
@@ -197,6 +209,13 @@ class CompiledSteps:
             self.disable(error)
         if self.folder.parent != packages_folder():  # of this process alone
             remove_package(self.folder.parent)
+
+
+def _wrong_package(folder: Path, reason: str = "") -> PackageError:
+    return PackageError(
+        f"Compiled decode steps gave other logits than the model's layers{reason}, and once made again still did. "
+        f"To try once more, delete {mismatches_path(folder)}."
+    )
 
 
 def _writable_packages_folder() -> Path:

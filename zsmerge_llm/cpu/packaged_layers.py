@@ -22,12 +22,15 @@ from zsmerge_llm.cpu.patches import ForwardPatches
 from zsmerge_llm.cpu.step_capture import FormName
 from zsmerge_llm.cpu.step_package import Manifest
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.kvcache.slots import LayerSpec
 
 log = logging.getLogger(__name__)
 
-SLOTS_OF_CHECK = 8
-"""Slots that the step which is compared attends to, filled with random keys and values."""
+TOKENS_BEFORE_CHECK = 16
+"""Tokens that are read before the step which is compared.
+
+Random keys and values would do less: no token has such, and what low-bit weights round away in them grows from layer to
+layer until a right step looks wrong (docs/research/kernels).
+"""
 TOLERANCE = {torch.float32: 2e-2, torch.float16: 0.1, torch.bfloat16: 0.2}
 """By how much logits may differ, relative to their norm: rounding apart, they are the same (docs/research/kernels)."""
 
@@ -84,12 +87,8 @@ class PackagedLayers:
 
     def _agrees(self, packaged: PackagedStep, step: ForwardPass) -> bool:
         """Compare a step of the package with one of the layers themselves, and remember that they agree."""
-        rows, tokens = min(packaged.form.rows, 2), packaged.form.tokens
         try:
-            self._eager = True
-            expected = self._logits(step.cache.specs, step.backend, rows, tokens)
-            self._eager, packaged.trusted = False, True
-            found = self._logits(step.cache.specs, step.backend, rows, tokens)
+            expected, found = self._both_logits(step, packaged)
             difference = float((found - expected).norm() / expected.norm())
             packaged.trusted = difference <= TOLERANCE[step.cache.specs[0].dtype]
             reason = f"logits of its {packaged.form.name} step are off by {difference:.2g} of their norm"
@@ -101,21 +100,26 @@ class PackagedLayers:
             self._on_mismatch(reason)
         return packaged.trusted
 
-    def _logits(self, specs: Sequence[LayerSpec], backend: AttentionBackend, rows: int, tokens: int) -> Tensor:
-        """Run a step behind random slots: float32 [rows, tokens, vocab]."""
-        generator = torch.Generator().manual_seed(0)
-        cache = Cache(CacheConfig.full(), specs, rows)
-        for layer in cache.layers:
-            layer.grow_to(SLOTS_OF_CHECK + tokens)
-            for name in ("keys", "values"):
-                slots = getattr(layer, name)[:, :, :SLOTS_OF_CHECK]
-                slots.copy_(torch.randn(slots.shape, generator=generator))
-            layer.multiplicity[:, :, :SLOTS_OF_CHECK] = 1
-            layer.position[:, :, :SLOTS_OF_CHECK] = torch.arange(SLOTS_OF_CHECK, dtype=torch.int32)
-            layer.set_filled([SLOTS_OF_CHECK] * rows, torch.full((rows,), SLOTS_OF_CHECK))
-        positions = (SLOTS_OF_CHECK + torch.arange(tokens)).repeat(rows, 1)
+    def _both_logits(self, step: ForwardPass, packaged: PackagedStep) -> tuple[Tensor, Tensor]:
+        """Run a step of random tokens by the layers themselves and by the package: float32 [rows, tokens, vocab]."""
+        rows, tokens = min(packaged.form.rows, 2), packaged.form.tokens
         vocab = self._model.config.get_text_config().vocab_size
-        ids = torch.randint(vocab, (rows, tokens), generator=generator)
+        shape = (rows, TOKENS_BEFORE_CHECK + tokens)
+        ids = torch.randint(vocab, shape, generator=torch.Generator().manual_seed(0))
+        before, new = ids.split([TOKENS_BEFORE_CHECK, tokens], dim=1)
+        self._eager = True
+        cache = Cache(CacheConfig.full(), step.cache.specs, rows)
+        for layer in cache.layers:
+            layer.grow_to(shape[1])  # a step that has no room is not the package's
+        self._run(cache, before, 0, step.backend)
+        expected = self._run(cache.clone(), new, TOKENS_BEFORE_CHECK, step.backend)
+        self._eager, packaged.trusted = False, True
+        return expected, self._run(cache, new, TOKENS_BEFORE_CHECK, step.backend)
+
+    def _run(self, cache: Cache, ids: Tensor, start: int, backend: AttentionBackend) -> Tensor:
+        """Let a cache take in tokens that stand at `start`: logits float32 [B, T, vocab]."""
+        rows, tokens = ids.shape
+        positions = (start + torch.arange(tokens)).repeat(rows, 1)
         layout = PassLayout(tokens, positions, None, [tokens] * rows, positions[:, -1] + 1)
         handler = ForwardPass(cache, layout, backend)
         return forward(self._model, handler, input_ids=ids, position_ids=positions).float()

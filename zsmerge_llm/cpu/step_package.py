@@ -136,6 +136,26 @@ def remove_package(folder: Path) -> None:
         folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
 
 
+def mismatches_path(folder: Path) -> Path:
+    """Return the file that says how often a package was thrown away because it computed something else."""
+    return folder.with_suffix(".mismatches")
+
+
+def add_mismatch(folder: Path, reason: str) -> int:
+    """Write down why a package is thrown away, as far as that is allowed; return how often that has happened."""
+    with suppress(OSError), mismatches_path(folder).open("a", encoding="utf-8") as file:
+        file.write(f"{reason}\n")
+    return num_mismatches(folder)
+
+
+def num_mismatches(folder: Path) -> int:
+    """Return how often a package was thrown away because it computed something else."""
+    try:
+        return mismatches_path(folder).read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
 def _parse(content: Any) -> Manifest:
     def shape(each: Any) -> TensorShape:
         return TensorShape(**each)
