@@ -27,7 +27,7 @@ from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.paths import cache_folder, check_folder, check_owner, private_folder
 
 DECODE_SOURCES = (
-    *("simd", "shapes", "quantization", "dot", "dot_avx512", "dot_avx2"),
+    *("simd", "shapes", "quantization", "dot", "dot_avx512", "dot_avx2", "int4_avx2"),
     *("gemv", "decode_attention", "packaged_step"),
 )
 PREFILL_SOURCES = ("simd", "shapes", "quantization", "quantized_gemm", "prefill_attention")

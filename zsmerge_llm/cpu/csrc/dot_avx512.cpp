@@ -58,6 +58,27 @@ inline void dot_w4(const uint8_t* codes, const T* scales_zeros, int64_t N, const
     for (int j = 0; j < 4; ++j) store(y[m][j], out + (row + m) * PACK_WIDTH + j * LANES);
 }
 
+// One block of 64 outputs; scales_zeros points at its first entry in [G, N, 2].
+template <typename T>
+struct Int4Block {
+  const uint8_t* codes;
+  const T* scales_zeros;
+  int64_t N;
+};
+
+struct Int4Panel {};  // nothing is unpacked for a GEMV
+
+// A block times all rows of the input -> out [M, 64].
+template <typename T, int M>
+void multiply_int4(const Int4Block<T>& block, const GemvInput& input, Int4Panel&, float* out) {
+  constexpr int ROWS_AT_ONCE = M > 5 ? M / 2 : M;  // larger M would spill accumulators
+  const auto multiply = [&](const auto* x) {
+    for (int64_t row = 0; row < M; row += ROWS_AT_ONCE)
+      dot_w4<T, ROWS_AT_ONCE>(block.codes, block.scales_zeros, block.N, input, x, row, out);
+  };
+  input.i8.empty() ? multiply(input.i16.data()) : multiply(input.i8.data());
+}
+
 // int8 weights, int16 inputs (vpdpwssd): weights [R, K] -> out[r * M + m].
 template <int M, int R>
 inline void dot_w8a16(const int8_t* weight, const GemvInput& input, float* out) {

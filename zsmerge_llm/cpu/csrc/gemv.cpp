@@ -1,5 +1,5 @@
 // GEMV for up to MAX_ROWS rows: weights in the input's dtype, int8 or packed int4. Needs dot.cpp, dot_avx512.cpp,
-// dot_avx2.cpp. On AVX2 int4 matrices take any number of rows: dequantizing for a float32 product would be slower.
+// dot_avx2.cpp, int4_avx2.cpp. On AVX2 int4 matrices take any number of rows: dequantizing for a float32 product would be slower.
 
 template <int M, int R>
 inline void dot_rows(const int8_t* weight, const GemvInput& input, float* out) {
@@ -35,6 +35,47 @@ void for_each_output(const W* weight, const GemvInput& input, int64_t first, int
   }
 }
 
+// Round to nearest even, as PyTorch does, but in code that compilers make vectors of.
+template <typename T>
+inline T round_to(float x) {
+  return static_cast<T>(x);
+}
+template <>
+inline BFloat16 round_to<BFloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  return BFloat16(x == x ? static_cast<uint16_t>(rounded) : 0x7fc0, BFloat16::from_bits());
+}
+
+// y + bias -> PACK_WIDTH outputs.
+template <typename T>
+inline void store_block(const float* y, const T* bias, T* out) {
+  if (bias == nullptr)
+    for (int64_t j = 0; j < PACK_WIDTH; ++j) out[j] = round_to<T>(y[j]);
+  else
+    for (int64_t j = 0; j < PACK_WIDTH; ++j) out[j] = round_to<T>(y[j] + static_cast<float>(bias[j]));
+}
+
+#if HAS_INTEGER_PRODUCTS
+template <typename T>
+inline Int4Block<T> int4_block(const Tensor& weight, const Tensor& scale, const GemvInput& input, int64_t n) {
+  return {weight.const_data_ptr<uint8_t>() + n * input.K / 2, scale.const_data_ptr<T>() + n * 2, weight.size(0)};
+}
+
+template <typename T, int M>
+void int4_outputs(const Tensor& weight, const Tensor& scale, const T* bias, const GemvInput& input, int64_t first,
+                  int64_t last, T* out) {
+  float y[M * PACK_WIDTH];
+  Int4Panel panel;
+  for (int64_t n = first; n < last; n += PACK_WIDTH) {
+    multiply_int4<T, M>(int4_block<T>(weight, scale, input, n), input, panel, y);
+    for (int64_t m = 0; m < input.M; ++m)
+      store_block(y + m * PACK_WIDTH, bias == nullptr ? nullptr : bias + n, out + m * weight.size(0) + n);
+  }
+}
+#endif
+
 template <typename T, int M>
 void gemv_outputs(const Tensor& weight, const Tensor* scale, const Tensor* bias, const GemvInput& input, int64_t first,
                   int64_t last, T* out) {
@@ -53,20 +94,7 @@ void gemv_outputs(const Tensor& weight, const Tensor* scale, const Tensor* bias,
                        [&](int64_t n, const float* y) { finish(n, 1.0f, y); });
   } else {
 #if HAS_INTEGER_PRODUCTS
-    float y[M * PACK_WIDTH], one[M];
-    for (int64_t n = first; n < last; n += PACK_WIDTH) {
-      const auto multiply = [&](const auto* x) {
-        constexpr int ROWS_AT_ONCE = M > 5 ? M / 2 : M;  // larger M would spill accumulators
-        for (int64_t row = 0; row < M; row += ROWS_AT_ONCE)
-          dot_w4<T, ROWS_AT_ONCE>(weight.const_data_ptr<uint8_t>() + n * input.K / 2,
-                                  scale->const_data_ptr<T>() + n * 2, N, input, x, row, y);
-      };
-      input.i8.empty() ? multiply(input.i16.data()) : multiply(input.i8.data());
-      for (int64_t j = 0; j < PACK_WIDTH; ++j) {
-        for (int m = 0; m < M; ++m) one[m] = y[m * PACK_WIDTH + j];
-        finish(n + j, 1.0f, one);
-      }
-    }
+    int4_outputs<T, M>(weight, *scale, bias_data, input, first, last, out);
 #else
     TORCH_CHECK(false, "zsmerge::gemv takes int4 weights where zsmerge::int4_pack_width() is not 0");
 #endif
@@ -94,8 +122,8 @@ void gemv_matrices(const Tensor& x, at::TensorList weights, at::TensorList scale
 }
 
 #if HAS_AVX2
-// Many rows times an int4 matrix. Tiles of MAX_ROWS rows go through the loops of a GEMV, while a block of outputs is in
-// L1: each row is computed as if it were alone.
+// Many rows times an int4 matrix. A block of outputs is unpacked once for all rows; each row is computed as if it were
+// alone.
 template <typename T>
 void int4_chunk(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor* bias, Tensor& out) {
   const int64_t M = x.size(0), N = weight.size(0), num_tiles = (M + MAX_ROWS - 1) / MAX_ROWS;
@@ -107,11 +135,24 @@ void int4_chunk(const Tensor& x, const Tensor& weight, const Tensor& scale, cons
       tiles[tile] = prepare_input<T>(rows[tile], MAX_ROWS, weight, scale);
   });
   T* to = out.data_ptr<T>();
+  const T* bias_data = bias == nullptr ? nullptr : bias->const_data_ptr<T>();
   dynamic_for(N / PACK_WIDTH, [&](const auto& next) {
-    for (int64_t block = next(); block >= 0; block = next())
-      for (int64_t tile = 0; tile < num_tiles; ++tile)
-        gemv_outputs<T, MAX_ROWS>(weight, &scale, bias, tiles[tile], block * PACK_WIDTH, (block + 1) * PACK_WIDTH,
-                                  to + tile * MAX_ROWS * N);
+    Int4Panel panel;
+    float y[MAX_ROWS * PACK_WIDTH];
+    for (int64_t index = next(); index >= 0; index = next()) {
+      const int64_t n = index * PACK_WIDTH;
+      const Int4Block<T> block = int4_block<T>(weight, scale, tiles[0], n);
+      const bool bytes = !tiles[0].i8.empty();
+      if (bytes) unpack_block(block, tiles[0], panel);
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        if (bytes)
+          multiply_rows<MAX_ROWS>(panel, tiles[tile], y);
+        else
+          multiply_int4<T, MAX_ROWS>(block, tiles[tile], panel, y);
+        for (int64_t m = 0; m < tiles[tile].M; ++m)
+          store_block(y + m * PACK_WIDTH, bias == nullptr ? nullptr : bias_data + n, to + (tile * MAX_ROWS + m) * N + n);
+      }
+    }
   });
 }
 #endif
