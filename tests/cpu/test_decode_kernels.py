@@ -132,7 +132,7 @@ def test_a_chunk_times_int4_weights_has_for_each_row_what_the_row_has_alone(
     assert isinstance(layer, Int4Linear)
     x, biases = torch.randn(rows, inputs).to(dtype), [layer.bias] if layer.bias is not None else []
     takes_blocks = bool(native.int4_pack_width()) and outputs % native.int4_pack_width() == 0
-    assert native.can_gemv(x, layer.weight) == (takes_blocks and torch.ops.zsmerge.has_int4_chunks())
+    assert native.can_gemv(x, layer.weight) == (takes_blocks and torch.ops.zsmerge.has_chunks())
     assert not native.can_gemv(x.float(), layer.weight)  # their rounding to 8 bits would be seen
     if not native.can_gemv(x, layer.weight):  # this processor has another kernel for chunks, or PyTorch's
         return
@@ -141,6 +141,39 @@ def test_a_chunk_times_int4_weights_has_for_each_row_what_the_row_has_alone(
 
     alone = [native.gemv(row[None].contiguous(), [layer.weight], [layer.scales], biases)[0] for row in x]
     assert torch.equal(product, torch.cat(alone))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+    bits=st.sampled_from((8, 16)),
+    rows=st.integers(native.MAX_ROWS + 1, 40),
+    inputs=st.integers(1, 90),
+    outputs=st.integers(1, 70),
+    biased=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_a_chunk_times_weights_of_8_or_16_bits_is_that_of_float32_rounded_once(
+    dtype: torch.dtype, bits: int, rows: int, inputs: int, outputs: int, biased: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs)
+    biases = [torch.randn(outputs).to(dtype)] if biased else []
+    if bits == 16:
+        matrix, scale = weight.to(dtype), torch.ones(outputs, dtype=dtype)
+    else:
+        matrix, scale = quantize_int8(weight, dtype)
+    scales = [scale] if bits == 8 else []
+    assert native.can_gemv(x, matrix) == torch.ops.zsmerge.has_chunks()
+    if not native.can_gemv(x, matrix):  # this processor has another kernel for chunks, or PyTorch's
+        return
+
+    (product,) = native.gemv(x, [matrix], scales, biases)
+
+    exact = x.double() @ (matrix.double() * scale.double()[:, None]).T + sum(bias.double() for bias in biases)
+    assert ((product.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + 1e-4).all()
+    beside_others = native.gemv(torch.cat([x, x]), [matrix], scales, biases)[0]
+    assert torch.equal(beside_others, torch.cat([product, product]))
 
 
 def test_gemv_refuses_more_than_8_rows() -> None:

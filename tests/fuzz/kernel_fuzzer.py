@@ -75,7 +75,7 @@ class Fuzzer:
         count, dtype = self.random.randint(1, 3), self.random.choice(FLOATS)
         kinds = ("plain", "int8", "int4") if torch.ops.zsmerge.int4_pack_width() else ("plain", "int8")
         kind = self.random.choice(kinds)
-        rows = self.random.randint(1, 20 if kind == "int4" and torch.ops.zsmerge.has_int4_chunks() else 8)
+        rows = self.random.randint(1, 20 if dtype != torch.float32 and torch.ops.zsmerge.has_chunks() else 8)
         groups, width = self.random.randint(1, 4), self.random.choice((2, 16, 32, 64, 128))
         inputs = groups * width if kind == "int4" else self.random.choice((*WIDTHS, 300))
         outputs = [

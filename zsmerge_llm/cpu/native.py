@@ -27,7 +27,7 @@ from zsmerge_llm.errors import UnsupportedModelError
 from zsmerge_llm.paths import cache_folder, check_folder, check_owner, private_folder
 
 DECODE_SOURCES = (
-    *("simd", "shapes", "quantization", "dot", "dot_avx512", "dot_avx2", "int4_avx2"),
+    *("simd", "shapes", "quantization", "dot", "dot_avx512", "dot_avx2", "int4_avx2", "float_chunk"),
     *("gemv", "decode_attention", "packaged_step"),
 )
 PREFILL_SOURCES = ("simd", "shapes", "quantization", "quantized_gemm", "prefill_attention")
@@ -212,12 +212,7 @@ def can_gemv(x: Tensor, weight: Tensor) -> bool:
     else:
         known = weight.dtype in (torch.int8, x.dtype)
     few = x.numel() <= x.shape[-1] * MAX_ROWS
-    return known and x.numel() > 0 and (few or _takes_chunks(x, weight))
-
-
-def _takes_chunks(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `gemv` takes any number of rows: int4 on AVX2, with inputs that may be rounded to 8 bits."""
-    return weight.dtype == torch.uint8 and x.dtype != torch.float32 and bool(torch.ops.zsmerge.has_int4_chunks())
+    return known and x.numel() > 0 and (few or (x.dtype != torch.float32 and bool(torch.ops.zsmerge.has_chunks())))
 
 
 def gemv(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:

@@ -1,5 +1,5 @@
-// GEMV for up to MAX_ROWS rows: weights in the input's dtype, int8 or packed int4. Needs dot.cpp, dot_avx512.cpp,
-// dot_avx2.cpp, int4_avx2.cpp. On AVX2 int4 matrices take any number of rows: dequantizing for a float32 product would be slower.
+// GEMV for up to MAX_ROWS rows: weights in the input's dtype, int8 or packed int4. On AVX2 for any number of rows in half
+// precision. Needs dot.cpp, dot_avx512.cpp, dot_avx2.cpp, int4_avx2.cpp, float_chunk.cpp.
 
 template <int M, int R>
 inline void dot_rows(const int8_t* weight, const GemvInput& input, float* out) {
@@ -33,19 +33,6 @@ void for_each_output(const W* weight, const GemvInput& input, int64_t first, int
     dot_rows<M, 1>(weight + n * input.K, input, y);
     finish(n, y);
   }
-}
-
-// Round to nearest even, as PyTorch does, but in code that compilers make vectors of.
-template <typename T>
-inline T round_to(float x) {
-  return static_cast<T>(x);
-}
-template <>
-inline BFloat16 round_to<BFloat16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  return BFloat16(x == x ? static_cast<uint16_t>(rounded) : 0x7fc0, BFloat16::from_bits());
 }
 
 // y + bias -> PACK_WIDTH outputs.
@@ -157,17 +144,29 @@ void int4_chunk(const Tensor& x, const Tensor& weight, const Tensor& scale, cons
 }
 #endif
 
+#if HAS_AVX2
+template <typename T>
+void gemv_chunk(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases,
+                std::vector<Tensor>& out) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor *scale = scales.empty() ? nullptr : &scales[i], *bias = biases.empty() ? nullptr : &biases[i];
+    switch (weights[i].scalar_type()) {
+      case at::kByte: int4_chunk<T>(x, weights[i], *scale, bias, out[i]); break;
+      case at::kChar: float_chunk<T, int8_t>(x, weights[i], scale, bias, out[i]); break;
+      default: float_chunk<T, T>(x, weights[i], nullptr, bias, out[i]);
+    }
+  }
+}
+#endif
+
 // Rounds M up to a compiled value (1, 2, 5, 8); missing rows are zeros.
 template <typename T>
 void gemv_dispatch(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases,
                    std::vector<Tensor>& out) {
   const int64_t count = x.size(0);
 #if HAS_AVX2
-  if (count > MAX_ROWS && weights[0].scalar_type() == at::kByte) {
-    for (size_t i = 0; i < weights.size(); ++i)
-      int4_chunk<T>(x, weights[i], scales[i], biases.empty() ? nullptr : &biases[i], out[i]);
-    return;
-  }
+  if constexpr (sizeof(T) == 2)
+    if (count > MAX_ROWS) return gemv_chunk<T>(x, weights, scales, biases, out);
 #endif
   TORCH_CHECK(count > 0 && count <= MAX_ROWS, "zsmerge::gemv is for 1 to ", MAX_ROWS, " rows, not ", count);
   if (count == 1) return gemv_matrices<T, 1>(x, weights, scales, biases, out);
@@ -202,7 +201,7 @@ void check_matrix(const Tensor& x, const Tensor& weight, const Tensor& first, co
   TORCH_CHECK(bias == nullptr || is_dense(*bias, x.scalar_type(), {N}), "zsmerge::gemv takes biases [N]");
 }
 
-// x [M, K] times matrices that share it -> [M, N] each, + bias [N]. M <= MAX_ROWS, or any with int4 on AVX2. operands:
+// x [M, K] times matrices that share it -> [M, N] each, + bias [N]. M <= MAX_ROWS, or any in half precision on AVX2. operands:
 // all matrices, then all scales if there are any, then all biases if there are any: one list, since AOTInductor passes
 // no empty ones. A matrix is [N, K] in x's dtype; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's int4
 // packing with scales and zeros [G, N, 2].

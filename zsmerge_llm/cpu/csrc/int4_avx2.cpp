@@ -86,8 +86,8 @@ void multiply_block(const Int4Block<T>& block, const GemvInput& input, float* ou
       UNROLL for (int m = 0; m < M; ++m) y[m][j] = add_group(y[m][j], scale_zero, input, m, g, sums[m][j]);
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < 4; ++j) store(y[m][j], out + m * PACK_WIDTH + j * LANES);
+  UNROLL for (int m = 0; m < M; ++m)
+    UNROLL for (int j = 0; j < 4; ++j) store(y[m][j], out + m * PACK_WIDTH + j * LANES);
 }
 
 // -- more rows of int8 codes: a block is unpacked first ----------------------------------------------------------------
@@ -147,8 +147,8 @@ void multiply_panel(const Int4Panel& panel, const GemvInput& input, int64_t row,
       UNROLL for (int r = 0; r < R; ++r) y[r][j] = add_group(y[r][j], scale_zero, input, row + r, g, sums[r][j]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < 4; ++j) store(y[r][j], out + (row + r) * PACK_WIDTH + j * LANES);
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int j = 0; j < 4; ++j) store(y[r][j], out + (row + r) * PACK_WIDTH + j * LANES);
 }
 
 template <int M>
@@ -187,8 +187,8 @@ void multiply_wide_block(const Int4Block<T>& block, const GemvInput& input, int6
       }
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < 4; ++j) store(y[m][j], out + (row + m) * PACK_WIDTH + j * LANES);
+  UNROLL for (int m = 0; m < M; ++m)
+    UNROLL for (int j = 0; j < 4; ++j) store(y[m][j], out + (row + m) * PACK_WIDTH + j * LANES);
 }
 
 // A block times all rows of the input -> out [M, 32].

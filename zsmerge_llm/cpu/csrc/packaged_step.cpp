@@ -94,12 +94,12 @@ struct PackagedStep : torch::CustomClassHolder {
 
 // Whether `gemv` takes packed int4 weights.
 int64_t int4_pack_width() { return HAS_INTEGER_PRODUCTS ? PACK_WIDTH : 0; }
-// Whether it takes any number of rows beside them.
-bool has_int4_chunks() { return HAS_AVX2; }
+// Whether it takes any number of rows in half precision.
+bool has_chunks() { return HAS_AVX2; }
 
 TORCH_LIBRARY_FRAGMENT(zsmerge, library) {
   library.def("int4_pack_width() -> int", &int4_pack_width);
-  library.def("has_int4_chunks() -> bool", &has_int4_chunks);
+  library.def("has_chunks() -> bool", &has_chunks);
   library.def("gemv(Tensor x, Tensor[] operands, int num_matrices) -> Tensor[]");
   library.def(
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) "

@@ -103,6 +103,19 @@ void dynamic_for(int64_t items, const F& work) {
 inline void store(f32v value, float* to) { std::memcpy(to, &value, sizeof(value)); }
 inline f32v splat(float value) { return f32v{} + value; }
 
+// Round to nearest even, as PyTorch does, but in code that compilers make vectors of.
+template <typename T>
+inline T round_to(float x) {
+  return static_cast<T>(x);
+}
+template <>
+inline BFloat16 round_to<BFloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  return BFloat16(x == x ? static_cast<uint16_t>(rounded) : 0x7fc0, BFloat16::from_bits());
+}
+
 // 2 * LANES values as two vectors, in the cheapest order for their type (bfloat16: even and odd elements).
 struct Pair {
   f32v a, b;
