@@ -146,7 +146,7 @@ def test_reading_gets_its_share_also_where_each_client_comes_back_when_its_job_i
     # Over all chunks: on a loaded machine a client may come back late once.
     steps = sum(seconds for kind, seconds in order[chunks[0] : chunks[-1]] if kind is Kind.STEP)
     reading = sum(order[at][1] for at in chunks[:-1])
-    assert reading * 0.5 <= steps <= reading * 2
+    assert reading / 3 <= steps <= reading * 3  # without a share it would be a tenth
 
 
 def test_an_error_of_what_jobs_run_within_reaches_the_caller() -> None:

@@ -1,5 +1,5 @@
-// Many rows (a chunk) times a matrix in half precision or int8 on AVX2, computed in float32. PyTorch would need a float32
-// copy of the matrix, and its products of few dozen rows leave most of two threads idle. Needs simd.cpp.
+// Many rows (a chunk) times a matrix in half precision or int8 on AVX2, computed in float32. PyTorch would need a
+// float32 copy of the matrix, and its products of a few dozen rows leave a second thread idle. Needs simd.cpp.
 
 #if HAS_AVX2
 
@@ -60,7 +60,8 @@ void multiply_tile(const float* panel, const float* x, int64_t K, float* out) {
     }
   }
   // Unrolled, since else GCC would keep the sums in memory.
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int i = 0; i < 2; ++i) store(acc[r][i], out + r * PANEL_OUTPUTS + i * LANES);
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int i = 0; i < 2; ++i) store(acc[r][i], out + r * PANEL_OUTPUTS + i * LANES);
 }
 
 // x [M, K] -> float32 [M, K], and zeros up to a whole tile.

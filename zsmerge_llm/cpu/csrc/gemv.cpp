@@ -1,5 +1,5 @@
-// GEMV for up to MAX_ROWS rows: weights in the input's dtype, int8 or packed int4. On AVX2 for any number of rows in half
-// precision. Needs dot.cpp, dot_avx512.cpp, dot_avx2.cpp, int4_avx2.cpp, float_chunk.cpp.
+// GEMV for up to MAX_ROWS rows: weights in the input's dtype, int8 or packed int4. On AVX2 for any number of rows in
+// half precision. Needs dot.cpp, dot_avx512.cpp, dot_avx2.cpp, int4_avx2.cpp, float_chunk.cpp.
 
 template <int M, int R>
 inline void dot_rows(const int8_t* weight, const GemvInput& input, float* out) {
@@ -136,15 +136,14 @@ void int4_chunk(const Tensor& x, const Tensor& weight, const Tensor& scale, cons
           multiply_rows<MAX_ROWS>(panel, tiles[tile], y);
         else
           multiply_int4<T, MAX_ROWS>(block, tiles[tile], panel, y);
+        const T* addend = bias == nullptr ? nullptr : bias_data + n;
         for (int64_t m = 0; m < tiles[tile].M; ++m)
-          store_block(y + m * PACK_WIDTH, bias == nullptr ? nullptr : bias_data + n, to + (tile * MAX_ROWS + m) * N + n);
+          store_block(y + m * PACK_WIDTH, addend, to + (tile * MAX_ROWS + m) * N + n);
       }
     }
   });
 }
-#endif
 
-#if HAS_AVX2
 template <typename T>
 void gemv_chunk(const Tensor& x, at::TensorList weights, at::TensorList scales, at::TensorList biases,
                 std::vector<Tensor>& out) {
@@ -201,10 +200,10 @@ void check_matrix(const Tensor& x, const Tensor& weight, const Tensor& first, co
   TORCH_CHECK(bias == nullptr || is_dense(*bias, x.scalar_type(), {N}), "zsmerge::gemv takes biases [N]");
 }
 
-// x [M, K] times matrices that share it -> [M, N] each, + bias [N]. M <= MAX_ROWS, or any in half precision on AVX2. operands:
-// all matrices, then all scales if there are any, then all biases if there are any: one list, since AOTInductor passes
-// no empty ones. A matrix is [N, K] in x's dtype; int8 [N, K] with scales [N]; or uint8 [N, K / 2] in torch's int4
-// packing with scales and zeros [G, N, 2].
+// x [M, K] times matrices that share it -> [M, N] each, + bias [N]. M <= MAX_ROWS, or any in half precision on AVX2.
+// operands: all matrices, then all scales if there are any, then all biases if there are any: one list, since
+// AOTInductor passes no empty ones. A matrix is [N, K] in x's dtype; int8 [N, K] with scales [N]; or uint8 [N, K / 2]
+// in torch's int4 packing with scales and zeros [G, N, 2].
 std::vector<Tensor> gemv(const Tensor& x, at::TensorList operands, int64_t num_matrices) {
   const size_t count = num_matrices;
   TORCH_CHECK(x.dim() == 2 && x.is_cpu() && x.size(1) > 0 && num_matrices > 0 && operands.size() >= count &&

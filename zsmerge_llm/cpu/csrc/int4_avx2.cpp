@@ -23,6 +23,10 @@ struct Int4Panel {
   std::vector<f32v> scale, zero;
 };
 
+inline __m256i join_lanes(__m128i lower, __m128i upper) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(lower), upper, 1);
+}
+
 inline void prefetch_group(const uint8_t* codes, int64_t group_size) {
   for (int64_t next = 0; next < group_size / 2 * PACK_WIDTH; next += 64)
     __builtin_prefetch(codes + PREFETCH_BYTES + next, 0, 2);
@@ -42,7 +46,7 @@ inline f32v add_group(f32v y, Pair scale_zero, const GemvInput& input, int64_t r
   return (f32v)_mm256_fmadd_ps((__m256)(scale_zero.a * input.scale[at]), _mm256_cvtepi32_ps(sums), zero);
 }
 
-// -- one or two rows of int8 codes: straight from the packing -------------------------------------------------------
+// -- one or two rows of int8 codes: straight from the packing ---------------------------------------------------------
 
 // 8 int32 sums of the two lanes of 8 int16 each.
 inline __m256i add_lanes(__m256i sums) {
@@ -66,9 +70,8 @@ void multiply_block(const Int4Block<T>& block, const GemvInput& input, float* ou
       // Not unrolled: GCC would do all multiplications first, and spill them.
       _Pragma("GCC unroll 1") for (const int8_t* end = x + std::min(left, EXACT); x < end; x += 4, from += 4) {
         // The lower lane takes inputs k and k + 1, the upper one k + 2 and k + 3.
-        const __m256i even = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(from)), _mm_loadu_si128(from + 2), 1);
-        const __m256i odd =
-            _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(from + 1)), _mm_loadu_si128(from + 3), 1);
+        const __m256i even = join_lanes(_mm_loadu_si128(from), _mm_loadu_si128(from + 2));
+        const __m256i odd = join_lanes(_mm_loadu_si128(from + 1), _mm_loadu_si128(from + 3));
         const __m256i both[2] = {_mm256_unpacklo_epi8(even, odd), _mm256_unpackhi_epi8(even, odd)};
         UNROLL for (int m = 0; m < M; ++m) {
           const __m256i inputs = _mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(x + m * input.K)), spread);
@@ -90,7 +93,7 @@ void multiply_block(const Int4Block<T>& block, const GemvInput& input, float* ou
     UNROLL for (int j = 0; j < 4; ++j) store(y[m][j], out + m * PACK_WIDTH + j * LANES);
 }
 
-// -- more rows of int8 codes: a block is unpacked first ----------------------------------------------------------------
+// -- more rows of int8 codes: a block is unpacked first ---------------------------------------------------------------
 
 template <typename T>
 void unpack_block(const Int4Block<T>& block, const GemvInput& input, Int4Panel& panel) {
@@ -101,14 +104,14 @@ void unpack_block(const Int4Block<T>& block, const GemvInput& input, Int4Panel& 
   const auto* from = (const __m128i*)block.codes;
   for (__m256i* to = panel.codes.data(); to < panel.codes.data() + input.K; from += 4, to += 4) {
     __builtin_prefetch((const uint8_t*)from + PREFETCH_BYTES, 0, 2);
-    __m128i input_codes[4];
-    for (int i = 0; i < 4; ++i) input_codes[i] = _mm_loadu_si128(from + i);
-    // Outputs 0 to 7 and 8 to 15, with those 16 further on in the upper half of each byte.
-    const __m128i pairs[4] = {_mm_unpacklo_epi8(input_codes[0], input_codes[1]), _mm_unpacklo_epi8(input_codes[2], input_codes[3]),
-                              _mm_unpackhi_epi8(input_codes[0], input_codes[1]), _mm_unpackhi_epi8(input_codes[2], input_codes[3])};
+    __m128i x[4];
+    for (int i = 0; i < 4; ++i) x[i] = _mm_loadu_si128(from + i);
+    // Outputs 0 to 7 and 8 to 15, with those 16 further on in the upper half of each byte: inputs 0 and 1, 2 and 3.
+    const __m128i pairs[2][2] = {{_mm_unpacklo_epi8(x[0], x[1]), _mm_unpacklo_epi8(x[2], x[3])},
+                                 {_mm_unpackhi_epi8(x[0], x[1]), _mm_unpackhi_epi8(x[2], x[3])}};
     for (int i = 0; i < 2; ++i) {
-      const __m128i first = _mm_unpacklo_epi16(pairs[2 * i], pairs[2 * i + 1]), second = _mm_unpackhi_epi16(pairs[2 * i], pairs[2 * i + 1]);
-      const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+      const __m256i both = join_lanes(_mm_unpacklo_epi16(pairs[i][0], pairs[i][1]),
+                                      _mm_unpackhi_epi16(pairs[i][0], pairs[i][1]));
       to[i] = _mm256_and_si256(both, low);
       to[2 + i] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
     }
@@ -140,7 +143,8 @@ void multiply_panel(const Int4Panel& panel, const GemvInput& input, int64_t row,
             acc[r][j] = _mm256_add_epi16(acc[r][j], _mm256_maddubs_epi16(w[j], inputs));
       }
       UNROLL for (int r = 0; r < R; ++r)
-        UNROLL for (int j = 0; j < 4; ++j) sums[r][j] = _mm256_add_epi32(sums[r][j], _mm256_madd_epi16(acc[r][j], ones));
+        UNROLL for (int j = 0; j < 4; ++j)
+            sums[r][j] = _mm256_add_epi32(sums[r][j], _mm256_madd_epi16(acc[r][j], ones));
     }
     UNROLL for (int j = 0; j < 4; ++j) {
       const Pair scale_zero = {panel.scale[g * 4 + j], panel.zero[g * 4 + j]};
@@ -157,7 +161,7 @@ void multiply_rows(const Int4Panel& panel, const GemvInput& input, float* out) {
   if constexpr (M % 2 != 0) multiply_panel<1>(panel, input, M - 1, out);
 }
 
-// -- rows of int16 codes (vpmaddwd), two inputs at a time ----------------------------------------------------------------
+// -- rows of int16 codes (vpmaddwd), two inputs at a time -------------------------------------------------------------
 
 template <typename T, int M>
 void multiply_wide_block(const Int4Block<T>& block, const GemvInput& input, int64_t row, float* out) {
