@@ -43,6 +43,19 @@ def test_an_answer_that_goes_on_with_an_added_text_ends_before_it() -> None:
             assert echoed == "answer"
 
 
+@pytest.mark.parametrize("before", ["", "It rains."])
+def test_a_tag_around_tool_results_is_never_part_of_an_answer(before: str) -> None:
+    added = AddedTexts(NOTES, tags=("<tool_response>",))
+    text = f"{before}\n<tool_response>\nrain in Oslo\n</tool_response>"
+    for pieces in (list(text), [text], re.findall(r"\w+|\W+", text)):
+        shown, echoed = passed_on(pieces, added)
+        assert "".join(shown) == before
+        assert echoed == "tool_response"
+    assert "".join(passed_on(["A tool_", "responses table"], added)[0]) == "A tool_responses table"
+    quoted = AddedTexts(NOTES, ("<tool_response>",), [{"role": "user", "content": "What does <tool_response> mean?"}])
+    assert "".join(passed_on(["<tool_response>", " is a tag"], quoted)[0]) == "<tool_response> is a tag"
+
+
 def test_an_echo_that_is_cut_short_is_one_from_four_words_on() -> None:
     assert passed_on(["Answer the question in"]) == (["", ""], "answer")
     assert passed_on(["Answer the question"]) == (["", "Answer the question"], "")
@@ -69,7 +82,7 @@ def test_other_answers_pass_unchanged(text: str) -> None:
 
 
 def test_what_a_caller_wrote_is_a_quotation() -> None:
-    quoted = AddedTexts(NOTES, [{"role": "user", "content": f"Translate: {FIRST_RESULT_INSTRUCTION}"}])
+    quoted = AddedTexts(NOTES, messages=[{"role": "user", "content": f"Translate: {FIRST_RESULT_INSTRUCTION}"}])
     assert "".join(passed_on(list(FIRST_RESULT_INSTRUCTION), quoted)[0]) == FIRST_RESULT_INSTRUCTION
     assert passed_on([INTRODUCTION], quoted)[1] == "remember"
     document = ADDED.plus(document=f"He said: {INTRODUCTION} x")

@@ -24,6 +24,10 @@ To call one, answer with its name and arguments as JSON between tags, and nothin
 The results come back between <tool_response> and </tool_response>."""
 
 
+RESULT_TAG = "<tool_response>"
+"""What stands before a tool's result in text."""
+
+
 def other_forms(messages: list[Message]) -> Iterator[list[Message]]:
     """Yield messages as they are, and then in forms that templates with stricter rules accept, the closest first.
 
@@ -61,7 +65,7 @@ def calls_as_text(messages: list[Message]) -> list[Message]:
             body = json.dumps(call["function"], ensure_ascii=False)
             text += ("\n" if text else "") + f"<tool_call>\n{body}\n</tool_call>"
         if role == "tool":
-            role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
+            role, text = "user", f"{RESULT_TAG}\n{text}\n</tool_response>"
         if role == "user" and after_result:
             plain[-1] = {"role": role, "content": f"{plain[-1]['content']}\n{text}"}
         else:

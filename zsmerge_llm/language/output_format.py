@@ -23,7 +23,7 @@ from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
 from zsmerge_llm.language.harmony import HarmonyGrammar, HarmonyParser
 from zsmerge_llm.language.json_schema import validation_error, value_error
-from zsmerge_llm.language.message_forms import TOOL_INSTRUCTIONS
+from zsmerge_llm.language.message_forms import RESULT_TAG, TOOL_INSTRUCTIONS
 from zsmerge_llm.language.prompt_echo import NOTHING_ADDED, AddedTexts, EchoFilter
 from zsmerge_llm.language.reasoning import ReasoningConstraint, ReasoningParser
 from zsmerge_llm.language.reasoning_tags import (
@@ -139,7 +139,7 @@ class OutputFormat:
 
     def echo_filter(self) -> EchoFilter | None:
         """Return a filter for one answer; None if nothing was added to the prompt."""
-        return EchoFilter(self.added) if self.added.texts else None
+        return EchoFilter(self.added) if self.added.texts or self.added.tags else None
 
     def without_echo(self, word: str) -> OutputFormat | None:
         """Return the format of another attempt, whose first word is not this one; None after `MAX_ECHOES`."""
@@ -223,7 +223,9 @@ class OutputFormats:
             stated = _unless_stated(parsed.instruction, messages)
             output_format = replace(output_format, instruction=stated, schema=parsed.schema)
         elif grammar is None:
-            added = AddedTexts(self._added_texts(messages, tools), messages)
+            has_results = any(message["role"] == "tool" for message in messages)
+            tags = (RESULT_TAG,) if has_results else ()
+            added = AddedTexts(self._added_texts(messages, tools), tags, messages)
             free = partial(replace, is_text=True, added=added, compiler=self._compiler)
             fallback = output_format.fallback
             output_format = free(output_format, fallback=None if fallback is None else free(fallback))

@@ -1,8 +1,8 @@
 """Keep what zsmerge-llm itself adds to prompts out of answers.
 
-Instructions behind tool results, and introductions of documents and of repeated passages, stand in the prompt beside
-the text of callers. Small models repeat them as their answer. An answer that begins so is discarded and generated again
-with another first word (`OutputFormat.without_echo`). One that goes on so ends before it.
+Instructions behind tool results, tags around these, and introductions of documents and of repeated passages, stand in
+the prompt beside the text of callers. Small models repeat them as their answer. An answer that begins so is discarded
+and generated again with another first word (`OutputFormat.without_echo`). One that goes on so ends before it.
 
 Text is compared by its words: spaces, punctuation and case do not count. A text that callers wrote themselves is never
 taken for an echo.
@@ -30,10 +30,12 @@ class AddedTexts:
 
     Attributes:
         texts: each line of them may be echoed.
+        tags: markup around what callers wrote. One alone is an echo.
         messages, document: what callers wrote. Their words may be repeated.
     """
 
     texts: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
     messages: Sequence[Message] = ()
     document: str = ""
 
@@ -42,9 +44,9 @@ class AddedTexts:
         return replace(self, texts=(*self.texts, *texts), document=document or self.document)
 
     def beginnings(self) -> list[list[str]]:
-        """Return the first words of each line, lower case."""
+        """Return the first words of each line, and the words of tags, lower case."""
         lines = [_words(line) for text in self.texts for line in text.splitlines()]
-        return [words[:ECHO_WORDS] for words in lines if len(words) >= CUT_WORDS]
+        return [words[:ECHO_WORDS] for words in lines if len(words) >= CUT_WORDS] + [*map(_words, self.tags)]
 
     def is_quotation(self, words: Sequence[str]) -> bool:
         """Return whether callers wrote these words, too."""
@@ -105,7 +107,7 @@ class EchoFilter:
 
     def _compare(self, text: str, ended: bool) -> bool:
         """Return whether a text begins with an echo (then `echoed` is set), or may still do."""
-        said = " ".join(_words(text)) + " " * (ended or not text[-1].isalnum())
+        said = " ".join(_words(text)) + " " * (ended or not re.match(r"\w", text[-1]))
         undecided = False
         for beginning in list(self._beginnings):
             wanted = beginning[: CUT_WORDS if ended else ECHO_WORDS]
