@@ -24,8 +24,8 @@ To call one, answer with its name and arguments as JSON between tags, and nothin
 The results come back between <tool_response> and </tool_response>."""
 
 
-RESULT_TAG = "<tool_response>"
-"""What stands before a tool's result in text."""
+CALL_TAG, RESULT_TAG = "<tool_call>", "<tool_response>"
+"""What stands before a call and a tool's result in text."""
 
 
 def other_forms(messages: list[Message]) -> Iterator[list[Message]]:
@@ -63,7 +63,7 @@ def calls_as_text(messages: list[Message]) -> list[Message]:
         role, text = message["role"], message["content"]
         for call in message.get("tool_calls", ()):
             body = json.dumps(call["function"], ensure_ascii=False)
-            text += ("\n" if text else "") + f"<tool_call>\n{body}\n</tool_call>"
+            text += ("\n" if text else "") + f"{CALL_TAG}\n{body}\n</tool_call>"
         if role == "tool":
             role, text = "user", f"{RESULT_TAG}\n{text}\n</tool_response>"
         if role == "user" and after_result:

@@ -23,7 +23,7 @@ from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
 from zsmerge_llm.language.harmony import HarmonyGrammar, HarmonyParser
 from zsmerge_llm.language.json_schema import validation_error, value_error
-from zsmerge_llm.language.message_forms import RESULT_TAG, TOOL_INSTRUCTIONS
+from zsmerge_llm.language.message_forms import CALL_TAG, RESULT_TAG, TOOL_INSTRUCTIONS
 from zsmerge_llm.language.prompt_echo import NOTHING_ADDED, AddedTexts, EchoFilter
 from zsmerge_llm.language.reasoning import ReasoningConstraint, ReasoningParser
 from zsmerge_llm.language.reasoning_tags import (
@@ -223,9 +223,7 @@ class OutputFormats:
             stated = _unless_stated(parsed.instruction, messages)
             output_format = replace(output_format, instruction=stated, schema=parsed.schema)
         elif grammar is None:
-            has_results = any(message["role"] == "tool" for message in messages)
-            tags = (RESULT_TAG,) if has_results else ()
-            added = AddedTexts(self._added_texts(messages, tools), tags, messages)
+            added = AddedTexts(self._added_texts(messages, tools), _tags(messages, tools), messages)
             free = partial(replace, is_text=True, added=added, compiler=self._compiler)
             fallback = output_format.fallback
             output_format = free(output_format, fallback=None if fallback is None else free(fallback))
@@ -292,6 +290,12 @@ class OutputFormats:
 
 def _name(tool: Mapping[str, Any]) -> str:
     return str(tool["function"]["name"])
+
+
+def _tags(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> tuple[str, ...]:
+    """Return the tags around calls and results in a prompt that no answer holds. With tools a call may be in order."""
+    has_calls, has_results = (any(message.get(key) for message in messages) for key in ("tool_calls", "tool_call_id"))
+    return (*((CALL_TAG,) if has_calls and not tools else ()), *((RESULT_TAG,) if has_results else ()))
 
 
 def _parse_tool_choice(tools: Sequence[dict[str, Any]] | None, choice: ToolChoice | None) -> str:
