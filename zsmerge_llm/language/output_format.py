@@ -233,8 +233,8 @@ class OutputFormats:
         """Return what is added to a prompt for its tools, in this turn and in earlier ones."""
         if not tools:
             return ()
-        source, has_results = self._template.source(tools), any(message["role"] == "tool" for message in messages)
-        guided = has_results and tool_call_style(source) is HERMES
+        source = self._template.source(tools)
+        guided = _has_results(messages) and tool_call_style(source) is HERMES
         explanation = () if re.search(r"\btools\b", source) else (TOOL_INSTRUCTIONS,)
         return (*explanation, *((FIRST_RESULT_INSTRUCTION, LATER_RESULT_INSTRUCTION) if guided else ()))
 
@@ -294,8 +294,12 @@ def _name(tool: Mapping[str, Any]) -> str:
 
 def _tags(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> tuple[str, ...]:
     """Return the tags around calls and results in a prompt that no answer holds. With tools a call may be in order."""
-    has_calls, has_results = (any(message.get(key) for message in messages) for key in ("tool_calls", "tool_call_id"))
-    return (*((CALL_TAG,) if has_calls and not tools else ()), *((RESULT_TAG,) if has_results else ()))
+    called = any(message.get("tool_calls") for message in messages)
+    return (*((CALL_TAG,) if called and not tools else ()), *((RESULT_TAG,) if _has_results(messages) else ()))
+
+
+def _has_results(messages: Sequence[Message]) -> bool:
+    return any(message["role"] == "tool" for message in messages)
 
 
 def _parse_tool_choice(tools: Sequence[dict[str, Any]] | None, choice: ToolChoice | None) -> str:

@@ -25,6 +25,14 @@ inline void dot(const W* weight, const float* x, int64_t K, float* out) {
     }
 }
 
+// PACK_WIDTH outputs of a packed int4 matrix. scales_zeros points at their first entry in [G, N, 2].
+template <typename T>
+struct Int4Block {
+  const uint8_t* codes;
+  const T* scales_zeros;
+  int64_t N;
+};
+
 // Input rows of one call in the format that the weights need.
 struct GemvInput {
   int64_t M, K;                // buffers hold zero rows up to the compiled M

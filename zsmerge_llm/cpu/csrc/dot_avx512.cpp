@@ -58,14 +58,6 @@ inline void dot_w4(const uint8_t* codes, const T* scales_zeros, int64_t N, const
     for (int j = 0; j < 4; ++j) store(y[m][j], out + (row + m) * PACK_WIDTH + j * LANES);
 }
 
-// One block of 64 outputs; scales_zeros points at its first entry in [G, N, 2].
-template <typename T>
-struct Int4Block {
-  const uint8_t* codes;
-  const T* scales_zeros;
-  int64_t N;
-};
-
 struct Int4Panel {};  // nothing is unpacked for a GEMV
 
 // A block times all rows of the input -> out [M, 64].

@@ -8,14 +8,6 @@
 
 constexpr int64_t EXACT = 32;
 
-// One block as the packing has it. scales_zeros points at its first entry in [G, N, 2].
-template <typename T>
-struct Int4Block {
-  const uint8_t* codes;
-  const T* scales_zeros;
-  int64_t N;
-};
-
 // A block with a byte for each code: [K / 4][4] vectors of 8 outputs times 4 inputs. Weight = scale * code + zero, in
 // [G][4] vectors of 8 outputs.
 struct Int4Panel {
