@@ -48,7 +48,6 @@ def greedy(llm: LLM, cache: Any, count: int = 6) -> list[int]:
 @pytest.mark.parametrize("name", [*SPECIAL_TOKENS])
 def test_twelve_turns_with_tools_read_every_token_once_and_as_a_fresh_read_does(name: str) -> None:
     llm, chat = make_llm(name, cache=LARGE_CACHE), steps(name)
-    tools = None if name == "gemma2" else TOOLS
     replies = [normalize_messages([*step[:1], {"role": "user", "content": "-"}])[0] for step in chat[1:]]
     replies.append({"role": "assistant", "content": "the end"})
     encode, end = llm._load().template.encode, llm.tokenizer.eos_token_id
@@ -59,7 +58,7 @@ def test_twelve_turns_with_tools_read_every_token_once_and_as_a_fresh_read_does(
         for turn, step in enumerate(chat):
             messages += step
             before = llm.session("it").cache.seen if turn else 0
-            answer = llm.chat(messages, tools=tools, session="it")
+            answer = llm.chat(messages, tools=TOOLS, session="it")
             session = llm.session("it")
             assert answer.usage.reuse == ("continued" if turn else "new")
             assert answer.usage.cached_tokens == before
