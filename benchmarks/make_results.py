@@ -246,7 +246,7 @@ def flat(result: Result) -> Iterator[Row]:
 
 def evidence(result: Result) -> Iterator[Row]:
     for row in result["rows"]:
-        yield row["task"], row["limit"], row["questions"], number(row["recall"], 3), row["tokens"]
+        yield row["task"], row["search"], row["limit"], row["questions"], number(row["recall"], 3), row["tokens"]
 
 
 QUALITY = ("model", "data", "setting", "budget", "policy", "questions (documents)", "NLL", "gap", "exact, %", "ROUGE-1, -2, -L", "cache, MB")  # noqa: E501  # fmt: skip
@@ -300,7 +300,7 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
      QUALITY, quality("first", "later")),
     ("Quality: summaries", "quality", QUALITY, quality("summary")),
     ("Recall of evidence: does the text that is looked up hold the answer?", "evidence-recall",
-     ("data", "tokens at most", "questions", "recall", "tokens"), evidence),
+     ("data", "searched by", "tokens at most", "questions", "recall", "tokens"), evidence),
     ("Suites: long texts and conversations", "suite",
      ("model", "suite", "setting", "budget", "contender", "questions (texts)", "score", "of full", "gap", "NLL", "gap",
       "peak, MB", "reading, s"), suites),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from zsmerge_llm.generation.document_reading import DocumentReader
     from zsmerge_llm.planning.explanation import Explanation
     from zsmerge_llm.retrieval.selection import RetrievalTokens
+    from zsmerge_llm.retrieval.token_vectors import TokenVectors
     from zsmerge_llm.sessions.conversations import Conversations
     from zsmerge_llm.sessions.tiers import DeviceTier
 
@@ -214,11 +215,27 @@ def assemble(
         layer_budgets = LayerBudgets(engine, lambda: calibration(template), budgets_path(mark.weights), report_status)
         configs = (layer_budgets.prompt_config, layer_budgets.document_config)
         documents = Documents(store, template, engine.new_cache, *configs, engine.read)
-        searches = (PassageSearch(template, retrieval_tokens), AttentionSearch(engine.query_attention, template))
+        searches = (
+            PassageSearch(template, retrieval_tokens, token_vectors(engine, tokenizer)),
+            AttentionSearch(engine.query_attention, template),
+        )
         prompts = PromptBuilder(template, layer_budgets.prompt_config, *searches)
         conversations = Conversations(store, template, engine.new_cache, prompts, documents)
         undo.pop_all()
         return Runtime(loaded.name, tokenizer, engine, template, output_formats, conversations, layer_budgets)
+
+
+def token_vectors(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> TokenVectors | None:
+    """Return the vectors of a model's tokens; None where its embeddings are too narrow for any."""
+    from zsmerge_llm.retrieval.token_vectors import MIN_WIDTH, TokenVectors
+
+    if engine.model.config.get_text_config().hidden_size < MIN_WIDTH:
+        return None
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return cast("list[list[int]]", tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+    return TokenVectors(engine.token_embeddings, encode, engine.vocab_size)
 
 
 def device_tier(engine: Engine, quantization: str | None, limit: int | str) -> DeviceTier | None:

@@ -28,6 +28,8 @@ from zsmerge_llm.retrieval.calibration import calibration
 from zsmerge_llm.retrieval.passage_search import PassageSearch, pinned_tail_tokens
 from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe, find_question
 from zsmerge_llm.retrieval.selection import token_limit
+from zsmerge_llm.retrieval.token_vectors import TokenVectors
+from zsmerge_llm.runtime import token_vectors
 
 FOLLOW_UPS = 2
 
@@ -67,6 +69,11 @@ class Evaluator:
     def layer_budgets(self) -> tuple[float, ...]:
         """The model's measured layer budgets, mean 1."""
         return LayerBudgets(self.engine, lambda: calibration(self.template)).weights
+
+    @cached_property
+    def vectors(self) -> TokenVectors | None:
+        """The vectors of the model's tokens, for a search by meaning."""
+        return token_vectors(self.engine, self.template.tokenizer)
 
     @cached_property
     def generic_probe(self) -> list[int]:
@@ -136,7 +143,8 @@ class Evaluator:
         Where the words find nothing in a document, its cache is asked (`Policy.attention_search`).
         """
         limit = token_limit(policy.retrieval_tokens, item.tokens, budget.slots(item.tokens))
-        found = PassageSearch(self.template, limit).search(item.messages[:before], find_question(asked), limit)
+        words = PassageSearch(self.template, limit, self.vectors)
+        found = words.search(item.messages[:before], find_question(asked), limit)
         if found or cache is None or not policy.attention_search:
             return found
         search = AttentionSearch(self.engine.query_attention, self.template)

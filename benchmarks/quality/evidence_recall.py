@@ -5,7 +5,8 @@
 `FILE.jsonl x5` as FILE.jsonlx5: five documents joined to one. For documents with `qa`, the share of questions whose
 gold answer stands in the passages found. For conversations (`turns`, with a `rubric` for each question), the mean share
 of the rubric's words, as far as the question does not have them and few passages do. The tokens are those of the
-passages, by the model's tokenizer. Writes results/evidence-recall.json.
+passages, by the model's tokenizer. Searched by words alone, and by words and the meaning of the model's tokens. Writes
+results/evidence-recall.json.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import write
-from benchmarks.quality.tasks import load
+from benchmarks.quality.tasks import joined, load, rephrased
 from zsmerge_llm import LLM
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
 from zsmerge_llm.retrieval.passages import query_terms, split, terms
+from zsmerge_llm.runtime import token_vectors
 
 COMMON = 60
 """Passages that a word of a rubric stands in at most: words of more tell nothing."""
@@ -39,10 +42,17 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def items(spec: str) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Yield the documents or conversations of a file: task, messages, and questions."""
+def items(spec: str, others: Path | None = None) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Yield the documents or conversations of a file: task, messages, and questions.
+
+    others: a file with questions in other words, which alone are asked.
+    """
     path, join = (spec.rpartition("x")[0], int(spec.rpartition("x")[2])) if re.search(r"lx\d+$", spec) else (spec, 1)
-    for record in load([path], None, join):
+    records = list(load([path], None, join)) if others is None else list(rephrased(load([path], None), others))
+    if others is not None and join > 1:
+        groups = [records[at : at + join] for at in range(0, len(records), join)]
+        records = [{**joined(each), "file": f"{each[0]['file']}x{join}"} for each in groups]
+    for record in records:
         if "turns" in record:
             yield record["file"], record["turns"], record["qa"]
         else:
@@ -70,31 +80,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="JSON lines")
     parser.add_argument("--tokens", default="128,256,384,512,640,1024")
-    parser.add_argument("--model", default="smollm2", help="whose tokenizer counts")
+    parser.add_argument("--model", default="smollm2", help="whose tokenizer counts, and whose tokens are compared")
+    parser.add_argument("--rephrased", type=Path, help="JSON, as for run.py: asks only these questions")
     arguments = parser.parse_args()
-    template = ChatTemplate(LLM(arguments.model, compile=False).tokenizer)
-    found: dict[tuple[str, int], list[tuple[float, int]]] = {}
-    for task, messages, questions in (each for spec in arguments.data for each in items(spec)):
-        indexes = PassageIndexes()
+    llm = LLM(arguments.model, compile=False)
+    template = ChatTemplate(llm.tokenizer)
+    searches = {"words": None, "words and meaning": token_vectors(llm.engine, llm.tokenizer)}
+    found: dict[tuple[str, str, int], list[tuple[float, int]]] = {}
+    for task, messages, questions in (each for spec in arguments.data for each in items(spec, arguments.rephrased)):
         spread = Counter(term for each in messages for part in split(each["content"]) for term in set(terms(part)))
-        for limit in map(int, arguments.tokens.split(",")):
-            search = PassageSearch(template, limit)
+        for (by, vectors), limit in product(searches.items(), map(int, arguments.tokens.split(","))):
+            search, indexes = PassageSearch(template, limit, vectors), PassageIndexes()
             for asked in questions:
                 text = "\n\n".join(search.search(messages, asked["q"], limit, indexes))
                 share = found_share(asked, text, spread)
                 if share is None:
                     continue
                 for name in [task, *([f"{task} {asked['kind']}"] if "kind" in asked else [])]:
-                    found.setdefault((name, limit), []).append((share, len(template.encode_text(text))))
+                    found.setdefault((name, by, limit), []).append((share, len(template.encode_text(text))))
     rows = [
         {
             "task": task,
+            "search": by,
             "limit": limit,
             "questions": len(each),
             "recall": round(statistics.fmean(share for share, _ in each), 4),
             "tokens": round(statistics.fmean(size for _, size in each)),
         }
-        for (task, limit), each in sorted(found.items())
+        for (task, by, limit), each in sorted(found.items())
     ]
     for row in rows:
         print(*row.values(), sep="\t")

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from tests.support.chat import dialogue
 from zsmerge_llm.retrieval import passage_index
-from zsmerge_llm.retrieval.passage_index import MAX_TERMS, MIN_SHARED, TOP, UNKNOWN_WEIGHT, PassageIndex
+from zsmerge_llm.retrieval.passage_index import (
+    MAX_TERMS,
+    MIN_SHARED,
+    NEAR_BY_WORDS,
+    TOP,
+    UNKNOWN_WEIGHT,
+    PassageIndex,
+)
 from zsmerge_llm.retrieval.passages import (
     MIN_WORDS,
     PASSAGE_WORDS,
@@ -33,7 +40,7 @@ FILLER = ["Rain fell on the quiet village all day long.", "Nobody in the market 
 
 
 def ranked(passages: Sequence[str], question: str) -> list[int]:
-    return [number for number, _ in indexed(passages).rank(question)]
+    return indexed(passages).rank(question)
 
 
 def indexed(texts: Sequence[str]) -> PassageIndex:
@@ -115,7 +122,9 @@ def reference_ranking(passages: Sequence[str], question: str) -> list[int]:
     order = (-reference_scores(passages, question)).argsort(kind="stable").tolist()
     if max(shared[at] for at in order[:TOP]) < least:
         return []
-    return [at for at in order if shared[at] >= least / 2]
+    scores = reference_scores(passages, question)
+    enough = [at for at in order if shared[at] >= least / 2]
+    return [at for at in enough if scores[at] >= NEAR_BY_WORDS * scores[enough[0]]]
 
 
 @settings(max_examples=150, deadline=None)
@@ -131,7 +140,7 @@ def test_an_index_that_follows_a_conversation_ranks_as_one_made_at_once(
         (found,), passages = index.find(messages, [question])
         texts = [passage.text for passage in passages]
         assert texts == reference_passages(messages, size)
-        assert [number for number, _ in found] == reference_ranking(texts, question)
+        assert found == reference_ranking(texts, question)
 
 
 @settings(max_examples=150, deadline=None)
@@ -157,7 +166,7 @@ def test_only_new_messages_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     split_texts.clear()
     later = [*dialogue(*FILLER, FACT), {"role": "assistant", "content": "I see. " * 20}, *dialogue("And the vault?")]
     (found,), passages = index.find(later, ["password"])
-    assert [passages[number].text for number, _ in found] == [FACT]
+    assert [passages[number].text for number in found] == [FACT]
     assert split_texts == [message["content"] for message in later[3:]]
 
 

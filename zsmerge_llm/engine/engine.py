@@ -199,14 +199,9 @@ class Engine:
         tokens = [_checked_ids(self.vocab_size, row) for row in rows]
         if len(tokens) != cache.rows:
             raise InputError(f"{len(tokens)} prompts for a cache of {cache.rows} rows: give one prompt a row.")
-        empty = tokens[0][:0]
-        for parts in itertools.zip_longest(*(row.split(self.chunk) for row in tokens), fillvalue=empty):
+        for padded, valid in _padded_chunks(tokens, self.chunk):
             check_cancelled(cancel)
-            size = max(len(part) for part in parts)
-            valid = torch.tensor([[at < len(part) for at in range(size)] for part in parts])
-            padded = torch.stack([torch.nn.functional.pad(part, (0, size - len(part))) for part in parts])
-            run = partial(self.runner.run, cache, padded, None if valid.all() else valid)
-            self._device.call(run, Kind.CHUNK, cancel=cancel)
+            self._device.call(partial(self.runner.run, cache, padded, valid), Kind.CHUNK, cancel=cancel)
         assert cache.logits is not None
         return cache.logits.float()
 
@@ -238,6 +233,10 @@ class Engine:
                 self._device.call(partial(_chunk_logprobs, self.runner, cache, chunk), Kind.CHUNK, cancel=cancel)
             )
         return torch.cat(parts)
+
+    def token_embeddings(self, ids: Ids) -> Tensor:
+        """Return the model's input embeddings of tokens: float32 [n, D] in host memory. Raises as `read`."""
+        return self._device.call(partial(self.runner.token_embeddings, _checked_ids(self.vocab_size, ids)))
 
     # -- decoding ----------------------------------------------------------------------------------------------------
 
@@ -299,6 +298,15 @@ class Engine:
         static = self._static_scheduler if is_capturable(cache) else None
         decoding = (static or self._scheduler).join(cache, sequences, priority)
         yield from decode_loop.decode(decoding, sequences, cancel)
+
+
+def _padded_chunks(rows: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield chunks of rows of ids, padded to one length, and which ids are none of the padding; None: all."""
+    for parts in itertools.zip_longest(*(row.split(size) for row in rows), fillvalue=rows[0][:0]):
+        longest = max(len(part) for part in parts)
+        valid = torch.tensor([[at < len(part) for at in range(longest)] for part in parts])
+        padded = torch.stack([torch.nn.functional.pad(part, (0, longest - len(part))) for part in parts])
+        yield padded, None if valid.all() else valid
 
 
 def _chunk_logprobs(runner: ModelRunner, cache: Cache, chunk: Tensor) -> Tensor:

@@ -121,6 +121,13 @@ class ModelRunner:
         return step.attention
 
     @torch.inference_mode()
+    def token_embeddings(self, ids: Tensor) -> Tensor:
+        """Return the input embeddings of ids [n]: float32 [n, D] in host memory."""
+        self.check_usable()
+        rows: Tensor = self.model.get_input_embeddings()(ids.to(self.device))
+        return rows.float().cpu()
+
+    @torch.inference_mode()
     def speculate(self, cache: Cache, ids: Sequence[int]) -> tuple[SpeculativePass, Tensor]:
         """Run ids behind a one-row cache without taking them in: the pass, and logits [n, vocab] after each of them.
 

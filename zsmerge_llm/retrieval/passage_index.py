@@ -1,7 +1,8 @@
-"""An incremental BM25 index of a conversation: each turn adds the passages of its new messages and nothing else.
+"""An incremental index of a conversation: each turn adds the passages of its new messages and nothing else.
 
-Scores are those of the library bm25s (Lucene's variant, k1 = 1.5, b = 0.75), bit for bit. It computes them for a whole
-text at once, so an index of its could not grow.
+Passages are found by words (BM25). Where the model's token vectors are given, they are ranked by words and by meaning
+(`similarity_index`) in equal parts. BM25's scores are those of the library bm25s (Lucene's variant, k1 = 1.5,
+b = 0.75), bit for bit. It computes them for a whole text at once, so an index of its could not grow.
 
 The index is small beside a cache: four bytes for a term of a passage and two for how often it is there. A question has
 few terms, and for each all of these are looked through, which takes a tenth of a millisecond for 500,000 tokens. Terms
@@ -32,6 +33,8 @@ from zsmerge_llm.retrieval.passages import (
     split_spans,
     terms,
 )
+from zsmerge_llm.retrieval.similarity_index import SimilarityIndex
+from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.types import Message
 
 K1, B = 1.5, 0.75
@@ -45,6 +48,8 @@ TOP = 3
 """Number of best passages, one of which has to share so much."""
 MAX_FREQUENCY = 0xFFFF
 """Largest count that two bytes hold: beyond it, BM25 hardly tells frequencies apart."""
+NEAR_BY_WORDS, NEAR = 0.5, 0.65
+"""Share of the best passage's score that others need, by words alone and by both. After a gap the search is sure."""
 UNKNOWN_WEIGHT = 0.5
 """Weight of a term that no passage has, relative to the rarest: it may be just the way the question is put."""
 
@@ -92,14 +97,16 @@ class Passages:
 
 
 class PassageIndex:
-    """The passages of some messages, searched by their terms (BM25). Safe to use from several threads.
+    """The passages of some messages, searched by words and by meaning. Safe to use from several threads.
 
     Args:
         size: words of a passage, as for `split`.
+        vectors: those of the model's tokens; None: words alone.
     """
 
-    def __init__(self, size: int = PASSAGE_WORDS) -> None:
+    def __init__(self, size: int = PASSAGE_WORDS, vectors: TokenVectors | None = None) -> None:
         self.size = size
+        self._similar = None if vectors is None else SimilarityIndex(vectors)
         self.passages = Passages()
         # By message: whether it was joined to the last passage, how many it added, and the date line it stands under.
         self._added: list[tuple[bool, int, str]] = []
@@ -109,9 +116,7 @@ class PassageIndex:
         self._terms, self._frequencies = array("I"), array("H")
         self._lock = Lock()
 
-    def find(
-        self, messages: Sequence[Message], questions: Sequence[str]
-    ) -> tuple[list[list[tuple[int, float]]], Passages]:
+    def find(self, messages: Sequence[Message], questions: Sequence[str]) -> tuple[list[list[int]], Passages]:
         """Return `rank` of the passages of some messages for each question, and all passages.
 
         Only messages that were not there at the last call are split and indexed.
@@ -127,6 +132,7 @@ class PassageIndex:
             other.passages, other._added, other._total = self.passages.copy(), self._added[:], self._total
             other._lengths, other._starts = self._lengths[:], self._starts[:]
             other._terms, other._frequencies = self._terms[:], self._frequencies[:]
+            other._similar = None if self._similar is None else self._similar.copy()
         return other
 
     def _append(self, text: str) -> None:
@@ -138,12 +144,16 @@ class PassageIndex:
         self._frequencies.extend(min(each, MAX_FREQUENCY) for each in counted.values())
         self._lengths.append(len(found))
         self._total += len(found)
+        if self._similar is not None:
+            self._similar.append(text)
 
     def _drop(self) -> None:
         """Remove the terms of the last passage."""
         start = self._starts.pop()
         del self._terms[start:], self._frequencies[start:]
         self._total -= self._lengths.pop()
+        if self._similar is not None:
+            self._similar.pop()
 
     def _end_at(self, message: int) -> None:
         """Make a message the last one of the last passage."""
@@ -173,8 +183,24 @@ class PassageIndex:
                 self._append(content[span.start : span.end])
             self._added.append((False, len(spans), opening_date(content) or date))
 
-    def rank(self, question: str) -> list[tuple[int, float]]:
-        """Return the numbers and scores of the passages that share enough with a question, the best first."""
+    def rank(self, question: str) -> list[int]:
+        """Return the numbers of the passages that say most of what a question asks for, the best first.
+
+        Where words find nothing, there is none: meaning does not tell a question about another text. Else a passage's
+        score is the sum of its shares of the best one by words and of the best one by meaning.
+        """
+        by_words = self.rank_by_words(question)
+        if self._similar is None or not by_words:
+            return [number for number, score in by_words if score >= NEAR_BY_WORDS * by_words[0][1]]
+        similar = self._similar.scores(question)
+        scores = similar / (similar.max() or 1)
+        for number, score in by_words:
+            scores[number] += score / by_words[0][1]
+        order = np.argsort(-scores, kind="stable")
+        return [int(number) for number in order if scores[number] >= NEAR * scores[order[0]]]
+
+    def rank_by_words(self, question: str) -> list[tuple[int, float]]:
+        """Return the numbers and BM25 scores of the passages that share enough with a question, the best first."""
         sought = sorted(set(query_terms(question)))
         if not sought or not self._total:
             return []

@@ -1,14 +1,14 @@
 """Passage retrieval: what a compressed cache no longer holds is looked up in the text and read again.
 
 Text is cheap to keep, keys and values are not: a token takes some 4 bytes as text and 10,000 and more in a cache. So a
-turn whose cache loses tokens searches what was said before for passages that share the question's rarest words (BM25),
-and reads them again, as a part of the question's message: more of them where more was lost, and never more than the
-cache has room for (`selection`). The question need not be known in advance.
+turn whose cache loses tokens searches what was said before for passages that share the question's rarest words (BM25)
+and say like things (`similarity_index`), and reads them again, as a part of the question's message: more of them where
+more was lost, and never more than the cache has room for (`selection`). The question need not be known in advance.
 
-The search finds words, not meanings. Where no passage shares enough with the question it finds nothing: small models
-answer from whatever stands before a question (docs/research/retrieval). About a document, the model's attention is
-searched then (`attention_search`). The system message is held for ever, but models follow it less the further behind it
-is, so it is repeated, and so is what the user said about every answer (`standing_instructions`).
+Where no passage shares enough words with the question, nothing is found: small models answer from whatever stands
+before a question, and a search by meaning always finds something (docs/research/retrieval). About a document, the
+model's attention is searched then (`attention_search`). The system message is held for ever, but models follow it less
+the further behind it is, so it is repeated, and so is what the user said about every answer (`standing_instructions`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from zsmerge_llm.types import Message
 
 if TYPE_CHECKING:
     from zsmerge_llm.retrieval.passage_index import PassageIndex
+    from zsmerge_llm.retrieval.token_vectors import TokenVectors
 
 Search = Callable[[str, int], list[str]]
 """A question, and how many tokens of passages at most → the passages."""
@@ -60,11 +61,12 @@ class PassageIndexes:
     by_size: dict[int, PassageIndex] = field(default_factory=dict)
     standing: StandingInstructions = field(default_factory=StandingInstructions)
 
-    def of_size(self, size: int) -> PassageIndex:
+    def of_size(self, size: int, vectors: TokenVectors | None) -> PassageIndex:
+        """Return the index with passages of so many words. vectors: as for `PassageSearch`."""
         from zsmerge_llm.retrieval.passage_index import PassageIndex  # needs NumPy
 
         known = {each: index for each, index in self.by_size.items() if each != size}
-        index = self.by_size.get(size) or PassageIndex(size)
+        index = self.by_size.get(size) or PassageIndex(size, vectors)
         self.by_size = dict([*known.items(), (size, index)][-MAX_INDEXES:])
         return index
 
@@ -93,10 +95,12 @@ class PassageSearch:
     """Adds passages of what was said before, and the system message, to the message that asks for them.
 
     max_tokens: how many of them at most, as for `token_limit`. 0: none, ever.
+    vectors: those of the model's tokens, for a search by meaning; None: by words alone.
     """
 
     template: ChatTemplate
     max_tokens: RetrievalTokens
+    vectors: TokenVectors | None = None
 
     def augment(
         self,
@@ -181,7 +185,8 @@ class PassageSearch:
     ) -> list[str]:
         """Return the passages that fit best to a question, at most `max_tokens` together, in the text's order."""
         questions = [question, *question_parts(question)]
-        rankings, passages = (indexes or PassageIndexes()).of_size(passage_words(max_tokens)).find(messages, questions)
+        index = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors)
+        rankings, passages = index.find(messages, questions)
 
         def cost(number: int) -> int:
             return len(self.template.encode_text("\n".join(with_context([passages[number]])) + "\n\n"))

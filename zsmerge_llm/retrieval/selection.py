@@ -24,8 +24,6 @@ TOKENS_PER_WORD = 4
 """Tokens of the budget for each word of a passage."""
 SIZE_STEP = 16
 """Words by which sizes of passages differ."""
-MIN_SCORE = 0.5
-"""Share of the best passage's score that others need. A gap tells that the search is sure."""
 ASKING = r"(?:what|when|where|which|who|whose|why|how|is|are|was|were|do|does|did|can|could)\b"
 PART_END = rf"[?;]|,?\s(?:and|or)\s(?={ASKING})|,\s(?={ASKING})"
 """Where one part of a question ends and the next begins."""
@@ -72,10 +70,9 @@ def question_parts(question: str) -> list[str]:
     return parts if len(parts) > 1 else []
 
 
-def merge(rankings: Sequence[Sequence[tuple[int, float]]]) -> list[int]:
-    """Return the numbers of the passages of several rankings by turns, without those far below the best of each."""
-    near = ([number for number, score in each if score >= MIN_SCORE * each[0][1]] for each in rankings)
-    return list(dict.fromkeys(number for turn in zip_longest(*near) for number in turn if number is not None))
+def merge(rankings: Sequence[Sequence[int]]) -> list[int]:
+    """Return the numbers of the passages of several rankings by turns."""
+    return list(dict.fromkeys(number for turn in zip_longest(*rankings) for number in turn if number is not None))
 
 
 def choose(ranked: Iterable[int], cost: Callable[[int], int], max_tokens: int) -> list[int]:
