@@ -52,6 +52,11 @@ def made_up_vectors() -> TokenVectors:
 # -- vectors -----------------------------------------------------------------------------------------------------------
 
 
+def test_tokens_that_a_tokenizer_has_and_its_model_has_not_are_left_out() -> None:
+    vectors = TokenVectors(lambda ids: embeddings()[torch.as_tensor(ids)], lambda texts: [[VOCAB + 1, 2]], VOCAB)
+    assert vectors.distinct_tokens(["<|control|> text"]) == [[2]]
+
+
 def test_directions_are_those_of_the_most_variance_in_their_order() -> None:
     deviations = torch.tensor([9.0, 5.0, 3.0, *[0.1] * 13])
     rows = torch.randn(2000, 16, generator=torch.Generator().manual_seed(1)) * deviations

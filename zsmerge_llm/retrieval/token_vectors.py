@@ -53,7 +53,9 @@ class TokenVectors:
         Of a very long text, as one without spaces is, the beginning stands for all of it.
         """
         valid = [text[:MAX_LETTERS].encode("utf-8", "ignore").decode() for text in texts]
-        return [sorted(set(ids)) for ids in self._encode([f" {text}" for text in valid])] if valid else []
+        tokens = self._encode([f" {text}" for text in valid]) if valid else []
+        # A text may spell a control token, and a tokenizer have more of these than its model.
+        return [sorted({token for token in ids if token < len(self._places)}) for ids in tokens]
 
     def similarity(self, left: Sequence[int], right: NDArray[np.uint32]) -> NDArray[np.float32]:
         """Return the similarity of each token to each other one: float32 [n, m], from 0 to 1 for the same one."""
