@@ -169,6 +169,19 @@ def test_when_a_pass_of_a_batch_fails_every_conversation_goes_on_alone() -> None
     assert answers == expected
 
 
+def test_a_conversation_whose_batch_fails_while_the_others_pause_goes_on_alone() -> None:
+    engine = RecordingEngine(SMALL)
+    expected, _ = decode_sequentially(engine)
+    caches = conversations(engine)
+    first, second = (generate(engine, caches[at], LENGTHS[at][1]) for at in (0, 2))
+    begun = run_concurrently([lambda each=each: [next(each) for _ in range(6)] for each in (first, second)])
+    engine.passes.clear()
+    engine.failing = lambda rows, passes: rows > 1
+    assert [*begun[0], *first] == expected[0]
+    assert engine.passes[0][0] == 2
+    assert [*begun[1], *second] == expected[2]
+
+
 def test_a_conversation_whose_own_pass_fails_raises_and_the_others_continue() -> None:
     engine = RecordingEngine(SMALL)
     expected, _ = decode_sequentially(engine)

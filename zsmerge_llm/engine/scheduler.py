@@ -190,7 +190,7 @@ class DecodeScheduler:
     def _step(self, row: ScheduledRow) -> int:
         """Run one pass for `row` and for all waiting rows that fit; return what the model says next in `row`."""
         self._remove([other for other in self._rows if other.left])
-        return run_shared_step(row, self._gather(row), self._run_pass, self.sample)
+        return run_shared_step(row, self._gather(row), self._run_pass, self.sample, row in self._rows)
 
     @torch.inference_mode()
     def _run_pass(self, rows: list[ScheduledRow]) -> None:

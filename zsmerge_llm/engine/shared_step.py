@@ -24,11 +24,13 @@ def run_shared_step(
     joined: Sequence[Job[Sampled]],
     run: Callable[[list[Row]], None],
     sample: Callable[[list[Row]], list[Sampled]],
+    in_batch: bool = False,
 ) -> Sampled:
     """Run a step for a row and for the jobs that it has taken along, in the device thread; end these jobs.
 
     Args:
         run: reads the next tokens of rows. sample: returns what the model says next in each.
+        in_batch: whether the row's pass is one over a batch with rows that do not step now.
 
     Returns:
         What the model says next in `row`.
@@ -37,7 +39,7 @@ def run_shared_step(
     try:
         run(rows)
     except Exception:
-        if not joined:
+        if not joined and not in_batch:
             raise
         for each in rows:  # whichever it was: each goes on alone
             each.alone = True
