@@ -143,8 +143,8 @@ class Evaluator:
         Where the words find nothing in a document, its cache is asked (`Policy.attention_search`).
         """
         limit = token_limit(policy.retrieval_tokens, item.tokens, budget.slots(item.tokens))
-        words = PassageSearch(self.template, limit, self.vectors)
-        found = words.search(item.messages[:before], find_question(asked), limit)
+        passages = PassageSearch(self.template, limit, self.vectors)
+        found = passages.search(item.messages[:before], find_question(asked), limit)
         if found or cache is None or not policy.attention_search:
             return found
         search = AttentionSearch(self.engine.query_attention, self.template)

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import write
-from benchmarks.quality.tasks import joined, load, rephrased
+from benchmarks.quality.tasks import load
 from zsmerge_llm import LLM
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
@@ -42,17 +42,10 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def items(spec: str, others: Path | None = None) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Yield the documents or conversations of a file: task, messages, and questions.
-
-    others: a file with questions in other words, which alone are asked.
-    """
+def items(spec: str) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Yield the documents or conversations of a file: task, messages, and questions."""
     path, join = (spec.rpartition("x")[0], int(spec.rpartition("x")[2])) if re.search(r"lx\d+$", spec) else (spec, 1)
-    records = list(load([path], None, join)) if others is None else list(rephrased(load([path], None), others))
-    if others is not None and join > 1:
-        groups = [records[at : at + join] for at in range(0, len(records), join)]
-        records = [{**joined(each), "file": f"{each[0]['file']}x{join}"} for each in groups]
-    for record in records:
+    for record in load([path], None, join):
         if "turns" in record:
             yield record["file"], record["turns"], record["qa"]
         else:
@@ -81,18 +74,18 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="JSON lines")
     parser.add_argument("--tokens", default="128,256,384,512,640,1024")
     parser.add_argument("--model", default="smollm2", help="whose tokenizer counts, and whose tokens are compared")
-    parser.add_argument("--rephrased", type=Path, help="JSON, as for run.py: asks only these questions")
     arguments = parser.parse_args()
     llm = LLM(arguments.model, compile=False)
     template = ChatTemplate(llm.tokenizer)
     searches = {"words": None, "words and meaning": token_vectors(llm.engine, llm.tokenizer)}
     found: dict[tuple[str, str, int], list[tuple[float, int]]] = {}
-    for task, messages, questions in (each for spec in arguments.data for each in items(spec, arguments.rephrased)):
+    for task, messages, questions in (each for spec in arguments.data for each in items(spec)):
         spread = Counter(term for each in messages for part in split(each["content"]) for term in set(terms(part)))
+        indexes = {by: PassageIndexes() for by in searches}
         for (by, vectors), limit in product(searches.items(), map(int, arguments.tokens.split(","))):
-            search, indexes = PassageSearch(template, limit, vectors), PassageIndexes()
+            search = PassageSearch(template, limit, vectors)
             for asked in questions:
-                text = "\n\n".join(search.search(messages, asked["q"], limit, indexes))
+                text = "\n\n".join(search.search(messages, asked["q"], limit, indexes[by]))
                 share = found_share(asked, text, spread)
                 if share is None:
                     continue

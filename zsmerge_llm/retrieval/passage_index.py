@@ -4,8 +4,9 @@ Passages are found by words (BM25). Where the model's token vectors are given, t
 (`similarity_index`) in equal parts. BM25's scores are those of the library bm25s (Lucene's variant, k1 = 1.5,
 b = 0.75), bit for bit. It computes them for a whole text at once, so an index of its could not grow.
 
-The index is small beside a cache: four bytes for a term of a passage and two for how often it is there. A question has
-few terms, and for each all of these are looked through, which takes a tenth of a millisecond for 500,000 tokens. Terms
+The index is small beside a cache: four bytes for a term of a passage and two for how often it is there, and four for a
+token. A question has few terms, and for each all of these are looked through, which takes a tenth of a millisecond for
+500,000 tokens; comparing tokens takes longer, some hundredths of a second for 100,000 (docs/research/retrieval). Terms
 are told apart by a checksum of 32 bits. Passages are places in the messages, which a conversation holds anyway.
 """
 
