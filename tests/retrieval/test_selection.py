@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsmerge_llm.retrieval.passages import Passage
+from zsmerge_llm.retrieval.passages import Passage, excerpt
 from zsmerge_llm.retrieval.selection import (
     FULL_OVERFLOW,
     choose,
@@ -72,3 +72,18 @@ def test_headings_are_shown_once_and_not_where_the_passage_before_shows_them() -
         ]
     )
     assert shown == [f"{date}\nI went.", "## Plans\nI came.", "9 May 2023\nI saw.", "I won."]
+
+
+def test_an_excerpt_has_the_sentences_that_say_what_is_asked_for_and_their_neighbours() -> None:
+    text = "One. Two. The tower is old. Four. Five. Six. Seven.\nThe tower fell. Nine."
+    assert excerpt(text, {"tower": 1.0}) == "Two. The tower is old. Four. ... Seven.\nThe tower fell. Nine."
+    assert excerpt(text, {"tower": 1.0, "fell": 2.0}) == "Seven.\nThe tower fell. Nine."
+    assert excerpt(text, {"bread": 1.0}) == excerpt(text, {}) == text
+
+
+@given(st.text(alphabet="ab. \n", max_size=60), st.dictionaries(st.sampled_from("ab"), st.floats(0.1, 9)))
+def test_an_excerpt_is_made_of_the_text_in_its_order(text: str, weights: dict[str, float]) -> None:
+    found, start = excerpt(text, weights), 0
+    for part in found.split("... "):
+        start = text.index(part, start) + len(part)
+    assert not any(term in text.split() and term not in found for term in weights if len(weights) == 1)

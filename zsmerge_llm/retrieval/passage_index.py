@@ -126,6 +126,12 @@ class PassageIndex:
             self._update(list(messages))
             return [self.rank(question) for question in questions], self.passages.copy()
 
+    def rarities(self, question: str) -> dict[str, float]:
+        """Return the weight of each of a question's terms that a passage has: the fewer have it, the more."""
+        with self._lock:
+            having = {term: len(self._passages_with(term)[0]) for term in query_terms(question)}
+            return {term: self._rarity(count) for term, count in having.items() if count}
+
     def copy(self) -> PassageIndex:
         """Return an index of the same messages that goes on by itself."""
         other = PassageIndex(self.size)

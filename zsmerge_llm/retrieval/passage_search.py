@@ -14,11 +14,12 @@ the further behind it is, so it is repeated, and so is what the user said about 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.retrieval.passages import Passage, excerpt
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS, find_question, question_start
 from zsmerge_llm.retrieval.section_notes import SectionNotes, notes_for
 from zsmerge_llm.retrieval.selection import (
@@ -44,6 +45,8 @@ DEFAULT_TOKENS: RetrievalTokens = "auto"
 """How many tokens are read again at most, unless a user sets a number (docs/research/retrieval)."""
 STANDING_SHARE = 4
 """The standing instructions take one in so many of the tokens at most."""
+MAX_WHOLE = 2
+"""Passages that are whole at most, where not all that were found have room."""
 MAX_INDEXES = 3
 """Indexes of one conversation that are kept, those used last."""
 INTRODUCTION = "Remember this part of the text:"
@@ -183,15 +186,34 @@ class PassageSearch:
     def search(
         self, messages: Sequence[Message], question: str, max_tokens: int, indexes: PassageIndexes | None = None
     ) -> list[str]:
-        """Return the passages that fit best to a question, at most `max_tokens` together, in the text's order."""
+        """Return the passages that fit best to a question, at most `max_tokens` together, in the text's order.
+
+        Where not all that were found have room, the best ones are whole up to half of the tokens. Of the others stand
+        the sentences that say what is asked for: so an answer that stands in many places is found in more of them.
+        """
         questions = [question, *question_parts(question)]
         index = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors)
         rankings, passages = index.find(messages, questions)
+        ranked = merge(rankings)
+        found = self._first(ranked, passages.__getitem__, max_tokens)
+        if len(found) < len(ranked):
+            whole = self._first(ranked[:MAX_WHOLE], passages.__getitem__, max_tokens // 2)
+            weights = index.rarities(question)
+
+            def shown(number: int) -> Passage:
+                passage = passages[number]
+                return passage if number in whole else replace(passage, text=excerpt(passage.text, weights))
+
+            found = self._first(ranked, shown, max_tokens)
+        return with_context(list(found.values()))
+
+    def _first(self, ranked: Sequence[int], shown: Callable[[int], Passage], max_tokens: int) -> dict[int, Passage]:
+        """Return the first passages that take `max_tokens` together, by number. shown: number → what is shown of it."""
 
         def cost(number: int) -> int:
-            return len(self.template.encode_text("\n".join(with_context([passages[number]])) + "\n\n"))
+            return len(self.template.encode_text("\n".join(with_context([shown(number)])) + "\n\n"))
 
-        return with_context([passages[number] for number in choose(merge(rankings), cost, max_tokens)])
+        return {number: shown(number) for number in choose(ranked, cost, max_tokens)}
 
 
 def apart(messages: list[Message], document_length: int) -> list[Message]:

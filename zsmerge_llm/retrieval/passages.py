@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 PASSAGE_WORDS = 80
 """Words after which a passage ends with the next sentence."""
+SAID_SHARE = 0.5
+"""Share of what the best sentence of a passage says, by weight, that another one of its excerpt has to say."""
 MIN_WORDS = 12
 """Words that a paragraph has to have to be a passage of its own."""
 STEM_LETTERS = 5
@@ -142,6 +144,29 @@ def _ends(text: str, size: int) -> Iterator[tuple[int, bool, int]]:
             words -= size * len(ends)
         yield found.end(), found[0].count("\n") > 1, words
         start = found.end()
+
+
+def excerpt(text: str, weights: Mapping[str, float]) -> str:
+    """Return the sentences of a passage that say most of what is asked for, each with its neighbours.
+
+    A gap is shown as "...". A text that says nothing of it stays whole.
+
+    weights: of the terms that are asked for.
+    """
+    sentences = pieces(text, SENTENCE_END)
+    said = [sum(weights[term] for term in weights.keys() & terms(each)) for each in sentences]
+    chosen = [number for number, weight in enumerate(said) if weight and weight >= SAID_SHARE * max(said)]
+    near = {number for at in chosen for number in (at - 1, at, at + 1)} & set(range(len(sentences)))
+    if not near:
+        return text
+    shown = (("" if at - 1 in near or at == min(near) else "... ") + sentences[at] for at in sorted(near))
+    return "".join(shown).strip()
+
+
+def pieces(text: str, end: str) -> list[str]:
+    """Return the pieces of a text, each with the mark that ends it. end: a regular expression for that."""
+    ends = [found.end() for found in re.finditer(end, text)]
+    return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
 def count_words(text: str) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 
 from zsmerge_llm.language.messages import shared_prefix
-from zsmerge_llm.retrieval.passages import SENTENCE_END, count_words, query_terms, terms
+from zsmerge_llm.retrieval.passages import SENTENCE_END, count_words, pieces, query_terms, terms
 from zsmerge_llm.types import Message
 
 MAX_MESSAGE_WORDS = 400
@@ -94,7 +94,5 @@ def find_statements(text: str) -> list[str]:
 
 
 def _parts(text: str, end: str) -> list[str]:
-    """Return the parts of a text, each with the mark that ends it."""
-    ends = [each.end() for each in re.finditer(end, text)]
-    parts = (text[start:stop].strip() for start, stop in zip([0, *ends], [*ends, len(text)], strict=True))
-    return [part for part in parts if part]
+    """Return the parts of a text, without the space around them."""
+    return [part.strip() for part in pieces(text, end) if part.strip()]
