@@ -30,6 +30,9 @@ if os.environ.get("CI"):
 
 STARTED = pytest.StashKey[float]()
 
+SESSION_MEMORY = "1GiB"
+"""For each model that stays loaded: two workers with several of them have to fit into 16 GB."""
+
 FETCH = Path(__file__).parents[1] / "shared" / "models.py"
 
 
@@ -100,7 +103,7 @@ def _packages_of_one_form(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 @pytest.fixture(scope="session")
 def smollm2() -> LLM:
     """SmolLM2-135M-Instruct in float32, with the default cache."""
-    return LLM("smollm2", dtype="float32")
+    return LLM("smollm2", dtype="float32", session_memory=SESSION_MEMORY)
 
 
 @pytest.fixture(scope="session")
@@ -115,4 +118,5 @@ def qwen_coder(gguf: GGUFFiles) -> LLM:
 
     Never compiled: its text would depend on rounding, and so on how many tokens other tests have decoded before.
     """
-    return LLM(os.environ.get("ZSMERGE_TEST_QWEN") or gguf["qwen2.5-coder-0.5b-instruct"], compile=False)
+    path = os.environ.get("ZSMERGE_TEST_QWEN") or gguf["qwen2.5-coder-0.5b-instruct"]
+    return LLM(path, compile=False, session_memory=SESSION_MEMORY)
