@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
@@ -194,26 +194,29 @@ class PassageSearch:
         questions = [question, *question_parts(question)]
         index = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors)
         rankings, passages = index.find(messages, questions)
-        ranked = merge(rankings)
-        found = self._first(ranked, passages.__getitem__, max_tokens)
+        ranked, cost = merge(rankings), cache(self._cost)
+        found = _first(ranked, passages.__getitem__, cost, max_tokens)
         if len(found) < len(ranked):
-            whole = self._first(ranked[:MAX_WHOLE], passages.__getitem__, max_tokens // 2)
+            whole = _first(ranked[:MAX_WHOLE], passages.__getitem__, cost, max_tokens // 2)
             weights = index.rarities(question)
 
             def shown(number: int) -> Passage:
                 passage = passages[number]
                 return passage if number in whole else replace(passage, text=excerpt(passage.text, weights))
 
-            found = self._first(ranked, shown, max_tokens)
+            found = _first(ranked, shown, cost, max_tokens)
         return with_context(list(found.values()))
 
-    def _first(self, ranked: Sequence[int], shown: Callable[[int], Passage], max_tokens: int) -> dict[int, Passage]:
-        """Return the first passages that take `max_tokens` together, by number. shown: number → what is shown of it."""
+    def _cost(self, passage: Passage) -> int:
+        """Return the tokens that a passage takes."""
+        return len(self.template.encode_text("\n".join(with_context([passage])) + "\n\n"))
 
-        def cost(number: int) -> int:
-            return len(self.template.encode_text("\n".join(with_context([shown(number)])) + "\n\n"))
 
-        return {number: shown(number) for number in choose(ranked, cost, max_tokens)}
+def _first(
+    ranked: Sequence[int], shown: Callable[[int], Passage], cost: Callable[[Passage], int], max_tokens: int
+) -> dict[int, Passage]:
+    """Return the first passages that cost `max_tokens` together, by number. shown: number → what is shown of it."""
+    return {number: shown(number) for number in choose(ranked, lambda number: cost(shown(number)), max_tokens)}
 
 
 def apart(messages: list[Message], document_length: int) -> list[Message]:

@@ -30,6 +30,8 @@ PART_END = rf"[?;]|,?\s(?:and|or)\s(?={ASKING})|,\s(?={ASKING})"
 COMPARED = r"\bbetween\s(.+?)\sand\s(.+)"
 """Two things that stand at different places of a text, perhaps."""
 MIN_PART_WORDS = 2
+MAX_TOO_LONG = 4
+"""Best passages that are looked at for one that has room: what a turn costs must not grow with the conversation."""
 
 
 def token_limit(setting: RetrievalTokens, length: int, slots: int) -> int:
@@ -78,14 +80,14 @@ def merge(rankings: Sequence[Sequence[int]]) -> list[int]:
 def choose(ranked: Iterable[int], cost: Callable[[int], int], max_tokens: int) -> list[int]:
     """Return the first of the passages that cost `max_tokens` together, in the text's order.
 
-    cost: tokens of a passage.
+    There is none where the best `MAX_TOO_LONG` cost more each. cost: tokens of a passage.
     """
     chosen: list[int] = []
-    for number in ranked:
+    for tried, number in enumerate(ranked, start=1):
         if (size := cost(number)) <= max_tokens:
             chosen.append(number)
             max_tokens -= size
-        elif chosen:
+        elif chosen or tried == MAX_TOO_LONG:
             break
     return sorted(chosen)
 
