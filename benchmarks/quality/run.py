@@ -95,7 +95,7 @@ def records(arguments: argparse.Namespace, template: ChatTemplate) -> tuple[int 
 
 def measure(arguments: argparse.Namespace, path: Path) -> None:
     """Measure what is missing and append it, one cell at a time."""
-    llm = LLM(arguments.model, compile=False, quantization=arguments.quantization)
+    llm = LLM(arguments.model, compile=False)
     evaluator = Evaluator(llm.engine, ChatTemplate(llm.tokenizer), rouge=not arguments.no_rouge)
     known, finished, first = contenders(evaluator, arguments.retrieval_tokens), done(path), 0
     started = time.monotonic()
@@ -148,7 +148,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", nargs="?", default="files", choices=SUITES)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--quantization", help="of the weights, such as int4 (default: none)")
     parser.add_argument("--contenders", "--policies", help=f"of bm25, ours, ours-cache-alone, {', '.join(POLICIES)}")
     parser.add_argument("--budgets", nargs="*", type=Budget.parse, default=[Budget(512)], help="slots, or percent")
     parser.add_argument("--settings", nargs="*", default=["unknown"], choices=["unknown", "turns", "known"])
@@ -180,7 +179,7 @@ def main() -> None:
     generic = arguments.suite == "files"
     arguments.contenders = arguments.contenders or (FILES if generic else SUITE)
     RESULTS.mkdir(exist_ok=True)
-    model = "-".join(filter(None, [Path(arguments.model).name.removesuffix(".gguf"), arguments.quantization]))
+    model = Path(arguments.model).name.removesuffix(".gguf")
     name = arguments.name or (model if generic else f"{arguments.suite}-{model}")
     path = RESULTS / f"{'quality' if generic else 'suite'}-{name}.jsonl"
     if not arguments.report:
