@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from zsmerge_llm.retrieval.passages import Passage, excerpt
 from zsmerge_llm.retrieval.selection import (
     FULL_OVERFLOW,
+    MAX_TOO_LONG,
     choose,
     merge,
     passage_words,
@@ -59,6 +60,13 @@ def test_what_is_chosen_fits_and_stands_in_the_texts_order(ranked: list[int], mo
     chosen = choose(ranked, lambda number: number, most)
     assert sum(chosen) <= most
     assert chosen == sorted(set(chosen) & set(ranked))
+
+
+def test_few_passages_are_looked_at_where_none_has_room() -> None:
+    looked_at: list[int] = []
+    assert choose(range(1000), lambda number: looked_at.append(number) or 50, 40) == []
+    assert len(looked_at) == MAX_TOO_LONG
+    assert choose(range(1000), lambda number: 50 if number < MAX_TOO_LONG - 1 else 30, 40) == [MAX_TOO_LONG - 1]
 
 
 def test_headings_are_shown_once_and_not_where_the_passage_before_shows_them() -> None:

@@ -200,6 +200,7 @@ class PassageSearch:
             whole = _first(ranked[:MAX_WHOLE], passages.__getitem__, cost, max_tokens // 2)
             weights = index.rarities(question)
 
+            @cache
             def shown(number: int) -> Passage:
                 passage = passages[number]
                 return passage if number in whole else replace(passage, text=excerpt(passage.text, weights))
