@@ -26,7 +26,8 @@ from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.calibration import calibration
 from zsmerge_llm.retrieval.passage_search import PassageSearch, pinned_tail_tokens
-from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe, find_question
+from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe
+from zsmerge_llm.retrieval.questions import find_question
 from zsmerge_llm.retrieval.selection import token_limit
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.runtime import token_vectors

@@ -14,7 +14,7 @@ from benchmarks.quality.evaluator import Budget, Evaluator, row
 from benchmarks.quality.tasks import Item, Question
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.retrieval.passages import split
-from zsmerge_llm.retrieval.query_probe import find_question
+from zsmerge_llm.retrieval.questions import find_question
 from zsmerge_llm.sessions.documents import INSTRUCTION
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import as_block
-from zsmerge_llm.retrieval.query_probe import chat_probe, find_question
+from zsmerge_llm.retrieval.query_probe import chat_probe
+from zsmerge_llm.retrieval.questions import find_question
 from zsmerge_llm.sessions.documents import INSTRUCTION
 
 GUIDE = "Answer with a few words from the text above.\nQuestion: "

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.retrieval.test_questions import LANGCHAIN, LLAMAINDEX
 from tests.support.chat import LARGE_CACHE, SHORT, SMALL_CACHE, Chat, dialogue, make_llm, record_passes
 from tests.support.templates import template
 from tests.support.tiny_models import tiny_model, tokens
@@ -59,6 +60,16 @@ def test_the_end_of_a_long_message_asks_for_what_stands_before_it(search: Passag
     assert asking["content"].startswith(f"{text}\n\n{INTRODUCTION}")
     assert FACT in asking["content"][len(text) :]
     assert asking["content"].endswith(f"\n\n{ending}")
+
+
+@pytest.mark.parametrize("form", ["{}", LANGCHAIN, LLAMAINDEX, "Answer in a short sentence: {}"])
+def test_a_framework_s_prompt_around_a_question_finds_what_the_question_finds(search: PassageSearch, form: str) -> None:
+    # The instructions share their words with a passage of the conversation.
+    told = form.format("").strip()
+    messages = dialogue(*(text for said in [*chatter(9), told] for text in (said, "I see.")))
+    asked = form.format("What is the password of the vault?")
+    asking = search.augment([*messages, *dialogue(asked)], slots=1000)[-1]["content"]
+    assert asking == f"{INTRODUCTION}\n\n{FACT}\n\nI see.\n\n{asked}"
 
 
 def test_an_answer_that_stands_in_many_places_is_found_in_more_of_them_than_have_room_as_a_whole(

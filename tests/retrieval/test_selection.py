@@ -12,7 +12,6 @@ from zsmerge_llm.retrieval.selection import (
     choose,
     merge,
     passage_words,
-    question_parts,
     token_limit,
     with_context,
 )
@@ -36,18 +35,6 @@ def test_a_fixed_number_stays_and_takes_half_of_the_slots_at_most() -> None:
 def test_passages_are_short_where_little_is_read_again_and_of_few_sizes(tokens: int) -> None:
     assert passage_words(tokens) in {12, 16, 32, 48, 64, 80}
     assert passage_words(tokens) <= passage_words(tokens + 100)
-
-
-def test_a_question_of_several_parts_is_searched_part_by_part() -> None:
-    assert question_parts("Who built the tower, and when was the harbour opened?") == [
-        "Who built the tower",
-        "when was the harbour opened",
-    ]
-    assert question_parts("How many days passed between the first storm and the last one?") == [
-        "the first storm",
-        "the last one",
-    ]
-    assert question_parts("Who built the old tower?") == question_parts("Do they sell bread and butter?") == []
 
 
 def test_the_parts_of_a_question_take_turns() -> None:

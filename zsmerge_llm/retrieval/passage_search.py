@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passages import Passage, excerpt
-from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS, find_question, question_start
+from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS
+from zsmerge_llm.retrieval.questions import find_question, question_parts, question_start, search_text
 from zsmerge_llm.retrieval.section_notes import SectionNotes, notes_for
 from zsmerge_llm.retrieval.selection import (
     RetrievalTokens,
@@ -28,7 +29,6 @@ from zsmerge_llm.retrieval.selection import (
     merge,
     passage_words,
     pinned_tokens,
-    question_parts,
     token_limit,
     with_context,
 )
@@ -146,7 +146,7 @@ class PassageSearch:
         indexes = indexes or PassageIndexes()
         left = token_limit(self.max_tokens, length, slots)
         system = self._system_message(before, left // 2)
-        question = content if size <= MAX_QUESTION_TOKENS else find_question(content)
+        question = search_text(content if size <= MAX_QUESTION_TOKENS else find_question(content))
         searched = before[bool(system) :] + ([{**last, "content": content[:start]}] if start else [])
         repeated = ""
         if size <= MAX_QUESTION_TOKENS or start > 0:

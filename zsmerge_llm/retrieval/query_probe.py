@@ -9,30 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.retrieval.questions import find_question
 from zsmerge_llm.types import Message
 
 MAX_QUESTION_TOKENS = 64
 """Tokens of a question found at a prompt's end; of a longer last line, the end is taken (docs/research/eviction)."""
-MAX_LABEL_WORDS = 3
-"""Words of a last line that only says where the answer goes."""
 PLACEHOLDER = "\x02"
 """Stands for a question, to see what a template writes around it. Templates strip spaces, and this is none."""
 GENERIC_QUESTION = "What is said in the text above? Repeat its facts, names, numbers, dates and places word for word."
 """Stands for the questions that are not known yet when a document is read ahead (docs/research/eviction)."""
-
-
-def question_start(text: str) -> int:
-    """Return where a prompt begins to ask: at its last non-empty line, or the one before a label such as "Answer:"."""
-    text = text.rstrip()
-    start = text.rfind("\n") + 1
-    if text.endswith(":") and len(text[start:].split()) <= MAX_LABEL_WORDS and text[:start].strip():
-        start = text[:start].rstrip().rfind("\n") + 1
-    return start
-
-
-def find_question(text: str) -> str:
-    """Return what a prompt asks."""
-    return text[question_start(text) :].rstrip()
 
 
 def completion_probe(template: ChatTemplate, ids: list[int], prompt: str) -> list[int]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from typing import Literal
 
-from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS, Passage, count_words
+from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS, Passage
 
 RetrievalTokens = int | Literal["auto"]
 """How many tokens are read again at most; 0: none. "auto": `token_limit` says it for each turn."""
@@ -24,12 +23,6 @@ TOKENS_PER_WORD = 4
 """Tokens of the budget for each word of a passage."""
 SIZE_STEP = 16
 """Words by which sizes of passages differ."""
-ASKING = r"(?:what|when|where|which|who|whose|why|how|is|are|was|were|do|does|did|can|could)\b"
-PART_END = rf"[?;]|,?\s(?:and|or)\s(?={ASKING})|,\s(?={ASKING})"
-"""Where one part of a question ends and the next begins."""
-COMPARED = r"\bbetween\s(.+?)\sand\s(.+)"
-"""Two things that stand at different places of a text, perhaps."""
-MIN_PART_WORDS = 2
 MAX_TOO_LONG = 4
 """Best passages that are looked at for one that has room: what a turn costs must not grow with the conversation."""
 
@@ -60,16 +53,6 @@ def passage_words(max_tokens: int) -> int:
     """
     words = min(PASSAGE_WORDS, max_tokens // TOKENS_PER_WORD)
     return max(MIN_WORDS, words // SIZE_STEP * SIZE_STEP)
-
-
-def question_parts(question: str) -> list[str]:
-    """Return the parts of a question that asks several things, each to be searched for; [] for a single one."""
-    parts: list[str] = []
-    for part in re.split(PART_END, question, flags=re.IGNORECASE):
-        compared = re.search(COMPARED, part, re.IGNORECASE)
-        parts += compared.groups() if compared else [part]
-    parts = [part.strip() for part in parts if count_words(part) >= MIN_PART_WORDS]
-    return parts if len(parts) > 1 else []
 
 
 def merge(rankings: Sequence[Sequence[int]]) -> list[int]:

@@ -14,8 +14,8 @@ from zsmerge_llm.language.request_args import without_request_args
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
 from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, is_multi_turn, message_probe
+from zsmerge_llm.retrieval.questions import question_parts, search_text
 from zsmerge_llm.retrieval.section_notes import SectionNotes, asks_about_whole
-from zsmerge_llm.retrieval.selection import question_parts
 from zsmerge_llm.sessions.documents import INSTRUCTION, document_head
 from zsmerge_llm.sessions.prompt import Prompt
 from zsmerge_llm.sessions.session import Snapshot
@@ -142,7 +142,7 @@ class PromptBuilder:
         if search is None:
             return FollowingIds(longer)
         # Not the message that is rendered, which may begin with the document.
-        question = transcript.history.messages[-1]["content"]
+        question = search_text(transcript.history.messages[-1]["content"])
         evidence = len(longer) > len(following) and not search.was_asked and asks_one_thing(question)
         return FollowingIds(longer, evidence, needs_document=not evidence and not search.holds_document)
 

@@ -1,0 +1,91 @@
+"""What a message asks is found in the forms that frameworks and users put around it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zsmerge_llm.retrieval.questions import find_question, question_parts, question_start, search_text
+
+QUESTION = "Which medicine did the physician prescribe for the cough?"
+LANGCHAIN = (
+    "Use the context above to answer the question. If you don't know the answer, just say that you don't know, don't "
+    "try to make up an answer. Keep the answer as concise as possible.\n\nQuestion: {}\n\nHelpful Answer:"
+)
+LLAMAINDEX = "Given the context information and not prior knowledge, answer the query.\nQuery: {}\nAnswer: "
+FORMS = [
+    "{}",
+    LANGCHAIN,
+    LLAMAINDEX,
+    "Answer the question based on the documents. Do not output any other words.\n\n**Question:** {}",
+    "User question: {}\nAnswer in one sentence.\nDo not output a list.",
+    "Q1: Who is it?\nA1: Anna.\n\nQ2: {}\nA2:",
+    "Answer in one short sentence: {}",
+    "{} Answer with the name only.",
+    "{}\nReply with nothing but the name.",
+    "You are a careful research assistant.\n\n{}",
+    "I have a question about the document. {} Thanks in advance!",
+]
+ASKS = ["who got the first prize in physics", "Summarize the chapter on whales.", "Why?", "谁写的这本书"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_instructions_and_labels_around_a_question_are_not_searched_for(form: str) -> None:
+    assert search_text(form.format(QUESTION)).removesuffix("\nA2:") == QUESTION
+
+
+@pytest.mark.parametrize("text", ASKS)
+def test_a_question_without_a_mark_is_found_by_its_label(text: str) -> None:
+    assert search_text(LLAMAINDEX.format(f"{text} of 1917")) == f"{text} of 1917"
+    assert search_text(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "My landlord does not return the deposit. Which law applies?",
+        "Tell me about the medicine Pertolin. Which side effects are known?",
+        "What is the answer to the third question of the exam?",
+        "Answer my question about John Smith.",
+        "Keep it short. Explain in two sentences what whales eat.",
+        "Thanks a lot!",
+        "Question: Why?",
+        "Question:",
+        "",
+    ],
+)
+def test_what_a_question_may_be_about_stays(text: str) -> None:
+    assert search_text(text) == text
+
+
+def test_a_prompt_asks_in_its_last_line_or_the_line_that_is_marked_as_its_question() -> None:
+    text = "The doctor came.\n\nLena coughed."
+    assert find_question(f"{text}\n\n{QUESTION}") == QUESTION
+    assert find_question(f"{text}\n\nQuestion: {QUESTION}\n\nHelpful Answer:").startswith(f"Question: {QUESTION}")
+    assert find_question(f"{text}\n\n{QUESTION}\nAnswer:") == f"{QUESTION}\nAnswer:"
+    assert find_question(f"{text}\n\n{QUESTION}\nPlease answer in one word.").startswith(QUESTION)
+    assert find_question(f"{text}\n\nAnswer in one word.") == "Answer in one word."
+
+
+def test_questions_that_a_document_holds_are_not_what_is_asked() -> None:
+    lines = "\n".join(f"Question: What is {number}?\nAnswer: {number}." for number in range(9))
+    assert find_question(f"{lines}\n\nA line.\nAnother line.\nSummarize this.") == "Summarize this."
+
+
+@given(st.text(alphabet="aQ:?.!\n Answer1谁\uff1f", max_size=80) | st.sampled_from([*ASKS, *FORMS]))
+def test_any_message_has_a_question_that_stands_in_it(text: str) -> None:
+    assert 0 <= question_start(text) <= len(text)
+    assert search_text(text) == text or search_text(text).strip()
+
+
+def test_a_question_of_several_parts_is_searched_part_by_part() -> None:
+    assert question_parts("Who built the tower, and when was the harbour opened?") == [
+        "Who built the tower",
+        "when was the harbour opened",
+    ]
+    assert question_parts("How many days passed between the first storm and the last one?") == [
+        "the first storm",
+        "the last one",
+    ]
+    assert question_parts("Who built the old tower?") == question_parts("Do they sell bread and butter?") == []

@@ -1,0 +1,104 @@
+"""What a message asks: where its question begins, without instructions how to answer, and in which parts.
+
+Prompts of frameworks and users put more around a question than it has words ("Given the context information, answer the
+query. Query: ... Answer:"). A search for all of these words finds less (docs/research/retrieval).
+"""
+
+from __future__ import annotations
+
+import re
+
+from zsmerge_llm.retrieval.passages import SENTENCE_END, count_words, pieces, query_terms
+
+MAX_LABEL_WORDS = 3
+"""Words of a last line that only says where the answer goes."""
+MAX_LINES_BEHIND = 3
+"""Lines behind a question with a label, such as "Answer in one sentence."."""
+LABEL = re.compile(
+    r"^[ \t>*_#-]*(?:[^\W\d_][\w-]*[ \t]){0,2}"
+    r"(?:question|query|q|frage|pregunta|pergunta|domanda|vraag|fråga|spørsmål|spørgsmål|pytanie|soru|вопрос|питання"
+    r"|问题|問題|質問|질문|प्रश्न)[ \t]*\d*[ \t*_]*[:\uff1a][ \t*_]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""Beginning of a line that says that a question follows."""
+ASKING = r"(?:what|when|where|which|who|whose|why|how|is|are|was|were|do|does|did|can|could)\b"
+REQUEST = r"(?:explain|describe|tell|summari[sz]e|compare|list|name|find)\b"
+"""Verbs of a question that is put as a request."""
+ABOUT_ANSWER = re.compile(
+    r"\b(?:answer(?:s|ed|ing)?|question|query|repl(?:y|ies)|respond|responses?|output|assistant|thanks?)\b",
+    re.IGNORECASE,
+)
+"""Words of a sentence that says how to answer."""
+NAME = re.compile(r"\S[\s\"'(]+[^\W\d_a-z]\w|\d{3}")
+"""A capital letter within a sentence, or a large number: what such a sentence may be about."""
+PIECE_END = rf"{SENTENCE_END}|:\s+|\n\s*"
+PART_END = rf"[?;]|,?\s(?:and|or)\s(?={ASKING})|,\s(?={ASKING})"
+"""Where one part of a question ends and the next begins."""
+COMPARED = r"\bbetween\s(.+?)\sand\s(.+)"
+"""Two things that stand at different places of a text, perhaps."""
+MIN_PART_WORDS = 2
+
+
+def question_start(text: str) -> int:
+    """Return where a prompt begins to ask.
+
+    That is at its last line that says so ("Question: ..."), if no more than a few lines stand behind it; else at its
+    last non-empty line, or at one before it that asks if it says how to answer, or where the answer goes ("Answer:").
+    """
+    text = text.rstrip()
+    if found := _label(text):
+        return found.start()
+    start = text.rfind("\n") + 1
+    if not text[:start].strip():
+        return start
+    before = text[:start].rstrip().rfind("\n") + 1
+    says_where = text.endswith(":") and len(text[start:].split()) <= MAX_LABEL_WORDS
+    says_how = is_about_answer(text[start:]) and _asks(text[before:start])
+    return before if says_where or says_how else start
+
+
+def find_question(text: str) -> str:
+    """Return what a prompt asks, with what stands behind it."""
+    return text[question_start(text) :].rstrip()
+
+
+def search_text(message: str) -> str:
+    """Return what a message asks, without its label and without sentences that say how to answer.
+
+    Where no question is left, or nothing to search for, it is the whole message.
+    """
+    found = _label(message.rstrip())
+    text = re.split(r"\n\s*\n", message[found.end() :].strip(), maxsplit=1)[0] if found else message
+    kept = [piece for piece in pieces(text, PIECE_END) if not is_about_answer(piece)]
+    question = "".join(kept).strip()
+    return question if (found or any(map(_asks, kept))) and query_terms(question) else message
+
+
+def is_about_answer(sentence: str) -> bool:
+    """Return whether a sentence says how to answer, and nothing of what is asked."""
+    return bool(ABOUT_ANSWER.search(sentence)) and not _asks(sentence) and not NAME.search(sentence)
+
+
+def question_parts(question: str) -> list[str]:
+    """Return the parts of a question that asks several things, each to be searched for; [] for a single one."""
+    parts: list[str] = []
+    for part in re.split(PART_END, question, flags=re.IGNORECASE):
+        compared = re.search(COMPARED, part, re.IGNORECASE)
+        parts += compared.groups() if compared else [part]
+    parts = [part.strip() for part in parts if count_words(part) >= MIN_PART_WORDS]
+    return parts if len(parts) > 1 else []
+
+
+def _asks(sentence: str) -> bool:
+    """Return whether a sentence is a question by its end or its beginning."""
+    ends = sentence.rstrip(" \t\n\"'”)*_").endswith(("?", "\uff1f", "\u061f"))
+    return ends or bool(re.match(rf"\s*(?!do not\b)(?:{ASKING}|{REQUEST})", sentence, re.IGNORECASE))
+
+
+def _label(text: str) -> re.Match[str] | None:
+    """Return the last label that a question follows, if it stands in the last few lines of a text."""
+    for found in reversed(list(LABEL.finditer(text))):
+        behind = [line for line in text[found.end() :].split("\n") if line.strip()]
+        if behind:
+            return found if len(behind) <= 1 + MAX_LINES_BEHIND else None
+    return None
