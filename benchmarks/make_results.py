@@ -249,6 +249,11 @@ def evidence(result: Result) -> Iterator[Row]:
         yield row["task"], row["search"], row["limit"], row["questions"], number(row["recall"], 3), row["tokens"]
 
 
+def forms(result: Result) -> Iterator[Row]:
+    for row in result["rows"]:
+        yield row["task"], row["form"], row["limit"], row["questions"], number(row["recall"], 3), row["tokens"]
+
+
 QUALITY = ("model", "data", "setting", "budget", "policy", "questions (documents)", "NLL", "gap", "exact, %", "ROUGE-1, -2, -L", "cache, MB")  # noqa: E501  # fmt: skip
 TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]], ...] = (
     ("Decoding, tokens/s by tokens of history", "decode-and-prefill", ("model", "system", *LENGTHS), decoding),
@@ -301,6 +306,8 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
     ("Quality: summaries", "quality", QUALITY, quality("summary")),
     ("Recall of evidence: does the text that is looked up hold the answer?", "evidence-recall",
      ("data", "searched by", "tokens at most", "questions", "recall", "tokens"), evidence),
+    ("Recall of evidence for questions as prompts and conversations put them", "question-forms",
+     ("data", "form", "tokens at most", "questions", "recall", "tokens"), forms),
     ("Suites: long texts and conversations", "suite",
      ("model", "suite", "setting", "budget", "contender", "questions (texts)", "score", "of full", "gap", "NLL", "gap",
       "peak, MB", "reading, s"), suites),

@@ -27,7 +27,7 @@ from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.calibration import calibration
 from zsmerge_llm.retrieval.passage_search import PassageSearch, pinned_tail_tokens
 from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe
-from zsmerge_llm.retrieval.questions import find_question
+from zsmerge_llm.retrieval.questions import Query, find_question
 from zsmerge_llm.retrieval.selection import token_limit
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.runtime import token_vectors
@@ -145,7 +145,7 @@ class Evaluator:
         """
         limit = token_limit(policy.retrieval_tokens, item.tokens, budget.slots(item.tokens))
         passages = PassageSearch(self.template, limit, self.vectors)
-        found = passages.search(item.messages[:before], find_question(asked), limit)
+        found = passages.search(item.messages[:before], [Query(find_question(asked))], limit)
         if found or cache is None or not policy.attention_search:
             return found
         search = AttentionSearch(self.engine.query_attention, self.template)

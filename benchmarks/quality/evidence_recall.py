@@ -16,7 +16,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -30,10 +30,15 @@ from zsmerge_llm import LLM
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
 from zsmerge_llm.retrieval.passages import query_terms, split, terms
+from zsmerge_llm.retrieval.questions import Query
+from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.runtime import token_vectors
 
 COMMON = 60
 """Passages that a word of a rubric stands in at most: words of more tell nothing."""
+
+Data = tuple[str, list[dict[str, Any]], list[dict[str, Any]]]
+"""A document or conversation: task, messages, and questions."""
 
 
 @cache
@@ -42,7 +47,7 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def items(spec: str) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
+def items(spec: str) -> Iterator[Data]:
     """Yield the documents or conversations of a file: task, messages, and questions."""
     path, join = (spec.rpartition("x")[0], int(spec.rpartition("x")[2])) if re.search(r"lx\d+$", spec) else (spec, 1)
     for record in load([path], None, join):
@@ -69,6 +74,36 @@ def found_share(asked: dict[str, Any], text: str, spread: Counter[str]) -> float
     return len(needed & set(terms(text))) / len(needed)
 
 
+def recall_by_limit(
+    template: ChatTemplate, searches: dict[str, TokenVectors | None], limits: list[int], data: Iterable[Data]
+) -> Iterator[dict[str, Any]]:
+    """Yield the recall of all questions of each task and kind, by each search and limit."""
+    found: dict[tuple[str, str, int], list[tuple[float, int]]] = {}
+    for task, messages, questions in data:
+        spread = Counter(term for each in messages for part in split(each["content"]) for term in set(terms(part)))
+        indexes = {by: PassageIndexes() for by in searches}
+        for (by, vectors), limit in product(searches.items(), limits):
+            search = PassageSearch(template, limit, vectors)
+            for asked in questions:
+                text = "\n\n".join(search.search(messages, [Query(asked["q"])], limit, indexes[by]))
+                share = found_share(asked, text, spread)
+                if share is None:
+                    continue
+                for name in [task, *([f"{task} {asked['kind']}"] if "kind" in asked else [])]:
+                    found.setdefault((name, by, limit), []).append((share, len(template.encode_text(text))))
+    for (task, by, limit), each in sorted(found.items()):
+        yield {"task": task, "search": by, "limit": limit, **means(each)}
+
+
+def means(found: list[tuple[float, int]]) -> dict[str, Any]:
+    """Return how many questions there are, and the means of their recall and of the tokens read."""
+    return {
+        "questions": len(found),
+        "recall": round(statistics.fmean(share for share, _ in found), 4),
+        "tokens": round(statistics.fmean(size for _, size in found)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="JSON lines")
@@ -78,33 +113,17 @@ def main() -> None:
     llm = LLM(arguments.model, compile=False)
     template = ChatTemplate(llm.tokenizer)
     searches = {"words": None, "words and meaning": token_vectors(llm.engine, llm.tokenizer)}
-    found: dict[tuple[str, str, int], list[tuple[float, int]]] = {}
-    for task, messages, questions in (each for spec in arguments.data for each in items(spec)):
-        spread = Counter(term for each in messages for part in split(each["content"]) for term in set(terms(part)))
-        indexes = {by: PassageIndexes() for by in searches}
-        for (by, vectors), limit in product(searches.items(), map(int, arguments.tokens.split(","))):
-            search = PassageSearch(template, limit, vectors)
-            for asked in questions:
-                text = "\n\n".join(search.search(messages, asked["q"], limit, indexes[by]))
-                share = found_share(asked, text, spread)
-                if share is None:
-                    continue
-                for name in [task, *([f"{task} {asked['kind']}"] if "kind" in asked else [])]:
-                    found.setdefault((name, by, limit), []).append((share, len(template.encode_text(text))))
-    rows = [
-        {
-            "task": task,
-            "search": by,
-            "limit": limit,
-            "questions": len(each),
-            "recall": round(statistics.fmean(share for share, _ in each), 4),
-            "tokens": round(statistics.fmean(size for _, size in each)),
-        }
-        for (task, by, limit), each in sorted(found.items())
-    ]
-    for row in rows:
+    limits = list(map(int, arguments.tokens.split(",")))
+    data = (each for spec in arguments.data for each in items(spec))
+    report("evidence-recall", arguments.model, recall_by_limit(template, searches, limits, data))
+
+
+def report(name: str, model: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Print rows and write them as results."""
+    shown = list(rows)
+    for row in shown:
         print(*row.values(), sep="\t")
-    print(write("evidence-recall", {"model": arguments.model, "rows": rows}))
+    print(write(name, {"model": model, "rows": shown}))
 
 
 if __name__ == "__main__":

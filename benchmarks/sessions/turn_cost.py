@@ -35,6 +35,7 @@ from zsmerge_llm import LLM, CacheConfig, SamplingParams
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.retrieval.passage_index import PassageIndex
 from zsmerge_llm.retrieval.passage_search import PassageSearch
+from zsmerge_llm.retrieval.questions import Query
 from zsmerge_llm.runtime import token_vectors
 from zsmerge_llm.sessions.session import Snapshot
 from zsmerge_llm.types import Message
@@ -181,13 +182,14 @@ class Conversation:
     def index_size(self) -> Row:
         """Return the bytes of the text and of a new index of it, and the seconds that building it takes."""
         vectors = token_vectors(self.llm.engine, self.llm.tokenizer)
-        PassageIndex(vectors=vectors).find(self.messages, ["lighthouse"])  # the vectors are made once for all indexes
+        asked = [Query("lighthouse")]
+        PassageIndex(vectors=vectors).find(self.messages, asked)  # the vectors are made once for all indexes
         started = time.perf_counter()
-        PassageIndex(vectors=vectors).find(self.messages, ["lighthouse"])
+        PassageIndex(vectors=vectors).find(self.messages, asked)
         seconds = time.perf_counter() - started
         tracemalloc.start()
         index = PassageIndex(vectors=vectors)
-        index.find(self.messages, ["lighthouse"])
+        index.find(self.messages, asked)
         size = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         text = sum(len(message["content"].encode()) for message in self.messages)

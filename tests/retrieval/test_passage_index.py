@@ -33,6 +33,7 @@ from zsmerge_llm.retrieval.passages import (
     split_spans,
     terms,
 )
+from zsmerge_llm.retrieval.questions import Query
 from zsmerge_llm.types import Message
 
 FACT = "The password of the harbour vault is falcon seven."
@@ -137,7 +138,7 @@ def test_an_index_that_follows_a_conversation_ranks_as_one_made_at_once(
     index, messages = PassageIndex(size), list[Message]()
     for chat in chats:  # each continues a prefix of the one before, as after an edit
         messages = messages[: max(0, len(messages) - cut)] + chat
-        (found,), passages = index.find(messages, [question])
+        (found,), passages = index.find(messages, [Query(question)])
         texts = [passage.text for passage in passages]
         assert texts == reference_passages(messages, size)
         assert found == reference_ranking(texts, question)
@@ -162,10 +163,10 @@ def test_only_new_messages_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(passage_index, "split_spans", counting)
     index, messages = PassageIndex(), dialogue(*FILLER, FACT)
-    index.find(messages, ["password"])
+    index.find(messages, [Query("password")])
     split_texts.clear()
     later = [*dialogue(*FILLER, FACT), {"role": "assistant", "content": "I see. " * 20}, *dialogue("And the vault?")]
-    (found,), passages = index.find(later, ["password"])
+    (found,), passages = index.find(later, [Query("password")])
     assert [passages[number].text for number in found] == [FACT]
     assert split_texts == [message["content"] for message in later[3:]]
 
@@ -205,8 +206,8 @@ def test_a_date_in_a_sentence_or_in_a_list_is_not_that_of_what_follows() -> None
 def test_the_date_that_a_message_opens_with_is_that_of_the_messages_behind_it() -> None:
     index = PassageIndex()
     chat = dialogue(f"8 May 2023\n{FACT}", "I see. " * 20, FACT, f"9 May 2023\n{FACT}", "Yes. " * 20)
-    _, passages = index.find(chat, ["password"])
+    _, passages = index.find(chat, [Query("password")])
     assert [each.context for each in passages] == ["", "8 May 2023", "8 May 2023", "", "9 May 2023"]
-    _, passages = index.find(chat[:3], ["password"])
-    again, without = (list(index.find(each, ["password"])[1]) for each in (chat, chat[:2] + chat[3:]))
+    _, passages = index.find(chat[:3], [Query("password")])
+    again, without = (list(index.find(each, [Query("password")])[1]) for each in (chat, chat[:2] + chat[3:]))
     assert again[3:] == without[2:]

@@ -72,6 +72,14 @@ def test_a_framework_s_prompt_around_a_question_finds_what_the_question_finds(se
     assert asking == f"{INTRODUCTION}\n\n{FACT}\n\nI see.\n\n{asked}"
 
 
+def test_a_follow_up_finds_what_its_question_is_about_and_not_that_question(search: PassageSearch) -> None:
+    born = "Anna, the keeper of the lighthouse, was born in the spring of 1851 and left in 1902."
+    messages = dialogue(*(text for said in [born, *chatter(9)[1:]] for text in (said, "I see.")))
+    messages += dialogue("What was the name of the keeper of the lighthouse?", "Anna.")
+    (*_, asking) = search.augment([*messages, *dialogue("When did she leave?")], slots=1000)
+    assert asking["content"] == f"{INTRODUCTION}\n\n{born}\n\nI see.\n\nWhen did she leave?"
+
+
 def test_an_answer_that_stands_in_many_places_is_found_in_more_of_them_than_have_room_as_a_whole(
     search: PassageSearch,
 ) -> None:

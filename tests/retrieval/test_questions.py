@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsmerge_llm.retrieval.questions import find_question, question_parts, question_start, search_text
+from tests.support.chat import dialogue
+from zsmerge_llm.retrieval.questions import Query, find_question, queries, question_parts, question_start, search_text
 
 QUESTION = "Which medicine did the physician prescribe for the cough?"
 LANGCHAIN = (
@@ -77,6 +78,33 @@ def test_questions_that_a_document_holds_are_not_what_is_asked() -> None:
 def test_any_message_has_a_question_that_stands_in_it(text: str) -> None:
     assert 0 <= question_start(text) <= len(text)
     assert search_text(text) == text or search_text(text).strip()
+
+
+FIRST = "Who was the keeper of the lighthouse?"
+
+
+@pytest.mark.parametrize(
+    "follow_up", ["When did he leave it?", "And in which year was that?", "Why?", "What about her son?"]
+)
+def test_a_follow_up_is_searched_for_behind_the_question_that_it_refers_to(follow_up: str) -> None:
+    chat = dialogue(FIRST, "Anna.", "Thanks!", "You are welcome.", "How long was she there?", "Ten years.")
+    assert queries(chat, follow_up) == [Query(follow_up), Query(f"{FIRST} {follow_up}", skipped=len(chat))]
+    assert queries(chat[:2], follow_up)[1].skipped == 2
+    assert queries([], follow_up) == queries(dialogue("It rained.", "I see."), follow_up) == [Query(follow_up)]
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["When was the harbour opened?", "When did Boris lose his hat?", "Thank you, it was a great help.", "And so on."],
+)
+def test_what_names_its_subject_or_asks_nothing_is_no_follow_up(question: str) -> None:
+    assert queries(dialogue(FIRST, "Anna."), question) == [Query(question)]
+
+
+def test_the_end_of_a_long_message_is_all_that_is_looked_at_for_an_earlier_question() -> None:
+    long = "word " * 50
+    assert queries(dialogue(f"{long}\n\n{FIRST}", "Anna."), "Why?")[1].text == f"{FIRST} Why?"
+    assert queries(dialogue(f"{long}{FIRST}", "Anna."), "Why?") == [Query("Why?")]
 
 
 def test_a_question_of_several_parts_is_searched_part_by_part() -> None:

@@ -18,6 +18,7 @@ from tests.support.chat import dialogue, make_llm
 from zsmerge_llm import LLM
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.retrieval.passage_index import PassageIndex
+from zsmerge_llm.retrieval.questions import Query
 from zsmerge_llm.retrieval.similarity_index import SimilarityIndex
 from zsmerge_llm.retrieval.token_vectors import MAX_LETTERS, MIN_WIDTH, SIZE, TokenVectors, principal_directions
 from zsmerge_llm.runtime import token_vectors
@@ -132,19 +133,19 @@ def test_an_index_that_follows_a_conversation_ranks_as_one_made_at_once(
     index = PassageIndex(12, vectors)
     for chat in chats:  # each continues a prefix of the one before, as after an edit
         messages = messages[: max(0, len(messages) - cut)] + chat
-        found, passages = index.find(messages, [question])
-        again, others = PassageIndex(12, vectors).find(messages, [question])
+        found, passages = index.find(messages, [Query(question)])
+        again, others = PassageIndex(12, vectors).find(messages, [Query(question)])
         assert found == again
         assert list(passages) == list(others)
-        copied, _ = index.copy().find(messages + chat, [question])
-        assert copied == PassageIndex(12, vectors).find(messages + chat, [question])[0]
+        copied, _ = index.copy().find(messages + chat, [Query(question)])
+        assert copied == PassageIndex(12, vectors).find(messages + chat, [Query(question)])[0]
 
 
 def test_of_passages_with_a_questions_words_the_one_that_says_the_rest_in_other_words_comes_first() -> None:
     texts = ["harbour rain", "harbour vault password", "harbour bread", *["rain in the village market"] * 40]
     messages = [{"role": "user", "content": text} for text in texts]
     by_words, by_both = (
-        PassageIndex(12, vectors).find(messages, ["code at the harbour", "guard"])[0]
+        PassageIndex(12, vectors).find(messages, [Query("code at the harbour"), Query("guard")])[0]
         for vectors in (None, made_up_vectors())
     )
     assert by_words == [[0, 2, 1], []]
@@ -208,7 +209,9 @@ def test_a_chat_is_searched_for_what_means_the_same(smollm2: LLM, vectors: Token
         "Nobody in the market sold any bread in that week, and nobody knew why it was so.",
     ]
     messages = dialogue(*(text for each in told for text in (each, "I see.")))
-    by_words, by_both = (PassageIndex(40, each).find(messages, ["Lena's medicine?"])[0][0] for each in (None, vectors))
+    by_words, by_both = (
+        PassageIndex(40, each).find(messages, [Query("Lena's medicine?")])[0][0] for each in (None, vectors)
+    )
     assert by_words == [2, 0]  # both that name her, the shorter one first
     assert by_both[0] == 0
     search = smollm2._load().conversations.prompts.passage_search

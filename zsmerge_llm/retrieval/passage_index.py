@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import zlib
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from zsmerge_llm.retrieval.passages import (
     split_spans,
     terms,
 )
+from zsmerge_llm.retrieval.questions import Query
 from zsmerge_llm.retrieval.similarity_index import SimilarityIndex
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.types import Message
@@ -88,6 +90,10 @@ class Passages:
         self.places.extend((message, start, end, message))
         self.contexts.append(context)
 
+    def count_before(self, message: int) -> int:
+        """Return how many passages begin in messages before one."""
+        return bisect_left(self.places[::4], message)
+
     def end_at(self, message: int) -> None:
         """Make a message the last one of the last passage."""
         self.places[-1] = message
@@ -117,14 +123,16 @@ class PassageIndex:
         self._terms, self._frequencies = array("I"), array("H")
         self._lock = Lock()
 
-    def find(self, messages: Sequence[Message], questions: Sequence[str]) -> tuple[list[list[int]], Passages]:
-        """Return `rank` of the passages of some messages for each question, and all passages.
+    def find(self, messages: Sequence[Message], queries: Sequence[Query]) -> tuple[list[list[int]], Passages]:
+        """Return `rank` of the passages of some messages for each query, and all passages.
 
         Only messages that were not there at the last call are split and indexed.
         """
         with self._lock:
             self._update(list(messages))
-            return [self.rank(question) for question in questions], self.passages.copy()
+            counts = [self.passages.count_before(len(messages) - query.skipped) for query in queries]
+            rankings = [self.rank(query.text, count) for query, count in zip(queries, counts, strict=True)]
+            return rankings, self.passages.copy()
 
     def rarities(self, question: str) -> dict[str, float]:
         """Return the weight of each of a question's terms that a passage has: the fewer have it, the more."""
@@ -190,26 +198,29 @@ class PassageIndex:
                 self._append(content[span.start : span.end])
             self._added.append((False, len(spans), opening_date(content) or date))
 
-    def rank(self, question: str) -> list[int]:
-        """Return the numbers of the passages that say most of what a question asks for, the best first.
+    def rank(self, question: str, count: int | None = None) -> list[int]:
+        """Return which of the first `count` passages (None: of all) say most of what a question asks for, best first.
 
         Where words find nothing, there is none: meaning does not tell a question about another text. Else a passage's
         score is the sum of its shares of the best one by words and of the best one by meaning.
         """
-        by_words = self.rank_by_words(question)
+        by_words = self.rank_by_words(question, count)
         if self._similar is None or not by_words:
             return [number for number, score in by_words if score >= NEAR_BY_WORDS * by_words[0][1]]
         similar = self._similar.scores(question)
-        scores = similar / (similar.max() or 1)
+        scores = similar[:count] / (similar[:count].max() or 1)
         for number, score in by_words:
             scores[number] += score / by_words[0][1]
         order = np.argsort(-scores, kind="stable")
         return [int(number) for number in order if scores[number] >= NEAR * scores[order[0]]]
 
-    def rank_by_words(self, question: str) -> list[tuple[int, float]]:
-        """Return the numbers and BM25 scores of the passages that share enough with a question, the best first."""
+    def rank_by_words(self, question: str, count: int | None = None) -> list[tuple[int, float]]:
+        """Return those of the first `count` passages that share enough with a question, the best first.
+
+        Each with its BM25 score.
+        """
         sought = sorted(set(query_terms(question)))
-        if not sought or not self._total:
+        if not sought or count == 0 or not self._total:
             return []
         found = [self._passages_with(term) for term in sought]
         shared, weights = np.zeros(len(self.passages)), list[float]()
@@ -217,7 +228,11 @@ class PassageIndex:
             rarity = self._rarity(len(numbers))
             shared[numbers] += rarity
             weights.append(rarity if len(numbers) else UNKNOWN_WEIGHT * rarity)
-        scores, least = self._scores(found), MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
+        scores, shared, least = (
+            self._scores(found)[:count],
+            shared[:count],
+            MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:]),
+        )
         if max(shared[at] for at in _highest(scores, TOP)) < least:
             return []
         enough = np.flatnonzero(shared >= least / 2)

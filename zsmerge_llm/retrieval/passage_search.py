@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passages import Passage, excerpt
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS
-from zsmerge_llm.retrieval.questions import find_question, question_parts, question_start, search_text
+from zsmerge_llm.retrieval.questions import (
+    Query,
+    find_question,
+    queries,
+    question_parts,
+    question_start,
+    search_text,
+)
 from zsmerge_llm.retrieval.section_notes import SectionNotes, notes_for
 from zsmerge_llm.retrieval.selection import (
     RetrievalTokens,
@@ -157,8 +164,9 @@ class PassageSearch:
         if noted := notes_for(notes, question):
             repeated += noted
             left = min(left, pinned_tokens(slots) - len(self.template.encode_text(repeated)))
-        found = self.search(apart(searched, document_length), question, left, indexes) if left > 0 else []
-        repeated += as_block(found if found or fallback is None or left <= 0 else fallback(question, left))
+        asked = queries([] if start else before, question)
+        found = self.search(apart(searched, document_length), asked, left, indexes) if left > 0 else []
+        repeated += as_block(found if found or fallback is None or left <= 0 else fallback(asked[-1].text, left))
         if not repeated:
             return messages
         return [*before, {**last, "content": content[:start] + repeated + content[start:]}]
@@ -184,21 +192,26 @@ class PassageSearch:
         return text if len(self.template.encode_text(text)) <= max_tokens else ""
 
     def search(
-        self, messages: Sequence[Message], question: str, max_tokens: int, indexes: PassageIndexes | None = None
+        self,
+        messages: Sequence[Message],
+        asked: Sequence[Query],
+        max_tokens: int,
+        indexes: PassageIndexes | None = None,
     ) -> list[str]:
         """Return the passages that fit best to a question, at most `max_tokens` together, in the text's order.
+
+        asked: the question, alone and perhaps behind the one that it refers to. Passages for each take turns.
 
         Where not all that were found have room, the best ones are whole up to half of the tokens. Of the others stand
         the sentences that say what is asked for: so an answer that stands in many places is found in more of them.
         """
-        questions = [question, *question_parts(question)]
         index = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors)
-        rankings, passages = index.find(messages, questions)
+        rankings, passages = index.find(messages, [*asked, *map(Query, question_parts(asked[0].text))])
         ranked, cost = merge(rankings), cache(self._cost)
         found = _first(ranked, passages.__getitem__, cost, max_tokens)
         if len(found) < len(ranked):
             whole = _first(ranked[:MAX_WHOLE], passages.__getitem__, cost, max_tokens // 2)
-            weights = index.rarities(question)
+            weights = index.rarities(asked[-1].text)
 
             @cache
             def shown(number: int) -> Passage:

@@ -1,4 +1,5 @@
-"""What a message asks: where its question begins, without instructions how to answer, and in which parts.
+"""What a message asks: where its question begins, without instructions how to answer, in which parts, and behind which
+earlier question.
 
 Prompts of frameworks and users put more around a question than it has words ("Given the context information, answer the
 query. Query: ... Answer:"). A search for all of these words finds less (docs/research/retrieval).
@@ -7,8 +8,12 @@ query. Query: ... Answer:"). A search for all of these words finds less (docs/re
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
 
 from zsmerge_llm.retrieval.passages import SENTENCE_END, count_words, pieces, query_terms
+from zsmerge_llm.types import Message
 
 MAX_LABEL_WORDS = 3
 """Words of a last line that only says where the answer goes."""
@@ -31,12 +36,32 @@ ABOUT_ANSWER = re.compile(
 """Words of a sentence that says how to answer."""
 NAME = re.compile(r"\S[\s\"'(]+[^\W\d_a-z]\w|\d{3}")
 """A capital letter within a sentence, or a large number: what such a sentence may be about."""
+REFERS_BACK = re.compile(
+    r"\b(?:he|she|him|his|hers?|they|them|theirs?|its?)\b|^\W*(?:and|but|(?:what|how) about|what else)\b", re.IGNORECASE
+)
+"""Words of a question about what was spoken of before it."""
+MAX_STEPS_BACK = 3
+"""Messages before a follow-up among which a question is looked for that names what it is about."""
+MAX_WORDS_BEFORE = 40
+"""Words of such a question. A longer message is about more than one thing."""
+MAX_LETTERS_BEFORE = 2000
+"""Characters at the end of an earlier message in which its question is looked for."""
 PIECE_END = rf"{SENTENCE_END}|:\s+|\n\s*"
 PART_END = rf"[?;]|,?\s(?:and|or)\s(?={ASKING})|,\s(?={ASKING})"
 """Where one part of a question ends and the next begins."""
 COMPARED = r"\bbetween\s(.+?)\sand\s(.+)"
 """Two things that stand at different places of a text, perhaps."""
 MIN_PART_WORDS = 2
+
+
+class Query(NamedTuple):
+    """A text to search messages for.
+
+    skipped: the newest of them that are not searched: an earlier question would find itself.
+    """
+
+    text: str
+    skipped: int = 0
 
 
 def question_start(text: str) -> int:
@@ -74,6 +99,28 @@ def search_text(message: str) -> str:
     return question if (found or any(map(_asks, kept))) and query_terms(question) else message
 
 
+def refers_back(question: str) -> bool:
+    """Return whether a text asks about something that it does not name ("When was she born?", "Why?")."""
+    stands_alone = NAME.search(question) or (query_terms(question) and not REFERS_BACK.search(question))
+    return _holds_question(question) and not stands_alone
+
+
+def queries(messages: Sequence[Message], question: str) -> list[Query]:
+    """Return what to search for: a question, and where it is a follow-up, it behind the one that it refers to.
+
+    messages: those before it, of which the users' are looked at.
+    """
+    found = [Query(question)]
+    if refers_back(question):
+        users = ((at, each["content"]) for at, each in enumerate(reversed(messages), 1) if each["role"] == "user")
+        for skipped, content in islice(users, MAX_STEPS_BACK):
+            earlier = search_text(find_question(content[-MAX_LETTERS_BEFORE:]))
+            if _holds_question(earlier) and not refers_back(earlier):
+                short = count_words(earlier) <= MAX_WORDS_BEFORE
+                return [*found, Query(f"{earlier} {question}", skipped)] if short else found
+    return found
+
+
 def is_about_answer(sentence: str) -> bool:
     """Return whether a sentence says how to answer, and nothing of what is asked."""
     return bool(ABOUT_ANSWER.search(sentence)) and not _asks(sentence) and not NAME.search(sentence)
@@ -87,6 +134,10 @@ def question_parts(question: str) -> list[str]:
         parts += compared.groups() if compared else [part]
     parts = [part.strip() for part in parts if count_words(part) >= MIN_PART_WORDS]
     return parts if len(parts) > 1 else []
+
+
+def _holds_question(text: str) -> bool:
+    return any(map(_asks, pieces(text, PIECE_END)))
 
 
 def _asks(sentence: str) -> bool:
