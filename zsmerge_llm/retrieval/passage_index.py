@@ -140,6 +140,12 @@ class PassageIndex:
             having = {term: len(self._passages_with(term)[0]) for term in query_terms(question)}
             return {term: self._rarity(count) for term, count in having.items() if count}
 
+    def having(self, term: str, most: int) -> list[int]:
+        """Return the numbers of the passages with a term; [] where more than `most` have it."""
+        with self._lock:
+            numbers = self._passages_with(term)[0].tolist()
+        return numbers if len(numbers) <= most else []
+
     def copy(self) -> PassageIndex:
         """Return an index of the same messages that goes on by itself."""
         other = PassageIndex(self.size)

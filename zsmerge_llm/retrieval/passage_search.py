@@ -19,6 +19,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.retrieval.named_passages import named_passages
 from zsmerge_llm.retrieval.passages import Passage, excerpt
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS
 from zsmerge_llm.retrieval.questions import (
@@ -205,18 +206,20 @@ class PassageSearch:
         Where not all that were found have room, the best ones are whole up to half of the tokens. Of the others stand
         the sentences that say what is asked for: so an answer that stands in many places is found in more of them.
         """
-        index = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors)
+        index, question = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors), asked[-1].text
         rankings, passages = index.find(messages, [*asked, *map(Query, question_parts(asked[0].text))])
-        ranked, cost = merge(rankings), cache(self._cost)
+        best, cost = merge(rankings), cache(self._cost)
+        named = named_passages(index, passages, question, best)
+        ranked = list(dict.fromkeys([*best, *named]))
         found = _first(ranked, passages.__getitem__, cost, max_tokens)
         if len(found) < len(ranked):
             whole = _first(ranked[:MAX_WHOLE], passages.__getitem__, cost, max_tokens // 2)
-            weights = index.rarities(asked[-1].text)
+            weights = index.rarities(question)
 
             @cache
             def shown(number: int) -> Passage:
-                passage = passages[number]
-                return passage if number in whole else replace(passage, text=excerpt(passage.text, weights))
+                passage, sought = passages[number], weights if number in best else {named[number]: 1.0}
+                return passage if number in whole else replace(passage, text=excerpt(passage.text, sought))
 
             found = _first(ranked, shown, cost, max_tokens)
         return with_context(list(found.values()))

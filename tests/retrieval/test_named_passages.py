@@ -1,0 +1,75 @@
+"""Passages that hold a name or number of a question are found beside those that hold most of its words."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.chat import dialogue
+from tests.support.templates import template
+from zsmerge_llm.retrieval.named_passages import MAX_HAVING, MAX_STEPS, names
+from zsmerge_llm.retrieval.passage_search import PassageSearch
+from zsmerge_llm.retrieval.questions import Query
+
+LIKE = "Find out which variables were assigned what value, and write the value of the variables into the log."
+FILLER = ["Rain fell on the quiet village all day long.", "Nobody in the market sold any bread that week."]
+CHAIN = ["ODYAL", "UFLLV", "ZYQNP", "LPYEY", "BESDY", "QWERT", "XCVBN"]
+
+
+def search(lines: list[str], question: str, max_tokens: int = 600) -> str:
+    """What is found for a question among lines that stand in messages of their own, between others."""
+    said = [text for at, line in enumerate(lines) for text in (line, FILLER[at % 2])]
+    found = PassageSearch(template("smollm2"), max_tokens).search(dialogue(*said), [Query(question)], max_tokens)
+    return "\n\n".join(found)
+
+
+def chain(*behind: str) -> list[str]:
+    """Lines that lead from a number to one name after another."""
+    links = [f"VAR {new} = VAR {old}, as it was written on that day." for old, new in itertools.pairwise(CHAIN)]
+    return [LIKE, f"VAR {CHAIN[0]} = 87859, as it was written on that day.", *reversed(links), *behind]
+
+
+@pytest.mark.parametrize(
+    ("line", "question"),
+    [
+        ("Invoice 48213 came late.", "Which of the variables were assigned the value 48213?"),
+        ("Pertolin came late, and nobody was told.", "Which of the variables was assigned the value of Pertolin?"),
+    ],
+)
+def test_a_passage_that_has_a_question_s_name_and_no_other_word_of_it_is_found_besides(
+    line: str, question: str
+) -> None:
+    found = search([LIKE, line], question)
+    assert LIKE in found
+    assert line in found
+    assert line not in search([LIKE, line], "Which of the variables were assigned the value?")
+
+
+def test_names_are_followed_from_passage_to_passage_where_a_list_is_asked_for() -> None:
+    found = search(chain(), "Find all variables that are assigned the value 87859.")
+    assert all(f"VAR {name} =" in found for name in CHAIN[:MAX_STEPS])
+    assert f"VAR {CHAIN[MAX_STEPS]} =" not in found
+    assert f"VAR {CHAIN[1]} =" not in search(chain(), "Which of the variables is assigned the value 87859?")
+
+
+def test_a_name_that_many_passages_have_leads_nowhere() -> None:
+    many = [f"The log of number 87859 was read {each} times, they say." for each in range(MAX_HAVING)]
+    assert f"VAR {CHAIN[0]} =" not in search(chain(*many), "Find all variables that are assigned the value 87859.")
+
+
+def test_a_name_alone_finds_nothing_for_a_question_about_another_text() -> None:
+    assert search(chain(), "How far did the expedition of 87859 men travel across the southern desert?") == ""
+
+
+@given(st.text(max_size=60))
+def test_any_text_has_names_that_are_terms_of_it(text: str) -> None:
+    assert all(name in text.lower() for name in names(text) if name.isascii())
+
+
+def test_names_are_capitals_within_a_sentence_words_of_capitals_and_numbers() -> None:
+    assert names("When did Boris read the INV-2023 of 1851 to him?") == {"boris", "inv", "2023", "1851"}
+    assert names("VAR is in the 3 files") == {"var"}
+    assert names("Where is it?") == set()
