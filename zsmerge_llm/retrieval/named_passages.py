@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from zsmerge_llm.retrieval.passage_index import PassageIndex, Passages
 from zsmerge_llm.retrieval.passages import SENTENCE_END, pieces, terms
 from zsmerge_llm.retrieval.section_notes import asks_about_whole
+
+if TYPE_CHECKING:
+    from zsmerge_llm.retrieval.passage_index import PassageIndex, Passages
 
 MAX_HAVING = 3
 """Passages that have a name, at most: one that more have tells less."""
