@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.support.chat import dialogue
 from tests.support.templates import template
-from zsmerge_llm.retrieval.named_passages import MAX_HAVING, MAX_STEPS, names
+from zsmerge_llm.retrieval.named_passages import MAX_HAVING, MAX_STEPS, named_passages, names
+from zsmerge_llm.retrieval.passage_index import PassageIndex
 from zsmerge_llm.retrieval.passage_search import PassageSearch
 from zsmerge_llm.retrieval.questions import Query
 
@@ -62,6 +63,15 @@ def test_a_name_that_many_passages_have_leads_nowhere() -> None:
 
 def test_a_name_alone_finds_nothing_for_a_question_about_another_text() -> None:
     assert search(chain(), "How far did the expedition of 87859 men travel across the southern desert?") == ""
+
+
+def test_neither_the_newest_messages_that_are_skipped_nor_later_ones_are_found() -> None:
+    index = PassageIndex()
+    chat = dialogue("The value of Pertolin.", "I see.", "Which value of Pertolin?", "Ninety.")
+    _, passages = index.find(chat, [])
+    index.find([*chat, *dialogue("Pertolin, again.")], [])  # another thread goes on
+    assert list(named_passages(index, passages, Query("What is Pertolin?"), [7])) == [0, 1]
+    assert list(named_passages(index, passages, Query("What is Pertolin?", skipped=2), [7])) == [0]
 
 
 @given(st.text(max_size=60))

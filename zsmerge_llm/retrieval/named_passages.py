@@ -8,10 +8,11 @@ list is asked for, the names beside it are followed from passage to passage ("VA
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.retrieval.passages import SENTENCE_END, pieces, terms
+from zsmerge_llm.retrieval.questions import Query
 from zsmerge_llm.retrieval.section_notes import asks_about_whole
 
 if TYPE_CHECKING:
@@ -35,27 +36,31 @@ def names(sentence: str) -> set[str]:
     return {term for word in capitals | numbers for term in terms(word)}
 
 
-def named_passages(index: PassageIndex, passages: Passages, question: str, best: Sequence[int]) -> dict[int, str]:
+def named_passages(index: PassageIndex, passages: Passages, query: Query, best: Sequence[int]) -> dict[int, str]:
     """Return passages that hold a name of a question which none of the best ones holds, each with that name's term.
 
     Where a list is asked for, return all that hold one, and those that the names beside it lead to. Where there is no
     best one, return none: the question may be about another text.
 
-    passages: all of the index.
+    passages: all of the index, as they were when the best ones were found.
     """
-    having = {name: index.having(name, MAX_HAVING) for name in sorted(names(question))} if best else {}
-    if not asks_about_whole(question):
-        missing = {name: numbers for name, numbers in having.items() if not set(numbers) & set(best)}
+    searched = passages.count_before(len(passages.messages) - query.skipped)
+
+    def having(found: Iterable[str]) -> dict[str, list[int]]:
+        return {name: [at for at in index.having(name, MAX_HAVING) if at < searched] for name in sorted(found)}
+
+    holding = having(names(query.text)) if best else {}
+    if not asks_about_whole(query.text):
+        missing = {name: numbers for name, numbers in holding.items() if not set(numbers) & set(best)}
         return {number: name for name, numbers in missing.items() for number in numbers}
-    found: dict[int, str] = {}
-    known = set(terms(question))
+    chain, known = dict[int, str](), set(terms(query.text))
     for _ in range(MAX_STEPS):
-        step = {number: name for name, numbers in having.items() for number in numbers if number not in found}
-        found.update(step)
+        step = {number: name for name, numbers in holding.items() for number in numbers if number not in chain}
+        chain.update(step)
         new = {each for number, name in step.items() for each in _beside(passages[number].text, name)} - known
         known |= new
-        having = {name: index.having(name, MAX_HAVING) for name in sorted(new)[:MAX_NAMES]}
-    return found
+        holding = having(sorted(new)[:MAX_NAMES])
+    return chain
 
 
 def _beside(text: str, term: str) -> set[str]:

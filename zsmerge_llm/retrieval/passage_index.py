@@ -234,11 +234,8 @@ class PassageIndex:
             rarity = self._rarity(len(numbers))
             shared[numbers] += rarity
             weights.append(rarity if len(numbers) else UNKNOWN_WEIGHT * rarity)
-        scores, shared, least = (
-            self._scores(found)[:count],
-            shared[:count],
-            MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:]),
-        )
+        scores, shared = self._scores(found)[:count], shared[:count]
+        least = MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
         if max(shared[at] for at in _highest(scores, TOP)) < least:
             return []
         enough = np.flatnonzero(shared >= least / 2)

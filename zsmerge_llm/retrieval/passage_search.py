@@ -201,20 +201,20 @@ class PassageSearch:
     ) -> list[str]:
         """Return the passages that fit best to a question, at most `max_tokens` together, in the text's order.
 
-        asked: the question, alone and perhaps behind the one that it refers to. Passages for each take turns.
-
         Where not all that were found have room, the best ones are whole up to half of the tokens. Of the others stand
         the sentences that say what is asked for: so an answer that stands in many places is found in more of them.
+
+        asked: the question, alone and perhaps behind the one that it refers to. Passages for each take turns.
         """
-        index, question = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors), asked[-1].text
+        index = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors)
         rankings, passages = index.find(messages, [*asked, *map(Query, question_parts(asked[0].text))])
         best, cost = merge(rankings), cache(self._cost)
-        named = named_passages(index, passages, question, best)
+        named = named_passages(index, passages, asked[-1], best)
         ranked = list(dict.fromkeys([*best, *named]))
         found = _first(ranked, passages.__getitem__, cost, max_tokens)
         if len(found) < len(ranked):
             whole = _first(ranked[:MAX_WHOLE], passages.__getitem__, cost, max_tokens // 2)
-            weights = index.rarities(question)
+            weights = index.rarities(asked[-1].text)
 
             @cache
             def shown(number: int) -> Passage:
