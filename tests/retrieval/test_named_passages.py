@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.chat import dialogue
 from tests.support.templates import template
-from zsmerge_llm.retrieval.named_passages import MAX_HAVING, MAX_STEPS, named_passages, names
+from zsmerge_llm.retrieval.named_passages import MAX_HAVING, MAX_STEPS, named_passages, names, numbers
 from zsmerge_llm.retrieval.passage_index import PassageIndex
 from zsmerge_llm.retrieval.passage_search import PassageSearch
 from zsmerge_llm.retrieval.questions import Query
@@ -37,7 +37,7 @@ def chain(*behind: str) -> list[str]:
     ("line", "question"),
     [
         ("Invoice 48213 came late.", "Which of the variables were assigned the value 48213?"),
-        ("Pertolin came late, and nobody was told.", "Which of the variables was assigned the value of Pertolin?"),
+        ("Pertolin came late, and nobody was told.", "List the variables that were assigned the value of Pertolin."),
     ],
 )
 def test_a_passage_that_has_a_question_s_name_and_no_other_word_of_it_is_found_besides(
@@ -70,8 +70,8 @@ def test_neither_the_newest_messages_that_are_skipped_nor_later_ones_are_found()
     chat = dialogue("The value of Pertolin.", "I see.", "Which value of Pertolin?", "Ninety.")
     _, passages = index.find(chat, [])
     index.find([*chat, *dialogue("Pertolin, again.")], [])  # another thread goes on
-    assert list(named_passages(index, passages, Query("What is Pertolin?"), [7])) == [0, 1]
-    assert list(named_passages(index, passages, Query("What is Pertolin?", skipped=2), [7])) == [0]
+    assert list(named_passages(index, passages, Query("List all of Pertolin."), [7])) == [0, 1]
+    assert list(named_passages(index, passages, Query("List all of Pertolin.", skipped=2), [7])) == [0]
 
 
 @given(st.text(max_size=60))
@@ -83,3 +83,4 @@ def test_names_are_capitals_within_a_sentence_words_of_capitals_and_numbers() ->
     assert names("When did Boris read the INV-2023 of 1851 to him?") == {"boris", "inv", "2023", "1851"}
     assert names("VAR is in the 3 files") == {"var"}
     assert names("Where is it?") == set()
+    assert numbers("When did Boris read the INV-2023 of 1851 in 3 files?") == {"2023", "1851"}
