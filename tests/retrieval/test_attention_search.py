@@ -18,6 +18,7 @@ from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.attention_search import EXCERPT_TOKENS, AttentionSearch, MaxAttention, peaks, score_tokens
 from zsmerge_llm.retrieval.passage_search import INTRODUCTION, PassageSearch
+from zsmerge_llm.retrieval.questions import Query
 from zsmerge_llm.types import Usage
 
 SMALL = CacheConfig(slots=64, sink=2, recent=6, stage=16, observation_window=4)
@@ -172,7 +173,7 @@ def read_for(llm: LLM, asked: str, name: str) -> tuple[Usage, str]:
 def test_a_question_in_other_words_than_the_documents_finds_its_place(llm: LLM) -> None:
     asked = "How did the convict escape?"
     words = PassageSearch(ChatTemplate(llm.tokenizer), 90)
-    assert words.search([{"role": "user", "content": TOWN}], asked, 90) == []
+    assert words.search([{"role": "user", "content": TOWN}], [Query(asked)], 90) == []
     usage, read = read_for(llm, asked, "one")
     assert 0 < usage.retrieved_tokens <= 100
     assert INTRODUCTION in read
