@@ -30,9 +30,8 @@ from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
 from zsmerge_llm.runtime import token_vectors
 from zsmerge_llm.types import Message
 
-ALONE = "the question alone"
 FORMS = {
-    ALONE: "{}",
+    "the question alone": "{}",
     "LangChain": "Use the context above to answer the question. If you don't know the answer, just say that you don't "
     "know, don't try to make up an answer. Keep the answer as concise as possible.\n\nQuestion: {}\n\nHelpful Answer:",
     "LlamaIndex": "Given the context information and not prior knowledge, answer the query.\nQuery: {}\nAnswer: ",
@@ -57,7 +56,7 @@ def follow_ups(document: dict[str, Any], draw: Random) -> Iterator[tuple[dict[st
     for _, asked in paragraphs(document):
         for first, second in permutations(asked, 2):
             if shared := {*re.findall(NAME, first["q"][1:])} & {*re.findall(NAME, second["q"][1:])}:
-                yield first, second, second["q"].replace(max(shared, key=len), draw.choice(["it", "they"]))
+                yield first, second, second["q"].replace(max(sorted(shared), key=len), draw.choice(["it", "they"]))
                 break
 
 
