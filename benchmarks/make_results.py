@@ -244,14 +244,14 @@ def flat(result: Result) -> Iterator[Row]:
     yield from walk("", {key: value for key, value in result.items() if key not in known})
 
 
-def evidence(result: Result) -> Iterator[Row]:
-    for row in result["rows"]:
-        yield row["task"], row["search"], row["limit"], row["questions"], number(row["recall"], 3), row["tokens"]
+def recall(by: str) -> Callable[[Result], Iterator[Row]]:
+    """Return what makes the rows of a recall of evidence. by: what they differ in beside data and limit."""
 
+    def rows(result: Result) -> Iterator[Row]:
+        for row in result["rows"]:
+            yield row["task"], row[by], row["limit"], row["questions"], number(row["recall"], 3), row["tokens"]
 
-def forms(result: Result) -> Iterator[Row]:
-    for row in result["rows"]:
-        yield row["task"], row["form"], row["limit"], row["questions"], number(row["recall"], 3), row["tokens"]
+    return rows
 
 
 QUALITY = ("model", "data", "setting", "budget", "policy", "questions (documents)", "NLL", "gap", "exact, %", "ROUGE-1, -2, -L", "cache, MB")  # noqa: E501  # fmt: skip
@@ -305,9 +305,9 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
      QUALITY, quality("first", "later")),
     ("Quality: summaries", "quality", QUALITY, quality("summary")),
     ("Recall of evidence: does the text that is looked up hold the answer?", "evidence-recall",
-     ("data", "searched by", "tokens at most", "questions", "recall", "tokens"), evidence),
+     ("data", "searched by", "tokens at most", "questions", "recall", "tokens"), recall("search")),
     ("Recall of evidence for questions as prompts and conversations put them", "question-forms",
-     ("data", "form", "tokens at most", "questions", "recall", "tokens"), forms),
+     ("data", "form", "tokens at most", "questions", "recall", "tokens"), recall("form")),
     ("Suites: long texts and conversations", "suite",
      ("model", "suite", "setting", "budget", "contender", "questions (texts)", "score", "of full", "gap", "NLL", "gap",
       "peak, MB", "reading, s"), suites),

@@ -104,6 +104,14 @@ def means(found: list[tuple[float, int]]) -> dict[str, Any]:
     }
 
 
+def report(name: str, model: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Print rows and write them as results."""
+    shown = list(rows)
+    for row in shown:
+        print(*row.values(), sep="\t")
+    print(write(name, {"model": model, "rows": shown}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, help="JSON lines")
@@ -116,14 +124,6 @@ def main() -> None:
     limits = list(map(int, arguments.tokens.split(",")))
     data = (each for spec in arguments.data for each in items(spec))
     report("evidence-recall", arguments.model, recall_by_limit(template, searches, limits, data))
-
-
-def report(name: str, model: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Print rows and write them as results."""
-    shown = list(rows)
-    for row in shown:
-        print(*row.values(), sep="\t")
-    print(write(name, {"model": model, "rows": shown}))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.quality.evidence_recall import Data, found_share, items, means, report
+from benchmarks.quality.ruler.questions import INSTRUCTION
 from benchmarks.quality.tasks import paragraphs
 from zsmerge_llm import LLM
 from zsmerge_llm.language.chat_template import ChatTemplate
@@ -35,8 +36,7 @@ FORMS = {
     "LangChain": "Use the context above to answer the question. If you don't know the answer, just say that you don't "
     "know, don't try to make up an answer. Keep the answer as concise as possible.\n\nQuestion: {}\n\nHelpful Answer:",
     "LlamaIndex": "Given the context information and not prior knowledge, answer the query.\nQuery: {}\nAnswer: ",
-    "RULER": "Answer the question based on the given documents. Only give me the answer and do not output any other "
-    "words.\n\nQuestion: {}",
+    "RULER": f"{INSTRUCTION}\n\nQuestion: {{}}",
     "order before it": "Answer in one short sentence: {}",
     "order behind it": "{} Answer in one short sentence and cite the source.",
     "order in a line behind it": "{}\nAnswer briefly, with nothing but the name or number.",
@@ -96,10 +96,12 @@ def main() -> None:
     rows, draw = list[dict[str, Any]](), Random(0)
     for spec in arguments.data:
         found: Found = defaultdict(list)
-        for task, *document in islice(items(spec), arguments.documents):
-            for form, each in measure(search, (task, *document), draw).items():
+        for data in islice(items(spec), arguments.documents):
+            for form, each in measure(search, data, draw).items():
                 found[form] += each
-        rows += [{"task": task, "form": form, "limit": arguments.limit, **means(each)} for form, each in found.items()]
+        rows += [
+            {"task": data[0], "form": form, "limit": arguments.limit, **means(each)} for form, each in found.items()
+        ]
     report("question-forms", arguments.model, rows)
 
 

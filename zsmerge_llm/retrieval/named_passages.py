@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zsmerge_llm.retrieval.passage_index import PassageIndex, Passages
 
 LIST = re.compile(r"\b(?:all|list|enumerate|each|every\w*)\b", re.IGNORECASE)
-"""Words of a question that asks for a list."""
+"""Words of a question that asks for a list. A number or a summary (`asks_about_whole`) gains nothing from names."""
 MAX_HAVING = 3
 """Passages that have a name, at most: one that more have tells less."""
 MAX_STEPS = 5
@@ -47,24 +47,24 @@ def named_passages(index: PassageIndex, passages: Passages, query: Query, best: 
 
     passages: all of the index, as they were when the best ones were found.
     """
+    if not best:
+        return {}
     searched = passages.count_before(len(passages.messages) - query.skipped)
 
     def having(found: Iterable[str]) -> dict[str, list[int]]:
         return {name: [at for at in index.having(name, MAX_HAVING) if at < searched] for name in sorted(found)}
 
-    if not best:
-        return {}
     if not LIST.search(query.text):
         missing = {name: places for name, places in having(numbers(query.text)).items() if not {*places} & {*best}}
         return {at: name for name, places in missing.items() for at in places}
-    holding = having(names(query.text))
     chain, known = dict[int, str](), set(terms(query.text))
+    new: Iterable[str] = names(query.text)
     for _ in range(MAX_STEPS):
-        step = {at: name for name, places in holding.items() for at in places if at not in chain}
+        step = {at: name for name, places in having(new).items() for at in places if at not in chain}
         chain.update(step)
-        new = {each for at, name in step.items() for each in _beside(passages[at].text, name)} - known
-        known |= new
-        holding = having(sorted(new)[:MAX_NAMES])
+        beside = {each for at, name in step.items() for each in _beside(passages[at].text, name)} - known
+        known |= beside
+        new = sorted(beside)[:MAX_NAMES]
     return chain
 
 

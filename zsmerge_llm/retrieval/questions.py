@@ -35,7 +35,7 @@ ABOUT_ANSWER = re.compile(
 )
 """Words of a sentence that says how to answer."""
 NAME = re.compile(r"\S[\s\"'(]+[^\W\d_a-z]\w|\d{3}")
-"""A capital letter within a sentence, or a large number: what such a sentence may be about."""
+"""A capital letter within a sentence, or one beyond a to z, which may be a name, or a large number."""
 REFERS_BACK = re.compile(
     r"\b(?:he|she|him|his|hers?|they|them|theirs?|its?)\b|^\W*(?:and|but|(?:what|how) about|what else)\b", re.IGNORECASE
 )
@@ -47,6 +47,7 @@ MAX_WORDS_BEFORE = 40
 MAX_LETTERS_BEFORE = 2000
 """Characters at the end of an earlier message in which its question is looked for."""
 PIECE_END = rf"{SENTENCE_END}|:\s+|\n\s*"
+"""Where a sentence, a line, or what introduces a question ends."""
 PART_END = rf"[?;]|,?\s(?:and|or)\s(?={ASKING})|,\s(?={ASKING})"
 """Where one part of a question ends and the next begins."""
 COMPARED = r"\bbetween\s(.+?)\sand\s(.+)"
