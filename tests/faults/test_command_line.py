@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.support.chat import make_llm
 from zsmerge_llm.cli import app as cli
 from zsmerge_llm.cli.console import printable
+from zsmerge_llm.cli.sessions import _file
+from zsmerge_llm.errors import InputError
 
 PROGRAM = f"{sys.executable} -c 'from zsmerge_llm.cli.app import main; main()'"
 HUGE = "9" * 30
@@ -147,3 +150,16 @@ def test_control_characters_do_not_reach_the_terminal(text: str, place: Path) ->
     assert printable("a\n\tb\u00e9") == "a\n\tb\u00e9"
     result = run("sessions", "show", text, "--dir", str(place))
     assert not set(result.stderr) & set("\x1b\x07\x9b\r\x08\x7f")
+
+
+def test_a_session_is_found_by_its_name_where_a_file_has_that_name_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "report.txt").write_text("The ship sailed.", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    llm = make_llm(sessions_dir=tmp_path / "kept")
+    llm.read_document("report.txt", name="report.txt")
+    assert _file("report.txt", tmp_path / "kept").parent == tmp_path / "kept"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="is no saved session"):
+        _file("report.txt", tmp_path / "empty")

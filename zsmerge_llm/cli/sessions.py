@@ -129,7 +129,8 @@ def _file(session: str, folder: Path | None) -> Path:
     path = Path(session)
     if path.suffix == ".zsmerge":
         return path
-    if path.is_file() or path.name != session:
+    is_stored = any(entry[0]["name"] == session for entry in _list(folder))  # `ask --keep` names one after its file
+    if not is_stored and (path.is_file() or path.name != session):
         try:
             read_metadata(path, check_facts)
         except SessionCorruptError as error:
