@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -44,12 +44,14 @@ class Product:
     Attributes:
         config: makes its cache's configuration from the slots.
         retrieval_tokens: as for `LLM`.
+        gated: whether the model's gates score what is read ahead, where it has any; else a probe does.
     """
 
     name: str
     evaluator: Evaluator
     config: Callable[[int], CacheConfig] = compressed
     retrieval_tokens: int | str = DEFAULT_TOKENS
+    gated: bool = True
     runtimes: dict[int, Runtime] = field(default_factory=dict)
 
     def runtime(self, slots: int) -> Runtime:
@@ -60,6 +62,9 @@ class Product:
             loading = {"tokenizer": template.tokenizer, "chat_template": template.source(), "quantization": None}
             how = (self.config(own), "auto", False, loading, None, self.retrieval_tokens, None, 4 << 30, "auto", None)
             self.runtimes[own] = assemble(engine.model, *how)
+            if not self.gated:
+                own_engine = self.runtimes[own].engine
+                own_engine.specs = tuple(replace(spec, gate=None) for spec in own_engine.specs)
         return self.runtimes[own]
 
     def unknown(self, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The command line: `zsmerge-llm demo | ask | chat | serve | sessions | inspect | plan | models`.
+"""The command line: `zsmerge-llm demo | ask | chat | serve | sessions | inspect | plan | train-gate | models`.
 
 Answers and usage go to stdout; progress, warnings and errors go to stderr (see `console`).
 """
@@ -22,6 +22,8 @@ from zsmerge_llm.cli.console import LARGEST, CommandGroup, Terminal, flush_strea
 from zsmerge_llm.cli.plan import plan
 from zsmerge_llm.cli.serve import serve
 from zsmerge_llm.cli.sessions import inspect_session, sessions, sessions_folder
+from zsmerge_llm.cli.text_files import read_text
+from zsmerge_llm.cli.train_gate import train_gate
 from zsmerge_llm.config import CacheConfig, SamplingParams
 from zsmerge_llm.errors import ConfigError, InputError
 
@@ -61,8 +63,6 @@ app = typer.Typer(
     help="Local LLMs on a KV cache of constant size: documents and conversations of any length in fixed memory.",
 )
 
-DOCUMENTS = (b"%PDF-", b"%!PS", b"{\\rtf", b"PK\x03\x04", b"\x1f\x8b", b"\xd0\xcf\x11\xe0")
-"""How PDF, PostScript, RTF, zipped (DOCX, ODT, EPUB), gzipped and old Office files begin."""
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Built-in name, Hub id, model folder or .gguf file (see `models`).")
 ]
@@ -147,7 +147,7 @@ def ask(
     terminal = Terminal(quiet)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
     cache = _cache_config(preset, slots)
-    text = _read(file)
+    text = read_text(file)
     if not all(question.strip() for question in questions):
         raise InputError("The question is empty: put it in quotes behind the file.")
     with terminal.show_warnings():
@@ -165,6 +165,7 @@ app.add_typer(sessions, name="sessions")
 app.command("inspect")(inspect_session)
 app.command("plan")(plan)
 app.command("serve")(serve)
+app.command("train-gate")(train_gate)
 
 
 @app.command()
@@ -255,25 +256,6 @@ def _load(
             backend.warm_up()
     terminal.model(llm.name, str(loaded.device), str(loaded.dtype).removeprefix("torch."))
     return llm
-
-
-def _read(file: Path) -> str:
-    """Return the text of a file, or of standard input for "-". Raises InputError: no text."""
-    name = "standard input" if str(file) == "-" else str(file)
-    from zsmerge_llm.retrieval.documents import decode_text, read_file, read_stream
-
-    try:
-        data = read_stream(sys.stdin.buffer, name) if str(file) == "-" else read_file(file)
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file {name}: check the path.") from error
-    except (OSError, ValueError) as error:  # a folder, no permission
-        raise InputError(f"{name} cannot be read ({error}): give a text file.") from error
-    text = decode_text(data)
-    if text is None or data.startswith(DOCUMENTS):
-        raise InputError(f"{name} is not text in UTF-8: convert it first (a PDF with pdftotext, say).")
-    if not text.strip():
-        raise InputError(f"{name} is empty: give a file with some text.")
-    return text
 
 
 def _document_messages(text: str, question: str) -> list[Message]:

@@ -40,6 +40,7 @@ from zsmerge_llm.errors import InputError
 from zsmerge_llm.gpu.backend import GPUBackend
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.grammar import Constraint
+from zsmerge_llm.models.gate_files import with_gates
 from zsmerge_llm.types import Progress
 
 __all__ = ["Cancelled", "Engine"]
@@ -86,7 +87,8 @@ class Engine:
         self.requests = RequestLimit(how.max_requests)
         self._held = HeldModel(self, model)
         try:
-            self.layers = prepare_model(model.eval())
+            attention, recurrent = prepare_model(model.eval())
+            self.layers = ModelLayers(with_gates(model, attention), recurrent)
             self.specs = self.layers.attention
             self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
             self.stop_ids = _stop_ids(model)
@@ -182,7 +184,7 @@ class Engine:
         tokens = _checked_ids(self.vocab_size, ids)
         question = _checked_ids(self.vocab_size, probe) if probe is not None and len(probe) else None
         _check_one_row(cache)
-        chosen = prompt_probe(cache.config, question, multi_turn, len(tokens))
+        chosen = prompt_probe(cache, question, multi_turn, len(tokens))
         how = Reading(self.chunk, chosen, multi_turn, pinned_tail, priority)
         return self._reader.read(cache, tokens, how, cancel, progress)
 

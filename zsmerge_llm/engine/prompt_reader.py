@@ -8,7 +8,6 @@ from threading import Event
 
 from torch import Tensor
 
-from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.engine.device_thread import DeviceThread, Kind
 from zsmerge_llm.engine.memory_errors import name_memory_errors
 from zsmerge_llm.engine.model_runner import ModelRunner, Probe
@@ -74,9 +73,12 @@ class PromptReader:
             return logits[0, -1].float()
 
 
-def prompt_probe(config: CacheConfig, question: Tensor | None, multi_turn: bool, num_new: int) -> Probe | None:
-    """Return the probe for a prompt of `num_new` tokens, as far as the cache's policy uses one."""
+def prompt_probe(cache: Cache, question: Tensor | None, multi_turn: bool, num_new: int) -> Probe | None:
+    """Return the probe for a prompt of `num_new` tokens, as far as the cache's policy uses one and has no gate."""
+    config = cache.config
     if config.slots is None or question is None or not (policy := policy_of(config)).uses_probe:
+        return None
+    if any(layer.gate is not None for layer in cache.layers):
         return None
     # In a chat, whole passages for a short turn's question would cost what earlier turns said (docs/research/eviction).
     whole_passages = config.passage_share > 0 and (not multi_turn or num_new > config.slots)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def cache_state(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts = {
         "config": cache.config.to_dict(),
         "specs": [
-            {**asdict(spec), "dtype": _name(spec.dtype), "device": str(spec.device)} for spec in cache.specs
+            {**spec.facts, "dtype": _name(spec.dtype), "device": str(spec.device)} for spec in cache.specs
         ],
         "recurrent_specs": recurrent_facts(cache.recurrent_specs),
         "lengths": list(cache.lengths),

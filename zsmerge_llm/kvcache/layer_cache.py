@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import DeviceMemoryError
+from zsmerge_llm.kvcache.gate import Gate
 from zsmerge_llm.kvcache.rope import Rotation
 from zsmerge_llm.kvcache.slots import PER_SLOT, AttentionInputs, LayerSpec, Slots
 
@@ -94,6 +95,11 @@ class LayerCache(Slots):
         self.accumulated_until = zeros(dtype=torch.int32) - 1
         self.queries = zeros(spec.query_heads, config.num_recorded_queries, spec.key_dim, dtype=spec.dtype)
         self.query_positions = zeros(config.num_recorded_queries, dtype=torch.int32) - 1
+
+    @property
+    def gate(self) -> Gate | None:
+        """What scores the slots instead of a probe: the model's gate, in a text that no question came with."""
+        return self.spec.gate if self.config.score_floor is not None else None
 
     # -- how full ----------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,12 @@ Shapes: B rows, Hq query heads, H KV heads, n new tokens, m probe tokens, C slot
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from zsmerge_llm.kvcache.gate import Gate
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class LayerSpec:
 
     window: the sliding window in tokens, None for full attention. scaling: factor of the logits, None for D^-0.5.
     softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
+    gate: scores slots before a question is known; None where the model has none. It is not saved with a cache.
     """
 
     query_heads: int
@@ -29,11 +32,21 @@ class LayerSpec:
     device: torch.device
     scaling: float | None = None
     softcap: float | None = None
+    gate: Gate | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is saved of it, by name."""
+        return {name: getattr(self, name) for name in LAYER_FACTS}
 
     @property
     def scale(self) -> float:
         """The factor by which queries times keys are multiplied."""
         return self.key_dim**-0.5 if self.scaling is None else self.scaling
+
+
+LAYER_FACTS = tuple(each.name for each in fields(LayerSpec) if each.name != "gate")
+"""The fields of a `LayerSpec` that are saved with a cache."""
 
 
 class ScoringOps(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import date
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.cache_state import recurrent_facts, recurrent_specs, state_key
 from zsmerge_llm.kvcache.layer_cache import SAVED, LayerCache
 from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec
-from zsmerge_llm.kvcache.slots import PER_SLOT, LayerSpec
+from zsmerge_llm.kvcache.slots import LAYER_FACTS, PER_SLOT, LayerSpec
 from zsmerge_llm.models.device import HOST
 from zsmerge_llm.retrieval.section_notes import check_notes
 from zsmerge_llm.sessions.file_format import TensorInfo
@@ -180,7 +180,7 @@ def _specs(saved: list[Any], expected: ExpectedCache | None) -> tuple[LayerSpec,
     if expected is None:
         return tuple(_spec(each) for each in saved)
     names = {dtype: name for name, dtype in LAYER_DTYPES.items()}
-    known = [{**asdict(spec), "dtype": names.get(spec.dtype), "device": None} for spec in expected.specs]
+    known = [{**spec.facts, "dtype": names.get(spec.dtype), "device": None} for spec in expected.specs]
     if [{**each, "device": None} if isinstance(each, dict) else None for each in saved] != known:
         raise ValueError("describes the attention layers of another model")
     return expected.specs
@@ -208,7 +208,7 @@ def _recurrent_specs(saved: Any, expected: ExpectedCache | None) -> tuple[Recurr
 
 def _spec(saved: Any) -> LayerSpec:
     """Return a saved description of a layer, in host memory."""
-    if not isinstance(saved, dict) or set(saved) != {field.name for field in fields(LayerSpec)}:
+    if not isinstance(saved, dict) or set(saved) != set(LAYER_FACTS):
         raise ValueError("describes attention layers in other words")
     sizes = [saved[name] for name in ("query_heads", "kv_heads", "key_dim", "value_dim")]
     window, factors = saved["window"], [saved[name] for name in ("scaling", "softcap") if saved[name] is not None]

@@ -43,8 +43,11 @@ class ObservationWindow(EvictionPolicy):
         _accumulate(view, due, TensorScoring())
 
     def prepare(self, view: KVView, due: Tensor, inputs: AttentionInputs | None) -> None:
-        """Score the slots by the probe, or by the newest queries where there is none."""
-        _score_slots(view, due, inputs)
+        """Score the slots by the model's gate, by the probe, or by the newest queries where there is neither."""
+        if (gate := view.layer.gate) is None:
+            _score_slots(view, due, inputs)
+        else:
+            _keep_best(view, due, gate.attention(view.keys, view.values))
 
     def vote(self, view: KVView, inputs: AttentionInputs) -> Tensor:
         """Score the slots; return the maximum attention of the probe's queries to each, float32 [B, H, C].
@@ -98,10 +101,14 @@ def _score_slots(view: KVView, due: Tensor, inputs: AttentionInputs | None) -> T
     if inputs is not None and inputs.probe_queries is not None and inputs.probe_positions is not None:
         queries, positions, sinks = inputs.probe_queries, inputs.probe_positions, inputs.sinks
     mean, most = _attention_mass(view, queries, positions, sinks, ops)
-    now = equations.max_pool(mean, view.config.pool_kernel)
-    best = torch.maximum(view.score * view.config.decay, now)  # a slot keeps the best score it ever got
-    view.score.copy_(torch.where(due[:, None, None], best, view.score))
+    _keep_best(view, due, equations.max_pool(mean, view.config.pool_kernel))
     return most
+
+
+def _keep_best(view: KVView, due: Tensor, now: Tensor) -> None:
+    """Update the scores of rows that are due by what the slots score now: each keeps the best that it ever got."""
+    best = torch.maximum(view.score * view.config.decay, now)
+    view.score.copy_(torch.where(due[:, None, None], best, view.score))
 
 
 def _attention_mass(
