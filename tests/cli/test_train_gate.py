@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.support.templates import template
+from tests.support.templates import FOLDER, template
 from tests.support.texts import STORY
 from tests.support.tiny_models import tiny_model
 from zsmerge_llm import LLM
@@ -17,7 +18,8 @@ from zsmerge_llm.cli.app import app
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ZSMERGE_CACHE_DIR", str(tmp_path / "cache"))
-    tokenizer = template("smollm2").tokenizer
+    tokenizer = copy.deepcopy(template("smollm2").tokenizer)
+    tokenizer.chat_template = (FOLDER / "smollm2.jinja").read_text(encoding="utf-8")
     tiny_model(vocab=len(tokenizer)).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     (tmp_path / "story.txt").write_text(STORY * 150, encoding="utf-8")

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.engine.test_static_decoding import assert_equal_caches
+from tests.support.static_backend import StaticBackend
 from tests.support.templates import template
 from tests.support.texts import STORY
 from tests.support.tiny_models import tiny_model, tokens
-from zsmerge_llm import CacheConfig, Engine
+from zsmerge_llm import CacheConfig, Engine, SamplingParams
 from zsmerge_llm.engine.gate_training import SINKS, GateText, RidgeSums, train_gates
 from zsmerge_llm.errors import InputError
 from zsmerge_llm.models.gate_files import gates_path, model_key, save_gates
@@ -76,6 +78,19 @@ def test_gates_of_a_file_are_used_by_every_later_engine_of_the_model() -> None:
     document = later.new_cache(CacheConfig(slots=32, sink=2, recent=4, stage=8).query_agnostic())
     later.read(document, tokens(200))
     assert document.layers[0].num_filled[0] < 200
+
+
+def test_a_gated_document_is_kept_and_goes_on_in_fixed_memory_as_in_a_cache_alone() -> None:
+    config = CacheConfig(slots=32, sink=2, recent=4, stage=8).query_agnostic()
+    first = Engine(tiny_model(), compile=False)
+    save_gates(gates_path(model_key(first.model)), train_gates(first, training_texts()))
+    plain = Engine(tiny_model(), config, chunk=40, compile=False)
+    static = Engine(tiny_model(), config, chunk=40, backend=StaticBackend())
+    expected, cache = plain.new_cache(), static.new_cache()
+    going_on = SamplingParams(max_tokens=30, ignore_eos=True)
+    assert list(static.stream(cache, tokens(230), going_on)) == list(plain.stream(expected, tokens(230), going_on))
+    assert all(layer.gate is not None for layer in cache.layers)
+    assert_equal_caches(cache, expected)
 
 
 @pytest.mark.parametrize("fault", ["shape", "nan", "pairs", "missing", "torn", "more"])
