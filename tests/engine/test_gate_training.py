@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine.test_static_decoding import assert_equal_caches
+from tests.models.tiny_folders import load_tiny
 from tests.support.static_backend import StaticBackend
 from tests.support.templates import template
 from tests.support.texts import STORY
@@ -78,6 +79,19 @@ def test_gates_of_a_file_are_used_by_every_later_engine_of_the_model() -> None:
     document = later.new_cache(CacheConfig(slots=32, sink=2, recent=4, stage=8).query_agnostic())
     later.read(document, tokens(200))
     assert document.layers[0].num_filled[0] < 200
+
+
+@pytest.mark.parametrize("how", [{"quantization": "int8"}, {"quantization": "int4"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_model_has_the_same_gates_in_every_quantization(family: str, how: dict[str, str], tmp_path: Path) -> None:
+    model = tiny_model(family, vocab=len(template("smollm2").tokenizer))
+    for number, (name, weight) in enumerate(model.named_parameters()):
+        if name.endswith(("norm.weight", "bias")):
+            weight.data.fill_(1 + number / 64)
+    model.save_pretrained(tmp_path / "tiny")
+    template("smollm2").tokenizer.save_pretrained(tmp_path / "tiny")
+    plain, other = load_tiny(str(tmp_path / "tiny")), load_tiny(str(tmp_path / "tiny"), **how)
+    assert model_key(other.model) == model_key(plain.model) != model_key(tiny_model(family, num_hidden_layers=1))
 
 
 def test_a_gated_document_is_kept_and_goes_on_in_fixed_memory_as_in_a_cache_alone() -> None:

@@ -1,5 +1,5 @@
 """Files of a model's gates: `zsmerge-llm train-gate` writes them to the user's cache folder, and some come with the
-package. They are found by the model's norms and biases, which quantization leaves as they are."""
+package. They are found by the model's norms, which quantization leaves as they are."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ MAX_BYTES = 1 << 28
 
 
 def model_key(model: nn.Module) -> str:
-    """Return a digest of a model's vectors in bfloat16: the same for all its quantizations and file formats."""
-    names = [name for name, each in model.named_parameters() if each.ndim == 1 and each.is_floating_point()]
+    """Return a digest of a model's norms in bfloat16: the same for all its quantizations and file formats.
+
+    All vectors but the biases, which a quantized layer may hold in its own way.
+    """
+    vectors = (name for name, each in model.named_parameters() if each.ndim == 1 and each.is_floating_point())
+    names = [name for name in vectors if not name.endswith("bias")]
     digest = hashlib.sha256(str(len(names)).encode())
     for name in names:
         with offloaded_tensor(model, name) as tensor:
