@@ -70,9 +70,11 @@ def test_a_document_keeps_the_slots_that_the_gate_scores_highest(like: str) -> N
         assert kept >= {*range(SINK), *range(len(ids) - RECENT, len(ids)), *ranked[:4].tolist()}
 
 
-def test_a_prompt_with_its_question_is_not_ranked_by_the_gate() -> None:
+@pytest.mark.parametrize("settings", [{}, {"score_floor": 0.02}])
+def test_a_prompt_with_its_question_is_not_ranked_by_the_gate(settings: dict[str, float]) -> None:
     model, ids = tiny_model(), tokens(60)
-    plain = Engine(model, CacheConfig(slots=SLOTS, sink=SINK, recent=RECENT, stage=4), chunk=8, compile=False)
+    config = CacheConfig(slots=SLOTS, sink=SINK, recent=RECENT, stage=4, **settings)
+    plain = Engine(model, config, chunk=8, compile=False)
     before = plain.new_cache()
     plain.read(before, ids, probe=ids[:3])
     after = gated(plain, "large").new_cache()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import DeviceMemoryError
-from zsmerge_llm.kvcache.gate import Gate
 from zsmerge_llm.kvcache.rope import Rotation
 from zsmerge_llm.kvcache.slots import PER_SLOT, AttentionInputs, LayerSpec, Slots
 
@@ -62,12 +61,16 @@ class LayerCache(Slots):
     the host, and num_filled, the same on the host; residual_keys and residual_values float32 [B, H, R, D]; dropped
     float32 [B, H], tokens evicted without a trace; a ring of the newest queries [B, Hq, W, D] and their positions int32
     [B, W] (-1: none), where the policy records them; multi_turn bool [B], whether the conversation has been answered
-    before; accumulated_until int32 [B], the position of the newest query that is part of `cumulative_attention`.
+    before; accumulated_until int32 [B], the position of the newest query that is part of `cumulative_attention`; gate,
+    the model's, which scores the slots instead of a probe where no question came with the text.
     """
 
     def __init__(self, config: CacheConfig, spec: LayerSpec, rows: int) -> None:
         self.config = config
         self.spec = spec
+        # A user's own settings, and any prompt that comes with its question, are ranked by a probe.
+        read_ahead = spec.gate is not None and config.uses_question and config == config.query_agnostic()
+        self.gate = spec.gate if read_ahead else None
         self.num_filled = [config.residual] * rows
         capacity = config.stage if config.slots is None else config.slots + config.stage
         heads, device = spec.kv_heads, spec.device
@@ -95,11 +98,6 @@ class LayerCache(Slots):
         self.accumulated_until = zeros(dtype=torch.int32) - 1
         self.queries = zeros(spec.query_heads, config.num_recorded_queries, spec.key_dim, dtype=spec.dtype)
         self.query_positions = zeros(config.num_recorded_queries, dtype=torch.int32) - 1
-
-    @property
-    def gate(self) -> Gate | None:
-        """What scores the slots instead of a probe: the model's gate, in a text that no question came with."""
-        return self.spec.gate if self.config.score_floor is not None else None
 
     # -- how full ----------------------------------------------------------------------------------------------------
 
