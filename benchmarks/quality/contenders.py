@@ -49,7 +49,6 @@ def contenders(evaluator: Evaluator, retrieval_tokens: int | str = DEFAULT_TOKEN
     own = (
         Product("ours", evaluator, retrieval_tokens=retrieval_tokens),
         Product("ours-cache-alone", evaluator, retrieval_tokens=0),
-        Product("ours-without-gate", evaluator, retrieval_tokens=retrieval_tokens, gated=False),
         Product("cache-alone-without-gate", evaluator, retrieval_tokens=0, gated=False),
         Product("streaming-look-up", evaluator, CacheConfig.streaming, retrieval_tokens),
     )

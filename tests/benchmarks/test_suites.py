@@ -191,6 +191,7 @@ NAMES = [
     "streaming",
     "ours",
     "ours-cache-alone",
+    "cache-alone-without-gate",
     "streaming-look-up",
 ]
 

@@ -103,7 +103,7 @@ def test_a_gated_document_is_kept_and_goes_on_in_fixed_memory_as_in_a_cache_alon
     expected, cache = plain.new_cache(), static.new_cache()
     going_on = SamplingParams(max_tokens=30, ignore_eos=True)
     assert list(static.stream(cache, tokens(230), going_on)) == list(plain.stream(expected, tokens(230), going_on))
-    assert all(layer.gate is not None for layer in cache.layers)
+    assert all(layer.spec.gate is not None for layer in cache.layers)
     assert_equal_caches(cache, expected)
 
 

@@ -89,5 +89,5 @@ def test_a_cache_is_saved_without_its_gate_and_restored_with_the_models() -> Non
     engine.read(cache, tokens(40))
     tensors, facts = cache_state(cache)
     assert "gate" not in facts["specs"][0]
-    assert restore_cache(dict(tensors), facts, specs=engine.specs).layers[0].gate is engine.specs[0].gate
-    assert restore_cache(dict(tensors), facts).layers[0].gate is None
+    assert restore_cache(dict(tensors), facts, specs=engine.specs).layers[0].spec.gate is engine.specs[0].gate
+    assert restore_cache(dict(tensors), facts).layers[0].spec.gate is None

@@ -12,7 +12,7 @@ of them as were right. So a rejected draft, an answer that was closed or a cance
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -313,7 +313,7 @@ def _alike(layers: Sequence[LayerCache]) -> list[list[int]]:
     """Return the indices of layers in groups of one specification and configuration."""
     kinds: dict[object, list[int]] = {}
     for index, layer in enumerate(layers):
-        kinds.setdefault((replace(layer.spec, gate=layer.gate), layer.config), []).append(index)
+        kinds.setdefault((layer.spec, layer.config), []).append(index)
     return list(kinds.values())
 
 

@@ -78,7 +78,7 @@ def prompt_probe(cache: Cache, question: Tensor | None, multi_turn: bool, num_ne
     config = cache.config
     if config.slots is None or question is None or not (policy := policy_of(config)).uses_probe:
         return None
-    if any(layer.gate is not None for layer in cache.layers):
+    if any(layer.spec.gate is not None for layer in cache.layers):
         return None
     # In a chat, whole passages for a short turn's question would cost what earlier turns said (docs/research/eviction).
     whole_passages = config.passage_share > 0 and (not multi_turn or num_new > config.slots)

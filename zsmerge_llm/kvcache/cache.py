@@ -14,7 +14,7 @@ from torch import Tensor
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.kvcache import eviction
-from zsmerge_llm.kvcache.layer_cache import TENSORS, LayerCache, layer_configs
+from zsmerge_llm.kvcache.layer_cache import TENSORS, LayerCache, layer_configs, layer_specs
 from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec, RecurrentState
 from zsmerge_llm.kvcache.rope import PositionMap, Rotation
 from zsmerge_llm.kvcache.slots import PER_SLOT, LayerSpec
@@ -46,8 +46,8 @@ class Cache:
         self.config = config
         self.specs = tuple(specs)
         self.recurrent_specs = tuple(recurrent_specs)
-        configs = layer_configs(config, self.specs)
-        self.layers = [LayerCache(own, spec, rows) for own, spec in zip(configs, self.specs, strict=True)]
+        each = zip(layer_configs(config, self.specs), layer_specs(config, self.specs), strict=True)
+        self.layers = [LayerCache(own, spec, rows) for own, spec in each]
         self.states = [RecurrentState(spec, rows) for spec in self.recurrent_specs]
         self.lengths = [0] * rows
         self.position_maps = [PositionMap()] * rows

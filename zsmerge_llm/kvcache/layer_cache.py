@@ -10,7 +10,7 @@ What happens to a row depends on nothing but that row. Everything mutates in pla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,16 @@ def layer_configs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[Cache
     return [by_slots[next(full)] if spec.window is None else by_window[spec.window] for spec in specs]
 
 
+def layer_specs(config: CacheConfig, specs: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """Return what each layer needs: with its gate only where a text is read before any question is known.
+
+    A user's own settings, and any prompt that comes with its question, are ranked by a probe.
+    """
+    if not any(spec.gate for spec in specs) or (config.uses_question and config == config.query_agnostic()):
+        return list(specs)
+    return [replace(spec, gate=None) for spec in specs]
+
+
 def _sliding(config: CacheConfig, window: int) -> CacheConfig:
     stage = max(config.stage, MIN_WINDOW_STAGE)
     return config.replace(slots=window + 1, sink=0, recent=window, residual=0, stage=stage, policy="recency")
@@ -61,16 +71,12 @@ class LayerCache(Slots):
     the host, and num_filled, the same on the host; residual_keys and residual_values float32 [B, H, R, D]; dropped
     float32 [B, H], tokens evicted without a trace; a ring of the newest queries [B, Hq, W, D] and their positions int32
     [B, W] (-1: none), where the policy records them; multi_turn bool [B], whether the conversation has been answered
-    before; accumulated_until int32 [B], the position of the newest query that is part of `cumulative_attention`; gate,
-    the model's, which scores the slots instead of a probe where no question came with the text.
+    before; accumulated_until int32 [B], the position of the newest query that is part of `cumulative_attention`.
     """
 
     def __init__(self, config: CacheConfig, spec: LayerSpec, rows: int) -> None:
         self.config = config
         self.spec = spec
-        # A user's own settings, and any prompt that comes with its question, are ranked by a probe.
-        read_ahead = spec.gate is not None and config.uses_question and config == config.query_agnostic()
-        self.gate = spec.gate if read_ahead else None
         self.num_filled = [config.residual] * rows
         capacity = config.stage if config.slots is None else config.slots + config.stage
         heads, device = spec.kv_heads, spec.device

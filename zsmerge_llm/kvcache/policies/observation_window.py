@@ -44,7 +44,7 @@ class ObservationWindow(EvictionPolicy):
 
     def prepare(self, view: KVView, due: Tensor, inputs: AttentionInputs | None) -> None:
         """Score the slots by the model's gate, by the probe, or by the newest queries where there is neither."""
-        if (gate := view.layer.gate) is None:
+        if (gate := view.spec.gate) is None:
             _score_slots(view, due, inputs)
         else:
             _keep_best(view, due, gate.attention(view.keys, view.values))
