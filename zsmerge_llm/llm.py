@@ -31,8 +31,8 @@ from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS
 from zsmerge_llm.retrieval.query_probe import (
     chat_probe,
     completion_probe,
+    conversation_probe,
     is_multi_turn,
-    message_probe,
 )
 from zsmerge_llm.retrieval.section_notes import note_instruction
 from zsmerge_llm.retrieval.selection import RetrievalTokens
@@ -333,11 +333,10 @@ def _begin_turn(
     turn = conversations.begin(history, instructed, options.tools, options.session, namespace=owner, reread=reread)
     length = len(turn.tokens) - turn.retrieved_tokens
     check_length(length, options.sampling, max_input_tokens, runtime.engine.exact_limit, stacklevel=8)
-    question = messages[-1]["content"]
     prompt = Prompt(
         turn.tokens,
         turn.cache.config,
-        chat_probe(template, options.probe) if options.probe else message_probe(template, question),
+        chat_probe(template, options.probe) if options.probe else conversation_probe(template, messages),
         multi_turn=not turn.single_question and is_multi_turn(turn.messages),
         system_tokens=turn.system_tokens,
         retrieved_tokens=turn.retrieved_tokens,

@@ -22,7 +22,7 @@ from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.language.messages import MessageHistory
 from zsmerge_llm.retrieval.passage_search import DEFAULT_TOKENS, pinned_tail_tokens
-from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe, is_multi_turn, message_probe
+from zsmerge_llm.retrieval.query_probe import GENERIC_QUESTION, chat_probe, conversation_probe, is_multi_turn
 from zsmerge_llm.runtime import Runtime, assemble
 from zsmerge_llm.sessions.conversations import Turn
 from zsmerge_llm.types import Message
@@ -110,9 +110,13 @@ class Product:
 def _ask(
     runtime: Runtime, said: list[Message], asked: Question, facts: dict[str, Any]
 ) -> tuple[dict[str, Any], Turn, list[int]]:
-    """Ask behind messages: the line, the turn, whose cache has read its prompt, and the last id still to be read."""
+    """Ask behind messages: the line, the turn, whose cache has read its prompt, and the last id still to be read.
+
+    Where they end with a tool's result, the question is their own request's.
+    """
     started = time.perf_counter()
-    turn = begin(runtime, [*said, {"role": "user", "content": asked.message}])
+    answers_result = bool(said) and said[-1]["role"] == "tool"
+    turn = begin(runtime, said if answers_result else [*said, {"role": "user", "content": asked.message}])
     ids = [*turn.tokens[turn.cache.seen :], *asked.opening]
     read_prompt(runtime, turn, ids[:-1])
     found = answer(runtime.engine, runtime.template, turn.cache, ids[-1:], asked)
@@ -154,7 +158,7 @@ def begin(runtime: Runtime, messages: list[Message]) -> Turn:
 
 def read_prompt(runtime: Runtime, turn: Turn, ids: list[int]) -> None:
     """Read ids that are new of a turn's prompt, as `LLM` does."""
-    probe = message_probe(runtime.template, turn.transcript.history.messages[-1]["content"])
+    probe = conversation_probe(runtime.template, turn.transcript.history.messages)
     multi_turn = not turn.single_question and is_multi_turn(turn.messages)
     runtime.engine.read(
         turn.cache, ids, probe=probe, multi_turn=multi_turn, pinned_tail=pinned_tail_tokens(turn.retrieved_tokens)

@@ -2,9 +2,9 @@
 
     python benchmarks/quality/run.py SUITE [--model M] [--contenders A,B] [--budgets 512 1024 10%] [--lengths 4096 8192]
 
-Suites: `ruler` and `scbench` are generated at each length; `beam` and `prefeval` are conversations. They are made from
-the folder that `--folder` or ZSMERGE_EVALUATION_DATA names (`sources`). `files` takes documents, chats and prompts of
-any JSON lines (`--data FILE.jsonl...`), and hides needles in a text (`--needles FILE`).
+Suites: `ruler`, `scbench` and `agents` are generated at each length; `beam` and `prefeval` are conversations. They are
+made from the folder that `--folder` or ZSMERGE_EVALUATION_DATA names (`sources`). `files` takes documents, chats and
+prompts of any JSON lines (`--data FILE.jsonl...`), and hides needles in a text (`--needles FILE`).
 
 Each (contender, budget, setting, item) is measured once and appended to results/NAME.jsonl; a restart continues where
 it was. Afterwards (or with --report alone) the tables with their intervals are made from it (`report`, `suite_report`).
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import RESULTS
 from benchmarks.policies import POLICIES
-from benchmarks.quality import dialogues, ruler, scbench, suite_report
+from benchmarks.quality import agents, dialogues, ruler, scbench, suite_report
 from benchmarks.quality.contenders import contenders
 from benchmarks.quality.evaluator import Budget, Evaluator
 from benchmarks.quality.report import report
@@ -47,8 +47,10 @@ FILES = (
     "value-weighted-mean"
 )
 SUITE = "full,bm25,truncate-retrieval,ours"
+AGENTS = "full,bm25,truncate,streaming-look-up,ours-cache-alone,ours"
 REFERENCE = ["zsmerge-question", "zsmerge-layer-budgets", "zsmerge-uniform-budgets"]
-SUITES = ("files", "ruler", "scbench", "beam", "prefeval")
+SUITES = ("files", "ruler", "scbench", "agents", "beam", "prefeval")
+GENERATED = ("ruler", "scbench", "agents")
 Cell = tuple[str, str, str, str, str, int]
 UNBOUNDED = "full"
 
@@ -86,6 +88,9 @@ def records(arguments: argparse.Namespace, template: ChatTemplate) -> tuple[int 
         count, together = arguments.documents or 100, arguments.together
         total = len(arguments.between) * -(-count // together)
         return total, dialogues.preferences(sources, arguments.between, count, together)
+    if arguments.suite == "agents":
+        count = arguments.documents or 8
+        return len(arguments.lengths) * count * len(agents.FILES), agents.records(sources, arguments.lengths, count)
     suite: Any = ruler if arguments.suite == "ruler" else scbench
     tasks = arguments.tasks.split(",") if arguments.tasks else tuple(suite.TASKS)
     texts = arguments.documents or 8
@@ -113,7 +118,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
                     finished.add(key)
                     first, started = (first, started) if first else (number, time.monotonic())
                     rows = list(getattr(known[name], setting)(budget, read))
-                    append(path, key, {"kind": record["task"]} if arguments.suite in ("ruler", "scbench") else {}, rows)
+                    append(path, key, {"kind": record["task"]} if arguments.suite in GENERATED else {}, rows)
                     print(progress(number, total, first, started), *key, *figures(rows), flush=True)
 
 
@@ -177,7 +182,7 @@ def main() -> None:
     files.add_argument("--no-rouge", action="store_true", help="score the references of summaries, generate none")
     arguments = parser.parse_args()
     generic = arguments.suite == "files"
-    arguments.contenders = arguments.contenders or (FILES if generic else SUITE)
+    arguments.contenders = arguments.contenders or {"files": FILES, "agents": AGENTS}.get(arguments.suite, SUITE)
     RESULTS.mkdir(exist_ok=True)
     model = Path(arguments.model).name.removesuffix(".gguf")
     name = arguments.name or (model if generic else f"{arguments.suite}-{model}")

@@ -20,7 +20,13 @@ from benchmarks.quality.suite_report import OURS, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
 BEGIN, END = "<!-- suites: begin -->", "<!-- suites: end -->"
-NAMES = {"ruler": "RULER", "scbench": "SCBench's synthetic kinds", "beam": "BEAM", "prefeval": "PrefEval"}
+NAMES = {
+    "ruler": "RULER",
+    "scbench": "SCBench's synthetic kinds",
+    "agents": "Agents",
+    "beam": "BEAM",
+    "prefeval": "PrefEval",
+}
 SETTINGS = {"unknown": "each question of what was read", "turns": "each question behind the others"}
 
 

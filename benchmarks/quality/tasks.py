@@ -20,7 +20,7 @@ from typing import Any
 
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import as_block
-from zsmerge_llm.retrieval.query_probe import chat_probe
+from zsmerge_llm.retrieval.query_probe import chat_probe, conversation_probe
 from zsmerge_llm.retrieval.questions import find_question
 from zsmerge_llm.sessions.documents import INSTRUCTION
 
@@ -184,15 +184,16 @@ def _document(template: ChatTemplate, context: str) -> tuple[list[tuple[list[int
 def _chat(
     template: ChatTemplate, messages: list[dict[str, Any]]
 ) -> tuple[list[tuple[list[int], list[int]]], list[str], str]:
-    """Return each message as a part, a user's with the probe that `LLM` takes; the texts; and the closing with MARK."""
+    """Return each message as a part, those but answers with the probe that `LLM` takes; the texts; and the closing."""
     parts, texts, before = [], [], ""
     for number, message in enumerate(messages, start=1):
         after = template.render(messages[:number], add_generation_prompt=False)
-        probe = chat_probe(template, find_question(message["content"])) if message["role"] == "user" else []
+        probe = conversation_probe(template, messages[:number]) if message["role"] != "assistant" else []
         texts.append(after.removeprefix(before))
         parts.append((template.encode(texts[-1]), probe))
         before = after
-    marked = template.render([*messages, {"role": "user", "content": MARK}])
+    answers_result = messages[-1]["role"] == "tool"  # the question is that of a request before it
+    marked = template.render(messages if answers_result else [*messages, {"role": "user", "content": MARK}])
     return parts, texts, marked.removeprefix(before)
 
 

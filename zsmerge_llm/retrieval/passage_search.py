@@ -24,6 +24,7 @@ from zsmerge_llm.retrieval.passages import Passage, excerpt
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS
 from zsmerge_llm.retrieval.questions import (
     Query,
+    asked_at,
     find_question,
     queries,
     question_parts,
@@ -58,6 +59,8 @@ MAX_WHOLE = 2
 MAX_INDEXES = 3
 """Indexes of one conversation that are kept, those used last."""
 INTRODUCTION = "Remember this part of the text:"
+REQUEST = "The user's request:"
+"""Stands before a request that is repeated behind the result of a tool."""
 
 
 def pinned_tail_tokens(retrieved: int) -> int:
@@ -102,6 +105,37 @@ class RecentText:
 
 
 @dataclass(frozen=True)
+class AskedMessage:
+    """What a user's message asks.
+
+    before, results: the messages before it, and those since: calls of tools and their results.
+    start: where its question begins; 0 where all of it is the question.
+    is_short: whether it is no longer than a question.
+    question: what to search for, without instructions how to answer.
+    searched: the messages that are searched for it, and its own text before the question.
+    queries: as for `PassageSearch.search`.
+    """
+
+    before: list[Message]
+    content: str
+    start: int
+    is_short: bool
+    question: str
+    searched: list[Message]
+    results: list[Message]
+    queries: list[Query]
+
+    def with_repeated(self, messages: list[Message], repeated: str) -> list[Message]:
+        """Return the messages with a text before the question, or behind the last result of a tool."""
+        if not repeated:
+            return messages
+        text = self.content[: self.start] + repeated + self.content[self.start :]
+        if self.results:
+            text = f"{self.results[-1]['content']}\n\n{repeated.rstrip()}"
+        return [*messages[:-1], {**messages[-1], "content": text}]
+
+
+@dataclass(frozen=True)
 class PassageSearch:
     """Adds passages of what was said before, and the system message, to the message that asks for them.
 
@@ -127,7 +161,8 @@ class PassageSearch:
         """Return the messages, the last of them with the passages it asks for; unchanged where there are none.
 
         Only a user's message asks. In a message that is longer than the cache, the end asks for what stands before it.
-        In any other, what is repeated comes first.
+        In any other, what is repeated comes first. Behind the result of a tool stands what the request asks for that
+        the tool was called for, and the request.
 
         The system message is repeated as a whole if that takes no more than half of this, whatever is asked: models do
         not follow it from far behind, even where the cache holds all of it. But not before a message longer than a
@@ -144,33 +179,60 @@ class PassageSearch:
                 passages take what they leave of the slots for what a turn reads.
             document_length: characters of the first message that are the document, whatever is asked about it.
         """
-        *before, last = messages
-        if last["role"] != "user" or not (self.max_tokens or notes):
+        asked = self._asked(messages, slots)
+        if asked is None or not (self.max_tokens or notes):
             return messages
-        content, start = last["content"], question_start(last["content"])
-        size = len(self.template.encode_text(content))
-        if size <= slots:
-            start = 0
         indexes = indexes or PassageIndexes()
         left = token_limit(self.max_tokens, length, slots)
-        system = self._system_message(before, left // 2)
-        question = search_text(content if size <= MAX_QUESTION_TOKENS else find_question(content))
-        searched = before[bool(system) :] + ([{**last, "content": content[:start]}] if start else [])
+        recent = RecentText(self.template, recent_ids[-slots:])
+        request = "" if not asked.results else self._request(asked, left // 2, recent)
+        left -= self._count(request)
+        system = self._system_message(asked.before, left // 2)
         repeated = ""
-        if size <= MAX_QUESTION_TOKENS or start > 0:
-            recent = RecentText(self.template, recent_ids[-slots:])
-            standing = self._standing(before, question, left // STANDING_SHARE, recent, indexes)
+        if asked.is_short or asked.start > 0 or asked.results:
+            standing = self._standing(asked.before, asked.question, left // STANDING_SHARE, recent, indexes)
             repeated = "\n\n".join([each for each in (system, standing) if each and each not in recent] + [""])
-        left -= len(self.template.encode_text(repeated))
-        if noted := notes_for(notes, question):
+        left -= self._count(repeated)
+        if noted := notes_for(notes, asked.question):
             repeated += noted
-            left = min(left, pinned_tokens(slots) - len(self.template.encode_text(repeated)))
-        asked = queries([] if start else before, question)
-        found = self.search(apart(searched, document_length), asked, left, indexes) if left > 0 else []
-        repeated += as_block(found if found or fallback is None or left <= 0 else fallback(asked[-1].text, left))
-        if not repeated:
-            return messages
-        return [*before, {**last, "content": content[:start] + repeated + content[start:]}]
+            left = min(left, pinned_tokens(slots) - self._count(repeated))
+        if left > 0:
+            searched, wanted = apart(asked.searched[bool(system) :], document_length), asked.queries
+            found = self.search(searched, wanted, left, indexes)
+            found = found if found or fallback is None else fallback(wanted[-1].text, left)
+            # The same request asks after each result: what it found last time is not read again.
+            repeated += as_block([each for each in found if not asked.results or each not in recent])
+        return asked.with_repeated(messages, repeated + request)
+
+    def _asked(self, messages: list[Message], slots: int) -> AskedMessage | None:
+        """Return what a cache of so many slots is asked by the messages; None if it is nothing of a user's."""
+        at = asked_at(messages)
+        before, message, results = messages[:at], messages[at], messages[at + 1 :]
+        if message["role"] != "user":
+            return None
+        content = message["content"]
+        size = self._count(content)
+        start = question_start(content) if size > slots or results else 0
+        is_short = size <= MAX_QUESTION_TOKENS
+        question = search_text(content if is_short else find_question(content))
+        read = results[:-1] if results and self._count(results[-1]["content"]) <= slots else results
+        searched = [*before, *([{**message, "content": content[:start]}] if start else []), *read]
+        wanted = queries([] if start else before, question)
+        if results:  # the earlier question of a follow-up is not among the newest that are searched
+            wanted = [Query(each.text) for each in wanted]
+        return AskedMessage(before, content, start, is_short, question, searched, results, wanted)
+
+    def _request(self, asked: AskedMessage, max_tokens: int, recent: RecentText) -> str:
+        """Return a user's request as it stands behind a tool's result, or its question where it is too long; or ""."""
+        for text in (asked.content, find_question(asked.content)):
+            request = f"{REQUEST} {text.strip()}"
+            if self._count(request) <= max_tokens:
+                return "" if text in recent else request
+        return ""
+
+    def _count(self, text: str) -> int:
+        """Return the tokens of a text."""
+        return len(self.template.encode_text(text))
 
     def _standing(
         self, messages: Sequence[Message], question: str, left: int, recent: RecentText, indexes: PassageIndexes
@@ -179,7 +241,7 @@ class PassageSearch:
 
         def fits(statement: str) -> bool:
             nonlocal left
-            cost = len(self.template.encode_text(statement + "\n"))
+            cost = self._count(statement + "\n")
             if cost > left or statement in recent:
                 return False
             left -= cost
@@ -190,7 +252,7 @@ class PassageSearch:
     def _system_message(self, messages: Sequence[Message], max_tokens: int) -> str:
         """Return the system message, if it has at most `max_tokens`; else ""."""
         text = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
-        return text if len(self.template.encode_text(text)) <= max_tokens else ""
+        return text if self._count(text) <= max_tokens else ""
 
     def search(
         self,
@@ -226,7 +288,7 @@ class PassageSearch:
 
     def _cost(self, passage: Passage) -> int:
         """Return the tokens that a passage takes."""
-        return len(self.template.encode_text("\n".join(with_context([passage])) + "\n\n"))
+        return self._count("\n".join(with_context([passage])) + "\n\n")
 
 
 def _first(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.retrieval.questions import find_question
+from zsmerge_llm.retrieval.questions import asked_at, find_question
 from zsmerge_llm.types import Message
 
 MAX_QUESTION_TOKENS = 64
@@ -33,6 +33,11 @@ def chat_probe(template: ChatTemplate, question: str) -> list[int]:
 def message_probe(template: ChatTemplate, message: str) -> list[int]:
     """Return `chat_probe` of the question that a message ends with."""
     return template.encode_text(find_question(message))[-MAX_QUESTION_TOKENS:] + _closing(template)
+
+
+def conversation_probe(template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
+    """Return `message_probe` of the message that is answered: results of tools ask for what their request asks for."""
+    return message_probe(template, messages[asked_at(messages)]["content"])
 
 
 def is_multi_turn(messages: Sequence[Message]) -> bool:

@@ -1,8 +1,9 @@
-"""What a message asks: where its question begins, without instructions how to answer, in which parts, and behind which
-earlier question.
+"""What a turn asks: by which message, where its question begins, without how to answer it, in which parts, and behind
+which earlier question.
 
 Prompts of frameworks and users put more around a question than it has words ("Given the context information, answer the
-query. Query: ... Answer:"). A search for all of these words finds less (docs/research/retrieval).
+query. Query: ... Answer:"). A search for all of these words finds less (docs/research/retrieval). And an agent reads
+results of tools before it answers: what is asked stands in the request that the tools were called for.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ PART_END = rf"[?;]|,?\s(?:and|or)\s(?={ASKING})|,\s(?={ASKING})"
 COMPARED = r"\bbetween\s(.+?)\sand\s(.+)"
 """Two things that stand at different places of a text, perhaps."""
 MIN_PART_WORDS = 2
+OBSERVATION, ACTION = re.compile(r"\s*observation\s*:", re.IGNORECASE), re.compile(r"\baction\s*:", re.IGNORECASE)
+"""How ReAct agents (arXiv 2210.03629) write a tool's result, as a user's message, and the call before it."""
 
 
 class Query(NamedTuple):
@@ -63,6 +66,15 @@ class Query(NamedTuple):
 
     text: str
     skipped: int = 0
+
+
+def asked_at(messages: Sequence[Message]) -> int:
+    """Return the index of the message that is answered: the last or, behind a tool's result, the user's before it."""
+    last = len(messages) - 1
+    if not _is_result(messages, last):
+        return last
+    users = (at for at in range(last, -1, -1) if messages[at]["role"] == "user" and not _is_result(messages, at))
+    return next(users, last)
 
 
 def question_start(text: str) -> int:
@@ -135,6 +147,14 @@ def question_parts(question: str) -> list[str]:
         parts += compared.groups() if compared else [part]
     parts = [part.strip() for part in parts if count_words(part) >= MIN_PART_WORDS]
     return parts if len(parts) > 1 else []
+
+
+def _is_result(messages: Sequence[Message], at: int) -> bool:
+    """Return whether a message is the result of a tool."""
+    role, content = messages[at]["role"], messages[at]["content"]
+    if role == "user" and at and OBSERVATION.match(content):
+        return bool(ACTION.search(messages[at - 1]["content"]))
+    return bool(role == "tool")
 
 
 def _holds_question(text: str) -> bool:

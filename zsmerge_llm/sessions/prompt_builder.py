@@ -13,8 +13,8 @@ from zsmerge_llm.language.reasoning_history import answer_head, answer_header
 from zsmerge_llm.language.request_args import without_request_args
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
-from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, is_multi_turn, message_probe
-from zsmerge_llm.retrieval.questions import question_parts, search_text
+from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, conversation_probe, is_multi_turn
+from zsmerge_llm.retrieval.questions import asked_at, question_parts, search_text
 from zsmerge_llm.retrieval.section_notes import SectionNotes, asks_about_whole
 from zsmerge_llm.sessions.documents import INSTRUCTION, document_head
 from zsmerge_llm.sessions.prompt import Prompt
@@ -83,7 +83,7 @@ class PromptBuilder:
             how = (ids, None, indexes, *_about(document))
             augmented = self.passage_search.augment(messages, config.slots, plain, *how)
             ids = template.encode(template.render(augmented, tools))
-        probe = message_probe(template, messages[-1]["content"])
+        probe = conversation_probe(template, messages)
         return Prompt(ids, config, probe, is_multi_turn(messages), system_tokens, len(ids) - plain)
 
     def following_ids(self, continuation: Continuation, messages: list[Message]) -> list[int] | None:
@@ -142,7 +142,8 @@ class PromptBuilder:
         if search is None:
             return FollowingIds(longer)
         # Not the message that is rendered, which may begin with the document.
-        question = search_text(transcript.history.messages[-1]["content"])
+        asked = transcript.history.messages
+        question = search_text(asked[asked_at(asked)]["content"])
         evidence = len(longer) > len(following) and not search.was_asked and asks_one_thing(question)
         return FollowingIds(longer, evidence, needs_document=not evidence and not search.holds_document)
 
