@@ -93,6 +93,7 @@ def test_a_strict_schema_is_refused_with_the_keyword_and_the_remedy(schema: Any,
         ({"$ref": "#"}, "no finite value"),
         ({"type": "object", "properties": {"c": {"$ref": "#"}}, "required": ["c"]}, "no finite value"),
         ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "no finite value"),
+        *(({"$ref": {"a" * (90 + shift) + "é" * 20: 1}}, "string|wrong type") for shift in range(2)),
     ],
 )
 def test_a_schema_that_no_answer_can_follow_is_refused_before_anything_is_read(
@@ -105,6 +106,35 @@ def test_a_schema_that_no_answer_can_follow_is_refused_before_anything_is_read(
 def test_recursion_that_can_end_is_not_refused() -> None:
     check_schema({"type": "object", "properties": {"c": {"type": "array", "items": {"$ref": "#"}}}}, "It")
     check_schema({"anyOf": [{"type": "array", "items": {"$ref": "#"}, "minItems": 1}, {"type": "null"}]}, "It")
+
+
+LONG = "x" * 5000
+LISTS = {"type": "array", "items": {"type": "array", "items": {"const": LONG}, "minItems": 100}, "minItems": 100}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"enum": [LONG, LONG + "y"]}, "minItems": 10_000},
+        {"type": "object", "properties": {"optional": LISTS}},
+        {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/A"}], "$defs": {"A": LISTS}},
+        {"type": "object", "additionalProperties": LISTS},
+        {"type": "array", "prefixItems": [{"type": "null"}, LISTS]},
+        {"type": "array", "items": {"type": "string", "pattern": "^x{1000}$"}, "minItems": 1000},
+        {"type": "array", "minItems": 1_000_000},
+    ],
+)
+def test_a_schema_with_a_part_that_is_endless_in_practice_is_refused(schema: Any) -> None:
+    """The text that a grammar forces is made as a whole: 5 MB of it took 1.1 GB and 25 s."""
+    with pytest.raises(InputError, match=r"shortest value has [0-9,]{7,} characters.*Lower its minItems"):
+        check_schema(schema, "It")
+
+
+def test_long_constants_and_lists_are_not_refused() -> None:
+    uuid = {"type": "string", "pattern": "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"}
+    check_schema({"type": "array", "items": uuid, "minItems": 1000}, "It")
+    check_schema({"type": "array", "items": {"const": LONG}, "minItems": 10, "maxItems": 1_000_000}, "It")
+    check_schema({"type": ["string", "null"], "minLength": 10, "maxLength": 1_000_000}, "It")
 
 
 @pytest.mark.parametrize("text", ["0.07", "2.21", "-98.99", "1E999999999999999999999"])

@@ -126,7 +126,7 @@ class CompletionPlanner:
         state, path = start.deep_copy(), list[int]()
         while not state.is_accepting():
             tokens = state.compute_ff_tokens() or [self._preferred(state)]
-            if len(path) >= limit or not state.consume_tokens(tokens):
+            if len(path) + len(tokens) > limit or not state.consume_tokens(tokens):
                 return path, False
             path += tokens
         return path, True

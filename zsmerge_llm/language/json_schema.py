@@ -112,7 +112,14 @@ def rule_error(rule: str) -> str:
     """Return why a rule of a Lark grammar does not compile, on one line, or ""."""
     from llguidance import LLMatcher
 
-    return " ".join(LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(f"start: {rule}\n")).split())
+    grammar = LLMatcher.grammar_from_lark(f"start: {rule}\n")
+    try:
+        return " ".join(LLMatcher.validate_grammar(grammar).split())
+    except BaseException as error:
+        # llguidance cuts what it cites in the middle of a letter, which panics. This error is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        return "It cannot be read: a keyword has a value of a wrong type."
 
 
 def compiles(pattern: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from zsmerge_llm.errors import InputError, UnsupportedSchemaError, shown
 from zsmerge_llm.language.grammar import json_rule
 from zsmerge_llm.language.json_schema import compiles, patterns_of, resolve, rule_error
+
+MAX_SHORTEST = 100_000
+"""Characters of a schema's shortest value. Each character that a grammar forces takes some 250 bytes of memory."""
 
 
 def check_strict(schema: Mapping[str, Any], where: str) -> None:
@@ -45,6 +49,70 @@ def check_schema(schema: Mapping[str, Any], where: str) -> None:
             f"{where} has no finite value: something in it always contains itself. Make that property optional, let it "
             "be null, or allow its list to be empty."
         )
+    lengths = _ShortestValues(schema)
+    lengths.of(schema)
+    if lengths.most > MAX_SHORTEST:
+        raise InputError(
+            f"{where} has a part whose shortest value has {lengths.most:,} characters; at most {MAX_SHORTEST:,} can be "
+            "enforced. Lower its minItems or minLength, or shorten its names and constants."
+        )
+
+
+class _ShortestValues:
+    """Characters that values of a schema and of its parts have at least.
+
+    Attributes:
+        most: of any part, also one that a value may leave out: a model may choose it.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self.most = 0
+        self._root = root
+        self._references: dict[str, int] = {}
+
+    def of(self, schema: Any) -> int:
+        """Return how many characters a value of a schema has at least, as JSON."""
+        if not isinstance(schema, Mapping):
+            return 1
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            if reference not in self._references:
+                self._references[reference] = 1  # what contains itself counts once
+                self._references[reference] = self.of(resolve(schema, self._root))
+            return self._references[reference]
+        sizes = [self._text(schema), self._array(schema), self._object(schema)]
+        kinds = {"string": sizes[0], "array": sizes[1], "object": sizes[2]}
+        size = kinds.get(str(schema.get("type")), 1)
+        if constants := [schema["const"]] if "const" in schema else schema.get("enum"):
+            size = max(size, min(len(json.dumps(each, ensure_ascii=False)) for each in constants))
+        for key, choose in (("anyOf", min), ("oneOf", min), ("allOf", max)):
+            if isinstance(parts := schema.get(key), list) and parts:
+                size = max(size, choose([self.of(part) for part in parts]))
+        self.most = max(self.most, size, *sizes)
+        return size
+
+    def _text(self, schema: Mapping[str, Any]) -> int:
+        pattern = schema.get("pattern")
+        repeated = map(int, re.findall(r"\{(\d{1,9})", pattern)) if isinstance(pattern, str) else ()
+        return 2 + max(_count(schema, "minLength"), max(repeated, default=0))
+
+    def _array(self, schema: Mapping[str, Any]) -> int:
+        count, first = _count(schema, "minItems"), schema.get("prefixItems")
+        prefix = [self.of(part) + 2 for part in (first if isinstance(first, list) else [])]
+        item = self.of(schema.get("items")) + 2
+        return 2 + sum(prefix[:count]) + max(0, count - len(prefix)) * item
+
+    def _object(self, schema: Mapping[str, Any]) -> int:
+        named = schema.get("properties")
+        sizes = {name: self.of(part) for name, part in named.items()} if isinstance(named, Mapping) else {}
+        self.of(schema.get("additionalProperties"))
+        return 2 + sum(len(name) + 6 + sizes.get(name, 1) for name in schema.get("required") or ())
+
+
+def _count(schema: Mapping[str, Any], key: str) -> int:
+    """Return a keyword that is a number, and 0 for none."""
+    value = schema.get(key)
+    return int(value) if isinstance(value, (int, float)) else 0
 
 
 def _is_finite(schema: Any, root: Any, entered: tuple[str, ...]) -> bool:
