@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.chat import make_llm
-from zsmerge_llm import LLM, CacheConfig, SamplingParams
+from zsmerge_llm import LLM, CacheConfig, Grammar, SamplingParams
 from zsmerge_llm.errors import InputError, UnsupportedSchemaError
 from zsmerge_llm.language import literal_patterns
 from zsmerge_llm.language.json_schema import enforceable, validation_error, value_error
@@ -106,6 +106,27 @@ def test_a_schema_that_no_answer_can_follow_is_refused_before_anything_is_read(
 def test_recursion_that_can_end_is_not_refused() -> None:
     check_schema({"type": "object", "properties": {"c": {"type": "array", "items": {"$ref": "#"}}}}, "It")
     check_schema({"anyOf": [{"type": "array", "items": {"$ref": "#"}, "minItems": 1}, {"type": "null"}]}, "It")
+
+
+@pytest.mark.parametrize("number", [-(2**63), -(2**63) + 1, -1e19, -(10**400), -5.6e228])
+def test_numbers_that_would_end_the_process_are_refused(number: float) -> None:
+    for schema in (
+        {"type": "integer", "enum": [1, number]},
+        {"const": {"a": [number]}},
+        {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"const": number}]}},
+    ):
+        with pytest.raises(InputError, match="cannot be enforced"):
+            check_schema(schema, "It")
+        with pytest.raises(InputError, match="cannot be enforced"):
+            Grammar.json_schema(schema)
+
+
+def test_bounds_of_64_bit_integers_are_checked_when_the_answer_is_complete() -> None:
+    schema = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1, "default": -(2**63)}
+    check_schema(schema, "It")
+    assert "greater than the maximum" in validation_error(str(2**63), schema)
+    assert validation_error(str(-(2**63)), schema) == ""
+    check_schema({"type": "integer", "minimum": -(2**63), "maximum": -(2**63)}, "It")
 
 
 LONG = "x" * 5000

@@ -102,8 +102,7 @@ def test_a_short_answer_is_found_by_its_question(search: PassageSearch) -> None:
 
 
 def test_only_users_ask(search: PassageSearch) -> None:
-    result = {"role": "tool", "content": FACT, "tool_call_id": "1"}
-    messages = [*dialogue(FACT, "I see."), result]
+    messages = [*dialogue(FACT, "I see."), {"role": "system", "content": "The password?"}]
     assert search.augment(messages, slots=1000) == messages
     asked = dialogue(FACT, "I see.", "The password?")
     assert PassageSearch(search.template, 0).augment(asked, slots=1000) == asked

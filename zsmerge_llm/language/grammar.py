@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from zsmerge_llm.errors import ConfigError, InputError, ZSMergeError
 from zsmerge_llm.language.completion import CompletionPlanner
-from zsmerge_llm.language.json_schema import enforceable
+from zsmerge_llm.language.json_schema import check_numbers, enforceable
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -75,8 +75,13 @@ class Grammar:
 
 
 def json_rule(schema: Mapping[str, Any], lenient: bool = False, **options: Any) -> str:
-    """Return JSON of a schema as part of a Lark rule. Options are llguidance's, on top of `COMPACT_JSON`."""
+    """Return JSON of a schema as part of a Lark rule. Options are llguidance's, on top of `COMPACT_JSON`.
+
+    Raises:
+        InputError: a number in the schema is too small.
+    """
     schema = enforceable(schema) if lenient else schema
+    check_numbers(schema)
     closed = schema if _combines(schema) else _closed(schema)
     return "%json " + json.dumps({**closed, "x-guidance": {**COMPACT_JSON, "lenient": lenient, **options}})
 

@@ -13,6 +13,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
+from zsmerge_llm.errors import InputError
 from zsmerge_llm.language.literal_patterns import LiteralPatterns, has_match
 
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -23,6 +24,11 @@ SCHEMAS = ("items", "additionalProperties", "propertyNames", "contains", "not", 
 """Keywords whose value is a schema."""
 FORMAT_PATTERNS = {"base64": "^([A-Za-z0-9+/]{4})*$", "base64url": "^([A-Za-z0-9_-]{4})*$"}
 """Patterns for formats that a grammar does not know."""
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+LARGEST_BOUND = 10**17
+"""Larger bounds cannot be enforced, such as those of 64-bit integers."""
+LEAST_NUMBER = -92 * 10**17
+"""On integers next to -2**63 llguidance calls itself until its stack overflows, which ends the process."""
 LOOK_AROUND = re.compile(r"\(\?<?[=!]")
 SIGN_AND_DIGITS = "(?!^[-+.]*$)[+-]?0*"
 """How pydantic begins the pattern of a Decimal: anything that has a digit."""
@@ -48,6 +54,9 @@ def enforceable(schema: Any, root: Any = None) -> Any:
     if "pattern" not in changed and (encoded := FORMAT_PATTERNS.get(str(changed.get("format")))):
         changed["pattern"] = encoded
         del changed["format"]
+    for key in BOUNDS:
+        if _is_number(changed.get(key)) and abs(changed[key]) > LARGEST_BOUND:
+            del changed[key]
     _name_properties(changed, root)
     for key, value in changed.items():
         if key in SCHEMA_MAPS and isinstance(value, Mapping):
@@ -57,6 +66,22 @@ def enforceable(schema: Any, root: Any = None) -> Any:
         elif key in SCHEMAS:
             changed[key] = enforceable(value, root)
     return changed
+
+
+def check_numbers(schema: Any) -> None:
+    """Refuse numbers that grammars cannot be made of. Raises InputError."""
+    if isinstance(schema, Mapping):
+        for key, value in schema.items():
+            if key not in ("default", "examples"):
+                check_numbers(value)
+    elif isinstance(schema, (list, tuple)):
+        for value in schema:
+            check_numbers(value)
+    elif _is_number(schema) and schema < LEAST_NUMBER:
+        raise InputError(
+            f"The number {Decimal(schema):.3g} of a JSON schema cannot be enforced: use none below {LEAST_NUMBER:.2g}, "
+            "or text."
+        )
 
 
 def validation_error(text: str, schema: Mapping[str, Any]) -> str:
@@ -108,6 +133,10 @@ def _exact(number: str) -> Decimal | float:
 
 
 @lru_cache(maxsize=256)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def rule_error(rule: str) -> str:
     """Return why a rule of a Lark grammar does not compile, on one line, or ""."""
     from llguidance import LLMatcher

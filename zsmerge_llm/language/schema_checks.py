@@ -83,7 +83,8 @@ class _ShortestValues:
         sizes = [self._text(schema), self._array(schema), self._object(schema)]
         kinds = {"string": sizes[0], "array": sizes[1], "object": sizes[2]}
         size = kinds.get(str(schema.get("type")), 1)
-        if constants := [schema["const"]] if "const" in schema else schema.get("enum"):
+        constants = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(constants, list) and constants:
             size = max(size, min(len(json.dumps(each, ensure_ascii=False)) for each in constants))
         for key, choose in (("anyOf", min), ("oneOf", min), ("allOf", max)):
             if isinstance(parts := schema.get(key), list) and parts:
@@ -103,10 +104,11 @@ class _ShortestValues:
         return 2 + sum(prefix[:count]) + max(0, count - len(prefix)) * item
 
     def _object(self, schema: Mapping[str, Any]) -> int:
-        named = schema.get("properties")
+        named, required = schema.get("properties"), schema.get("required")
         sizes = {name: self.of(part) for name, part in named.items()} if isinstance(named, Mapping) else {}
         self.of(schema.get("additionalProperties"))
-        return 2 + sum(len(name) + 6 + sizes.get(name, 1) for name in schema.get("required") or ())
+        names = map(str, required if isinstance(required, list) else ())
+        return 2 + sum(len(name) + 6 + sizes.get(name, 1) for name in names)
 
 
 def _count(schema: Mapping[str, Any], key: str) -> int:

@@ -56,11 +56,11 @@ STANDING_SHARE = 4
 """The standing instructions take one in so many of the tokens at most."""
 MAX_WHOLE = 2
 """Passages that are whole at most, where not all that were found have room."""
+NEAR_TOKENS = 128
+"""Tokens behind which a request, and what it asked for, is sent once more: an agent's results may be short."""
 MAX_INDEXES = 3
 """Indexes of one conversation that are kept, those used last."""
 INTRODUCTION = "Remember this part of the text:"
-REQUEST = "The user's request:"
-"""Stands before a request that is repeated behind the result of a tool."""
 
 
 def pinned_tail_tokens(retrieved: int) -> int:
@@ -125,14 +125,15 @@ class AskedMessage:
     results: list[Message]
     queries: list[Query]
 
-    def with_repeated(self, messages: list[Message], repeated: str) -> list[Message]:
-        """Return the messages with a text before the question, or behind the last result of a tool."""
-        if not repeated:
-            return messages
-        text = self.content[: self.start] + repeated + self.content[self.start :]
-        if self.results:
-            text = f"{self.results[-1]['content']}\n\n{repeated.rstrip()}"
-        return [*messages[:-1], {**messages[-1], "content": text}]
+    def with_repeated(self, messages: list[Message], repeated: str, request: str) -> list[Message]:
+        """Return the messages with a text before the question; behind results of tools, before `request`."""
+        *before, last = messages
+        if not self.results:
+            text = self.content[: self.start] + repeated + self.content[self.start :]
+            return [*before, {**last, "content": text}]
+        if last["role"] == "tool":
+            return [*messages, {"role": "user", "content": repeated + request}]
+        return [*before, {**last, "content": f"{last['content']}\n\n{repeated}{request}"}]
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ class PassageSearch:
         """Return the messages, the last of them with the passages it asks for; unchanged where there are none.
 
         Only a user's message asks. In a message that is longer than the cache, the end asks for what stands before it.
-        In any other, what is repeated comes first. Behind the result of a tool stands what the request asks for that
-        the tool was called for, and the request.
+        In any other, what is repeated comes first. Behind the result of a tool, the request that it was called for is
+        sent once more, with what it asks for: inside of the result, models heed it less (docs/research/retrieval).
 
         The system message is repeated as a whole if that takes no more than half of this, whatever is asked: models do
         not follow it from far behind, even where the cache holds all of it. But not before a message longer than a
@@ -185,7 +186,10 @@ class PassageSearch:
         indexes = indexes or PassageIndexes()
         left = token_limit(self.max_tokens, length, slots)
         recent = RecentText(self.template, recent_ids[-slots:])
-        request = "" if not asked.results else self._request(asked, left // 2, recent)
+        request = self._request(asked.content, left // 2) if asked.results else ""
+        near = RecentText(self.template, recent_ids[-NEAR_TOKENS - self._count(request) :])
+        if request and request in near:
+            return messages
         left -= self._count(request)
         system = self._system_message(asked.before, left // 2)
         repeated = ""
@@ -199,10 +203,8 @@ class PassageSearch:
         if left > 0:
             searched, wanted = apart(asked.searched[bool(system) :], document_length), asked.queries
             found = self.search(searched, wanted, left, indexes)
-            found = found if found or fallback is None else fallback(wanted[-1].text, left)
-            # The same request asks after each result: what it found last time is not read again.
-            repeated += as_block([each for each in found if not asked.results or each not in recent])
-        return asked.with_repeated(messages, repeated + request)
+            repeated += as_block(found if found or fallback is None else fallback(wanted[-1].text, left))
+        return asked.with_repeated(messages, repeated, request) if repeated or request else messages
 
     def _asked(self, messages: list[Message], slots: int) -> AskedMessage | None:
         """Return what a cache of so many slots is asked by the messages; None if it is nothing of a user's."""
@@ -222,13 +224,10 @@ class PassageSearch:
             wanted = [Query(each.text) for each in wanted]
         return AskedMessage(before, content, start, is_short, question, searched, results, wanted)
 
-    def _request(self, asked: AskedMessage, max_tokens: int, recent: RecentText) -> str:
-        """Return a user's request as it stands behind a tool's result, or its question where it is too long; or ""."""
-        for text in (asked.content, find_question(asked.content)):
-            request = f"{REQUEST} {text.strip()}"
-            if self._count(request) <= max_tokens:
-                return "" if text in recent else request
-        return ""
+    def _request(self, content: str, max_tokens: int) -> str:
+        """Return a user's message or, where it is too long, its question; "" where that is too long."""
+        forms = (content, find_question(content))
+        return next((form for form in forms if self._count(form) <= max_tokens), "")
 
     def _count(self, text: str) -> int:
         """Return the tokens of a text."""
