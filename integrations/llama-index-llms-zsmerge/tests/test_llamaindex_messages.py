@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from llama_index.core.agent.react.formatter import ReActChatFormatter
+from llama_index.core.agent.react.types import ActionReasoningStep, ObservationReasoningStep
 from llama_index.core.base.llms.types import (
     CacheControl,
     CachePoint,
@@ -20,6 +22,7 @@ from llama_index.llms.zsmerge import ZSMergeLLM
 from llama_index.llms.zsmerge._messages import to_messages
 
 from zsmerge_llm.errors import InputError
+from zsmerge_llm.retrieval.questions import asked_at
 from zsmerge_llm.testing import FakeLLM, scripted_answer
 
 NESTED = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -123,3 +126,12 @@ def test_an_answer_with_tool_calls_can_be_sent_back():
     assert sent["content"] == "Let me add."
     assert json.loads(sent["tool_calls"][0]["function"]["arguments"]) == {"a": 1}
     assert sent["tool_calls"][0]["id"] == "id_0"
+
+
+def test_an_observation_of_a_react_agent_is_a_result_of_its_request() -> None:
+    action = ActionReasoningStep(thought="I need a page.", action="open", action_input={"page": 1})
+    steps = [action, ObservationReasoningStep(observation="A page.")] * 2
+    question = ChatMessage(role="user", content="Who is the captain?")
+    messages = to_messages(ReActChatFormatter().format([], [question], steps))
+    assert messages[-1]["role"] == "user"
+    assert messages[asked_at(messages)]["content"] == "Who is the captain?"
