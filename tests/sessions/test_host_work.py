@@ -77,6 +77,26 @@ def test_a_turn_renders_tokenises_hashes_and_splits_only_new_text(name: str) -> 
         assert sorted(late)[-2] <= 1.2 * max(early) + 200, kind
 
 
+def test_a_step_of_an_agent_does_so_too_however_long_its_request() -> None:
+    document = " ".join(f"The {number}th lighthouse is open at night." for number in range(300))
+    request = f"{document}\n\nWhich lighthouse of the islands is open?"
+    chat = Chat(make_llm(cache=SMALL_CACHE, retrieval_tokens=40), "it", [{"role": "user", "content": request}])
+    sizes: list[dict[str, int]] = []
+    with counted_work() as work:
+        for step in range(60):
+            work.update(dict.fromkeys(work, 0))
+            answer = chat.reply()
+            assert answer.usage.reuse == ("continued" if step else "new")
+            sizes.append(dict(work))
+            result = f"The {step}th lighthouse of the {step % 7} islands is closed. {'It rains. ' * 9}"
+            chat.messages.append({"role": "tool", "content": result, "tool_call_id": str(step)})
+
+    for kind in ("tokenised", "hashed", "split"):  # the messages since the request are rendered together
+        early, late = ([size[kind] for size in sizes[start : start + 15]] for start in (15, 45))
+        assert sorted(late)[-2] <= 1.2 * max(early) + 200, kind
+        assert sorted(late)[-2] < len(document), kind
+
+
 def test_a_restored_session_and_a_branch_go_on_as_cheaply(tmp_path: Any) -> None:
     llm = make_llm(cache=SMALL_CACHE, sessions_dir=tmp_path)
     chat = Chat(llm, "it")

@@ -58,6 +58,8 @@ MAX_WHOLE = 2
 """Passages that are whole at most, where not all that were found have room."""
 NEAR_TOKENS = 128
 """Tokens behind which a request, and what it asked for, is sent once more: an agent's results may be short."""
+MAX_LETTERS = 32
+"""Letters of a token at most, on average over a text."""
 MAX_INDEXES = 3
 """Indexes of one conversation that are kept, those used last."""
 INTRODUCTION = "Remember this part of the text:"
@@ -213,11 +215,10 @@ class PassageSearch:
         if message["role"] != "user":
             return None
         content = message["content"]
-        size = self._count(content)
-        start = question_start(content) if size > slots or results else 0
-        is_short = size <= MAX_QUESTION_TOKENS
+        start = question_start(content) if results or not self._fits(content, slots) else 0
+        is_short = self._fits(content, MAX_QUESTION_TOKENS)
         question = search_text(content if is_short else find_question(content))
-        read = results[:-1] if results and self._count(results[-1]["content"]) <= slots else results
+        read = results[:-1] if results and self._fits(results[-1]["content"], slots) else results
         searched = [*before, *([{**message, "content": content[:start]}] if start else []), *read]
         wanted = queries([] if start else before, question)
         if results:  # the earlier question of a follow-up is not among the newest that are searched
@@ -227,7 +228,11 @@ class PassageSearch:
     def _request(self, content: str, max_tokens: int) -> str:
         """Return a user's message or, where it is too long, its question; "" where that is too long."""
         forms = (content, find_question(content))
-        return next((form for form in forms if self._count(form) <= max_tokens), "")
+        return next((form for form in forms if self._fits(form, max_tokens)), "")
+
+    def _fits(self, text: str, max_tokens: int) -> bool:
+        """Return whether a text has at most so many tokens. Those of a very long one are not counted at each turn."""
+        return len(text) <= MAX_LETTERS * max_tokens and self._count(text) <= max_tokens
 
     def _count(self, text: str) -> int:
         """Return the tokens of a text."""
@@ -251,7 +256,7 @@ class PassageSearch:
     def _system_message(self, messages: Sequence[Message], max_tokens: int) -> str:
         """Return the system message, if it has at most `max_tokens`; else ""."""
         text = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
-        return text if self._count(text) <= max_tokens else ""
+        return text if self._fits(text, max_tokens) else ""
 
     def search(
         self,
