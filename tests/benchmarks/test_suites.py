@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import answers, dialogues, product, ruler, run, scbench, suite_report, suite_table, tasks
+from benchmarks.quality import (
+    agents,
+    answers,
+    dialogues,
+    product,
+    ruler,
+    run,
+    scbench,
+    suite_report,
+    suite_table,
+    tasks,
+)
 from benchmarks.quality.contenders import contenders
 from benchmarks.quality.evaluator import Budget, Evaluator
 from benchmarks.quality.product import Product
@@ -163,6 +174,20 @@ def test_one_conversation_may_begin_with_several_preferences(tmp_path: Path) -> 
     assert len({asked["q"] for record in found for asked in record["qa"]}) == 4
 
 
+def test_an_agent_s_results_hold_the_answer_of_the_request_before_them(sources: Sources) -> None:
+    made = list(agents.records(sources, [600], 3))
+    assert [(each["task"], each["id"]) for each in made[::3]] == [("xquad", "xquad-0"), ("nq", "nq-0")]
+    for record in made:
+        request, *steps = record["messages"]
+        (asked,) = record["qa"]
+        results = "\n\n".join(step["content"] for step in steps[1::2])
+        assert [step["role"] for step in steps] == ["assistant", "tool"] * (len(steps) // 2)
+        assert request["content"].endswith(asked["q"])
+        assert asked["a"][0] in results
+        assert asked["a"][0] not in request["content"]
+        assert 400 < count_words(results) <= 600
+
+
 def test_f1_counts_common_words_without_articles_and_punctuation() -> None:
     assert answers.token_f1("The Eiffel Tower.", ["Eiffel tower", "x"]) == 1
     assert answers.token_f1("a tower", ["Eiffel tower"]) == pytest.approx(2 / 3)
@@ -237,6 +262,15 @@ def test_all_hold_the_same_bytes(bench: Evaluator, sources: Sources) -> None:
     sizes = {name: next(iter(known[name].unknown(Budget(200), read)))["cache_bytes"] for name in ("ours", "streaming")}
     logits = 4 * bench.engine.vocab_size
     assert abs(sizes["ours"] - sizes["streaming"]) <= logits + 0.02 * sizes["streaming"]
+
+
+def test_a_loop_of_tools_is_answered_behind_its_last_result(bench: Evaluator, sources: Sources) -> None:
+    read = tasks.item(bench.template, next(agents.records(sources, [500], 1)), 1)
+    rows = {name: next(iter(contenders(bench)[name].unknown(Budget(8000), read))) for name in ("full", "ours")}
+    assert rows["ours"]["nll"] == pytest.approx(rows["full"]["nll"], abs=1e-3)
+    (row,) = contenders(bench)["ours"].unknown(Budget(1000), read)
+    assert row["retrieved_tokens"] > 0
+    assert row["tokens_read"] < read.tokens  # what answers the last result is asked
 
 
 def test_a_choice_is_right_where_its_first_option_is_the_likeliest(bench: Evaluator, sources: Sources) -> None:
