@@ -33,6 +33,7 @@ from zsmerge_llm.retrieval.questions import (
 )
 from zsmerge_llm.retrieval.section_notes import SectionNotes, notes_for
 from zsmerge_llm.retrieval.selection import (
+    QUESTION_TOKENS,
     RetrievalTokens,
     choose,
     merge,
@@ -188,11 +189,10 @@ class PassageSearch:
         indexes = indexes or PassageIndexes()
         left = token_limit(self.max_tokens, length, slots)
         recent = RecentText(self.template, recent_ids[-slots:])
-        request = self._request(asked.content, left // 2) if asked.results else ""
+        request = self._request(asked.content, min(left // 2, QUESTION_TOKENS)) if asked.results else ""
         near = RecentText(self.template, recent_ids[-NEAR_TOKENS - self._count(request) :])
         if request and request in near:
             return messages
-        left -= self._count(request)
         system = self._system_message(asked.before, left // 2)
         repeated = ""
         if asked.is_short or asked.start > 0 or asked.results:

@@ -19,8 +19,8 @@ QUESTION_TOKENS = 128
 """Tokens of that share for the question."""
 FULL_OVERFLOW = 20.0
 """How many times its slots a text is long where nothing but passages and the newest tokens is worth a slot."""
-TOKENS_PER_WORD = 4
-"""Tokens of the budget for each word of a passage."""
+TOKENS_PER_WORD = 3
+"""Tokens of the budget for each word of a passage: two of them have room (docs/research/retrieval)."""
 SIZE_STEP = 16
 """Words by which sizes of passages differ."""
 MAX_TOO_LONG = 4
