@@ -19,8 +19,10 @@ QUESTION_TOKENS = 128
 """Tokens of that share for the question."""
 FULL_OVERFLOW = 20.0
 """How many times its slots a text is long where nothing but passages and the newest tokens is worth a slot."""
-TOKENS_PER_WORD = 3
-"""Tokens of the budget for each word of a passage: two of them have room (docs/research/retrieval)."""
+TOKENS_PER_WORD, LEAST_TOKENS_PER_WORD = 4, 3
+"""Tokens of the budget for each word of a passage; the second where its passages are shorter than `ENOUGH_WORDS`."""
+ENOUGH_WORDS = 64
+"""Words of a passage that most answers stand in, together with what is asked for."""
 SIZE_STEP = 16
 """Words by which sizes of passages differ."""
 MAX_TOO_LONG = 4
@@ -51,7 +53,8 @@ def passage_words(max_tokens: int) -> int:
 
     Sizes are few, for each needs an index of its own.
     """
-    words = min(PASSAGE_WORDS, max_tokens // TOKENS_PER_WORD)
+    words = max(max_tokens // TOKENS_PER_WORD, min(ENOUGH_WORDS, max_tokens // LEAST_TOKENS_PER_WORD))
+    words = min(PASSAGE_WORDS, words)
     return max(MIN_WORDS, words // SIZE_STEP * SIZE_STEP)
 
 
