@@ -183,8 +183,8 @@ class PassageSearch:
                 passages take what they leave of the slots for what a turn reads.
             document_length: characters of the first message that are the document, whatever is asked about it.
         """
-        asked = self._asked(messages, slots)
-        if asked is None or not (self.max_tokens or notes):
+        asked = self._asked(messages, slots) if self.max_tokens or notes else None
+        if asked is None:
             return messages
         indexes = indexes or PassageIndexes()
         left = token_limit(self.max_tokens, length, slots)
