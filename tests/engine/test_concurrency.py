@@ -6,18 +6,21 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.support.chat import SHORT, Chat, dialogue, make_llm
 from zsmerge_llm import LLM, SamplingParams
 from zsmerge_llm.errors import SessionNotFoundError
+from zsmerge_llm.sessions.conversations import Conversations, Turn
 
 LIMIT = 120
 """Seconds after which waiting threads count as stuck."""
@@ -49,13 +52,31 @@ def answers_of(llm: LLM, name: str, turns: int, session: str | None = None) -> l
     return [chat.ask(f"{name}, {turn}", sampling=PARAMS).text for turn in range(turns)]
 
 
-def answers_with_cancels(llm: LLM, name: str, turns: int, chance: random.Random, named: bool) -> list[str]:
+@contextmanager
+def recorded_rereads() -> Iterator[Counter[int]]:
+    """Count the requests that read their conversation again from its text, by thread: a closed stream tells nobody."""
+    counts: Counter[int] = Counter()
+    begin = Conversations.begin
+
+    def recorded(self: Conversations, *args: Any, **options: Any) -> Turn:
+        turn = begin(self, *args, **options)
+        counts[threading.get_ident()] += turn.reuse.startswith("reread")
+        return turn
+
+    with mock.patch.object(Conversations, "begin", recorded):
+        yield counts
+
+
+def answers_with_cancels(
+    llm: LLM, name: str, turns: int, chance: random.Random, named: bool, rereads: Counter[int]
+) -> list[str]:
     """The same, with requests that are cancelled by event or by closing the stream, and then sent again.
 
     Ends early where the store had no room for the snapshot to go on from, so that all was read again from its text:
     such an answer may be another than the sequential one, but is that of an LLM that knows no other conversation.
     """
     chat, answers = Chat(llm, name if named else None), []
+    before = rereads[threading.get_ident()]
     for turn in range(turns):
         question = {"role": "user", "content": f"{name}, {turn}"}
         if chance.random() < 0.5:
@@ -68,7 +89,7 @@ def answers_with_cancels(llm: LLM, name: str, turns: int, chance: random.Random,
                         break
                     cancel.set()
         result = chat.ask(question["content"], sampling=PARAMS)
-        if result.usage.reuse.startswith("reread"):
+        if rereads[threading.get_ident()] > before:
             assert result.text == make_llm().chat(chat.messages[:-1], sampling=PARAMS).text
             break
         answers.append(result.text)
@@ -90,18 +111,19 @@ def test_threads_with_cancels_do_not_change_each_others_answers(threads: int, ea
         chance = random.Random(thread)
         own_names = names[thread * each : (thread + 1) * each]
         return {
-            name: answers_with_cancels(llm, name, turns, chance, named=bool(n % 2)) for n, name in enumerate(own_names)
+            name: answers_with_cancels(llm, name, turns, chance, bool(n % 2), rereads)
+            for n, name in enumerate(own_names)
         }
 
     answers: dict[str, list[str]] = {}
-    for part in run_concurrently([lambda thread=thread: user(thread) for thread in range(threads)]):
-        answers.update(part)
+    with recorded_rereads() as rereads:
+        for part in run_concurrently([lambda thread=thread: user(thread) for thread in range(threads)]):
+            answers.update(part)
 
     llm.store.flush()
     assert answers == {name: expected[name][: len(answers[name])] for name in names}
     assert sum(map(len, answers.values())) > 0.8 * turns * len(names), "most go on from what their sessions hold"
-    read_again = sum(len(given) < turns for given in answers.values())  # as branches beside what was there
-    assert len(names) <= len(llm.store) <= len(names) + read_again
+    assert len(names) <= len(llm.store) <= len(names) + rereads.total()  # as branches beside what was there
     assert llm.store.nbytes <= llm.store.limit
     left = {each for each in threading.enumerate() if each.name != "zsmerge-watchdog"}  # it ends by itself
     assert left <= before  # an earlier test's thread may end meanwhile

@@ -49,9 +49,9 @@ def dialogue(*texts: str) -> list[dict[str, Any]]:
 
 
 def equal_caches(left: Cache, right: Cache) -> bool:
-    """Return whether two caches are equal bit for bit."""
-    left_tensors, left_metadata = cache_state(left)
-    right_tensors, right_metadata = cache_state(right)
+    """Return whether two caches are equal bit for bit, but for their free slots."""
+    left_tensors, left_metadata = cache_state(left.trimmed())
+    right_tensors, right_metadata = cache_state(right.trimmed())
     names = {*left_tensors, *right_tensors}
     return left_metadata == right_metadata and all(
         torch.equal(left_tensors[each], right_tensors[each]) for each in names

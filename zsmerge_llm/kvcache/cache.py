@@ -1,6 +1,6 @@
 """The cache of a conversation, or of several as rows of a batch: its layers, and how many tokens each row has read.
 
-Everything that reads mutates it in place; `clone`, `row` and `stack` copy.
+Everything that reads mutates it in place; `clone`, `trimmed`, `row` and `stack` copy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.errors import ConfigError
 from zsmerge_llm.kvcache import eviction
-from zsmerge_llm.kvcache.layer_cache import TENSORS, LayerCache, layer_configs, layer_specs
+from zsmerge_llm.kvcache.layer_cache import TENSORS, LayerCache, layer_configs, layer_specs, stack_slots
 from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec, RecurrentState
 from zsmerge_llm.kvcache.rope import PositionMap, Rotation
 from zsmerge_llm.kvcache.slots import PER_SLOT, LayerSpec
@@ -164,8 +164,20 @@ class Cache:
     # -- copies ------------------------------------------------------------------------------------------------------
 
     def clone(self) -> Cache:
-        """Return an independent copy."""
+        """Return an independent copy, with room for new tokens."""
         return Cache.stack([self])
+
+    def trimmed(self) -> Cache:
+        """Return an independent copy without free slots: short conversations are kept in few bytes.
+
+        It has no room for new tokens: read into a `clone` of it.
+        """
+        some = self._empty_like()
+        some.lengths, some.position_maps = list(self.lengths), list(self.position_maps)
+        some.logits = None if self.logits is None else self.logits.clone()
+        some.layers = [layer.trimmed() for layer in self.layers]
+        some.states = [state.clone() for state in self.states]
+        return some
 
     def row(self, index: int) -> Cache:
         """Return an independent copy of one row, as a cache of its own."""
@@ -230,13 +242,11 @@ class Cache:
         for index, layer in enumerate(batch.layers):
             parts = [cache.layers[index] for cache in caches]
             layer.num_filled = [filled for part in parts for filled in part.num_filled]
-            for part in parts:
-                part.grow_to(max(layer.num_filled))
-            room = min(part.capacity for part in parts)
+            # More than an empty layer has only where the cache is exact.
+            capacity = max(layer.capacity, *layer.num_filled, min(part.capacity for part in parts))
             for name in TENSORS:
                 tensors = [getattr(part, name) for part in parts]
-                if name in PER_SLOT:
-                    tensors = [tensor[:, :, :room] for tensor in tensors]
-                setattr(layer, name, torch.cat(tensors))
+                stacked = stack_slots(tensors, capacity) if name in PER_SLOT else torch.cat(tensors)
+                setattr(layer, name, stacked)
         batch.states = [RecurrentState.stack([cache.states[at] for cache in caches]) for at in range(len(first.states))]
         return batch

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from zsmerge_llm.config import CacheConfig
 from zsmerge_llm.kvcache.cache import Cache
-from zsmerge_llm.kvcache.layer_cache import SAVED
+from zsmerge_llm.kvcache.layer_cache import SAVED, LayerCache
 from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec, StateTensor
 from zsmerge_llm.kvcache.rope import PositionMap
-from zsmerge_llm.kvcache.slots import LayerSpec
+from zsmerge_llm.kvcache.slots import PER_SLOT, LayerSpec
 
 
 def state_key(index: int, name: str) -> str:
@@ -74,7 +74,7 @@ def restore_cache(
     """Invert `cache_state`. The tensors are taken over, and moved to each layer's device where they are elsewhere.
 
     Args:
-        tensors: those without elements may be left out.
+        tensors: those without elements may be left out. Slots of a cache that was trimmed stay so: read into a clone.
         policy: the `EvictionPolicy` object whose name the facts hold, if they hold no built-in one.
         specs, recurrent: the model's layers; None takes those of the facts.
 
@@ -95,27 +95,39 @@ def restore_cache(
     for index, (layer, num_filled) in enumerate(zip(cache.layers, facts["num_filled"], strict=True)):
         layer.num_filled = list(num_filled)
         layer.filled = torch.tensor(layer.num_filled, dtype=torch.int32, device=layer.spec.device)
+        restored: dict[str, Tensor] = {}
         for name in SAVED:
             empty = getattr(layer, name)
             shape = (cache.rows, *empty.shape[1:])
             given = tensors.get(f"{index}.{name}")
             tensor = empty.new_zeros(shape) if given is None and 0 in shape else tensors[f"{index}.{name}"]
-            _check(f"{index}.{name}", tensor, empty.dtype, shape, layer.config.slots is None)
-            setattr(layer, name, tensor.to(layer.spec.device))
+            if name in PER_SLOT:
+                shape = (*shape[:2], _num_entries(tensor, layer), *shape[3:])
+            _check(f"{index}.{name}", tensor, empty.dtype, shape)
+            restored[name] = tensor.to(layer.spec.device)
+        for name, tensor in restored.items():
+            setattr(layer, name, tensor)
     for index, state in enumerate(cache.states):
         for name, empty in state.tensors.items():
             tensor = tensors[state_key(index, name)]
-            _check(state_key(index, name), tensor, empty.dtype, (cache.rows, *empty.shape[1:]), False)
+            _check(state_key(index, name), tensor, empty.dtype, (cache.rows, *empty.shape[1:]))
             state.tensors[name] = tensor.to(state.spec.device)
     return cache
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], grows: bool) -> None:
-    """Check that a tensor is as in a fresh cache; the exact cache's slots (dimension 2) may be more."""
-    given, wanted = tuple(tensor.shape), tuple(shape)
-    if grows and len(given) > 2:
-        given, wanted = (*given[:2], *given[3:]), (*wanted[:2], *wanted[3:])
-    if tensor.dtype != dtype or given != wanted:
+def _num_entries(tensor: Tensor, layer: LayerCache) -> int:
+    """Return the entries of slots [B, H, C, ...]: those that are used at least, and at most those of a fresh layer.
+
+    The exact cache has any number.
+    """
+    given = tensor.shape[2] if tensor.dim() > 2 else 0
+    most = given if layer.config.slots is None else layer.capacity
+    return min(max(given, 1, *layer.num_filled), most)
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """Check a tensor's dtype and shape."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} is {tensor.dtype}{list(tensor.shape)}, not {dtype}{tuple(shape)}")
 
 

@@ -271,10 +271,34 @@ class LayerCache(Slots):
         if self.queries.shape[2]:
             self.queries[row] = rotation.rotate(self.queries[row], shift(self.query_positions[row])[None])
 
+    def trimmed(self) -> LayerCache:
+        """Return an independent copy without the entries that no row uses, to be kept and not read into."""
+        used = max(1, *self.num_filled)
+        other = LayerCache(self.config, self.spec, 0)
+        for name in TENSORS:
+            tensor = getattr(self, name)
+            setattr(other, name, (tensor[:, :, :used] if name in PER_SLOT else tensor).clone())
+        other.num_filled = list(self.num_filled)
+        return other
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(getattr(self, name).nbytes for name in TENSORS)
+
+
+def stack_slots(tensors: Sequence[Tensor], capacity: int) -> Tensor:
+    """Stack tensors of slots [B, H, C, ...] along their rows: [all B, H, capacity, ...].
+
+    What has more entries is cut off, and what has fewer (`LayerCache.trimmed`) is filled up with empty ones.
+    """
+    rows, first = [len(tensor) for tensor in tensors], tensors[0]
+    stacked = first.new_empty(sum(rows), first.shape[1], capacity, *first.shape[3:])
+    for part, tensor in zip(stacked.split(rows), tensors, strict=True):
+        held = min(capacity, tensor.shape[2])
+        part[:, :, :held] = tensor[:, :, :held]
+        part[:, :, held:] = 0
+    return stacked
 
 
 @dataclass(frozen=True)

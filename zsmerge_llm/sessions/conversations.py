@@ -110,7 +110,7 @@ class Turn:
     def add_snapshot(self, kind: Kind, messages: int, num_tokens: int) -> None:
         """Keep the cache as it is now, after so many messages and tokens of the turn."""
         tokens = self.tokens if num_tokens == len(self.tokens) else TokenIds(self.tokens[:num_tokens])
-        self.snapshots.append(Snapshot(self.transcript.digests[messages], messages, tokens, self.cache.clone(), kind))
+        self.snapshots.append(Snapshot(self.transcript.digests[messages], messages, tokens, self.cache.trimmed(), kind))
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,8 @@ class Conversations:
         if answer is not None:
             chain = chain.of([*turn.messages, answer])
             tokens = turn.tokens + generated
-            snapshots = [*snapshots, Snapshot(chain.digests[-1], len(chain.messages), tokens, turn.cache, "answer")]
+            cache = turn.cache.trimmed()
+            snapshots = [*snapshots, Snapshot(chain.digests[-1], len(chain.messages), tokens, cache, "answer")]
         if all(snapshot.messages < len(turn.messages) for snapshot in snapshots):
             return turn.session
         if turn.resumed_from is not None:  # who goes back to it may do so again, and it must not be dropped meanwhile

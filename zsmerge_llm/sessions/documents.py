@@ -97,7 +97,7 @@ class Documents:
 
     def keep(self, reading: DocumentReading) -> None:
         """Keep a document that has been read, under its session's name."""
-        snapshot = Snapshot(reading.digest, 0, reading.tokens, reading.cache, "document")
+        snapshot = Snapshot(reading.digest, 0, reading.tokens, reading.cache.trimmed(), "document")
         self.store.commit(reading.session, [snapshot], [reading.digest])
 
     def beginning(self, document: Snapshot, template: ChatTemplate) -> Cache:

@@ -154,7 +154,9 @@ def check_header(
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"tokens": (torch.int32, (facts["tokens"],))}
     for index, layer in enumerate(layers):
         given = tensors.get(f"{index}.multiplicity")
-        capacity = layer.capacity if layer.config.slots is not None or given is None else given.shape[-1]
+        capacity = layer.capacity if given is None else given.shape[-1]  # free slots need not be saved
+        if layer.config.slots is not None:
+            capacity = min(capacity, layer.capacity)
         for name in SAVED:
             empty = getattr(layer, name)
             shape = (1, *empty.shape[1:])
