@@ -163,7 +163,7 @@ def test_router_sub_question_and_citation_engines_answer(gguf: Mapping[str, Path
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of a server of SmolLM2."""
-    with LLM("smollm2") as llm, serving(llm, ServerSettings(max_tokens=64)) as address:
+    with LLM("smollm2", session_memory="512MiB") as llm, serving(llm, ServerSettings(max_tokens=64)) as address:
         yield address
 
 

@@ -93,6 +93,33 @@ def test_a_clone_is_independent_of_its_original(engine: Engine, config: CacheCon
     assert_close(engine.read(cache, tokens(30, seed=1)), after)
 
 
+@settings(max_examples=25, deadline=None)
+@given(read=st.integers(0, 70), more=st.integers(1, 40), config=st.sampled_from([SMALL, MERGING, CacheConfig.full()]))
+def test_what_is_trimmed_has_no_free_slots_and_its_clone_continues_bit_for_bit(
+    engine: Engine, read: int, more: int, config: CacheConfig
+) -> None:
+    cache = engine.new_cache(config)
+    if read:
+        engine.read(cache, tokens(read))
+    kept = cache.trimmed()
+    assert all(layer.capacity == max(1, *layer.num_filled) for layer in kept.layers)
+    assert kept.nbytes <= cache.nbytes
+    copy = kept.clone()
+    assert torch.equal(engine.read(copy, tokens(more, seed=1)), engine.read(cache, tokens(more, seed=1)))
+    assert copy.nbytes == cache.nbytes
+
+
+def test_short_and_long_trimmed_caches_are_stacked_into_one_batch(engine: Engine) -> None:
+    rows = [tokens(70, seed=1), tokens(3, seed=2)]
+    caches = [engine.new_cache() for _ in rows]
+    for cache, ids in zip(caches, rows, strict=True):
+        engine.read(cache, ids)
+    batch = Cache.stack([cache.trimmed() for cache in caches])
+    steps = list(engine.decode(batch, [PARAMS] * 2, rows))
+    for row, cache in enumerate(caches):
+        assert [step[row] for step in steps] == [step[0] for step in engine.decode(cache, [PARAMS], [rows[row]])]
+
+
 @pytest.mark.parametrize("config", [SMALL, MERGING, PAPER, CacheConfig.full()])
 def test_a_cache_restored_from_its_state_continues_bit_for_bit(engine: Engine, config: CacheConfig) -> None:
     cache = engine.new_cache(config)

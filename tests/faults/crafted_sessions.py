@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from zsmerge_llm.sessions.file_format import CHECKSUM, METADATA, METADATA_DIGEST, NO_CHECKSUM
+from zsmerge_llm.sessions.file_format import CHECKSUM, FORMAT, METADATA, METADATA_DIGEST, NO_CHECKSUM
 
 WRONG: list[Any] = [
     *(None, True, False, -1, 0, 1, 7, 2**31, 2**62, 10**400, 1.5, -0.5, math.nan, math.inf),
@@ -76,7 +76,7 @@ class Parts:
 
     def write(self, text: str | None = None, entries: Callable[[dict[str, Any]], str] = json.dumps) -> bytes:
         """Return the bytes of the file, with right checksums. text, entries: other JSON of the facts, of the header."""
-        text = json.dumps({"format": 7, **self.facts}) if text is None else text
+        text = json.dumps({"format": FORMAT, **self.facts}) if text is None else text
         digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()
         header: dict[str, Any] = {
             "__metadata__": {METADATA: text, METADATA_DIGEST: digest, CHECKSUM: NO_CHECKSUM.decode()}
@@ -248,6 +248,9 @@ def _together(origin: Parts, moment: random.Random) -> Iterator[Crafted]:
         yield Crafted(f"{capacity} slots", changed.write())
         changed.facts["cache"]["num_filled"] = [[capacity]] * len(changed.facts["cache"]["num_filled"])
         yield Crafted(f"{capacity} slots, all used", changed.write())
+    for fewer in (1, 2):
+        used = min(filled for (filled,) in origin.facts["cache"]["num_filled"])
+        yield Crafted(f"{fewer} slots fewer than are used", resized(slots(used - fewer)).write())
     for tokens in (0, 1, 10):
         changed = origin.copy()
         changed.put("tokens", origin.array("tokens")[:tokens])
@@ -278,8 +281,8 @@ def _together(origin: Parts, moment: random.Random) -> Iterator[Crafted]:
 
 def _headers(origin: Parts, moment: random.Random) -> Iterator[Crafted]:
     """The JSON is deep, says things twice, is no JSON, or announces what is not there."""
-    whole, deep = origin.write(), "[" * 100_000
-    plain = json.dumps({"format": 7, **origin.facts})
+    whole, deep, number = origin.write(), "[" * 100_000, f'"format": {FORMAT}'
+    plain = json.dumps({"format": FORMAT, **origin.facts})
     for name, text in {
         "deep": deep,
         "deep and closed": deep + "]" * 100_000,
@@ -291,9 +294,9 @@ def _headers(origin: Parts, moment: random.Random) -> Iterator[Crafted]:
         "empty": "",
         "twice a name": plain[:-1] + ', "name": "other"}',
         "twice a fact of the cache": plain.replace('"lengths"', '"lengths": [0], "lengths"', 1),
-        "another format": plain.replace('"format": 7', '"format": 6'),
-        "format as text": plain.replace('"format": 7', '"format": "6"'),
-        "a long number": plain.replace('"format": 7', '"format": 7, "n": ' + "1" * 10_000),
+        "another format": plain.replace(number, '"format": 6'),
+        "format as text": plain.replace(number, '"format": "8"'),
+        "a long number": plain.replace(number, f'{number}, "n": ' + "1" * 10_000),
         "no end": plain[:-1],
         "lone surrogates": plain.replace('"name": "', '"name": "\ud800'),
     }.items():
@@ -351,7 +354,7 @@ def _flipped(origin: Parts, moment: random.Random) -> Iterator[Crafted]:
         place = moment.randrange(8, size)
         changed[place] ^= 1 << moment.randrange(8)
         yield Crafted(f"header byte {place} flipped", with_checksum(bytes(changed)))
-    text = json.dumps({"format": 7, **origin.facts})
+    text = json.dumps({"format": FORMAT, **origin.facts})
     for _ in range(60):
         place = moment.randrange(len(text))
         letter = chr(moment.randrange(32, 127))

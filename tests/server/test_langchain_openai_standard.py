@@ -26,7 +26,8 @@ class TestChatOpenAI(ChatModelIntegrationTests):
 
     @pytest.fixture(scope="class", autouse=True)
     def _server(self) -> Iterator[None]:
-        with LLM("smollm2") as llm, serving(llm, ServerSettings(max_tokens=256, aliases=("other",))) as address:
+        settings = ServerSettings(max_tokens=256, aliases=("other",))
+        with LLM("smollm2", session_memory="512MiB") as llm, serving(llm, settings) as address:
             type(self).address = address
             yield
 

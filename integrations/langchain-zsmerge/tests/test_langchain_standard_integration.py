@@ -16,6 +16,9 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Huma
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_zsmerge import ChatZSMerge
 
+SESSION_MEMORY = "512MiB"
+"""Some hundred conversations of two models: two workers have to fit into 16 GB."""
+
 
 class Suite(ChatModelIntegrationTests):
     name: ClassVar[str]
@@ -28,7 +31,7 @@ class Suite(ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         # without any penalty so small a model runs in circles where JSON mode leaves it free to
-        return {"model": self.name, "timeout": 900, "repetition_penalty": 1.05}
+        return {"model": self.name, "timeout": 900, "repetition_penalty": 1.05, "session_memory": SESSION_MEMORY}
 
     @property
     def supports_json_mode(self) -> bool:
@@ -64,7 +67,7 @@ def _loaded(gguf: Mapping[str, Path]) -> list[ChatZSMerge]:
     """Models stay loaded from test to test as long as something uses them."""
     qwen = os.environ.get("ZSMERGE_TEST_QWEN") or str(gguf["qwen2.5-coder-0.5b-instruct"])
     TestQwenCoder.name = TestSmolLM2.other = qwen
-    return [ChatZSMerge(model=qwen), ChatZSMerge(model="smollm2")]
+    return [ChatZSMerge(model=name, session_memory=SESSION_MEMORY) for name in (qwen, "smollm2")]
 
 
 @pytest.mark.slow
