@@ -109,6 +109,21 @@ def test_what_is_trimmed_has_no_free_slots_and_its_clone_continues_bit_for_bit(
     assert copy.nbytes == cache.nbytes
 
 
+def test_a_trimmed_cache_is_not_read_into(engine: Engine) -> None:
+    cache = engine.new_cache()
+    engine.read(cache, tokens(9))
+    kept = cache.trimmed()
+    for read in (
+        lambda: engine.read(kept, tokens(1)),
+        lambda: engine.read_batch(kept, [tokens(1)]),
+        lambda: engine.logprobs(kept, tokens(1)),
+        lambda: next(engine.decode(kept, [PARAMS], [[]])),
+    ):
+        with pytest.raises(InputError, match=r"read into cache\.clone\(\)"):
+            read()
+    assert kept.seen == 9
+
+
 def test_short_and_long_trimmed_caches_are_stacked_into_one_batch(engine: Engine) -> None:
     rows = [tokens(70, seed=1), tokens(3, seed=2)]
     caches = [engine.new_cache() for _ in rows]

@@ -178,7 +178,7 @@ class Engine:
             priority: where several requests wait for the device, the lowest number goes first.
 
         Raises:
-            InputError: no ids, ids outside the vocabulary, or a cache of several rows.
+            InputError: no ids, ids outside the vocabulary, or a cache of several rows or without free slots.
             Cancelled: `cancel` was set.
         """
         tokens = _checked_ids(self.vocab_size, ids)
@@ -199,8 +199,7 @@ class Engine:
             Cancelled: `cancel` was set.
         """
         tokens = [_checked_ids(self.vocab_size, row) for row in rows]
-        if len(tokens) != cache.rows:
-            raise InputError(f"{len(tokens)} prompts for a cache of {cache.rows} rows: give one prompt a row.")
+        _check_rows(cache, len(tokens))
         for padded, valid in _padded_chunks(tokens, self.chunk):
             check_cancelled(cancel)
             self._device.call(partial(self.runner.run, cache, padded, valid), Kind.CHUNK, cancel=cancel)
@@ -293,6 +292,7 @@ class Engine:
         limits = list(constraints) or [None] * len(sampling)
         if cache.logits is None or not len(sampling) == len(limits) == cache.rows:
             raise InputError("decode goes on from a cache that has read something, with one SamplingParams a row.")
+        _check_room(cache)
         sequences = [
             DecodeSequence(Sampler(params, prompt, self.device), params, limit, self.stop_ids, prompt)
             for params, prompt, limit in zip(sampling, prompts, limits, strict=True)
@@ -380,3 +380,15 @@ def _stop_ids(model: PreTrainedModel) -> frozenset[int]:
 def _check_one_row(cache: Cache) -> None:
     if cache.rows != 1:
         raise InputError(f"This cache holds {cache.rows} rows: use read_batch and decode, or cache.row(i).")
+    _check_room(cache)
+
+
+def _check_rows(cache: Cache, prompts: int) -> None:
+    if prompts != cache.rows:
+        raise InputError(f"{prompts} prompts for a cache of {cache.rows} rows: give one prompt a row.")
+    _check_room(cache)
+
+
+def _check_room(cache: Cache) -> None:
+    if cache.is_trimmed:
+        raise InputError("This cache is kept by a session, without free slots: read into cache.clone().")

@@ -121,6 +121,11 @@ class Cache:
         """Return whether `new` tokens can be read without any layer compressing."""
         return all(layer.fits(new) for layer in self.layers)
 
+    @property
+    def is_trimmed(self) -> bool:
+        """Whether it was made by `trimmed` and has no room for new tokens. The exact cache makes room itself."""
+        return any(layer.is_trimmed for layer in self.layers)
+
     # -- changing it -------------------------------------------------------------------------------------------------
 
     @property

@@ -78,7 +78,7 @@ class LayerCache(Slots):
         self.config = config
         self.spec = spec
         self.num_filled = [config.residual] * rows
-        capacity = config.stage if config.slots is None else config.slots + config.stage
+        capacity = self._least_capacity
         heads, device = spec.kv_heads, spec.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,6 +111,16 @@ class LayerCache(Slots):
     def capacity(self) -> int:
         """P, the entries there is room for."""
         return self.keys.shape[2]
+
+    @property
+    def _least_capacity(self) -> int:
+        """The entries of a fresh layer."""
+        return self.config.stage if self.config.slots is None else self.config.slots + self.config.stage
+
+    @property
+    def is_trimmed(self) -> bool:
+        """Whether it has lost its free entries, and cannot grow new ones."""
+        return self.config.slots is not None and self.capacity < self._least_capacity
 
     @property
     def uniform(self) -> bool:
