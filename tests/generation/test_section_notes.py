@@ -130,6 +130,22 @@ def test_other_notes_are_written_anew_and_the_same_are_found(llm: LLM) -> None:
     assert (second.notes.instruction, llm.session("log").notes) == ("places", second.notes)
 
 
+@pytest.mark.parametrize("first", [False, "harbours"])
+def test_a_question_that_was_asked_with_other_notes_is_asked_anew(llm: LLM, first: bool | str) -> None:
+    with scripted_answers(llm, NOTE):
+        before = llm.read_document(text=TEXT, name="before", notes=first)
+        llm.chat(WHOLE, session=before, sampling=SHORT)
+    with scripted_answers(llm, "The Marigold rests."):
+        after = llm.read_document(text=TEXT, name="after", notes="ships")
+    with scripted_answers(llm, NOTE):
+        anew = llm.chat(WHOLE, session=after, sampling=SHORT)
+        again = llm.chat(WHOLE, session=before, sampling=SHORT)
+
+    assert "The Marigold rests." in prompt_of(llm, anew.session)
+    assert "The Marigold rests." not in prompt_of(llm, again.session)
+    assert again.usage.reuse == "restored"
+
+
 def test_they_are_saved_and_loaded_with_the_document_and_its_conversations(tmp_path: Path) -> None:
     llm = make_llm(cache=CACHE, sessions_dir=tmp_path / "kept")
     with scripted_answers(llm, NOTE):

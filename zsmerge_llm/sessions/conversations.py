@@ -199,6 +199,8 @@ class Conversations:
                 self.store.forget(candidate)
                 reason = "the saved session is damaged or gone"
                 continue
+            if transcript.document is not None and found.session.notes != transcript.document.notes:
+                continue  # the same text and questions, read with other notes
             turn = self._resume(found, transcript, tools, name, namespace, is_named_so)
             if turn is not None and not turn.needs_document:
                 return self._with_branch_points(turn, tools, shared)
