@@ -1,6 +1,6 @@
-"""LangChain's own standard integration suite on two models, Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct.
+"""LangChain's own standard integration suite on Qwen2.5-Coder-0.5B-Instruct, with SmolLM2 as the model's override.
 
-Each is the other's `model_override_value`. `ZSMERGE_TEST_QWEN` puts a larger file in the first one's place.
+`ZSMERGE_TEST_QWEN` puts a larger file in its place. On SmolLM2 the suite runs against the server (`tests/server`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ SESSION_MEMORY = "512MiB"
 """Some hundred conversations of two models: two workers have to fit into 16 GB."""
 
 
-class Suite(ChatModelIntegrationTests):
+@pytest.mark.slow
+class TestQwenCoder(ChatModelIntegrationTests):
     name: ClassVar[str]
-    other: ClassVar[str]
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -43,7 +43,7 @@ class Suite(ChatModelIntegrationTests):
 
     @property
     def model_override_value(self) -> str:
-        return self.other
+        return "smollm2"
 
     @property
     def supported_usage_metadata_details(self) -> Any:
@@ -66,25 +66,5 @@ class Suite(ChatModelIntegrationTests):
 def _loaded(gguf: Mapping[str, Path]) -> list[ChatZSMerge]:
     """Models stay loaded from test to test as long as something uses them."""
     qwen = os.environ.get("ZSMERGE_TEST_QWEN") or str(gguf["qwen2.5-coder-0.5b-instruct"])
-    TestQwenCoder.name = TestSmolLM2.other = qwen
+    TestQwenCoder.name = qwen
     return [ChatZSMerge(model=name, session_memory=SESSION_MEMORY) for name in (qwen, "smollm2")]
-
-
-@pytest.mark.slow
-class TestQwenCoder(Suite):
-    other = "smollm2"
-
-
-@pytest.mark.slow
-class TestSmolLM2(Suite):
-    """What a model of 135 million parameters fails at by itself is expected to fail: the calls are well formed."""
-
-    name = "smollm2"
-
-    @pytest.mark.xfail(reason="SmolLM2 answers without the tool")
-    def test_agent_loop(self, model: BaseChatModel) -> None:
-        super().test_agent_loop(model)
-
-    @pytest.mark.xfail(run=False, reason="SmolLM2 writes no Japanese")
-    def test_unicode_tool_call_integration(self, model: BaseChatModel, **options: Any) -> None:
-        super().test_unicode_tool_call_integration(model, **options)
