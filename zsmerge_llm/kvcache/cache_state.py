@@ -95,7 +95,7 @@ def restore_cache(
     for index, (layer, num_filled) in enumerate(zip(cache.layers, facts["num_filled"], strict=True)):
         layer.num_filled = list(num_filled)
         layer.filled = torch.tensor(layer.num_filled, dtype=torch.int32, device=layer.spec.device)
-        restored: dict[str, Tensor] = {}
+        restored: dict[str, Tensor] = {}  # put in together: the layer's capacity is that of its keys
         for name in SAVED:
             empty = getattr(layer, name)
             shape = (cache.rows, *empty.shape[1:])
