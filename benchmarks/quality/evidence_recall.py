@@ -1,12 +1,13 @@
 """Recall of evidence, without a model: does the text that is looked up for a question hold its answer?
 
     python benchmarks/quality/evidence_recall.py --data FILE.jsonl[xN]... [--tokens 128,256,...] [--model smollm2]
+    python benchmarks/quality/evidence_recall.py --journals 6 --name evidence-recall-lists
 
 `FILE.jsonl x5` as FILE.jsonlx5: five documents joined to one. For documents with `qa`, the share of questions whose
 gold answer stands in the passages found. For conversations (`turns`, with a `rubric` for each question), the mean share
-of the rubric's words, as far as the question does not have them and few passages do. The tokens are those of the
-passages, by the model's tokenizer. Searched by words alone, and by words and the meaning of the model's tokens. Writes
-results/evidence-recall.json.
+of the rubric's words, as far as the question does not have them and few passages do. For journals (`travel_documents`),
+the mean share of what is to be listed. The tokens are those of the passages, by the model's tokenizer. Searched by
+words alone, and by words and the meaning of the model's tokens. Writes results/NAME.json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import write
 from benchmarks.quality.tasks import load
+from benchmarks.quality.travel_documents import travel_document
 from zsmerge_llm import LLM
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
@@ -57,6 +59,15 @@ def items(spec: str) -> Iterator[Data]:
             yield record["file"], [{"role": "user", "content": record["context"]}], record["qa"]
 
 
+def journals(count: int) -> Iterator[Data]:
+    """Yield journals with the questions whose answers stand at many places of them."""
+    for seed in range(count):
+        journal = travel_document(seed, chapters=8, paragraphs=6)
+        lists = [{"q": each.text, "all": each.gold} for each in journal.questions if each.score in ("list", "order")]
+        questions = [{**each, "kind": each["q"].rstrip(".")} for each in lists]
+        yield "journals", [{"role": "user", "content": journal.text}], questions
+
+
 def facts(asked: dict[str, Any], spread: Counter[str]) -> set[str]:
     """Return the terms of a rubric that the conversation has, and the question has not."""
     answers = asked["a"] if isinstance(asked["a"], list) else [asked["a"]]
@@ -66,6 +77,8 @@ def facts(asked: dict[str, Any], spread: Counter[str]) -> set[str]:
 
 def found_share(asked: dict[str, Any], text: str, spread: Counter[str]) -> float | None:
     """Return how much of a question's evidence a text holds; None where it is not known."""
+    if "all" in asked:
+        return statistics.fmean(plain(each) in plain(text) for each in asked["all"])
     if "rubric" not in asked:
         return float(any(plain(answer) in plain(text) for answer in asked["a"]))
     needed = facts(asked, spread)
@@ -114,7 +127,9 @@ def report(name: str, model: str, rows: Iterable[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True, help="JSON lines")
+    parser.add_argument("--data", nargs="+", default=[], help="JSON lines")
+    parser.add_argument("--journals", type=int, default=0, help="how many")
+    parser.add_argument("--name", default="evidence-recall", help="of the results")
     parser.add_argument("--tokens", default="128,256,384,512,640,1024")
     parser.add_argument("--model", default="smollm2", help="whose tokenizer counts, and whose tokens are compared")
     arguments = parser.parse_args()
@@ -122,8 +137,8 @@ def main() -> None:
     template = ChatTemplate(llm.tokenizer)
     searches = {"words": None, "words and meaning": token_vectors(llm.engine, llm.tokenizer)}
     limits = list(map(int, arguments.tokens.split(",")))
-    data = (each for spec in arguments.data for each in items(spec))
-    report("evidence-recall", arguments.model, recall_by_limit(template, searches, limits, data))
+    data = chain((each for spec in arguments.data for each in items(spec)), journals(arguments.journals))
+    report(arguments.name, arguments.model, recall_by_limit(template, searches, limits, data))
 
 
 if __name__ == "__main__":

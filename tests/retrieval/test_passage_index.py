@@ -79,6 +79,25 @@ def test_the_passage_with_the_rarest_common_words_comes_first() -> None:
     assert ranked(passages, "...") == ranked(["..."], "password") == ranked([], "password") == []
 
 
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("List everything that the captain bought.", 4),
+        ("In which order has the captain bought his things?", 4),
+        ("What has the captain bought in Norvik?", 2),
+    ],
+)
+def test_a_question_for_a_list_finds_what_is_told_in_other_words_too(question: str, found: int) -> None:
+    bought = [
+        "In Norvik the captain bought a copper kettle from a smith.",
+        "In Jarrow the captain bought a fur coat.",
+        "At the ford the captain paid nine crowns for a goat.",
+        "The captain took a telescope in exchange for his watch.",
+    ]
+    hills = [f"The road went on through hill number {n} and the weather stayed as it was." for n in range(30)]
+    assert set(ranked([*bought, *hills], question)) == set(range(found))
+
+
 def test_stop_words_are_left_out_in_the_language_of_the_question() -> None:
     assert query_terms("When did the war end?") == ["war", "end"]
     assert query_terms("Wie heißt der Kapitän, der die Reise begann?") == ["heißt", "kapit", "reise", "began"]

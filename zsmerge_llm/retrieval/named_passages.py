@@ -12,13 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.retrieval.passages import SENTENCE_END, pieces, terms
-from zsmerge_llm.retrieval.questions import Query
+from zsmerge_llm.retrieval.questions import LIST, Query
 
 if TYPE_CHECKING:
     from zsmerge_llm.retrieval.passage_index import PassageIndex, Passages
 
-LIST = re.compile(r"\b(?:all|list|enumerate|each|every\w*)\b", re.IGNORECASE)
-"""Words of a question that asks for a list. A number or a summary (`asks_about_whole`) gains nothing from names."""
 MAX_HAVING = 3
 """Passages that have a name, at most: one that more have tells less."""
 MAX_STEPS = 5

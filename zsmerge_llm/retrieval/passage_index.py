@@ -35,7 +35,7 @@ from zsmerge_llm.retrieval.passages import (
     split_spans,
     terms,
 )
-from zsmerge_llm.retrieval.questions import Query
+from zsmerge_llm.retrieval.questions import Query, asks_for_list
 from zsmerge_llm.retrieval.similarity_index import SimilarityIndex
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.types import Message
@@ -53,6 +53,8 @@ MAX_FREQUENCY = 0xFFFF
 """Largest count that two bytes hold: beyond it, BM25 hardly tells frequencies apart."""
 NEAR_BY_WORDS, NEAR = 0.5, 0.65
 """Share of the best passage's score that others need, by words alone and by both. After a gap the search is sure."""
+FOR_LIST = 0.77
+"""Factor of these where a list is asked for, which stands in many passages (docs/research/retrieval)."""
 UNKNOWN_WEIGHT = 0.5
 """Weight of a term that no passage has, relative to the rarest: it may be just the way the question is put."""
 
@@ -210,15 +212,15 @@ class PassageIndex:
         Where words find nothing, there is none: meaning does not tell a question about another text. Else a passage's
         score is the sum of its shares of the best one by words and of the best one by meaning.
         """
-        by_words = self.rank_by_words(question, count)
+        by_words, factor = self.rank_by_words(question, count), FOR_LIST if asks_for_list(question) else 1.0
         if self._similar is None or not by_words:
-            return [number for number, score in by_words if score >= NEAR_BY_WORDS * by_words[0][1]]
+            return [number for number, score in by_words if score >= factor * NEAR_BY_WORDS * by_words[0][1]]
         similar = self._similar.scores(question)
         scores = similar[:count] / (similar[:count].max() or 1)
         for number, score in by_words:
             scores[number] += score / by_words[0][1]
         order = np.argsort(-scores, kind="stable")
-        return [int(number) for number in order if scores[number] >= NEAR * scores[order[0]]]
+        return [int(number) for number in order if scores[number] >= factor * NEAR * scores[order[0]]]
 
     def rank_by_words(self, question: str, count: int | None = None) -> list[tuple[int, float]]:
         """Return those of the first `count` passages that share enough with a question, the best first.

@@ -54,6 +54,13 @@ PART_END = rf"[?;]|,?\s(?:and|or)\s(?={ASKING})|,\s(?={ASKING})"
 COMPARED = r"\bbetween\s(.+?)\sand\s(.+)"
 """Two things that stand at different places of a text, perhaps."""
 MIN_PART_WORDS = 2
+LIST = re.compile(r"\b(?:all|list|enumerate|each|every\w*)\b", re.IGNORECASE)
+"""Words of a question that asks for a list. A number or a summary (`section_notes.asks_about_whole`) is none."""
+ORDER = re.compile(
+    r"\b(?:(?:which|what) order|sequence|chronolog\w+"
+    r"|from (?:the )?(?:first|beginning|start) to (?:the )?(?:last|end))\b",
+    re.IGNORECASE,
+)
 OBSERVATION, ACTION = re.compile(r"\s*observation\s*:", re.IGNORECASE), re.compile(r"\baction\s*:", re.IGNORECASE)
 """How ReAct agents (arXiv 2210.03629) write a tool's result, as a user's message, and the call before it."""
 
@@ -147,6 +154,11 @@ def question_parts(question: str) -> list[str]:
         parts += compared.groups() if compared else [part]
     parts = [part.strip() for part in parts if count_words(part) >= MIN_PART_WORDS]
     return parts if len(parts) > 1 else []
+
+
+def asks_for_list(question: str) -> bool:
+    """Return whether a question asks for several things, or for their order."""
+    return bool(LIST.search(question) or ORDER.search(question))
 
 
 def _is_result(messages: Sequence[Message], at: int) -> bool:
