@@ -254,6 +254,14 @@ def recall(by: str) -> Callable[[Result], Iterator[Row]]:
     return rows
 
 
+def whole_documents(result: Result) -> Iterator[Row]:
+    for name, row in result["rows"].items():
+        scores = [number(row["scores"].get(kind), 2) for kind in WHOLE_DOCUMENT_SCORES]
+        costs = [row[part][key] for part in ("document", "question") for key in ("read", "written")]
+        yield result["model"], result["tokens"], name, result["questions"], *scores, *costs
+
+
+WHOLE_DOCUMENT_SCORES = ("list", "order", "count", "summary", "fact")
 QUALITY = ("model", "data", "setting", "budget", "policy", "questions (documents)", "NLL", "gap", "exact, %", "ROUGE-1, -2, -L", "cache, MB")  # noqa: E501  # fmt: skip
 TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]], ...] = (
     ("Decoding, tokens/s by tokens of history", "decode-and-prefill", ("model", "system", *LENGTHS), decoding),
@@ -308,6 +316,9 @@ TOPICS: tuple[tuple[str, str, tuple[str, ...], Callable[[Result], Iterator[Row]]
      ("data", "searched by", "tokens at most", "questions", "recall", "tokens"), recall("search")),
     ("Recall of evidence for questions as prompts and conversations put them", "question-forms",
      ("data", "form", "tokens at most", "questions", "recall", "tokens"), recall("form")),
+    ("Questions about whole documents", "whole-documents",
+     ("model", "tokens", "contender", "questions", *WHOLE_DOCUMENT_SCORES, "read for the document", "written",
+      "read for a question", "written"), whole_documents),
     ("Suites: long texts and conversations", "suite",
      ("model", "suite", "setting", "budget", "contender", "questions (texts)", "score", "of full", "gap", "NLL", "gap",
       "peak, MB", "reading, s"), suites),
