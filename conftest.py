@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -32,6 +36,9 @@ STARTED = pytest.StashKey[float]()
 
 SESSION_MEMORY = "1GiB"
 """For each model that stays loaded: two workers with several of them have to fit into 16 GB."""
+
+LARGE = 2 << 30
+"""Bytes of a worker from which on it gives free memory back."""
 
 FETCH = Path(__file__).parents[1] / "shared" / "models.py"
 
@@ -66,6 +73,16 @@ class GGUFFiles(dict[str, Path]):
                 subprocess.run([sys.executable, str(FETCH), name, str(folder)], check=True, stdout=sys.stderr)
         self[name] = path
         return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_memory_given_back() -> Iterator[None]:
+    """Give the memory of a module's models back to the system: the C library keeps it for the threads that had it."""
+    yield
+    if psutil.Process().memory_info().rss > LARGE:
+        gc.collect()
+        with suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
