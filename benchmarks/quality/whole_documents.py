@@ -101,8 +101,7 @@ def document_session(llm: LLM, document: TravelDocument, max_tokens: int, notes:
     name = f"{len(document.text)} {notes}"  # a document with notes would be found again without them
     session = llm.read_document(text=document.text, name=name, notes=notes)
     sampling = SamplingParams(max_tokens=max_tokens)
-    # Without a namespace the other contender's answer to the same question would be found, and given again.
-    return lambda question: llm.chat(question, session=session, namespace=name, sampling=sampling).text
+    return lambda question: llm.chat(question, session=session, sampling=sampling).text
 
 
 def tree_summarize(llm: LLM, document: TravelDocument, max_tokens: int, chunk: int) -> Ask:
