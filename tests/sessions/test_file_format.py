@@ -244,18 +244,6 @@ def test_a_file_of_the_format_before_which_has_free_slots_is_continued(
     assert torch.equal(next_logits(llm, session), next_logits(llm, again))
 
 
-def test_a_short_conversation_takes_few_bytes_in_memory_and_on_disk(tmp_path: Path) -> None:
-    llm = make_llm("qwen2.5", cache=CacheConfig(slots=4096), retrieval_tokens=0)
-    size = llm.engine.new_cache().nbytes
-    result = Chat(llm, "it").ask("Hello.")
-    path = llm.session("it").save(tmp_path / "it")
-
-    assert result.usage.cache_bytes >= size, "while it is answered there is room for all slots"
-    assert llm.store.nbytes < size / 4
-    assert path.stat().st_size < size / 8
-    assert torch.equal(next_logits(llm, llm.session("it")), next_logits(llm, load_session(path)))
-
-
 def test_fingerprints_tell_models_apart_and_do_not_change_with_use(llm: LLM) -> None:
     before = llm.store.fingerprint
     llm.tokenizer("one two three", truncation=True, max_length=2)
