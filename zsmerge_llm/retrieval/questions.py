@@ -61,6 +61,7 @@ ORDER = re.compile(
     r"|from (?:the )?(?:first|beginning|start) to (?:the )?(?:last|end))\b",
     re.IGNORECASE,
 )
+"""Words of a question for an order."""
 OBSERVATION, ACTION = re.compile(r"\s*observation\s*:", re.IGNORECASE), re.compile(r"\baction\s*:", re.IGNORECASE)
 """How ReAct agents (arXiv 2210.03629) write a tool's result, as a user's message, and the call before it."""
 

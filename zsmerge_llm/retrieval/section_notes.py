@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zsmerge_llm.retrieval.questions import ORDER
+
 DEFAULT_INSTRUCTION = "What happens in this part? Give the names, the places, the things and the numbers."
 """What a note is about, where nobody says it."""
 INTRODUCTION = "Notes that were taken while the text was read, in its order:"
@@ -27,8 +29,7 @@ MAX_NOTE_TOKENS = 64
 WHOLE = re.compile(
     r"""
     \b(?: summar(?:y|ies|i[sz]\w*) | overview | outline | gist | recap | overall | altogether | throughout
-        | chronolog\w+ | sequence | in\ total
-        | (?:in\ )?(?:which|what)\ order | from\ (?:the\ )?(?:first|beginning|start)\ to\ (?:the\ )?(?:last|end)
+        | in\ total
         | how\ (?:many|often) | number\ of | count
         | list | enumerate | every(?:one|body|thing)? | each
         | all\ (?:of\ )?(?:the|that|those|who)\b | all\ \w+\ (?:that|which|who|in|of)\b | name\ all | who\ are\ the
@@ -88,7 +89,7 @@ def note_instruction(notes: str | bool) -> str | None:
 
 def asks_about_whole(question: str) -> bool:
     """Return whether a question is about a whole text: a summary, a list, a count, an order."""
-    return WHOLE.search(question) is not None
+    return bool(WHOLE.search(question) or ORDER.search(question))
 
 
 def notes_for(notes: SectionNotes | None, question: str) -> str:
