@@ -32,7 +32,7 @@ from zsmerge_llm import LLM
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
 from zsmerge_llm.retrieval.passages import query_terms, split, terms
-from zsmerge_llm.retrieval.questions import Query
+from zsmerge_llm.retrieval.questions import Query, search_text
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.runtime import token_vectors
 
@@ -98,7 +98,7 @@ def recall_by_limit(
         for (by, vectors), limit in product(searches.items(), limits):
             search = PassageSearch(template, limit, vectors)
             for asked in questions:
-                text = "\n\n".join(search.search(messages, [Query(asked["q"])], limit, indexes[by]))
+                text = "\n\n".join(search.search(messages, [Query(search_text(asked["q"]))], limit, indexes[by]))
                 share = found_share(asked, text, spread)
                 if share is None:
                     continue

@@ -295,7 +295,7 @@ def _headers(origin: Parts, moment: random.Random) -> Iterator[Crafted]:
         "twice a name": plain[:-1] + ', "name": "other"}',
         "twice a fact of the cache": plain.replace('"lengths"', '"lengths": [0], "lengths"', 1),
         "another format": plain.replace(number, '"format": 6'),
-        "format as text": plain.replace(number, '"format": "8"'),
+        "format as text": plain.replace(number, f'"format": "{FORMAT}"'),
         "a long number": plain.replace(number, f'{number}, "n": ' + "1" * 10_000),
         "no end": plain[:-1],
         "lone surrogates": plain.replace('"name": "', '"name": "\ud800'),

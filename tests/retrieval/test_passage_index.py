@@ -230,3 +230,19 @@ def test_the_date_that_a_message_opens_with_is_that_of_the_messages_behind_it() 
     _, passages = index.find(chat[:3], [Query("password")])
     again, without = (list(index.find(each, [Query("password")])[1]) for each in (chat, chat[:2] + chat[3:]))
     assert again[3:] == without[2:]
+
+
+def test_a_passage_that_an_answer_has_joined_ends_where_it_did_before_once_that_is_gone() -> None:
+    said: list[Message] = [
+        {"role": "user", "content": FACT},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    index = PassageIndex()
+    index.find(said, [])
+    other: Message = {
+        "role": "assistant",
+        "content": "Rain fell on the quiet village all day long, and nobody sold bread.",
+    }
+    passages = index.find([said[0], other], [])[1]
+    assert [passage.text for passage in passages] == [FACT, other["content"]]

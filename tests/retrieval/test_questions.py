@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.chat import dialogue
-from zsmerge_llm.retrieval.questions import Query, find_question, queries, question_parts, question_start, search_text
+from zsmerge_llm.retrieval.passages import query_terms
+from zsmerge_llm.retrieval.questions import (
+    Query,
+    find_question,
+    queries,
+    question_parts,
+    question_start,
+    search_text,
+    subject,
+)
 
 QUESTION = "Which medicine did the physician prescribe for the cough?"
 LANGCHAIN = (
@@ -58,6 +67,40 @@ def test_a_question_without_a_mark_is_found_by_its_label(text: str) -> None:
 )
 def test_what_a_question_may_be_about_stays(text: str) -> None:
     assert search_text(text) == text
+
+
+@pytest.mark.parametrize(
+    ("question", "about"),
+    [
+        ("Summarize how my garden has changed over time.", "garden changed"),
+        ("Can you give me a short summary of how I fixed the boiler across our conversations?", "fixed boiler"),
+        ("When did we talk about roofs and drains in this chat?", "roofs drains"),
+        ("List the order in which I brought up different aspects of the wedding.", "wedding"),
+        ("How much did I say the tiles cost?", "tiles cost"),
+    ],
+)
+def test_how_a_question_speaks_of_the_conversation_is_not_searched_for(question: str, about: str) -> None:
+    assert query_terms(subject(question)) == query_terms(about)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "What did we talk about?",
+        "Summarize our conversation.",
+        "Who gave the order that began the siege?",
+        "What did the captain say of the storm?",
+        "Which chats does the law cover?",
+    ],
+)
+def test_where_it_is_all_that_a_question_has_or_about_something_else_it_stays(question: str) -> None:
+    assert subject(question) == question
+
+
+def test_a_sentence_that_says_how_long_an_answer_is_to_be_is_not_searched_for() -> None:
+    question = "Which towns did the caravan reach?"
+    for form in ("{} Mention ONLY five items.", "{} Please keep it to two sentences.", "{}\nUse bullet points."):
+        assert search_text(form.format(question)) == question
 
 
 def test_a_prompt_asks_in_its_last_line_or_the_line_that_is_marked_as_its_question() -> None:

@@ -218,20 +218,20 @@ def test_several_differences_are_all_named(session: Session, tmp_path: Path) -> 
         load_session(session.save(tmp_path / "it"), replace(session.fingerprint, weights="-", cache="-"))
 
 
-@pytest.mark.parametrize("number", [6, 9])
+@pytest.mark.parametrize("number", [6, 10])
 def test_a_file_of_another_format_is_refused_by_its_number(
     number: int, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert file_format.FORMAT == 8
+    assert file_format.FORMAT == 9
     with monkeypatch.context() as patch:
         patch.setattr(file_format, "FORMAT", number)
         path = session.save(tmp_path / "it")
 
-    with pytest.raises(SessionMismatchError, match=f"has format {number} and .* reads formats 7 and 8"):
+    with pytest.raises(SessionMismatchError, match=f"has format {number} and .* reads formats 7 to 9"):
         load_session(path)
 
 
-def test_a_file_of_the_format_before_which_has_free_slots_is_continued(
+def test_a_file_of_an_older_format_which_has_free_slots_is_continued(
     llm: LLM, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

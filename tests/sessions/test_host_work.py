@@ -111,6 +111,23 @@ def test_a_restored_session_and_a_branch_go_on_as_cheaply(tmp_path: Any) -> None
         assert max(work.values()) < 2500
 
 
+def test_the_index_of_a_conversation_is_on_disk_with_it(tmp_path: Any) -> None:
+    settings: Any = {"cache": replace(SMALL_CACHE, slots=512), "retrieval_tokens": 250, "sessions_dir": tmp_path}
+    chat = Chat(make_llm(**settings), "it")
+    for turn in range(30):
+        chat.ask(f"Is the {turn}th lighthouse of the {turn % 7} islands open?")
+    again = Chat(make_llm(**settings), "it", chat.messages)
+    with counted_work() as work:
+        usage = again.ask("Is the 3th lighthouse of the 3 islands open?").usage
+    chat.ask("Is the 3th lighthouse of the 3 islands open?")
+
+    assert usage.reuse == "continued"
+    assert usage.retrieved_tokens > 0
+    assert again.messages[-1] == chat.messages[-1]
+    newest = sum(len(message["content"]) for message in chat.messages[-4:])
+    assert work["split"] <= newest < sum(len(message["content"]) for message in chat.messages) / 4
+
+
 def test_a_document_is_split_once_for_all_conversations_about_it() -> None:
     llm = make_llm(cache=replace(SMALL_CACHE, slots=512), retrieval_tokens=250)
     text = " ".join(f"The lighthouse of island {number} is kept by keeper {number}." for number in range(80))

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ from zsmerge_llm.retrieval.passages import (
     split_spans,
     terms,
 )
-from zsmerge_llm.retrieval.questions import Query, asks_for_list
+from zsmerge_llm.retrieval.questions import Query, asks_for_list, subject
 from zsmerge_llm.retrieval.similarity_index import SimilarityIndex
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.types import Message
@@ -105,6 +106,27 @@ class Passages:
         del self.places[-4:], self.contexts[-1]
 
 
+class IndexState(NamedTuple):
+    """What an index has made of its messages.
+
+    Attributes:
+        added: of each message, whether it was joined to the last passage, how many it added, and the date line it
+            stands under.
+        lengths: words of each passage.
+        starts: where the terms of each passage begin.
+        terms, frequencies: checksums of the terms of each passage, and how often it has them.
+        similar: the same passages by meaning, if they are searched so.
+    """
+
+    passages: Passages
+    added: list[tuple[bool, int, str]]
+    lengths: array[int]
+    starts: array[int]
+    terms: array[int]
+    frequencies: array[int]
+    similar: SimilarityIndex | None
+
+
 class PassageIndex:
     """The passages of some messages, searched by words and by meaning. Safe to use from several threads.
 
@@ -117,13 +139,20 @@ class PassageIndex:
         self.size = size
         self._similar = None if vectors is None else SimilarityIndex(vectors)
         self.passages = Passages()
-        # By message: whether it was joined to the last passage, how many it added, and the date line it stands under.
-        self._added: list[tuple[bool, int, str]] = []
-        self._lengths = array("i")  # words of each passage
-        self._total = 0
-        self._starts = array("i")  # where the terms of each passage begin
+        self._added: list[tuple[bool, int, str]] = []  # these and the next as in `IndexState`
+        self._lengths, self._starts = array("i"), array("i")
         self._terms, self._frequencies = array("I"), array("H")
+        self._total = 0  # of the lengths
         self._lock = Lock()
+
+    @classmethod
+    def of_state(cls, size: int, state: IndexState) -> PassageIndex:
+        """Return an index that goes on from a state, which is its own from now on."""
+        index = cls(size)
+        index.passages, index._added, index._similar = state.passages, state.added, state.similar
+        index._lengths, index._starts, index._total = state.lengths, state.starts, sum(state.lengths)
+        index._terms, index._frequencies = state.terms, state.frequencies
+        return index
 
     def find(self, messages: Sequence[Message], queries: Sequence[Query]) -> tuple[list[list[int]], Passages]:
         """Return `rank` of the passages of some messages for each query, and all passages.
@@ -139,7 +168,7 @@ class PassageIndex:
     def rarities(self, question: str) -> dict[str, float]:
         """Return the weight of each of a question's terms that a passage has: the fewer have it, the more."""
         with self._lock:
-            having = {term: len(self._passages_with(term)[0]) for term in query_terms(question)}
+            having = {term: len(self._passages_with(term)[0]) for term in query_terms(subject(question))}
             return {term: self._rarity(count) for term, count in having.items() if count}
 
     def having(self, term: str, most: int) -> list[int]:
@@ -150,13 +179,14 @@ class PassageIndex:
 
     def copy(self) -> PassageIndex:
         """Return an index of the same messages that goes on by itself."""
-        other = PassageIndex(self.size)
+        return PassageIndex.of_state(self.size, self.state())
+
+    def state(self) -> IndexState:
+        """Return a copy of what was made of the messages."""
         with self._lock:
-            other.passages, other._added, other._total = self.passages.copy(), self._added[:], self._total
-            other._lengths, other._starts = self._lengths[:], self._starts[:]
-            other._terms, other._frequencies = self._terms[:], self._frequencies[:]
-            other._similar = None if self._similar is None else self._similar.copy()
-        return other
+            arrays = (self._lengths[:], self._starts[:], self._terms[:], self._frequencies[:])
+            similar = None if self._similar is None else self._similar.copy()
+            return IndexState(self.passages.copy(), self._added[:], *arrays, similar)
 
     def _append(self, text: str) -> None:
         """Add the terms of a passage's text."""
@@ -191,8 +221,9 @@ class PassageIndex:
             for _ in range(count):
                 self._drop()
                 self.passages.pop()
-            if joined:
-                self._end_at(len(self._added) - 1)
+            if joined:  # the passage ends with the message before that has a part in it
+                parts = reversed(range(len(self._added)))
+                self._end_at(next(at for at in parts if self._added[at][0] or self._added[at][1]))
         self.passages.messages = messages
         for number in range(known, len(messages)):
             content, date = messages[number]["content"], self._added[-1][2] if self._added else ""
@@ -212,7 +243,8 @@ class PassageIndex:
         Where words find nothing, there is none: meaning does not tell a question about another text. Else a passage's
         score is the sum of its shares of the best one by words and of the best one by meaning.
         """
-        by_words, factor = self.rank_by_words(question, count), FOR_LIST if asks_for_list(question) else 1.0
+        factor, question = FOR_LIST if asks_for_list(question) else 1.0, subject(question)
+        by_words = self.rank_by_words(question, count)
         if self._similar is None or not by_words:
             return [number for number, score in by_words if score >= factor * NEAR_BY_WORDS * by_words[0][1]]
         similar = self._similar.scores(question)

@@ -13,7 +13,7 @@ the further behind it is, so it is repeated, and so is what the user said about 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
@@ -46,6 +46,8 @@ from zsmerge_llm.retrieval.standing_instructions import StandingInstructions
 from zsmerge_llm.types import Message
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from zsmerge_llm.retrieval.passage_index import PassageIndex
     from zsmerge_llm.retrieval.token_vectors import TokenVectors
 
@@ -73,19 +75,36 @@ def pinned_tail_tokens(retrieved: int) -> int:
 
 @dataclass
 class PassageIndexes:
-    """What one conversation is searched by. Turns differ in the size of passages where other things are repeated."""
+    """What one conversation is searched by. Turns differ in the size of passages where other things are repeated.
+
+    saved: the index that the conversation was saved with; {} for none.
+    """
 
     by_size: dict[int, PassageIndex] = field(default_factory=dict)
     standing: StandingInstructions = field(default_factory=StandingInstructions)
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def of_size(self, size: int, vectors: TokenVectors | None) -> PassageIndex:
-        """Return the index with passages of so many words. vectors: as for `PassageSearch`."""
+    def of_size(self, size: int, vectors: TokenVectors | None, messages: Sequence[Message]) -> PassageIndex:
+        """Return the index with passages of so many words, of the first of some messages.
+
+        vectors: as for `PassageSearch`.
+        """
         from zsmerge_llm.retrieval.passage_index import PassageIndex  # needs NumPy
+        from zsmerge_llm.retrieval.saved_index import restored_index  # needs torch
 
         known = {each: index for each, index in self.by_size.items() if each != size}
-        index = self.by_size.get(size) or PassageIndex(size, vectors)
+        index = self.by_size.get(size)
+        if index is None and self.saved and (index := restored_index(self.saved, messages, size, vectors)):
+            self.saved = {}
+        index = index or PassageIndex(size, vectors)
         self.by_size = dict([*known.items(), (size, index)][-MAX_INDEXES:])
         return index
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the index that was used last as it is saved; {} where there is none."""
+        from zsmerge_llm.retrieval.saved_index import index_tensors  # needs torch
+
+        return index_tensors(list(self.by_size.values())[-1]) if self.by_size else self.saved
 
     def copy(self) -> PassageIndexes:
         """Return the same for another conversation that begins alike: it indexes only what is its own."""
@@ -272,7 +291,7 @@ class PassageSearch:
 
         asked: the question, alone and perhaps behind the one that it refers to. Passages for each take turns.
         """
-        index = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors)
+        index = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors, messages)
         rankings, passages = index.find(messages, [*asked, *map(Query, question_parts(asked[0].text))])
         best, cost = merge(rankings), cache(self._cost)
         named = named_passages(index, passages, asked[-1], best)

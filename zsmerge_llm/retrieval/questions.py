@@ -35,6 +35,11 @@ ABOUT_ANSWER = re.compile(
     re.IGNORECASE,
 )
 """Words of a sentence that says how to answer."""
+ABOUT_FORM = re.compile(
+    r"\W*(?:please[ ])?(?:mention|include|give|use|keep|limit)\b.*\b(?:items|words|sentences|points|bullets?)\W*$",
+    re.IGNORECASE,
+)
+"""A sentence that says how long an answer is to be."""
 NAME = re.compile(r"\S[\s\"'(]+[^\W\d_a-z]\w|\d{3}")
 """A capital letter within a sentence, or one beyond a to z, which may be a name, or a large number."""
 REFERS_BACK = re.compile(
@@ -62,6 +67,23 @@ ORDER = re.compile(
     re.IGNORECASE,
 )
 """Words of a question for an order."""
+OUR_TALK = r"(?:our|this)[ ](?:\w+[ ])?(?:conversations?|discussions?|chats?|talks?)"
+WE_SAID = r"brought[ ]up|mentioned|discussed|talked[ ]about|said|told[ ]you"
+WE_SAY = r"bring[ ]up|mention|discuss|talk[ ]about|say|tell[ ]you"
+FRAMING = re.compile(
+    rf"""
+    \b(?: (?:(?:across|throughout|over|during|in|from)[ ](?:all[ ])?(?:of[ ])?)?{OUR_TALK}(?:[ ]so[ ]far)?
+        | (?:an?[ ]|the[ ])?(?:\w+[ ])?(?:summary|overview|recap|outline)[ ]of(?:[ ](?:how|what|everything))?
+        | summari[sz]e(?:[ ](?:how|what|everything))?
+        | (?:(?:list|walk[ ]me[ ]through|tell[ ]me|give[ ]me)[ ])?the[ ]order[ ]in[ ]which
+        | (?:did[ ](?:I|we)[ ](?:{WE_SAY})|(?:have[ ](?:I|we)|(?:I|we)(?:['\u2019]ve|[ ]have)?)[ ](?:{WE_SAID}))
+          (?:[ ](?:(?:the|different|various|several|all)[ ])*(?:aspects|parts|topics|things|points)[ ]of)?
+        | over[ ]time
+    )\b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""How a question speaks of the conversation itself, or of the form that its answer is to have: no passage says that."""
 OBSERVATION, ACTION = re.compile(r"\s*observation\s*:", re.IGNORECASE), re.compile(r"\baction\s*:", re.IGNORECASE)
 """How ReAct agents (arXiv 2210.03629) write a tool's result, as a user's message, and the call before it."""
 
@@ -144,7 +166,9 @@ def queries(messages: Sequence[Message], question: str) -> list[Query]:
 
 def is_about_answer(sentence: str) -> bool:
     """Return whether a sentence says how to answer, and nothing of what is asked."""
-    return bool(ABOUT_ANSWER.search(sentence)) and not _asks(sentence) and not NAME.search(sentence)
+    if _asks(sentence):
+        return False
+    return bool(ABOUT_FORM.match(sentence) or (ABOUT_ANSWER.search(sentence) and not NAME.search(sentence)))
 
 
 def question_parts(question: str) -> list[str]:
@@ -160,6 +184,15 @@ def question_parts(question: str) -> list[str]:
 def asks_for_list(question: str) -> bool:
     """Return whether a question asks for several things, or for their order."""
     return bool(LIST.search(question) or ORDER.search(question))
+
+
+def subject(question: str) -> str:
+    """Return what a question is about: without how it speaks of the conversation, or of the form of its answer.
+
+    Where nothing to search for is left, it is the whole question.
+    """
+    text = " ".join(FRAMING.sub(" ", question).split())
+    return text if query_terms(text) else question
 
 
 def _is_result(messages: Sequence[Message], at: int) -> bool:

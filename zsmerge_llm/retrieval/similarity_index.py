@@ -10,6 +10,7 @@ The index is four bytes for each distinct token of a passage.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,10 @@ from zsmerge_llm.retrieval.token_vectors import TokenVectors
 class SimilarityIndex:
     """The tokens of some passages, taken together when they are first needed. Not safe to use from several threads."""
 
-    def __init__(self, vectors: TokenVectors) -> None:
+    def __init__(self, vectors: TokenVectors, starts: Sequence[int] = (), tokens: Sequence[int] = ()) -> None:
+        """Take the passages of `arrays`, if there are any."""
         self._vectors = vectors
-        self._starts = array("i")  # where the tokens of each passage begin
-        self._tokens = array("I")
+        self._starts, self._tokens = array("i", starts), array("I", tokens)
         self._new: list[str] = []  # texts behind those
 
     def __len__(self) -> int:
@@ -31,9 +32,14 @@ class SimilarityIndex:
 
     def copy(self) -> SimilarityIndex:
         """Return an index of the same passages that goes on by itself."""
-        other = SimilarityIndex(self._vectors)
-        other._starts, other._tokens, other._new = self._starts[:], self._tokens[:], self._new[:]
+        other = SimilarityIndex(self._vectors, self._starts, self._tokens)
+        other._new = self._new[:]
         return other
+
+    def arrays(self) -> tuple[array[int], array[int]]:
+        """Return where the tokens of each passage begin, and the tokens."""
+        self._take(self._vectors.distinct_tokens(self._new))
+        return self._starts, self._tokens
 
     def append(self, text: str) -> None:
         """Add a passage."""
@@ -49,10 +55,7 @@ class SimilarityIndex:
     def scores(self, question: str) -> NDArray[np.float32]:
         """Return what share of a question each passage says: float32 [passages], from 0 to 1."""
         asked, *new = self._vectors.distinct_tokens([question, *self._new])
-        for ids in new:
-            self._starts.append(len(self._tokens))
-            self._tokens.extend(ids)
-        self._new.clear()
+        self._take(new)
         tokens = np.array(self._tokens, dtype=np.uint32)
         scores = np.zeros(len(self), dtype=np.float32)
         if not asked or not len(tokens):
@@ -65,6 +68,13 @@ class SimilarityIndex:
         for weight, similarity in zip(weights, self._vectors.similarity(asked, kinds), strict=True):
             scores[filled] += np.float32(weight) * np.maximum.reduceat(similarity[places], starts[filled])
         return scores / np.float32(sum(weights) or 1)
+
+    def _take(self, new: Sequence[Sequence[int]]) -> None:
+        """Add the tokens of the new texts."""
+        for ids in new:
+            self._starts.append(len(self._tokens))
+            self._tokens.extend(ids)
+        self._new.clear()
 
     def _rarity(self, having: int) -> float:
         """Return the weight of a token that so many passages have: the fewer, the more; 0 if all have it."""

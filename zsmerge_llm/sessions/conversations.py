@@ -308,7 +308,8 @@ class Conversations:
         # A prefix is shared only while its date is right.
         template = self.template.with_date(self.today() if snapshot.kind == "prefix" else source.today)
         owner = find_owner(self.store, found, name, is_named_so)
-        transcript = transcript.of_session(owner and owner[0].transcript, forked=snapshot.kind != "prefix")
+        known, begins_alike = owner and owner[0].transcript, snapshot.kind != "prefix"
+        transcript = transcript.of_session(known, begins_alike, source.saved_index)
         document = transcript.document
         if document is None and source.document is not None:  # the messages repeat it
             document = DocumentText(source.document, snapshot.digest, source.notes)
@@ -325,10 +326,8 @@ class Conversations:
         if owner is not None:
             session, version = owner
         else:
-            shared = [
-                each for each in (*source.snapshots.values(), snapshot) if each.kind == "prefix" or each is snapshot
-            ]
-            snapshots = {each.digest: each for each in shared if each.kind != "document"}
+            shared = (each for each in source.snapshots.values() if each.kind == "prefix")
+            snapshots = {each.digest: each for each in (*shared, snapshot) if each.kind != "document"}
             session, version = new_session(self.store, name, namespace, template.today, document, snapshots)
         longer = self.prompts.with_retrieved(continuation, following)
         begins_anew = longer.has_evidence and snapshot.kind == "document" and loses_most(snapshot.cache)

@@ -25,9 +25,9 @@ from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionMismatch
 from zsmerge_llm.models.atomic_write import write_atomically
 from zsmerge_llm.sessions.seal import KEY_VARIABLE, digest, session_key
 
-FORMAT = 8
-READABLE = (7, FORMAT)
-"""Formats that are read. In 7, caches have their free slots."""
+FORMAT = 9
+READABLE = (7, 8, FORMAT)
+"""Formats that are read. In 7, caches have their free slots; 7 and 8 have no index of passages."""
 MAX_HEADER = 100_000_000
 METADATA, METADATA_DIGEST, CHECKSUM = "about", "check", "sha256"
 """Keys of the header, the same in all formats, so that an older file is refused by its number."""
@@ -164,7 +164,7 @@ def _read_header(path: Path, file: FileIO, key: bytes | None) -> tuple[dict[str,
     if version not in READABLE:
         raise SessionMismatchError(
             f"{path} has format {version} and this version of zsmerge-llm reads formats "
-            f"{' and '.join(map(str, READABLE))}: "
+            f"{READABLE[0]} to {FORMAT}: "
             "use the version it was saved with, or read the conversation anew."
         )
     return metadata, {name: TensorInfo.parse(each) for name, each in header.items()}, prefix + content

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from zsmerge_llm.errors import InputError, SessionMismatchError, SessionStorageError
 from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.cache_state import cache_state, restore_cache
 from zsmerge_llm.paths import as_path
+from zsmerge_llm.retrieval.saved_index import is_index
 from zsmerge_llm.retrieval.section_notes import SectionNotes, notes_from
 from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.identity import Fingerprint, Kind
@@ -146,7 +148,8 @@ class Session:
         named: whether the caller chose the name.
         forked: whether `fork` made it, so that it continues under its own name even where it begins at a document.
         prefix_digests: digests of all prefixes of its messages, the shortest first. They explain what was not reused.
-        transcript: what need not be computed again for its next turn; never saved.
+        transcript: what need not be computed again for its next turn; of it the index is saved.
+        saved_index: that index, in a session that was loaded (`saved_index`); {} if there is none.
         origin: the folder of the store that has made or checked its caches; None: no model has checked them.
     """
 
@@ -161,6 +164,7 @@ class Session:
     forked: bool = False
     prefix_digests: tuple[str, ...] = field(default=(), repr=False)
     transcript: Transcript | None = field(default=None, repr=False)
+    saved_index: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     origin: object | None = field(default=None, repr=False)
 
     @property
@@ -246,6 +250,7 @@ class Session:
             forked=True,
             prefix_digests=self.prefix_digests,
             transcript=self.transcript and self.transcript.of_session(None, forked=True),
+            saved_index=self.saved_index,
             origin=self.origin,
         )
 
@@ -286,7 +291,8 @@ class Session:
         """
         head, target = self.head, as_path(path, "The path of a session's file")
         tensors, cache_metadata = cache_state(head.cache)
-        tensors = {**tensors, "tokens": torch.tensor(head.tokens[:], dtype=torch.int32)}
+        index = self.saved_index if self.transcript is None else self.transcript.indexes.tensors()
+        tensors = {**tensors, **index, "tokens": torch.tensor(head.tokens[:], dtype=torch.int32)}
         if self.document:
             tensors["document"] = torch.frombuffer(bytearray(self.document.encode()), dtype=torch.uint8)
         metadata = {
@@ -336,6 +342,7 @@ def load_session(
         check_tensors(saved, tensors)
         document = tensors.pop("document").numpy().tobytes().decode() if facts["has_document"] else None
     tokens = array("i", tensors.pop("tokens").numpy().tobytes() if saved.num_tokens else b"")
+    index = {name: tensors.pop(name) for name in list(tensors) if is_index(name)}
     policy = None if expected is None else expected.config.policy
     cache = restore_cache(tensors, facts["cache"], policy, saved.specs, saved.recurrent)
     head = Snapshot(facts["digest"], facts["messages"], tokens, cache, facts["kind"])
@@ -350,6 +357,7 @@ def load_session(
         named=facts["named"],
         forked=facts["forked"],
         prefix_digests=tuple(facts["prefix_digests"]),
+        saved_index=index,
     )
 
 

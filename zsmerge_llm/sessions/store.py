@@ -153,7 +153,7 @@ class Store(SavedSessions):
                 self._take_name_from(session.name)
             elif entry is not None and entry.session is not None:
                 session = entry.session
-            session.transcript = transcript
+            session.transcript, session.saved_index = transcript, {}
             self._put(session, snapshots, prefix_digests)
         self._save(session.name)
         self._rebalance()

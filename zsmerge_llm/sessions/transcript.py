@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from zsmerge_llm.language.digests import DigestChain
 from zsmerge_llm.language.messages import MessageHistory, shared_prefix
@@ -57,14 +59,19 @@ class Transcript:
         """One digest for each prefix of the messages."""
         return self.chain.digests
 
-    def of_session(self, known: Transcript | None, forked: bool = False) -> Transcript:
+    def of_session(
+        self, known: Transcript | None, forked: bool = False, saved: Mapping[str, Tensor] | None = None
+    ) -> Transcript:
         """Return the transcript with the indexes of a session's earlier turns, or with its own for another session.
 
         forked: whether another session begins with most of the messages that are indexed: these are not indexed anew.
+        saved: the index of the file that the session was loaded from, for where nothing else is known.
         """
         if known is not None:
             return replace(self, indexes=known.indexes, deltas=known.deltas)
-        return replace(self, indexes=self.indexes.copy() if forked else PassageIndexes(), deltas=DeltaRenderer())
+        if forked and self.indexes.by_size:
+            return replace(self, indexes=self.indexes.copy(), deltas=DeltaRenderer())
+        return replace(self, indexes=PassageIndexes(saved=saved or {}), deltas=DeltaRenderer())
 
 
 def find_history(transcripts: Iterable[Transcript], messages: list[Message]) -> tuple[MessageHistory, int]:

@@ -23,6 +23,7 @@ from zsmerge_llm.kvcache.layer_cache import SAVED, LayerCache
 from zsmerge_llm.kvcache.recurrent_state import RecurrentSpec
 from zsmerge_llm.kvcache.slots import LAYER_FACTS, PER_SLOT, LayerSpec
 from zsmerge_llm.models.device import HOST
+from zsmerge_llm.retrieval.saved_index import check_index, is_index
 from zsmerge_llm.retrieval.section_notes import check_notes
 from zsmerge_llm.sessions.file_format import TensorInfo
 from zsmerge_llm.sessions.identity import Fingerprint, Kind
@@ -167,7 +168,7 @@ def check_header(
         wanted |= {state_key(index, each.name): (each.dtype, (1, *each.shape)) for each in spec.tensors}
     wanted = {name: known for name, known in wanted.items() if 0 not in known[1]}
     beside = {name for name, is_there in (("logits", seen), ("document", facts["has_document"])) if is_there}
-    if set(tensors) != beside | set(wanted):
+    if {name for name in tensors if not is_index(name)} != beside | set(wanted):
         raise ValueError("has other tensors than its cache needs")
     for name, (dtype, shape) in wanted.items():
         if DTYPES.get(tensors[name].dtype) != dtype or tensors[name].shape != shape:
@@ -262,6 +263,7 @@ def check_tensors(saved: SavedCache, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise ValueError(f"holds {name} that are no finite numbers")
+    check_index(tensors, saved.vocab_size)
     for index, (layer, filled) in enumerate(zip(saved.layers, saved.num_filled, strict=True)):
         own = {name: tensors[f"{index}.{name}"][0].numpy() for name in COUNTED if f"{index}.{name}" in tensors}
         _check_slots(own, layer.config, filled, saved.seen, index)
