@@ -8,8 +8,8 @@ about other places, and put back to where it was. The second one is measured: it
 the first one's turn not yet indexed. Figures are medians. `search_seconds` is all that chooses what is read again,
 `index_seconds` the part of it that updates and ranks passages, and `host_seconds` what else is not the model's work.
 
-`restored` is a turn after the conversation was saved and loaded: it has to build everything anew. Bytes of the index
-are those that a new one takes, its passages included. Writes results/turn-cost-MODEL.json.
+`restored` is a turn after the conversation was saved and loaded: only its index comes from the file, all else is made
+anew. Bytes of the index are those that a new one takes, its passages included. Writes results/turn-cost-MODEL.json.
 """
 
 from __future__ import annotations

@@ -93,10 +93,9 @@ class PassageIndexes:
         from zsmerge_llm.retrieval.saved_index import restored_index  # needs torch
 
         known = {each: index for each, index in self.by_size.items() if each != size}
-        index = self.by_size.get(size)
-        if index is None and self.saved and (index := restored_index(self.saved, messages, size, vectors)):
-            self.saved = {}
-        index = index or PassageIndex(size, vectors)
+        index = self.by_size.get(size) or PassageIndex(size, vectors)
+        if self.saved and (saved := restored_index(self.saved, messages, size, vectors)):
+            index, self.saved = max(saved, index, key=lambda each: len(each.passages)), {}
         self.by_size = dict([*known.items(), (size, index)][-MAX_INDEXES:])
         return index
 

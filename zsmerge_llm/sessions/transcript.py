@@ -65,13 +65,12 @@ class Transcript:
         """Return the transcript with the indexes of a session's earlier turns, or with its own for another session.
 
         forked: whether another session begins with most of the messages that are indexed: these are not indexed anew.
-        saved: the index of the file that the session was loaded from, for where nothing else is known.
+        saved: the index of the file that the session was loaded from.
         """
         if known is not None:
             return replace(self, indexes=known.indexes, deltas=known.deltas)
-        if forked and self.indexes.by_size:
-            return replace(self, indexes=self.indexes.copy(), deltas=DeltaRenderer())
-        return replace(self, indexes=PassageIndexes(saved=saved or {}), deltas=DeltaRenderer())
+        indexes = self.indexes.copy() if forked else PassageIndexes()
+        return replace(self, indexes=replace(indexes, saved=saved or {}), deltas=DeltaRenderer())
 
 
 def find_history(transcripts: Iterable[Transcript], messages: list[Message]) -> tuple[MessageHistory, int]:
