@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import pytest
@@ -49,6 +50,11 @@ def found(index: PassageIndex, texts: list[Message]) -> tuple[list[list[int]], l
     return rankings, list(passages)
 
 
+ORIGINAL = index_tensors(index_of(messages()))
+CHECKSUM = 3940417066
+"""Of the tensors of `ORIGINAL` by the rules of the number in the test."""
+
+
 @settings(deadline=None, max_examples=60)
 @given(before=MESSAGES, after=MESSAGES, dropped=st.integers(0, 8), by_meaning=st.booleans())
 def test_a_restored_index_goes_on_as_one_that_was_never_saved(
@@ -88,12 +94,15 @@ def test_an_index_is_made_anew_beside_other_messages_or_by_other_rules(monkeypat
     assert restored_index(tensors, said, SIZE, VECTORS) is None
 
 
+def test_rules_that_change_what_is_indexed_have_another_number() -> None:
+    """Where this fails on purpose, raise `RULES`: indexes that were saved must not be mixed with new ones."""
+    arrays = (tensor.numpy().tobytes() for name, tensor in sorted(ORIGINAL.items()))
+    assert (saved_index.RULES, zlib.crc32(b"".join(arrays))) == (1, CHECKSUM)
+
+
 def test_an_index_of_nothing_is_not_saved() -> None:
     assert index_tensors(PassageIndex(SIZE, VECTORS)) == {}
     assert index_tensors(index_of([{"role": "user", "content": "!!!"}])) == {}
-
-
-ORIGINAL = index_tensors(index_of(messages()))
 
 
 def put(name: str, place: int, value: int) -> dict[str, Tensor]:

@@ -94,8 +94,9 @@ class PassageIndexes:
 
         known = {each: index for each, index in self.by_size.items() if each != size}
         index = self.by_size.get(size) or PassageIndex(size, vectors)
-        if self.saved and (saved := restored_index(self.saved, messages, size, vectors)):
-            index, self.saved = max(saved, index, key=lambda each: len(each.passages)), {}
+        saved, self.saved = self.saved, {}  # it is looked at once
+        if saved and (restored := restored_index(saved, messages, size, vectors)):
+            index = max(restored, index, key=lambda each: len(each.passages))
         self.by_size = dict([*known.items(), (size, index)][-MAX_INDEXES:])
         return index
 
