@@ -39,7 +39,7 @@ ABOUT_FORM = re.compile(
     r"\W*(?:please[ ])?(?:mention|include|give|use|keep|limit)\b.*\b(?:items|words|sentences|points|bullets?)\W*$",
     re.IGNORECASE,
 )
-"""A sentence that says how long an answer is to be."""
+"""A sentence that says how long an answer is to be, or in which form."""
 NAME = re.compile(r"\S[\s\"'(]+[^\W\d_a-z]\w|\d{3}")
 """A capital letter within a sentence, or one beyond a to z, which may be a name, or a large number."""
 REFERS_BACK = re.compile(
@@ -70,6 +70,7 @@ ORDER = re.compile(
 OUR_TALK = r"(?:our|this)[ ](?:\w+[ ])?(?:conversations?|discussions?|chats?|talks?)"
 WE_SAID = r"brought[ ]up|mentioned|discussed|talked[ ]about|said|told[ ]you"
 WE_SAY = r"bring[ ]up|mention|discuss|talk[ ]about|say|tell[ ]you"
+"""The conversation, and what was said in it: behind "I" or "we", and behind "did I" or "did we"."""
 FRAMING = re.compile(
     rf"""
     \b(?: (?:(?:across|throughout|over|during|in|from)[ ](?:all[ ])?(?:of[ ])?)?{OUR_TALK}(?:[ ]so[ ]far)?
