@@ -1,7 +1,7 @@
 """The index of a conversation's passages as tensors of its saved session: after loading, only new text is indexed.
 
-An index holds no text but dates and headings, so it is of use only beside the messages that it was made of. Their digest
-stands in it. Beside other messages, or where a version with other rules has made it (`RULES`), a new one is made.
+An index has no text but dates and headings, so it is of use only beside the messages that it was made of. It has their
+digest. Beside other messages, or where a version with other rules has made it (`RULES`), a new one is made.
 """
 
 from __future__ import annotations
