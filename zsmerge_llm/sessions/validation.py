@@ -49,6 +49,10 @@ MAX_SIZE = 2**20
 EXACT = 2**24
 """Float32 counts every number of tokens up to this one."""
 ROUNDING = 1e-6
+MULTIPLIED = ("keys", "values", "queries", "residual_keys", "residual_values")
+"""Tensors whose numbers the model multiplies, by each other and by its weights."""
+LARGEST = 2.0**50
+"""Size that none of these reaches in a model: far below what overflows float32 once it is squared."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,8 @@ def check_tensors(saved: SavedCache, tensors: Mapping[str, Tensor]) -> None:
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < saved.vocab_size:
         raise ValueError(f"holds token ids outside of the vocabulary of {saved.vocab_size}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        limit = LARGEST if name.rpartition(".")[2] in MULTIPLIED else math.inf
+        if tensor.is_floating_point() and not _all_below(tensor, limit):
             raise ValueError(f"holds {name} that are no finite numbers")
     check_index(tensors, saved.vocab_size)
     for index, (layer, filled) in enumerate(zip(saved.layers, saved.num_filled, strict=True)):
@@ -270,13 +275,13 @@ def check_tensors(saved: SavedCache, tensors: Mapping[str, Tensor]) -> None:
         _check_queries(own, saved.seen, index)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether no number is infinite or NaN: those have the largest patterns of bits of either sign."""
+def _all_below(tensor: Tensor, limit: float) -> bool:
+    """Return whether all numbers are smaller than a limit. Larger ones and NaN have larger patterns of bits."""
     size = 8 * tensor.element_size()
     signed, unsigned = {16: (torch.int16, np.uint16), 32: (torch.int32, np.uint32)}[size]
     bits = tensor.view(signed).numpy()
-    infinity = int(torch.tensor(math.inf, dtype=tensor.dtype).view(signed))
-    return bool(bits.max() < infinity and bits.view(unsigned).max() < infinity + (1 << (size - 1)))
+    most = int(torch.tensor(limit, dtype=tensor.dtype).view(signed))
+    return bool(bits.max() < most and bits.view(unsigned).max() < most + (1 << (size - 1)))
 
 
 def _check_slots(own: Mapping[str, Any], config: CacheConfig, filled: int, seen: int, index: int) -> None:
