@@ -56,6 +56,14 @@ def test_names_are_followed_from_passage_to_passage_where_a_list_is_asked_for() 
     assert f"VAR {CHAIN[1]} =" not in search(chain(), "Which of the variables is assigned the value 87859?")
 
 
+def test_a_chain_goes_on_where_one_passage_has_two_links_of_it() -> None:
+    links = [f"VAR {new} = VAR {old}, as it was written." for old, new in itertools.pairwise(CHAIN)]
+    joined = [f"{first} {second}" for first, second in zip(links[::2], links[1::2], strict=True)]
+    lines = [LIKE, *reversed(joined), f"VAR {CHAIN[0]} = 87859."]
+    found = search(lines, "Find all variables that are assigned the value 87859.")
+    assert all(f"VAR {name} =" in found for name in CHAIN[:MAX_STEPS])
+
+
 def test_a_name_that_many_passages_have_leads_nowhere() -> None:
     many = [f"The log of number 87859 was read {each} times, they say." for each in range(MAX_HAVING)]
     assert f"VAR {CHAIN[0]} =" not in search(chain(*many), "Find all variables that are assigned the value 87859.")

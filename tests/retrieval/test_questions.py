@@ -108,6 +108,8 @@ def test_a_prompt_asks_in_its_last_line_or_the_line_that_is_marked_as_its_questi
     assert find_question(f"{text}\n\n{QUESTION}") == QUESTION
     assert find_question(f"{text}\n\nQuestion: {QUESTION}\n\nHelpful Answer:").startswith(f"Question: {QUESTION}")
     assert find_question(f"{text}\n\n{QUESTION}\nAnswer:") == f"{QUESTION}\nAnswer:"
+    solved = f"Question: Who coughed? Answer: Lena.\nNow another text.\n{text * 30}"
+    assert find_question(f"{solved}\n{QUESTION}") == QUESTION  # so much behind a label is a text of its own
     assert find_question(f"{text}\n\n{QUESTION}\nPlease answer in one word.").startswith(QUESTION)
     assert find_question(f"{text}\n\nAnswer in one word.") == "Answer in one word."
 

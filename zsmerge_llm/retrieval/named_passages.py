@@ -8,7 +8,7 @@ list is asked for, the names beside it are followed from passage to passage ("VA
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.retrieval.passages import SENTENCE_END, pieces, terms
@@ -37,8 +37,8 @@ def names(sentence: str) -> set[str]:
     return numbers(sentence) | {term for word in capitals for term in terms(word)}
 
 
-def named_passages(index: PassageIndex, passages: Passages, query: Query, best: Sequence[int]) -> dict[int, str]:
-    """Return passages that hold a number of a question which none of the best ones holds, each with that number's term.
+def named_passages(index: PassageIndex, passages: Passages, query: Query, best: Sequence[int]) -> dict[int, list[str]]:
+    """Return passages that hold a number of a question which none of the best ones holds, each with the terms of those.
 
     Where a list is asked for, return all that hold a name of it, and those that the names beside it lead to. Where
     there is no best one, return none: the question may be about another text.
@@ -54,16 +54,25 @@ def named_passages(index: PassageIndex, passages: Passages, query: Query, best: 
 
     if not LIST.search(query.text):
         missing = {name: places for name, places in having(numbers(query.text)).items() if not {*places} & {*best}}
-        return {at: name for name, places in missing.items() for at in places}
-    chain, known = dict[int, str](), set(terms(query.text))
+        return _by_passage(missing)
+    found, known = dict[str, list[int]](), set(terms(query.text))
     new: Iterable[str] = names(query.text)
     for _ in range(MAX_STEPS):
-        step = {at: name for name, places in having(new).items() for at in places if at not in chain}
-        chain.update(step)
-        beside = {each for at, name in step.items() for each in _beside(passages[at].text, name)} - known
+        step = having(new)
+        found.update(step)
+        beside = {each for name, places in step.items() for at in places for each in _beside(passages[at].text, name)}
+        new = sorted(beside - known)[:MAX_NAMES]
         known |= beside
-        new = sorted(beside)[:MAX_NAMES]
-    return chain
+    return _by_passage(found)
+
+
+def _by_passage(places: Mapping[str, Iterable[int]]) -> dict[int, list[str]]:
+    """Return the names of each passage, in the order of the names."""
+    found: dict[int, list[str]] = {}
+    for name, having in places.items():
+        for at in having:
+            found.setdefault(at, []).append(name)
+    return found
 
 
 def _beside(text: str, term: str) -> set[str]:

@@ -43,6 +43,7 @@ from zsmerge_llm.retrieval.selection import (
     with_context,
 )
 from zsmerge_llm.retrieval.standing_instructions import StandingInstructions
+from zsmerge_llm.retrieval.word_counts import counts_for
 from zsmerge_llm.types import Message
 
 if TYPE_CHECKING:
@@ -199,16 +200,17 @@ class PassageSearch:
             fallback: another search, for where words find nothing.
             indexes: those of the conversation, so that only new messages are split and indexed.
             notes: about its document. They come first where a question is about all of it, whatever `max_tokens` is;
-                passages take what they leave of the slots for what a turn reads.
+                passages take what they leave of the slots for what a turn reads. Counts of words, where a question asks
+                for them, come last.
             document_length: characters of the first message that are the document, whatever is asked about it.
         """
-        asked = self._asked(messages, slots) if self.max_tokens or notes else None
+        asked = self._asked(messages, slots, document_length) if self.max_tokens or notes else None
         if asked is None:
             return messages
         indexes = indexes or PassageIndexes()
         left = token_limit(self.max_tokens, length, slots)
         recent = RecentText(self.template, recent_ids[-slots:])
-        request = self._request(asked.content, min(left // 2, QUESTION_TOKENS)) if asked.results else ""
+        request = self._request(asked, min(left // 2, QUESTION_TOKENS)) if asked.results else ""
         near = RecentText(self.template, recent_ids[-NEAR_TOKENS - self._count(request) :])
         if request and request in near:
             return messages
@@ -221,22 +223,30 @@ class PassageSearch:
         if noted := notes_for(notes, asked.question):
             repeated += noted
             left = min(left, pinned_tokens(slots) - self._count(repeated))
+        searched, wanted = apart(asked.searched[bool(system) :], document_length), asked.queries
+        counted = counts_for(asked.question, [each["content"] for each in searched])
+        if counted and not self._fits(counted, left):
+            counted = ""
+        left -= self._count(counted)
         if left > 0:
-            searched, wanted = apart(asked.searched[bool(system) :], document_length), asked.queries
             found = self.search(searched, wanted, left, indexes)
-            repeated += as_block(found if found or fallback is None else fallback(wanted[-1].text, left))
+            repeated += as_block(found if found or counted or fallback is None else fallback(wanted[-1].text, left))
+        repeated += counted
         return asked.with_repeated(messages, repeated, request) if repeated or request else messages
 
-    def _asked(self, messages: list[Message], slots: int) -> AskedMessage | None:
-        """Return what a cache of so many slots is asked by the messages; None if it is nothing of a user's."""
+    def _asked(self, messages: list[Message], slots: int, document_length: int) -> AskedMessage | None:
+        """Return what a cache of so many slots is asked by the messages; None if it is nothing of a user's.
+
+        document_length: as for `augment`. The question stands behind it, whatever the document looks like.
+        """
         at = asked_at(messages)
         before, message, results = messages[:at], messages[at], messages[at + 1 :]
         if message["role"] != "user":
             return None
-        content = message["content"]
-        start = question_start(content) if results or not self._fits(content, slots) else 0
+        content, begin = message["content"], 0 if at else document_length
+        start = begin + question_start(content[begin:]) if results or not self._fits(content, slots) else 0
         is_short = self._fits(content, MAX_QUESTION_TOKENS)
-        question = search_text(content if is_short else find_question(content))
+        question = search_text(content if is_short else find_question(content[begin:]))
         read = results[:-1] if results and self._fits(results[-1]["content"], slots) else results
         searched = [*before, *([{**message, "content": content[:start]}] if start else []), *read]
         wanted = queries([] if start else before, question)
@@ -244,9 +254,9 @@ class PassageSearch:
             wanted = [Query(each.text) for each in wanted]
         return AskedMessage(before, content, start, is_short, question, searched, results, wanted)
 
-    def _request(self, content: str, max_tokens: int) -> str:
+    def _request(self, asked: AskedMessage, max_tokens: int) -> str:
         """Return a user's message or, where it is too long, its question; "" where that is too long."""
-        forms = (content, find_question(content))
+        forms = (asked.content, asked.content[asked.start :].rstrip())
         return next((form for form in forms if self._fits(form, max_tokens)), "")
 
     def _fits(self, text: str, max_tokens: int) -> bool:
@@ -303,7 +313,7 @@ class PassageSearch:
 
             @cache
             def shown(number: int) -> Passage:
-                passage, sought = passages[number], weights if number in best else {named[number]: 1.0}
+                passage, sought = passages[number], weights if number in best else dict.fromkeys(named[number], 1.0)
                 return passage if number in whole else replace(passage, text=excerpt(passage.text, sought))
 
             found = _first(ranked, shown, cost, max_tokens)

@@ -20,6 +20,8 @@ MAX_LABEL_WORDS = 3
 """Words of a last line that only says where the answer goes."""
 MAX_LINES_BEHIND = 3
 """Lines behind a question with a label, such as "Answer in one sentence."."""
+MAX_WORDS_BEHIND = 80
+"""Words of these lines. More are a text, with the label in an example before it."""
 LABEL = re.compile(
     r"^[ \t>*_#-]*(?:[^\W\d_][\w-]*[ \t]){0,2}"
     r"(?:question|query|q|frage|pregunta|pergunta|domanda|vraag|fråga|spørsmål|spørgsmål|pytanie|soru|вопрос|питання"
@@ -215,9 +217,10 @@ def _asks(sentence: str) -> bool:
 
 
 def _label(text: str) -> re.Match[str] | None:
-    """Return the last label that a question follows, if it stands in the last few lines of a text."""
+    """Return the last label that a question follows, if no more than a few short lines stand behind that."""
     for found in reversed(list(LABEL.finditer(text))):
         behind = [line for line in text[found.end() :].split("\n") if line.strip()]
         if behind:
-            return found if len(behind) <= 1 + MAX_LINES_BEHIND else None
+            few, others = len(behind) <= 1 + MAX_LINES_BEHIND, " ".join(behind[1:])
+            return found if few and count_words(others) <= MAX_WORDS_BEHIND else None
     return None
