@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.chat import dialogue
 from tests.support.templates import template
+from tests.support.token_vectors import made_up_vectors
 from zsmerge_llm.retrieval.passage_search import PassageSearch
 from zsmerge_llm.retrieval.standing_instructions import MAX_MESSAGE_WORDS, StandingInstructions, find_statements
 
@@ -28,6 +29,16 @@ QUESTION = "Can you suggest a good present?"
         "I prefer not to read English books.",
         "I will only use devices without a camera.",
         "I strictly follow a raw vegan diet.",
+        "I'm deeply uncomfortable with flying.",
+        "I've always hated long queues.",
+        "I find crowded museums exhausting.",
+        "I have very sensitive skin.",
+        "I'm a lifelong pescatarian.",
+        "I steer clear of anything with an engine.",
+        "I insist on paper tickets.",
+        "Gambling of any kind makes me nervous.",
+        "Mainstream fashion doesn't interest me.",
+        "A quiet room is essential for me.",
     ],
 )
 def test_what_users_say_about_every_answer_is_recognized(statement: str) -> None:
@@ -41,6 +52,10 @@ def test_what_users_say_about_every_answer_is_recognized(statement: str) -> None
         "I have never been to Rome.",
         "I only have two days left.",
         "I never finished that book.",
+        "I'm against the clock here, can you hurry?",
+        "I find my keys under the mat.",
+        "I have been looking at this for hours.",
+        "I'm interested in learning more about the sea.",
         "What do you prefer?",
         f"{FILLER} " * MAX_MESSAGE_WORDS + PREFERENCE,
     ],
@@ -62,6 +77,14 @@ def test_those_that_share_words_with_the_question_come_first_then_the_newest() -
     found = standing.select(chat, "Where is it raining? I want rain.", lambda _: next(room))
     assert found == ["I love rain.", "I avoid bread."], "what an assistant says does not count"
     assert standing.select(chat[:1], "?", lambda _: True) == ["I love rain."]
+
+
+def test_those_that_say_like_things_in_other_words_come_first_too() -> None:
+    chat = dialogue("I avoid any port.", "I see.", "I avoid the rain.", "I see.", "I avoid fresh bread.")
+    question = "Which harbour is near, and what does the market sell?"
+    for vectors, first in ((None, "I avoid fresh bread."), (made_up_vectors(), "I avoid any port.")):
+        fits = map(int, "100").__next__
+        assert StandingInstructions().select(chat, question, lambda _, fits=fits: fits(), vectors) == [first]
 
 
 def test_a_preference_stands_before_a_later_question_unless_it_is_near() -> None:

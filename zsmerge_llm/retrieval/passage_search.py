@@ -280,7 +280,7 @@ class PassageSearch:
             left -= cost
             return True
 
-        return "\n".join(indexes.standing.select(messages, question, fits))
+        return "\n".join(indexes.standing.select(messages, question, fits, self.vectors))
 
     def _system_message(self, messages: Sequence[Message], max_tokens: int) -> str:
         """Return the system message, if it has at most `max_tokens`; else ""."""

@@ -10,10 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.messages import shared_prefix
 from zsmerge_llm.retrieval.passages import SENTENCE_END, count_words, pieces, query_terms, terms
 from zsmerge_llm.types import Message
+
+if TYPE_CHECKING:
+    from zsmerge_llm.retrieval.token_vectors import TokenVectors
 
 MAX_MESSAGE_WORDS = 400
 """A longer message is a text to work on. What somebody in it prefers is nothing that the user asks for."""
@@ -27,16 +31,31 @@ STATEMENT = re.compile(
        |do(?:\ not|n['\u2019]t)\ ever)\b
     | \b(?:from\ now\ on|when(?:ever)?\ I\ ask)\b
     | \bI\s+(?:\w+ly\s+|much\s+|also\s+)?(?:
-        prefer | dislike | hate | despise | detest | loathe | avoid | refuse | love
+        prefer | dislike | hate | despise | detest | loathe | abhor | avoid | refuse | love | adore | favou?r | oppose
+        | boycott | insist\s+on | object\s+to | suffer\s+from | abstain\s+from | stick\s+to
+        | (?:stay|keep|steer|shy)\s+(?:away|clear)
+        | tend\s+to\s+(?:avoid|prefer|dislike)
         | (?:(?:can|will)\s+)?(?:only|exclusively|strictly|never|always)\s+
           (?!\w+ed\b|have|had|know|knew|need|got|see|saw|meant|said|did|been|heard|thought)\w+
         | (?:\w+\s+)?follow\s+an?\s+(?:[\w-]+\s+){0,3}diet
-        | ca(?:n['\u2019]?|nno|n\ no)t\s+(?:stand|eat|tolerate|bear)
-        | do(?:\ not|n['\u2019]t)\s+(?:like|enjoy|eat|drink|use|listen|read|watch|wear|care)
+        | ca(?:n['\u2019]?|nno|n\ no)t\s+(?:stand|eat|tolerate|bear|abide|digest|handle)
+        | do(?:\ not|n['\u2019]t)\s+
+          (?:like|enjoy|eat|drink|use|listen|read|watch|wear|care|buy|consume|support|trust|believe\s+in|tolerate)
     )\b
-    | \bI(?:['\u2019]m|\ am)\s+(?:not\ a(?:\ \w+)?\ fan|allergic|vegan|vegetarian|averse|\w+[\s-]intolerant)\b
-    | \bI\s+have\s+(?:an?|no)\s+(?:[\w-]+\s+){0,2}
-      (?:aversion|preference|objection|allergy|dislike|distaste|interest|phobia|fear)\b
+    | \bI(?:['\u2019]m|\ am|['\u2019]ve\ been)\s+(?:(?:\w+ly|very|also|a|an|not|strict|lifelong|devout)\s+)*(?:
+        fan | allergic | vegan | vegetarian | pescatarian | averse | opposed | committed\ to | uncomfortable
+        | passionate\ about | fascinated\ by | keen\ on | partial\ to | sensitive\ to
+        | terrified | (?:afraid|scared)\ of
+        | claustrophobic | wary | \w+[\s-]intolerant
+    )\b
+    | \bI(?:['\u2019]ve|\ have)\s+(?:always|never|long)\s+
+      (?:hated|disliked|avoided|preferred|loved|refused|liked|enjoyed)\b
+    | \bI\s+(?:have|hold)\s+(?:an?\s+|no\s+)?(?:[\w-]+\s+){0,2}
+      (?:aversion|preference|objection|allergy|dislike|distaste|interest|phobia|fear|intolerance|sensitivity|sensitive)\b
+    | \bI\s+find\b.*\b\w+(?:ing|some|ful)\W*$
+    | \bmakes?\ me\ (?:uncomfortable|anxious|sick|nauseous|nervous)\b
+    | \bdo(?:es)?(?:\ not|n['\u2019]t)\ interest\ me\b
+    | \b(?:important|essential|crucial)\ (?:to|for)\ me\b | \bdeal-?\ ?breaker
     | \bmy\s+favou?rite\b
     """,
     re.IGNORECASE | re.VERBOSE,
@@ -54,23 +73,26 @@ class StandingInstructions:
         self._found: list[list[str]] = []  # by message
         self._lock = Lock()
 
-    def select(self, messages: Sequence[Message], question: str, fits: Callable[[str], bool]) -> list[str]:
+    def select(
+        self,
+        messages: Sequence[Message],
+        question: str,
+        fits: Callable[[str], bool],
+        vectors: TokenVectors | None = None,
+    ) -> list[str]:
         """Return the statements of the users' messages that a question has to heed, in their order.
 
-        Those that share words with the question are tried first, the rarest words of all; then the newest.
+        Those that say like things as the question are tried first, in words and in meaning in equal parts; then the
+        newest.
 
         Args:
             fits: whether a statement is to be repeated, beside those before which it said so.
+            vectors: those of the model's tokens; None: words alone.
         """
         with self._lock:
             statements = self._update(list(messages))
-        having = Counter(term for each in statements for term in set(terms(each)))
-        asked = set(query_terms(question))
-
-        def relevance(number: int) -> tuple[float, int]:
-            return sum(1 / having[term] for term in asked & set(terms(statements[number]))), number
-
-        by_relevance = sorted(range(len(statements)), key=relevance, reverse=True)
+        relevance = _relevance(statements, question, vectors)
+        by_relevance = sorted(range(len(statements)), key=lambda number: (relevance[number], number), reverse=True)
         return [statements[number] for number in sorted(each for each in by_relevance if fits(statements[each]))]
 
     def _update(self, messages: list[Message]) -> list[str]:
@@ -80,6 +102,28 @@ class StandingInstructions:
         self._messages, self._found = messages, [*self._found[:known], *new]
         newest_first = dict.fromkeys(text for found in reversed(self._found) for text in reversed(found))
         return list(reversed(newest_first))
+
+
+def _relevance(statements: Sequence[str], question: str, vectors: TokenVectors | None) -> list[float]:
+    """Return how relevant each statement is to a question: its shares of the best one by words and by meaning."""
+    having = Counter(term for each in statements for term in set(terms(each)))
+    asked = set(query_terms(question))
+    by_words = _shares([sum(1 / having[term] for term in asked & set(terms(each))) for each in statements])
+    if vectors is None:
+        return by_words
+    from zsmerge_llm.retrieval.similarity_index import SimilarityIndex  # needs NumPy
+
+    index = SimilarityIndex(vectors)
+    for each in statements:
+        index.append(each)
+    by_meaning = _shares(index.scores(question).tolist())
+    return [sum(both) for both in zip(by_words, by_meaning, strict=True)]
+
+
+def _shares(scores: Sequence[float]) -> list[float]:
+    """Return scores as shares of the highest one."""
+    highest = max(scores, default=0.0) or 1.0
+    return [score / highest for score in scores]
 
 
 def find_statements(text: str) -> list[str]:
