@@ -43,7 +43,7 @@ from zsmerge_llm.retrieval.selection import (
     with_context,
 )
 from zsmerge_llm.retrieval.standing_instructions import StandingInstructions
-from zsmerge_llm.retrieval.word_counts import counts_for
+from zsmerge_llm.retrieval.whole_text import whole_text_block
 from zsmerge_llm.types import Message
 
 if TYPE_CHECKING:
@@ -200,8 +200,8 @@ class PassageSearch:
             fallback: another search, for where words find nothing.
             indexes: those of the conversation, so that only new messages are split and indexed.
             notes: about its document. They come first where a question is about all of it, whatever `max_tokens` is;
-                passages take what they leave of the slots for what a turn reads. Counts of words, where a question asks
-                for them, come last.
+                passages take what they leave of the slots for what a turn reads. What only the whole text tells
+                (`whole_text`) comes last.
             document_length: characters of the first message that are the document, whatever is asked about it.
         """
         asked = self._asked(messages, slots, document_length) if self.max_tokens or notes else None
@@ -224,9 +224,7 @@ class PassageSearch:
             repeated += noted
             left = min(left, pinned_tokens(slots) - self._count(repeated))
         searched, wanted = apart(asked.searched[bool(system) :], document_length), asked.queries
-        counted = counts_for(asked.question, [each["content"] for each in searched])
-        if counted and not self._fits(counted, left):
-            counted = ""
+        counted = whole_text_block(asked.question, [each["content"] for each in searched], self._count, left)
         left -= self._count(counted)
         if left > 0:
             found = self.search(searched, wanted, left, indexes)
