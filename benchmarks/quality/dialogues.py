@@ -15,8 +15,8 @@ DEMAND = re.compile(r"^LLM response should (?:state|mention|contain|include)[^:]
 REPLY = "Thank you for telling me. I will keep that in mind."
 
 
-def beam(sources: Sources, most_turns: int | None = None) -> Iterator[Record]:
-    """Yield BEAM's conversations, or their first messages, each with its questions."""
+def beam(sources: Sources, most_turns: int | None = None, kinds: Sequence[str] | None = None) -> Iterator[Record]:
+    """Yield BEAM's conversations, or their first messages, each with its questions, or those of some kinds."""
     for record in sources.lines(BEAM_FILE):
         qa = [
             {
@@ -27,6 +27,7 @@ def beam(sources: Sources, most_turns: int | None = None) -> Iterator[Record]:
                 "kind": asked["kind"],
             }
             for asked in record["qa"]
+            if kinds is None or asked["kind"] in kinds
         ]
         messages = alternating(record["turns"][:most_turns])
         yield {"id": record["id"], "task": "beam", "file": "beam-100k", "messages": messages, "qa": qa}

@@ -83,7 +83,8 @@ def records(arguments: argparse.Namespace, template: ChatTemplate) -> tuple[int 
         return None, chain(found, needles(*hidden))
     sources = Sources.at(arguments.folder, lambda text: len(template.encode_text(text)))
     if arguments.suite == "beam":
-        return None, islice(dialogues.beam(sources, arguments.most_messages), arguments.documents)
+        made = dialogues.beam(sources, arguments.most_messages, arguments.kinds)
+        return None, islice(made, arguments.documents)
     if arguments.suite == "prefeval":
         count, together = arguments.documents or 100, arguments.together
         total = len(arguments.between) * -(-count // together)
@@ -170,6 +171,7 @@ def main() -> None:
     )
     suites.add_argument("--together", type=int, default=1, help="preferences that one conversation begins with")
     suites.add_argument("--most-messages", type=int, help="of each BEAM conversation, its first ones (default: all)")
+    suites.add_argument("--kinds", nargs="*", help="of BEAM's questions, such as abstention (default: all)")
     files = parser.add_argument_group("files")
     files.add_argument("--data", nargs="*", default=[], help="JSON lines")
     files.add_argument(

@@ -147,6 +147,8 @@ def test_beam_asks_for_the_facts_of_its_rubric(tmp_path: Path) -> None:
     ]
     assert read["qa"][0]["a"] == ["March 29"]
     assert answers.METRICS["rubric"]("It is on the 29 March", ["March 29", "a sprint"]) == 0.5
+    assert [len(each["qa"]) for each in dialogues.beam(Sources(tmp_path, len), kinds=["update"])] == [1]
+    assert [len(each["qa"]) for each in dialogues.beam(Sources(tmp_path, len), kinds=["abstention"])] == [0]
 
 
 def test_the_turns_behind_a_preference_begin_alike_however_many_they_are(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_counts_stand_right_before_the_question_and_within_the_limit() -> None:
     messages = dialogue("rain " * 40 + "sun " * 30 + "bread " * 20, "I see.", asked)
     search = PassageSearch(template("smollm2"), 96)
     asking = search.augment(messages, slots=200)[-1]["content"]
-    assert asking.endswith(f"{COUNTED} rain (40), sun (30), bread (20)\n\n{asked}")
+    assert asking == f"{COUNTED} rain (40), sun (30), bread (20)\n\n{asked}"  # passages would distract
     assert search.augment(messages, slots=8) == messages  # there is no room
 
 

@@ -43,7 +43,7 @@ from zsmerge_llm.retrieval.selection import (
     with_context,
 )
 from zsmerge_llm.retrieval.standing_instructions import StandingInstructions
-from zsmerge_llm.retrieval.whole_text import whole_text_block
+from zsmerge_llm.retrieval.whole_text import asks_for_frequent_words, whole_text_block
 from zsmerge_llm.types import Message
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class PassageSearch:
         searched, wanted = apart(asked.searched[bool(system) :], document_length), asked.queries
         counted = whole_text_block(asked.question, [each["content"] for each in searched], self._count, left)
         left -= self._count(counted)
-        if left > 0:
+        if left > 0 and not (counted and asks_for_frequent_words(asked.question)):
             found = self.search(searched, wanted, left, indexes)
             repeated += as_block(found if found or counted or fallback is None else fallback(wanted[-1].text, left))
         repeated += counted

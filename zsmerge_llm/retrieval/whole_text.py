@@ -69,7 +69,7 @@ def counted_words(question: str, texts: Sequence[str]) -> list[str]:
 
     Letters of either case count as the same. Numbers are no words.
     """
-    if MOST_FREQUENT.search(question):
+    if asks_for_frequent_words(question):
         words = Counter(word for text in texts for word in _words(text)).most_common(_how_many(question))
         return [f"{word} ({times})" for word, times in words]
     if not (found := HOW_OFTEN.search(question)) or not (sought := found["text"].strip(QUOTES)):
@@ -77,6 +77,11 @@ def counted_words(question: str, texts: Sequence[str]) -> list[str]:
     form = re.compile(rf"(?<!\w){re.escape(sought)}(?!\w)", re.IGNORECASE)
     times = sum(len(form.findall(text)) for text in texts)
     return [f'"{sought}" ({times} time{"s" * (times != 1)})']
+
+
+def asks_for_frequent_words(question: str) -> bool:
+    """Return whether a question asks for the most frequent words, of which no passage tells anything."""
+    return bool(MOST_FREQUENT.search(question))
 
 
 def asks_for_people(question: str) -> bool:
