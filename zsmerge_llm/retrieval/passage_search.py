@@ -224,12 +224,12 @@ class PassageSearch:
             repeated += noted
             left = min(left, pinned_tokens(slots) - self._count(repeated))
         searched, wanted = apart(asked.searched[bool(system) :], document_length), asked.queries
-        counted = whole_text_block(asked.question, [each["content"] for each in searched], self._count, left)
-        left -= self._count(counted)
-        if left > 0 and not (counted and asks_for_frequent_words(asked.question)):
+        whole = whole_text_block(asked.question, [each["content"] for each in searched], self._count, left)
+        left -= self._count(whole)
+        if left > 0 and not (whole and asks_for_frequent_words(asked.question)):
             found = self.search(searched, wanted, left, indexes)
-            repeated += as_block(found if found or counted or fallback is None else fallback(wanted[-1].text, left))
-        repeated += counted
+            repeated += as_block(found if found or whole or fallback is None else fallback(wanted[-1].text, left))
+        repeated += whole
         return asked.with_repeated(messages, repeated, request) if repeated or request else messages
 
     def _asked(self, messages: list[Message], slots: int, document_length: int) -> AskedMessage | None:

@@ -51,8 +51,13 @@ STATEMENT = re.compile(
     | \bI(?:['\u2019]ve|\ have)\s+(?:always|never|long)\s+
       (?:hated|disliked|avoided|preferred|loved|refused|liked|enjoyed)\b
     | \bI\s+(?:have|hold)\s+(?:an?\s+|no\s+)?(?:[\w-]+\s+){0,2}
-      (?:aversion|preference|objection|allergy|dislike|distaste|interest|phobia|fear|intolerance|sensitivity|sensitive)\b
-    | \bI\s+find\b.*\b\w+(?:ing|some|ful)\W*$
+      (?:aversion|preference|objection|allergy|dislike|distaste|interest|phobia|fear|intolerance|sensitivity
+        |sensitive\ (?:skin|stomach|teeth|eyes|ears))\b
+    | \bI\s+find\b.*\b(?:
+        annoying | boring | depressing | distasteful | distracting | disturbing | draining | dull | exhausting
+        | frustrating | intimidating | irritating | off-putting | overwhelming | painful | stressful | tedious | tiring
+        | unpleasant | unsettling
+    )\W*$
     | \bmakes?\ me\ (?:uncomfortable|anxious|sick|nauseous|nervous)\b
     | \bdo(?:es)?(?:\ not|n['\u2019]t)\ interest\ me\b
     | \b(?:important|essential|crucial)\ (?:to|for)\ me\b | \bdeal-?\ ?breaker

@@ -25,7 +25,7 @@ NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 MOST_FREQUENT = re.compile(
     r"""
     \bmost[ ](?:common|frequent|often|repeated|used)(?:ly)?(?:[ ]\w+)?[ ]words?\b
-    | \bwords?\b.*\bmost[ ](?:often|common|frequent|frequently)\b
+    | \bwords?\b.{0,99}\bmost[ ](?:often|common|frequent|frequently)\b
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -41,7 +41,8 @@ HOW_OFTEN = re.compile(
 )
 """A question for how often a text says something."""
 PEOPLE = re.compile(
-    r"\b(?:list|name|enumerate|give|tell|who|which|what)\b.*\b(?:persons|people|characters|names|everyone|everybody)\b",
+    r"\b(?:list|name|enumerate|give|tell|who|which|what)\b.{0,99}"
+    r"\b(?:persons|people|characters|names|everyone|everybody)\b",
     re.IGNORECASE,
 )
 """A question for people, and, if it asks for a list, for all of them."""
