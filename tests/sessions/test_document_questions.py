@@ -160,3 +160,20 @@ def test_remapping_behind_a_skipped_text_keeps_the_order_of_all_that_is_held(
     moved = positions.rope_positions(texts)
     assert bool((moved.diff() > 0).all())
     assert moved[:held].tolist() == list(range(held)) or head < held
+
+
+@pytest.mark.parametrize(
+    ("question", "alone"),
+    [
+        ("List all doors of the harbour vault whose password is 73321.", True),
+        ("List all harbour vault passwords.", False),
+    ],
+)
+def test_a_question_for_a_list_is_asked_of_passages_alone_only_if_it_names_an_identifier(
+    llm: LLM, document: object, question: str, alone: bool
+) -> None:
+    answer = Chat(llm, document).ask(question)
+    assert answer.usage.retrieved_tokens > 0
+    num_document = len(document.tokens)
+    held = any(num_document // 2 <= each < num_document for each in tokens_held(llm, answer.session))
+    assert held is not alone

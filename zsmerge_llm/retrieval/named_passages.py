@@ -37,6 +37,11 @@ def names(sentence: str) -> set[str]:
     return numbers(sentence) | {term for word in capitals for term in terms(word)}
 
 
+def has_identifier(question: str) -> bool:
+    """Return whether a question for a list names an identifier: a word of five characters or more with a digit."""
+    return bool(LIST.search(question) and re.search(r"\b(?=\w*\d)\w{5,}", question))
+
+
 def named_passages(index: PassageIndex, passages: Passages, query: Query, best: Sequence[int]) -> dict[int, list[str]]:
     """Return passages that hold a number of a question which none of the best ones holds, each with the terms of those.
 
