@@ -41,6 +41,7 @@ PEOPLE = (
         ("How often is Anna mentioned?", '"Anna" (1 time)'),
         ("How often has the phrase \u201cthe ferry\u201d been used?", '"the ferry" (2 times)'),
         ("How many times does whale occur?", '"whale" (0 times)'),
+        ("How often is 'white whale' mentioned?", '"white whale" (0 times)'),
     ],
 )
 def test_words_are_counted_where_a_question_asks_for_that(question: str, counted: str) -> None:
@@ -51,6 +52,7 @@ def test_words_are_counted_where_a_question_asks_for_that(question: str, counted
     "question",
     [
         *("How often does the ferry run?", "What is the most common mistake?", "How many words did she say?"),
+        "How many times did Anna say that the whale appeared?",
         *("Who waits most often at the ferry?", "What is the ferry's most frequent destination?", "Count the towns."),
     ],
 )

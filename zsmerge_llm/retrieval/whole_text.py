@@ -77,6 +77,8 @@ def counted_words(question: str, texts: Sequence[str]) -> list[str]:
         return []
     form = re.compile(rf"(?<!\w){re.escape(sought)}(?!\w)", re.IGNORECASE)
     times = sum(len(form.findall(text)) for text in texts)
+    if not times and " " in sought and sought == found["text"]:
+        return []  # more than a word, without quotes: it may not be what is asked for
     return [f'"{sought}" ({times} time{"s" * (times != 1)})']
 
 
