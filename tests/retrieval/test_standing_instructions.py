@@ -25,6 +25,7 @@ QUESTION = "Can you suggest a good present?"
         "I only read books by German authors.",
         "I have a strong preference for vegan skincare.",
         "I'm not a fan of streaming services.",
+        "I am not a big fan of streaming services.",
         "From now on, answer in French.",
         "I prefer not to read English books.",
         "I will only use devices without a camera.",

@@ -43,7 +43,7 @@ STATEMENT = re.compile(
           (?:like|enjoy|eat|drink|use|listen|read|watch|wear|care|buy|consume|support|trust|believe\s+in|tolerate)
     )\b
     | \bI(?:['\u2019]m|\ am|['\u2019]ve\ been)\s+(?:(?:\w+ly|very|also|a|an|not|strict|lifelong|devout)\s+)*(?:
-        fan | allergic | vegan | vegetarian | pescatarian | averse | opposed | committed\ to | uncomfortable
+        (?:\w+\s+)?fan | allergic | vegan | vegetarian | pescatarian | averse | opposed | committed\ to | uncomfortable
         | passionate\ about | fascinated\ by | keen\ on | partial\ to | sensitive\ to
         | terrified | (?:afraid|scared)\ of
         | claustrophobic | wary | \w+[\s-]intolerant
