@@ -37,8 +37,8 @@ def names(sentence: str) -> set[str]:
     return numbers(sentence) | {term for word in capitals for term in terms(word)}
 
 
-def has_identifier(question: str) -> bool:
-    """Return whether a question for a list names an identifier: a word of five characters or more with a digit."""
+def lists_by_identifier(question: str) -> bool:
+    """Return whether a question is for a list and names an identifier: five characters or more, one a digit."""
     return bool(LIST.search(question) and re.search(r"\b(?=\w*\d)\w{5,}", question))
 
 

@@ -19,7 +19,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.retrieval.named_passages import has_identifier, named_passages
+from zsmerge_llm.retrieval.named_passages import lists_by_identifier, named_passages
 from zsmerge_llm.retrieval.passages import Passage, excerpt
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS
 from zsmerge_llm.retrieval.questions import (
@@ -303,8 +303,8 @@ class PassageSearch:
         rankings, passages = index.find(messages, [*asked, *map(Query, question_parts(asked[0].text))])
         best, cost = merge(rankings), cache(self._cost)
         named = named_passages(index, passages, asked[-1], best)
-        first = [*named, *best] if has_identifier(asked[-1].text) else [*best, *named]
-        ranked = list(dict.fromkeys(first))
+        by_identifier = lists_by_identifier(asked[-1].text)
+        ranked = list(dict.fromkeys([*named, *best] if by_identifier else [*best, *named]))
         found = _first(ranked, passages.__getitem__, cost, max_tokens)
         if len(found) < len(ranked):
             whole = _first(best[:MAX_WHOLE], passages.__getitem__, cost, max_tokens // 2)

@@ -12,7 +12,7 @@ from zsmerge_llm.language.chat_template import ChatTemplate, Tools
 from zsmerge_llm.language.reasoning_history import answer_head, answer_header
 from zsmerge_llm.language.request_args import without_request_args
 from zsmerge_llm.retrieval.attention_search import AttentionSearch
-from zsmerge_llm.retrieval.named_passages import has_identifier
+from zsmerge_llm.retrieval.named_passages import lists_by_identifier
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
 from zsmerge_llm.retrieval.query_probe import PLACEHOLDER, conversation_probe, is_multi_turn
 from zsmerge_llm.retrieval.questions import asked_at, question_parts, search_text
@@ -192,7 +192,7 @@ class DocumentSearch:
 
 def asks_one_thing(question: str) -> bool:
     """Return whether a question asks for one thing, or for all about an identifier, not for several or for a whole."""
-    return has_identifier(question) or (not asks_about_whole(question) and not question_parts(question))
+    return lists_by_identifier(question) or (not asks_about_whole(question) and not question_parts(question))
 
 
 def _about(document: DocumentText | None) -> tuple[SectionNotes | None, int]:
