@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -92,6 +93,25 @@ def test_an_answer_that_stands_in_many_places_is_found_in_more_of_them_than_have
     assert asking["content"].count(around) == 1  # the best one is whole
     (*_, asking) = replace(search, max_tokens=3000).augment(messages, slots=6000)
     assert asking["content"].count(around) == 6  # all have room
+
+
+def test_where_whole_passages_have_no_room_every_sentence_that_may_answer_is_found(search: PassageSearch) -> None:
+    codes = ["48151", "62342", "10815", "23116"]
+    around = " ".join(FILLER)
+    paragraphs = [f"{around} A secret number of the gloomy harbour is {code}. {around} It rained." for code in codes]
+    messages = dialogue("\n\n".join(paragraphs), "I see.", "What are all the secret numbers of the gloomy harbour?")
+    (*_, asking) = replace(search, max_tokens=200).augment(messages, slots=1000)
+    assert all(code in asking["content"] for code in codes)
+    assert around not in asking["content"]
+
+
+def test_a_line_is_found_where_a_passage_of_few_words_has_more_tokens_than_may_be_read(search: PassageSearch) -> None:
+    draw = Random(0)
+    keys = [f"{draw.getrandbits(64):016x}-{draw.getrandbits(64):016x}" for _ in range(40)]
+    lines = [f"The special key of {name} is {key}." for name, key in zip(keys[::2], keys[1::2], strict=True)]
+    messages = dialogue("\n".join(lines), "I see.", f"What is the special key of {keys[14]}?")
+    (*_, asking) = search.augment(messages, slots=1000)
+    assert keys[15] in asking["content"]
 
 
 def test_a_short_answer_is_found_by_its_question(search: PassageSearch) -> None:

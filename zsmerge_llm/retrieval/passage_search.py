@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
@@ -33,10 +33,14 @@ from zsmerge_llm.retrieval.questions import (
 )
 from zsmerge_llm.retrieval.section_notes import SectionNotes, notes_for
 from zsmerge_llm.retrieval.selection import (
+    DETAILS,
     QUESTION_TOKENS,
+    Detail,
     RetrievalTokens,
+    alike,
     choose,
     merge,
+    most_of,
     passage_words,
     pinned_tokens,
     token_limit,
@@ -58,8 +62,6 @@ DEFAULT_TOKENS: RetrievalTokens = "auto"
 """How many tokens are read again at most, unless a user sets a number (docs/research/retrieval)."""
 STANDING_SHARE = 4
 """The standing instructions take one in so many of the tokens at most."""
-MAX_WHOLE = 2
-"""Passages that are whole at most, where not all that were found have room."""
 NEAR_TOKENS = 128
 """Tokens behind which a request, and what it asked for, is sent once more: an agent's results may be short."""
 MAX_LETTERS = 32
@@ -307,15 +309,24 @@ class PassageSearch:
         ranked = list(dict.fromkeys([*named, *best] if by_identifier else [*best, *named]))
         found = _first(ranked, passages.__getitem__, cost, max_tokens)
         if len(found) < len(ranked):
-            whole = _first(best[:MAX_WHOLE], passages.__getitem__, cost, max_tokens // 2)
             weights = index.rarities(asked[-1].text)
+            sought = {number: dict.fromkeys(names, 1.0) for number, names in named.items()}
+            sought.update(dict.fromkeys(best, weights))
 
-            @cache
-            def shown(number: int) -> Passage:
-                passage, sought = passages[number], weights if number in best else dict.fromkeys(named[number], 1.0)
-                return passage if number in whole else replace(passage, text=excerpt(passage.text, sought))
+            def shortened(detail: Detail) -> dict[int, Passage]:
+                whole = _first(best[: detail.whole], passages.__getitem__, cost, max_tokens // 2)
 
-            found = _first(ranked, shown, cost, max_tokens)
+                @cache
+                def shown(number: int) -> Passage:
+                    passage = passages[number]
+                    short = partial(excerpt, passage.text, sought[number], detail.neighbours)
+                    return passage if number in whole else replace(passage, text=short())
+
+                return _first(ranked, shown, cost, max_tokens)
+
+            listed = set(named) if by_identifier else set[int]()
+            wanted = listed or alike(best, lambda number: passages[number].text, weights)
+            found = most_of(wanted, map(shortened, DETAILS))
         return with_context(list(found.values()))
 
     def _cost(self, passage: Passage) -> int:

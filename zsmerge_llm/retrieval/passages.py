@@ -146,21 +146,27 @@ def _ends(text: str, size: int) -> Iterator[tuple[int, bool, int]]:
         start = found.end()
 
 
-def excerpt(text: str, weights: Mapping[str, float]) -> str:
-    """Return the sentences of a passage that say most of what is asked for, each with its neighbours.
+def excerpt(text: str, weights: Mapping[str, float], neighbours: int = 1) -> str:
+    """Return the sentences of a passage that say most of what is asked for, each with its neighbours on both sides.
 
     A gap is shown as "...". A text that says nothing of it stays whole.
 
     weights: of the terms that are asked for.
     """
     sentences = pieces(text, SENTENCE_END)
-    said = [sum(weights[term] for term in weights.keys() & terms(each)) for each in sentences]
+    said = [weight_of(each, weights) for each in sentences]
     chosen = [number for number, weight in enumerate(said) if weight and weight >= SAID_SHARE * max(said)]
-    near = {number for at in chosen for number in (at - 1, at, at + 1)} & set(range(len(sentences)))
+    near = {number for at in chosen for number in range(at - neighbours, at + neighbours + 1)}
+    near &= set(range(len(sentences)))
     if not near:
         return text
     shown = (("" if at - 1 in near or at == min(near) else "... ") + sentences[at] for at in sorted(near))
     return "".join(shown).strip()
+
+
+def weight_of(text: str, weights: Mapping[str, float]) -> float:
+    """Return the sum of the weights of the terms that a text has."""
+    return sum(weights[term] for term in weights.keys() & terms(text))
 
 
 def pieces(text: str, end: str) -> list[str]:
