@@ -2,8 +2,9 @@
 
     python benchmarks/quality/run.py SUITE [--model M] [--contenders A,B] [--budgets 512 1024 10%] [--lengths 4096 8192]
 
-Suites: `ruler`, `scbench` and `agents` are generated at each length; `beam` and `prefeval` are conversations. They are
-made from the folder that `--folder` or ZSMERGE_EVALUATION_DATA names (`sources`). `files` takes documents, chats and
+Suites: `ruler`, `scbench` and `agents` are generated at each length; `locomo` has dialogues up to each length as
+documents; `beam` and `prefeval` are conversations. They are made from the folder that `--folder` or
+ZSMERGE_EVALUATION_DATA names (`sources`). `files` takes documents, chats and
 prompts of any JSON lines (`--data FILE.jsonl...`), and hides needles in a text (`--needles FILE`).
 
 Each (contender, budget, setting, item) is measured once and appended to results/NAME.jsonl; a restart continues where
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import RESULTS
 from benchmarks.policies import POLICIES
-from benchmarks.quality import agents, dialogues, ruler, scbench, suite_report
+from benchmarks.quality import agents, dialogues, locomo, ruler, scbench, suite_report
 from benchmarks.quality.contenders import contenders
 from benchmarks.quality.evaluator import Budget, Evaluator
 from benchmarks.quality.report import report
@@ -49,7 +50,7 @@ FILES = (
 SUITE = "full,bm25,truncate-retrieval,ours"
 AGENTS = "full,bm25,truncate,streaming-look-up,ours-cache-alone,ours"
 REFERENCE = ["zsmerge-question", "zsmerge-layer-budgets", "zsmerge-uniform-budgets"]
-SUITES = ("files", "ruler", "scbench", "agents", "beam", "prefeval")
+SUITES = ("files", "ruler", "scbench", "agents", "locomo", "beam", "prefeval")
 GENERATED = ("ruler", "scbench", "agents")
 Cell = tuple[str, str, str, str, str, int]
 UNBOUNDED = "full"
@@ -92,6 +93,9 @@ def records(arguments: argparse.Namespace, template: ChatTemplate) -> tuple[int 
     if arguments.suite == "agents":
         count = arguments.documents or 8
         return len(arguments.lengths) * count * len(agents.FILES), agents.records(sources, arguments.lengths, count)
+    if arguments.suite == "locomo":
+        count = arguments.documents or 10
+        return len(arguments.lengths) * count, locomo.records(sources, arguments.lengths, count)
     suite: Any = ruler if arguments.suite == "ruler" else scbench
     tasks = arguments.tasks.split(",") if arguments.tasks else tuple(suite.TASKS)
     texts = arguments.documents or 8

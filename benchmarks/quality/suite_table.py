@@ -24,6 +24,7 @@ NAMES = {
     "ruler": "RULER",
     "scbench": "SCBench's synthetic kinds",
     "agents": "Agents",
+    "locomo": "LoCoMo",
     "beam": "BEAM",
     "prefeval": "PrefEval",
 }
