@@ -11,8 +11,8 @@ from typing import Any
 from zsmerge_llm.errors import ConfigError, did_you_mean, shown
 from zsmerge_llm.types import NamedSettings
 
-QUERY_AGNOSTIC_FLOOR = 0.02
-"""`score_floor` where no question is known yet. Found by measuring (docs/research/eviction)."""
+QUERY_AGNOSTIC_FLOOR, QUERY_AGNOSTIC_WINDOW = 0.02, 8
+"""`score_floor` and the most `observation_window` where no question is known yet (docs/research/eviction)."""
 PREFIX_MULTIPLE = 64
 """A pinned system prompt is rounded up to a multiple of this many slots."""
 ROUNDING = 1e-6  # tolerance for a fractional number of slots
@@ -209,11 +209,14 @@ class CacheConfig(NamedSettings):
     def query_agnostic(self) -> CacheConfig:
         """Rank a text that is read before any question is known. Only for the default policy.
 
-        The probe is then a guess, and the norm of a slot's value tells as much: slots rank by (a + 0.02) · ‖v‖.
+        The probe is then a guess, and the norm of a slot's value tells as much: slots rank by (a + 0.02) · ‖v‖. At
+        most 8 queries are recorded: they score nothing while the text is read, and each takes as much as several slots.
         """
         if not self.uses_question:
             return self
-        return self.replace(pool_kernel=1, score_floor=QUERY_AGNOSTIC_FLOOR, history_share=0.0, passage_share=0.0)
+        window = min(self.observation_window, QUERY_AGNOSTIC_WINDOW)
+        rule = {"pool_kernel": 1, "score_floor": QUERY_AGNOSTIC_FLOOR, "history_share": 0.0, "passage_share": 0.0}
+        return self.replace(observation_window=window, **rule)
 
     # -- presets -----------------------------------------------------------------------------------------------------
 

@@ -54,10 +54,14 @@ class Product:
     gated: bool = True
     runtimes: dict[int, Runtime] = field(default_factory=dict)
 
-    def runtime(self, slots: int) -> Runtime:
-        """Return the library around the evaluator's model, with a cache of as many bytes as a plain one of `slots`."""
+    def runtime(self, slots: int, read_ahead: bool) -> Runtime:
+        """Return the library around the evaluator's model, with a cache of as many bytes as a plain one of `slots`.
+
+        read_ahead: whether it is that of a document, which records fewer queries than a chat's.
+        """
         engine, template = self.evaluator.engine, self.evaluator.template
-        own = Policy(self.name, self.config).slots_for(engine.specs, plain_bytes(engine, slots))
+        config = (lambda most: self.config(most).query_agnostic()) if read_ahead else self.config
+        own = Policy(self.name, config).slots_for(engine.specs, plain_bytes(engine, slots))
         if own not in self.runtimes:
             loading = {"tokenizer": template.tokenizer, "chat_template": template.source(), "quantization": None}
             how = (self.config(own), "auto", False, loading, None, self.retrieval_tokens, None, 4 << 30, "auto", None)
@@ -69,7 +73,7 @@ class Product:
 
     def unknown(self, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
         """Read a document or a conversation once, then ask every question of what was kept of it."""
-        runtime = self.runtime(budget.slots(item.tokens))
+        runtime = self.runtime(budget.slots(item.tokens), not item.texts)
         facts = self._read(runtime, item)
         for asked in item.questions:
             yield _ask(runtime, item.messages if item.texts else [], asked, facts)[0]
@@ -77,7 +81,7 @@ class Product:
 
     def turns(self, budget: Budget, item: Item) -> Iterator[dict[str, Any]]:
         """Read it once, then ask the questions one after another in one conversation, with the gold answers."""
-        runtime = self.runtime(budget.slots(item.tokens))
+        runtime = self.runtime(budget.slots(item.tokens), not item.texts)
         facts, said = self._read(runtime, item), [*(item.messages if item.texts else [])]
         names = {NAME}
         for asked in item.questions:

@@ -296,7 +296,7 @@ def test_a_conversation_is_read_turn_by_turn(bench: Evaluator) -> None:
 def test_each_turn_of_a_conversation_continues_the_one_before(bench: Evaluator) -> None:
     said = [{"role": ("user", "assistant")[n % 2], "content": f"Message {n} about the sea."} for n in range(6)]
     record = {"id": "c", "file": "toy", "messages": said, "qa": [{"q": "What about?", "a": ["the sea"]}]}
-    read, runtime = tasks.item(bench.template, record, 1), Product("ours", bench).runtime(2000)
+    read, runtime = tasks.item(bench.template, record, 1), Product("ours", bench).runtime(2000, read_ahead=False)
     cache = product.read_conversation(runtime, read)
     turn = product.begin(runtime, [*said, {"role": "user", "content": "What about?"}])
     assert (turn.reuse, turn.cache.seen) == ("continued", cache.seen)

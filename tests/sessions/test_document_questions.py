@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.chat import SMALL_CACHE, Chat, equal_caches, make_llm
-from zsmerge_llm import LLM, CacheConfig
+from tests.support.chat import SHORT, SMALL_CACHE, Chat, equal_caches, make_llm
+from zsmerge_llm import LLM, CacheConfig, config
 from zsmerge_llm.kvcache.rope import PositionMap
+from zsmerge_llm.sessions import file_format
 from zsmerge_llm.sessions.documents import MIN_OVERFLOW
 
 FACT = "The password of the harbour vault is falcon seven."
@@ -177,3 +178,21 @@ def test_a_question_for_a_list_is_asked_of_passages_alone_only_if_it_names_an_id
     num_document = len(document.tokens)
     held = any(num_document // 2 <= each < num_document for each in tokens_held(llm, answer.session))
     assert held is not alone
+
+
+def test_a_document_of_an_older_format_which_recorded_as_many_queries_as_a_chat_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CACHE.replace(observation_window=32)
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "QUERY_AGNOSTIC_WINDOW", 32)
+        patch.setattr(file_format, "FORMAT", 9)
+        older = make_llm(cache=cache)
+        document = older.read_document(text=story(2), name="story")
+        assert document.cache.config.observation_window == 32
+        document.save(tmp_path / "story.zsmerge")
+    later = make_llm(cache=cache)
+    later.load_session(tmp_path / "story.zsmerge")
+    answer = later.chat(FOUND, session="story", sampling=SHORT)
+    assert answer.usage.reuse == "restored"
+    assert later.session(answer.session).cache.config.observation_window == 32

@@ -218,16 +218,16 @@ def test_several_differences_are_all_named(session: Session, tmp_path: Path) -> 
         load_session(session.save(tmp_path / "it"), replace(session.fingerprint, weights="-", cache="-"))
 
 
-@pytest.mark.parametrize("number", [6, 10])
+@pytest.mark.parametrize("number", [6, 11])
 def test_a_file_of_another_format_is_refused_by_its_number(
     number: int, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert file_format.FORMAT == 9
+    assert file_format.FORMAT == 10
     with monkeypatch.context() as patch:
         patch.setattr(file_format, "FORMAT", number)
         path = session.save(tmp_path / "it")
 
-    with pytest.raises(SessionMismatchError, match=f"has format {number} and .* reads formats 7 to 9"):
+    with pytest.raises(SessionMismatchError, match=f"has format {number} and .* reads formats 7 to 10"):
         load_session(path)
 
 

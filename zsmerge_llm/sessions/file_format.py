@@ -25,9 +25,10 @@ from zsmerge_llm.errors import ConfigError, SessionCorruptError, SessionMismatch
 from zsmerge_llm.models.atomic_write import write_atomically
 from zsmerge_llm.sessions.seal import KEY_VARIABLE, digest, session_key
 
-FORMAT = 9
-READABLE = (7, 8, FORMAT)
-"""Formats that are read. In 7, caches have their free slots; 7 and 8 have no index of passages."""
+FORMAT = 10
+READABLE = (7, 8, 9, FORMAT)
+"""Formats that are read. In 7, caches have their free slots; 7 and 8 have no index of passages; up to 9, documents
+record as many queries as chats."""
 MAX_HEADER = 100_000_000
 METADATA, METADATA_DIGEST, CHECKSUM = "about", "check", "sha256"
 """Keys of the header, the same in all formats, so that an older file is refused by its number."""

@@ -240,7 +240,9 @@ def _config(saved: dict[str, Any], expected: ExpectedCache | None) -> CacheConfi
     known = pinned.with_recent(config.recent)
     if base.uses_question and config.slots is not None:
         known = known.replace(layer_budgets=config.layer_budgets)
-    if config not in (known, known.query_agnostic()):
+    ahead = known.query_agnostic()
+    # Up to format 9, documents recorded as many queries as chats.
+    if config not in (known, ahead, ahead.replace(observation_window=known.observation_window)):
         raise ValueError("has a cache of another configuration than it says")
     return config
 
