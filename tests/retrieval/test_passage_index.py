@@ -246,3 +246,21 @@ def test_a_passage_that_an_answer_has_joined_ends_where_it_did_before_once_that_
     }
     passages = index.find([said[0], other], [])[1]
     assert [passage.text for passage in passages] == [FACT, other["content"]]
+
+
+def test_a_passage_of_a_dialogue_has_a_reply_up_to_the_end_of_its_paragraph() -> None:
+    said = "Anna: Which pastries did you have in the old cafe by the river last week, with Boris and the others?"
+    answered = "[10:02] Boris: We had croissants, muffins, and a tart or two, and they were the best of all the summer."
+
+    def replies(text: str) -> list[str]:
+        _, passages = (index := PassageIndex(16)).find([{"role": "user", "content": text}], [])
+        assert len(index.passages) == len(passages)
+        return [passages.reply(number) for number in range(len(passages))]
+
+    assert replies(f"{said}\n{answered}") == [answered, ""]
+    assert replies(f"{said}\n\n{answered}") == ["", ""]
+    assert replies(f"{said}\nWe had croissants, muffins and a tart or two: the best of all. " + "Yes. " * 9)[0] == ""
+    assert replies(f"{said}\nBoris: {'very ' * 200}good.")[0] == ""
+    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": "Ann: Yes."}]
+    _, passages = PassageIndex(16).find(chat, [])
+    assert [passages.reply(number) for number in range(len(passages))] == [""]

@@ -17,6 +17,7 @@ from zsmerge_llm.retrieval.selection import (
     passage_words,
     token_limit,
     with_context,
+    with_replies,
 )
 
 
@@ -70,6 +71,19 @@ def test_headings_are_shown_once_and_not_where_the_passage_before_shows_them() -
         ]
     )
     assert shown == [f"{date}\nI went.", "## Plans\nI came.", "9 May 2023\nI saw.", "I won."]
+
+
+def test_replies_are_shown_as_far_as_there_is_room_and_where_they_are_not_found_themselves() -> None:
+    found = {at: Passage(f"{at}") for at in (0, 1, 5)}
+    replies = {0: "none", 1: "one", 5: "a much longer reply"}
+
+    def shown(max_tokens: int) -> list[str]:
+        longer = with_replies(found, replies.__getitem__, lambda passage: len(passage.text.split()), max_tokens)
+        return [passage.text for passage in longer.values()]
+
+    assert shown(3) == ["0", "1", "5"]
+    assert shown(4) == ["0", "1\none", "5"]
+    assert shown(8) == ["0", "1\none", "5\na much longer reply"]
 
 
 def test_an_excerpt_has_the_sentences_that_say_what_is_asked_for_and_their_neighbours() -> None:

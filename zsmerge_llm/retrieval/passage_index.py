@@ -13,6 +13,7 @@ are told apart by a checksum of 32 bits. Passages are places in the messages, wh
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from array import array
 from bisect import bisect_left
@@ -56,6 +57,10 @@ NEAR_BY_WORDS, NEAR = 0.5, 0.65
 """Share of the best passage's score that others need, by words alone and by both. After a gap the search is sure."""
 FOR_LIST = 0.77
 """Factor of these where a list is asked for, which stands in many passages (docs/research/retrieval)."""
+REPLY = re.compile(r"[^\S\n]*\n[^\S\n]*(\S[^\n]{0,39}:[^\S\n][^\n]+)")
+"""What follows a passage of a dialogue: a line of the same paragraph that begins with who says it."""
+MAX_REPLY_LETTERS = 400
+"""Characters of a reply that is read with the passage before it."""
 UNKNOWN_WEIGHT = 0.5
 """Weight of a term that no passage has, relative to the rarest: it may be just the way the question is put."""
 
@@ -81,6 +86,13 @@ class Passages:
         message, start, end, last = self.places[4 * range(len(self))[number] :][:4]
         behind = (each["content"] for each in self.messages[message + 1 : last + 1] if each["role"] == "assistant")
         return Passage("\n\n".join([self.messages[message]["content"][start:end], *behind]), self.contexts[number])
+
+    def reply(self, number: int) -> str:
+        """Return the line of a dialogue that follows a passage; "" for none, or a long one."""
+        message, _, end, last = self.places[4 * number :][:4]
+        following = self.messages[message]["content"][end : end + MAX_REPLY_LETTERS + 1]
+        found = REPLY.match(following) if last == message else None
+        return found[1] if found and found.end() <= MAX_REPLY_LETTERS else ""
 
     def copy(self) -> Passages:
         """Return the same passages, which stay as they are when these change."""

@@ -45,6 +45,7 @@ from zsmerge_llm.retrieval.selection import (
     pinned_tokens,
     token_limit,
     with_context,
+    with_replies,
 )
 from zsmerge_llm.retrieval.standing_instructions import StandingInstructions
 from zsmerge_llm.retrieval.whole_text import asks_for_frequent_words, whole_text_block
@@ -327,6 +328,8 @@ class PassageSearch:
             listed = set(named) if by_identifier else set[int]()
             wanted = listed or alike(best, lambda number: passages[number].text, weights)
             found = most_of(wanted, map(shortened, DETAILS))
+        else:
+            found = with_replies(found, passages.reply, cost, max_tokens)
         return with_context(list(found.values()))
 
     def _cost(self, passage: Passage) -> int:

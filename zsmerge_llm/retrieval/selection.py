@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Literal, NamedTuple
 
@@ -115,6 +116,22 @@ def most_of(wanted: set[int], tries: Iterable[dict[int, Passage]]) -> dict[int, 
         if wanted <= chosen.keys():
             break
     return chosen
+
+
+def with_replies(
+    found: Mapping[int, Passage], reply: Callable[[int], str], cost: Callable[[Passage], int], max_tokens: int
+) -> dict[int, Passage]:
+    """Return passages with the line of a dialogue that follows each, as far as `max_tokens` has room: it may answer.
+
+    reply: the line that follows a passage; "" for none.
+    """
+    longer, left = dict(found), max_tokens - sum(map(cost, found.values()))
+    for number, passage in found.items():
+        if number + 1 not in found and (line := reply(number)):
+            whole = replace(passage, text=f"{passage.text}\n{line}")
+            if (more := cost(whole) - cost(passage)) <= left:
+                longer[number], left = whole, left - more
+    return longer
 
 
 def with_context(passages: Sequence[Passage]) -> list[str]:
