@@ -8,12 +8,9 @@ from hypothesis import strategies as st
 from zsmerge_llm.retrieval.passages import Passage, excerpt
 from zsmerge_llm.retrieval.selection import (
     FULL_OVERFLOW,
-    MAX_ALIKE,
     MAX_TOO_LONG,
-    alike,
     choose,
     merge,
-    most_of,
     passage_words,
     token_limit,
     with_context,
@@ -92,22 +89,6 @@ def test_an_excerpt_has_the_sentences_that_say_what_is_asked_for_and_their_neigh
     assert excerpt(text, {"tower": 1.0, "fell": 2.0}) == "Seven.\nThe tower fell. Nine."
     assert excerpt(text, {"tower": 1.0}, neighbours=0) == "The tower is old. ... The tower fell."
     assert excerpt(text, {"bread": 1.0}) == excerpt(text, {}) == text
-
-
-def test_passages_that_say_as_much_as_the_best_one_are_alike_unless_they_are_many() -> None:
-    texts = ["the key of the tower", "a key of a tower", "a tower", "bread"]
-    assert alike([0, 1, 2, 3], texts.__getitem__, {"key": 5.0, "tower": 1.0, "the": 0.1}) == {0, 1}
-    assert alike(range(MAX_ALIKE + 1), lambda _: "a key", {"key": 1.0}) == {0}
-    assert alike(range(MAX_ALIKE), lambda _: "a key", {"key": 1.0}) == set(range(MAX_ALIKE))
-
-
-def test_the_first_choice_that_has_all_that_is_wanted_is_taken_or_else_the_fullest() -> None:
-    one, two, others = ({at: Passage(str(at)) for at in numbers} for numbers in ([0], [0, 1], [2, 3, 4]))
-    assert most_of({0}, [one, two]) is one
-    assert most_of({0, 1}, [others, one, two]) is two
-    assert most_of({0, 9}, [others, one, two]) is one
-    assert most_of({9}, [{}, others, one]) is others
-    assert most_of({9}, []) == {}
 
 
 @given(st.text(alphabet="ab. \n", max_size=60), st.dictionaries(st.sampled_from("ab"), st.floats(0.1, 9)))

@@ -14,13 +14,14 @@ the further behind it is, so it is repeated, and so is what the user said about 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.retrieval.excerpts import Excerpts, alike, first_passages
 from zsmerge_llm.retrieval.named_passages import lists_by_identifier, named_passages
-from zsmerge_llm.retrieval.passages import Passage, excerpt
+from zsmerge_llm.retrieval.passages import Passage
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS
 from zsmerge_llm.retrieval.questions import (
     Query,
@@ -33,14 +34,9 @@ from zsmerge_llm.retrieval.questions import (
 )
 from zsmerge_llm.retrieval.section_notes import SectionNotes, notes_for
 from zsmerge_llm.retrieval.selection import (
-    DETAILS,
     QUESTION_TOKENS,
-    Detail,
     RetrievalTokens,
-    alike,
-    choose,
     merge,
-    most_of,
     passage_words,
     pinned_tokens,
     token_limit,
@@ -298,7 +294,8 @@ class PassageSearch:
         """Return the passages that fit best to a question, at most `max_tokens` together, in the text's order.
 
         Where not all that were found have room, the best ones are whole up to half of the tokens. Of the others stand
-        the sentences that say what is asked for: so an answer that stands in many places is found in more of them.
+        the sentences that say what is asked for: so an answer that stands in many places is found in more of them
+        (`excerpts`).
 
         asked: the question, alone and perhaps behind the one that it refers to. Passages for each take turns.
         """
@@ -308,40 +305,21 @@ class PassageSearch:
         named = named_passages(index, passages, asked[-1], best)
         by_identifier = lists_by_identifier(asked[-1].text)
         ranked = list(dict.fromkeys([*named, *best] if by_identifier else [*best, *named]))
-        found = _first(ranked, passages.__getitem__, cost, max_tokens)
-        if len(found) < len(ranked):
+        found = first_passages(ranked, passages.__getitem__, cost, max_tokens)
+        if len(found) == len(ranked):
+            found = with_replies(found, passages.reply, cost, max_tokens)
+        else:
             weights = index.rarities(asked[-1].text)
             sought = {number: dict.fromkeys(names, 1.0) for number, names in named.items()}
             sought.update(dict.fromkeys(best, weights))
-
-            def shortened(detail: Detail) -> dict[int, Passage]:
-                whole = _first(best[: detail.whole], passages.__getitem__, cost, max_tokens // 2)
-
-                @cache
-                def shown(number: int) -> Passage:
-                    passage = passages[number]
-                    short = partial(excerpt, passage.text, sought[number], detail.neighbours)
-                    return passage if number in whole else replace(passage, text=short())
-
-                return _first(ranked, shown, cost, max_tokens)
-
-            listed = set(named) if by_identifier else set[int]()
-            wanted = listed or alike(best, lambda number: passages[number].text, weights)
-            found = most_of(wanted, map(shortened, DETAILS))
-        else:
-            found = with_replies(found, passages.reply, cost, max_tokens)
+            wanted = set(named) if named and by_identifier else alike(best, passages.__getitem__, weights)
+            excerpts = Excerpts(passages.__getitem__, sought.__getitem__, cost)
+            found = excerpts.choose(ranked, best, wanted, max_tokens)
         return with_context(list(found.values()))
 
     def _cost(self, passage: Passage) -> int:
         """Return the tokens that a passage takes."""
         return self._count("\n".join(with_context([passage])) + "\n\n")
-
-
-def _first(
-    ranked: Sequence[int], shown: Callable[[int], Passage], cost: Callable[[Passage], int], max_tokens: int
-) -> dict[int, Passage]:
-    """Return the first passages that cost `max_tokens` together, by number. shown: number → what is shown of it."""
-    return {number: shown(number) for number in choose(ranked, lambda number: cost(shown(number)), max_tokens)}
 
 
 def apart(messages: list[Message], document_length: int) -> list[Message]:

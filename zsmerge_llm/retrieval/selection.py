@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS, Passage, weight_of
+from zsmerge_llm.retrieval.passages import MIN_WORDS, PASSAGE_WORDS, Passage
 
 RetrievalTokens = int | Literal["auto"]
 """How many tokens are read again at most; 0: none. "auto": `token_limit` says it for each turn."""
@@ -26,26 +26,8 @@ ENOUGH_WORDS = 64
 """Words of a passage that most answers stand in, together with what is asked for."""
 SIZE_STEP = 16
 """Words by which sizes of passages differ."""
-ALIKE_SHARE = 0.9
-"""Share of what the best passage says, by weight, that another one says that may answer a question as well."""
-MAX_ALIKE = 8
-"""Such passages at most: where more say the same, what they say does not tell the answer's."""
 MAX_TOO_LONG = 4
 """Best passages that are looked at for one that has room: what a turn costs must not grow with the conversation."""
-
-
-class Detail(NamedTuple):
-    """How much of passages is shown: how many are whole at most, and what stands beside the sentences of the others.
-
-    neighbours: sentences before and behind each that says what is asked for.
-    """
-
-    whole: int
-    neighbours: int
-
-
-DETAILS = (Detail(2, 1), Detail(1, 1), Detail(0, 1), Detail(0, 0))
-"""From most to least: the first that has room for all passages that may answer a question is taken."""
 
 
 def token_limit(setting: RetrievalTokens, length: int, slots: int) -> int:
@@ -95,27 +77,6 @@ def choose(ranked: Iterable[int], cost: Callable[[int], int], max_tokens: int) -
         elif chosen or tried == MAX_TOO_LONG:
             break
     return sorted(chosen)
-
-
-def alike(best: Sequence[int], text: Callable[[int], str], weights: Mapping[str, float]) -> set[int]:
-    """Return the best passage, and those that say as much of what is asked for; it alone where they are many.
-
-    text: of a passage. weights: of the terms that are asked for.
-    """
-    said = {number: weight_of(text(number), weights) for number in best[: MAX_ALIKE + 1]}
-    found = {number for number in said if said[number] >= ALIKE_SHARE * said[best[0]]}
-    return found if len(found) <= MAX_ALIKE else {best[0]}
-
-
-def most_of(wanted: set[int], tries: Iterable[dict[int, Passage]]) -> dict[int, Passage]:
-    """Return the first choice that has all passages that are wanted, or else the one that has most of them."""
-    chosen: dict[int, Passage] = {}
-    for found in tries:
-        if not chosen or len(wanted & found.keys()) > len(wanted & chosen.keys()):
-            chosen = found
-        if wanted <= chosen.keys():
-            break
-    return chosen
 
 
 def with_replies(

@@ -1,0 +1,22 @@
+"""Where not all passages have room, those that may answer are shown, with less of each."""
+
+from __future__ import annotations
+
+from zsmerge_llm.retrieval.excerpts import MAX_ALIKE, alike, most_of
+from zsmerge_llm.retrieval.passages import Passage
+
+
+def test_passages_that_say_as_much_as_the_best_one_are_alike_unless_they_are_many() -> None:
+    texts = [Passage(text) for text in ("the key of the tower", "a key of a tower", "a tower", "bread")]
+    assert alike([0, 1, 2, 3], texts.__getitem__, {"key": 5.0, "tower": 1.0, "the": 0.1}) == {0, 1}
+    assert alike(range(MAX_ALIKE + 1), lambda _: Passage("a key"), {"key": 1.0}) == {0}
+    assert alike(range(MAX_ALIKE), lambda _: Passage("a key"), {"key": 1.0}) == set(range(MAX_ALIKE))
+
+
+def test_the_first_choice_that_has_all_that_is_wanted_is_taken_or_else_the_fullest() -> None:
+    one, two, others = ({at: Passage(str(at)) for at in numbers} for numbers in ([0], [0, 1], [2, 3, 4]))
+    assert most_of({0}, [one, two]) is one
+    assert most_of({0, 1}, [others, one, two]) is two
+    assert most_of({0, 9}, [others, one, two]) is one
+    assert most_of({9}, [{}, others, one]) is others
+    assert most_of({9}, []) == {}
