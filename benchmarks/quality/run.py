@@ -4,8 +4,8 @@
 
 Suites: `ruler`, `scbench` and `agents` are generated at each length; `locomo` has dialogues up to each length as
 documents; `beam` and `prefeval` are conversations. They are made from the folder that `--folder` or
-ZSMERGE_EVALUATION_DATA names (`sources`). `files` takes documents, chats and
-prompts of any JSON lines (`--data FILE.jsonl...`), and hides needles in a text (`--needles FILE`).
+ZSMERGE_EVALUATION_DATA names (`sources`). `files` takes documents, chats and prompts of any JSON lines (`--data
+FILE.jsonl...`), and hides needles in a text (`--needles FILE`).
 
 Each (contender, budget, setting, item) is measured once and appended to results/NAME.jsonl; a restart continues where
 it was. Afterwards (or with --report alone) the tables with their intervals are made from it (`report`, `suite_report`).
@@ -167,7 +167,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing")
     suites = parser.add_argument_group("suites")
     suites.add_argument("--folder", help="with the evaluation data (default: ZSMERGE_EVALUATION_DATA)")
-    suites.add_argument("--lengths", nargs="*", type=int, default=[4096], help="tokens of generated texts")
+    suites.add_argument(
+        "--lengths", nargs="*", type=int, default=[4096], help="tokens of generated texts, of dialogues at most"
+    )
     suites.add_argument("--tasks", help="of a generated suite (default: all)")
     suites.add_argument("--between", nargs="*", type=int, default=[2, 10, 30, 70], help="turns behind a preference")
     suites.add_argument(

@@ -9,6 +9,7 @@ from zsmerge_llm.retrieval.passages import Passage
 def test_passages_that_say_as_much_as_the_best_one_are_alike_unless_they_are_many() -> None:
     texts = [Passage(text) for text in ("the key of the tower", "a key of a tower", "a tower", "bread")]
     assert alike([0, 1, 2, 3], texts.__getitem__, {"key": 5.0, "tower": 1.0, "the": 0.1}) == {0, 1}
+    assert alike([3, 2], texts.__getitem__, {"key": 5.0}) == {3}, "found by meaning alone"
     assert alike(range(MAX_ALIKE + 1), lambda _: Passage("a key"), {"key": 1.0}) == {0}
     assert alike(range(MAX_ALIKE), lambda _: Passage("a key"), {"key": 1.0}) == set(range(MAX_ALIKE))
 

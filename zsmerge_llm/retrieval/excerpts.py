@@ -13,7 +13,7 @@ from zsmerge_llm.retrieval.selection import choose
 ALIKE_SHARE = 0.9
 """Share of what the best passage says, by weight, that another one says that may answer a question as well."""
 MAX_ALIKE = 8
-"""Such passages at most: where more say the same, what they say does not tell the answer's."""
+"""Such passages at most: where more say the same, it does not tell which of them answers."""
 
 
 class Detail(NamedTuple):
@@ -79,8 +79,8 @@ def alike(best: Sequence[int], passage: Callable[[int], Passage], weights: Mappi
     weights: of the terms that are asked for.
     """
     said = {number: weight_of(passage(number).text, weights) for number in best[: MAX_ALIKE + 1]}
-    found = {number for number in said if said[number] >= ALIKE_SHARE * said[best[0]]}
-    return found if len(found) <= MAX_ALIKE else {best[0]}
+    found = {number for number in said if said[number] and said[number] >= ALIKE_SHARE * said[best[0]]}
+    return found | {best[0]} if len(found) <= MAX_ALIKE else {best[0]}
 
 
 def most_of(wanted: set[int], tries: Iterable[dict[int, Passage]]) -> dict[int, Passage]:
