@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.chat import dialogue
 from tests.support.templates import template
-from zsmerge_llm.retrieval.named_passages import MAX_HAVING, MAX_STEPS, named_passages, names, numbers
+from zsmerge_llm.retrieval.named_passages import MAX_HAVING, MAX_STEPS, named_passages, names, numbers, quoted
 from zsmerge_llm.retrieval.passage_index import PassageIndex
 from zsmerge_llm.retrieval.passage_search import PassageSearch
 from zsmerge_llm.retrieval.questions import Query
@@ -75,6 +76,31 @@ def test_what_an_identifier_leads_to_comes_before_what_shares_words_with_the_que
 def test_a_name_that_many_passages_have_leads_nowhere() -> None:
     many = [f"The log of number 87859 was read {each} times, they say." for each in range(MAX_HAVING)]
     assert f"VAR {CHAIN[0]} =" not in search(chain(*many), "Find all variables that are assigned the value 87859.")
+
+
+def test_a_quoted_word_is_found_beside_what_shares_more_words_with_the_question() -> None:
+    draw = Random(0)
+    strings = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=24)) for _ in range(40)]
+    lines = ["Remember this list of strings. I will ask which string of the list begins and ends how.", *strings]
+    for asked in (strings[3], strings[30]):
+        for form in (
+            '"{}" and ends with "{}"',
+            "\u201c{}\u201d and ends with \u201c{}\u201d",
+            "\u201e{}\u201c and \u201e{}\u201c",
+        ):
+            question = f"Which string of the list begins with {form.format(asked[:6], asked[-6:])}?"
+            assert asked in search(["\n".join(lines)], question, 300)
+
+
+def test_words_are_quoted_in_the_marks_of_several_languages_and_within_a_line() -> None:
+    assert quoted('the "old tower", \u00abla tour\u00bb and \u201eder Turm\u201c') == {
+        "old",
+        "tower",
+        "tour",
+        "der",
+        "turm",
+    }
+    assert quoted("It is 5\" wide\nand 7\" high; don't say 'x'.") == set()
 
 
 def test_a_name_alone_finds_nothing_for_a_question_about_another_text() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
-from zsmerge_llm.retrieval.passages import Passage, excerpt, weight_of
+from zsmerge_llm.retrieval.passages import LINE_END, SENTENCE_END, Passage, excerpt, weight_of
 from zsmerge_llm.retrieval.selection import choose
 
 ALIKE_SHARE = 0.9
@@ -19,14 +19,15 @@ MAX_ALIKE = 8
 class Detail(NamedTuple):
     """How much of passages is shown: how many are whole at most, and what stands beside the sentences of the others.
 
-    neighbours: sentences before and behind each that says what is asked for.
+    neighbours: sentences before and behind each that says what is asked for. end: where a sentence ends.
     """
 
     whole: int
     neighbours: int
+    end: str = SENTENCE_END
 
 
-DETAILS = (Detail(2, 1), Detail(1, 1), Detail(0, 1), Detail(0, 0))
+DETAILS = (Detail(2, 1), Detail(1, 1), Detail(0, 1), Detail(0, 0), Detail(0, 0, LINE_END))
 """From most to least: the first that has room for all passages that may answer a question is taken."""
 
 
@@ -56,14 +57,14 @@ class Excerpts:
 
         def shown(detail: Detail) -> dict[int, Passage]:
             whole = first_passages(best[: detail.whole], self.passage, self.cost, max_tokens // 2)
-            excerpts = cache(lambda number: self._excerpt(number, detail.neighbours))
+            excerpts = cache(lambda number: self._excerpt(number, detail))
             return first_passages(ranked, lambda number: whole.get(number) or excerpts(number), self.cost, max_tokens)
 
         return most_of(wanted, map(shown, DETAILS))
 
-    def _excerpt(self, number: int, neighbours: int) -> Passage:
+    def _excerpt(self, number: int, detail: Detail) -> Passage:
         passage = self.passage(number)
-        return replace(passage, text=excerpt(passage.text, self.weights(number), neighbours))
+        return replace(passage, text=excerpt(passage.text, self.weights(number), detail.neighbours, detail.end))
 
 
 def first_passages(
@@ -71,6 +72,17 @@ def first_passages(
 ) -> dict[int, Passage]:
     """Return the first passages that cost `max_tokens` together, by number. shown: number → what is shown of it."""
     return {number: shown(number) for number in choose(ranked, lambda number: cost(shown(number)), max_tokens)}
+
+
+def sought_terms(
+    best: Iterable[int], named: Mapping[int, Iterable[str]], weights: Mapping[str, float]
+) -> dict[int, Mapping[str, float]]:
+    """Return the weights of what is sought in each passage: the question's terms in the best ones, and its own names.
+
+    named: the names that a passage was found by. A name tells more than all other terms together.
+    """
+    own = {number: dict.fromkeys(names, sum(weights.values()) or 1.0) for number, names in named.items()}
+    return {**own, **{number: {**weights, **own.get(number, {})} for number in best}}
 
 
 def alike(best: Sequence[int], passage: Callable[[int], Passage], weights: Mapping[str, float]) -> set[int]:

@@ -1,7 +1,8 @@
-"""Passages that hold a number of a question, and those that names lead to where a list is asked for.
+"""Passages that hold a number or quoted word of a question, and those that names lead to where a list is asked for.
 
 "Which variables have the value 87859?": a search for all words of this question finds passages that have most of them,
-and leaves out one that has the number alone. So the few passages that hold a name or number are taken besides. Where a
+and leaves out one that has the number alone. So the few passages that hold a name or number are taken besides. So are
+those with a word in quotes ("Which string begins with "qwert"?"), as far as the search tells words apart. Where a
 list is asked for, the names beside it are followed from passage to passage ("VAR B = VAR A", "Anna reports to Boris").
 """
 
@@ -23,11 +24,18 @@ MAX_STEPS = 5
 """Passages of a chain of names."""
 MAX_NAMES = 32
 """Names that are followed in one step."""
+QUOTED = re.compile('["\u201c\u201e\u00ab]([^"\u201c\u201d\u201e\u00ab\u00bb\\n]{1,80})["\u201c\u201d\u00bb]')
+"""What stands in quotation marks, of several languages."""
 
 
 def numbers(text: str) -> set[str]:
     """Return the terms of a text's words of three characters and more with a digit."""
     return {term for word in re.findall(r"\w{3,}", text) if re.search(r"\d", word) for term in terms(word)}
+
+
+def quoted(text: str) -> set[str]:
+    """Return the terms of a text's words of three characters and more that stand in quotation marks."""
+    return {term for found in QUOTED.findall(text) for word in re.findall(r"\w{3,}", found) for term in terms(word)}
 
 
 def names(sentence: str) -> set[str]:
@@ -43,7 +51,7 @@ def lists_by_identifier(question: str) -> bool:
 
 
 def named_passages(index: PassageIndex, passages: Passages, query: Query, best: Sequence[int]) -> dict[int, list[str]]:
-    """Return passages that hold a number of a question which none of the best ones holds, each with the terms of those.
+    """Return passages that hold a number or quoted word of a question which none of the best ones holds, with its term.
 
     Where a list is asked for, return all that hold a name of it, and those that the names beside it lead to. Where
     there is no best one, return none: the question may be about another text.
@@ -57,11 +65,13 @@ def named_passages(index: PassageIndex, passages: Passages, query: Query, best: 
     def having(found: Iterable[str]) -> dict[str, list[int]]:
         return {name: [at for at in index.having(name, MAX_HAVING) if at < searched] for name in sorted(found)}
 
+    sought = quoted(query.text)
     if not LIST.search(query.text):
-        missing = {name: places for name, places in having(numbers(query.text)).items() if not {*places} & {*best}}
+        held = having(numbers(query.text) | sought).items()
+        missing = {name: places for name, places in held if not {*places} & {*best}}
         return _by_passage(missing)
     found, known = dict[str, list[int]](), set(terms(query.text))
-    new: Iterable[str] = names(query.text)
+    new: Iterable[str] = names(query.text) | sought
     for _ in range(MAX_STEPS):
         step = having(new)
         found.update(step)

@@ -19,7 +19,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
-from zsmerge_llm.retrieval.excerpts import Excerpts, alike, first_passages
+from zsmerge_llm.retrieval.excerpts import MAX_ALIKE, Excerpts, alike, first_passages, sought_terms
 from zsmerge_llm.retrieval.named_passages import lists_by_identifier, named_passages
 from zsmerge_llm.retrieval.passages import Passage
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS
@@ -310,9 +310,10 @@ class PassageSearch:
             found = with_replies(found, passages.reply, cost, max_tokens)
         else:
             weights = index.rarities(asked[-1].text)
-            sought = {number: dict.fromkeys(names, 1.0) for number, names in named.items()}
-            sought.update(dict.fromkeys(best, weights))
-            wanted = set(named) if named and by_identifier else alike(best, passages.__getitem__, weights)
+            sought = sought_terms(best, named, weights)
+            wanted = set(list(named)[:MAX_ALIKE])
+            if not by_identifier or not named:
+                wanted |= alike(best, passages.__getitem__, weights)
             excerpts = Excerpts(passages.__getitem__, sought.__getitem__, cost)
             found = excerpts.choose(ranked, best, wanted, max_tokens)
         return with_context(list(found.values()))

@@ -19,6 +19,8 @@ TERM = "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\w+"
 """What is searched for: words, and single characters of scripts that write no spaces."""
 SENTENCE_END = "[.!?][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\n(?![a-z])\\s*"
 """Where a sentence, line or, with two line ends, a paragraph ends. A line that goes on in small letters does not."""
+LINE_END = f"{SENTENCE_END}|\\n\\s*"
+"""Where a sentence or a line ends, however the next one begins: a list may have words in small letters alone."""
 DATE = (
     r"\b(?:\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}"
     r"|\d{1,2}(?:st|nd|rd|th)?\.?\s+(?:de\s+)?[^\W\d_]{3,}\.?,?\s+(?:de\s+)?\d{4}"
@@ -146,14 +148,14 @@ def _ends(text: str, size: int) -> Iterator[tuple[int, bool, int]]:
         start = found.end()
 
 
-def excerpt(text: str, weights: Mapping[str, float], neighbours: int = 1) -> str:
+def excerpt(text: str, weights: Mapping[str, float], neighbours: int = 1, end: str = SENTENCE_END) -> str:
     """Return the sentences of a passage that say most of what is asked for, each with its neighbours on both sides.
 
     A gap is shown as "...". A text that says nothing of it stays whole.
 
-    weights: of the terms that are asked for.
+    weights: of the terms that are asked for. end: a regular expression for the end of a sentence.
     """
-    sentences = pieces(text, SENTENCE_END)
+    sentences = pieces(text, end)
     said = [weight_of(each, weights) for each in sentences]
     chosen = [number for number, weight in enumerate(said) if weight and weight >= SAID_SHARE * max(said)]
     near = {number for at in chosen for number in range(at - neighbours, at + neighbours + 1)}
