@@ -16,25 +16,29 @@ from typing import Any
 from benchmarks.quality.sources import Record, Sources
 
 FILE = "locomo10.json"
+WHOLE = "whole"
+"""Instead of a length, where no session was left out."""
 SEVERAL_SESSIONS, DATES, ONE_SESSION = 1, 2, 4
 ASKED = (SEVERAL_SESSIONS, DATES, ONE_SESSION)
 """LoCoMo's numbers of the kinds of questions that are asked."""
 
 
 def records(sources: Sources, lengths: Sequence[int], most: int) -> Iterator[Record]:
-    """Yield the first `most` dialogues at each length, as documents of whole sessions from the first one on."""
+    """Yield the first `most` dialogues at each length, as documents of sessions from the first one on."""
     dialogues = json.loads(sources.folder.joinpath(FILE).read_text(encoding="utf-8"))[:most]
     for length in lengths:
         for dialogue in dialogues:
-            yield {**_document(sources, dialogue, length), "task": "locomo", "file": f"locomo-{length}"}
+            yield {**_document(sources, dialogue, length), "task": "locomo"}
 
 
 def _document(sources: Sources, dialogue: dict[str, Any], length: int) -> Record:
     """Return the sessions that have room in `length` tokens, and the questions that they answer."""
     shown: list[str] = []
+    name, left = WHOLE, length
     for session in sessions(dialogue["conversation"]):
-        length -= sources.count(session)
-        if length < 0:
+        left -= sources.count(session)
+        if left < 0:
+            name = str(length)
             break
         shown.append(session)
     asked = []
@@ -43,7 +47,7 @@ def _document(sources: Sources, dialogue: dict[str, Any], length: int) -> Record
         if each["category"] in ASKED and told_in and max(told_in) <= len(shown):
             answer, depth = str(each["answer"]), (max(told_in) - 0.5) / len(shown)
             asked.append({"q": each["question"], "a": [answer], "depth": depth, "metric": "f1"})
-    return {"id": dialogue["sample_id"], "context": "\n\n".join(shown), "qa": asked}
+    return {"id": dialogue["sample_id"], "context": "\n\n".join(shown), "qa": asked, "file": f"locomo-{name}"}
 
 
 def sessions(conversation: dict[str, Any]) -> Iterator[str]:

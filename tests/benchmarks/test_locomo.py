@@ -27,6 +27,6 @@ def test_a_dialogue_has_whole_sessions_up_to_a_length_and_the_questions_that_the
     short, long = locomo.records(sources, [12, 100], 1)
     assert short["context"] == "1 May, 2023\nAnn: Word 1\n\n2 May, 2023\nAnn: Word 2"
     assert [(each["q"], each["a"]) for each in short["qa"]] == [("1 ('D1:1; D2:1',)?", ["7"])]
-    assert (short["file"], long["file"]) == ("locomo-12", "locomo-100")
+    assert (short["file"], long["file"]) == ("locomo-12", "locomo-whole")
     assert "Word 3" in long["context"]
     assert [each["q"][0] for each in long["qa"]] == ["1", "2"]
