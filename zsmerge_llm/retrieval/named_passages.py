@@ -50,6 +50,17 @@ def lists_by_identifier(question: str) -> bool:
     return bool(LIST.search(question) and re.search(r"\b(?=\w*\d)\w{5,}", question))
 
 
+def by_identifier(question: str, named: Mapping[int, list[str]]) -> list[int]:
+    """Return the passages that the identifier of a question for a list leads to; [] where it leads to none.
+
+    Others only share words with the question: a model takes what they say for the answer (docs/research/retrieval).
+
+    named: as `named_passages` returns them.
+    """
+    found = {name for names in named.values() for name in names}
+    return list(named) if lists_by_identifier(question) and found & numbers(question) else []
+
+
 def named_passages(index: PassageIndex, passages: Passages, query: Query, best: Sequence[int]) -> dict[int, list[str]]:
     """Return passages that hold a number or quoted word of a question which none of the best ones holds, with its term.
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.excerpts import MAX_ALIKE, Excerpts, alike, first_passages, sought_terms
-from zsmerge_llm.retrieval.named_passages import lists_by_identifier, named_passages
+from zsmerge_llm.retrieval.named_passages import by_identifier, named_passages
 from zsmerge_llm.retrieval.passages import Passage
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS
 from zsmerge_llm.retrieval.questions import (
@@ -303,19 +303,17 @@ class PassageSearch:
         rankings, passages = index.find(messages, [*asked, *map(Query, question_parts(asked[0].text))])
         best, cost = merge(rankings), cache(self._cost)
         named = named_passages(index, passages, asked[-1], best)
-        by_identifier = lists_by_identifier(asked[-1].text)
-        ranked = list(dict.fromkeys([*named, *best] if by_identifier else [*best, *named]))
+        listed = by_identifier(asked[-1].text, named)
+        ranked = list(listed or dict.fromkeys([*best, *named]))
         found = first_passages(ranked, passages.__getitem__, cost, max_tokens)
         if len(found) == len(ranked):
             found = with_replies(found, passages.reply, cost, max_tokens)
         else:
             weights = index.rarities(asked[-1].text)
             sought = sought_terms(best, named, weights)
-            wanted = set(list(named)[:MAX_ALIKE])
-            if not by_identifier or not named:
-                wanted |= alike(best, passages.__getitem__, weights)
+            wanted = set(list(named)[:MAX_ALIKE]) | alike(best, passages.__getitem__, weights)
             excerpts = Excerpts(passages.__getitem__, sought.__getitem__, cost)
-            found = excerpts.choose(ranked, best, wanted, max_tokens)
+            found = excerpts.choose(ranked, listed or best, wanted & set(ranked), max_tokens)
         return with_context(list(found.values()))
 
     def _cost(self, passage: Passage) -> int:
