@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from zsmerge_llm.retrieval.passages import SENTENCE_END, count_words, pieces, query_terms
+from zsmerge_llm.retrieval.passages import LINE_END, count_words, pieces, query_terms
 from zsmerge_llm.types import Message
 
 MAX_LABEL_WORDS = 3
@@ -54,7 +54,7 @@ MAX_WORDS_BEFORE = 40
 """Words of such a question. A longer message is about more than one thing."""
 MAX_LETTERS_BEFORE = 2000
 """Characters at the end of an earlier message in which its question is looked for."""
-PIECE_END = rf"{SENTENCE_END}|:\s+|\n\s*"
+PIECE_END = rf"{LINE_END}|:\s+"
 """Where a sentence, a line, or what introduces a question ends."""
 PART_END = rf"[?;]|,?\s(?:and|or)\s(?={ASKING})|,\s(?={ASKING})"
 """Where one part of a question ends and the next begins."""
