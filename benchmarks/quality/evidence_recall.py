@@ -2,11 +2,13 @@
 
     python benchmarks/quality/evidence_recall.py --data FILE.jsonl[xN]... [--tokens 128,256,...] [--model smollm2]
     python benchmarks/quality/evidence_recall.py --journals 6 --name evidence-recall-lists
+    python benchmarks/quality/evidence_recall.py --structured 3 --name evidence-recall-structured
 
 `FILE.jsonl x5` as FILE.jsonlx5: five documents joined to one. For documents with `qa`, the share of questions whose
 gold answer stands in the passages found. For conversations (`turns`, with a `rubric` for each question), the mean share
 of the rubric's words, as far as the question does not have them and few passages do. For journals (`travel_documents`),
-the mean share of what is to be listed. The tokens are those of the passages, by the model's tokenizer. Searched by
+the mean share of what is to be listed. For documents of records (`structured_documents`) they are as for documents: an
+answer stands in one record alone. The tokens are those of the passages, by the model's tokenizer. Searched by
 words alone, and by words and the meaning of the model's tokens. Writes results/NAME.json.
 """
 
@@ -26,6 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import write
+from benchmarks.quality import structured_documents
+from benchmarks.quality.sources import Sources
 from benchmarks.quality.tasks import load
 from benchmarks.quality.travel_documents import travel_document
 from zsmerge_llm import LLM
@@ -38,6 +42,9 @@ from zsmerge_llm.runtime import token_vectors
 
 COMMON = 60
 """Passages that a word of a rubric stands in at most: words of more tell nothing."""
+
+STRUCTURED_TOKENS = 4096
+"""Length of documents of records."""
 
 Data = tuple[str, list[dict[str, Any]], list[dict[str, Any]]]
 """A document or conversation: task, messages, and questions."""
@@ -66,6 +73,13 @@ def journals(count: int) -> Iterator[Data]:
         lists = [{"q": each.text, "all": each.gold} for each in journal.questions if each.score in ("list", "order")]
         questions = [{**each, "kind": each["q"].rstrip(".")} for each in lists]
         yield "journals", [{"role": "user", "content": journal.text}], questions
+
+
+def structured(count: int, template: ChatTemplate) -> Iterator[Data]:
+    """Yield so many documents of each kind of records, with ten questions each."""
+    sources = Sources(Path(), lambda text: len(template.encode_text(text)))
+    for record in structured_documents.records(sources, [STRUCTURED_TOKENS], count, questions=10):
+        yield f"structured {record['task']}", [{"role": "user", "content": record["context"]}], record["qa"]
 
 
 def facts(asked: dict[str, Any], spread: Counter[str]) -> set[str]:
@@ -129,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=[], help="JSON lines")
     parser.add_argument("--journals", type=int, default=0, help="how many")
+    parser.add_argument("--structured", type=int, default=0, help="how many of each kind")
     parser.add_argument("--name", default="evidence-recall", help="of the results")
     parser.add_argument("--tokens", default="128,256,384,512,640,1024")
     parser.add_argument("--model", default="smollm2", help="whose tokenizer counts, and whose tokens are compared")
@@ -137,7 +152,8 @@ def main() -> None:
     template = ChatTemplate(llm.tokenizer)
     searches = {"words": None, "words and meaning": token_vectors(llm.engine, llm.tokenizer)}
     limits = list(map(int, arguments.tokens.split(",")))
-    data = chain((each for spec in arguments.data for each in items(spec)), journals(arguments.journals))
+    files = (each for spec in arguments.data for each in items(spec))
+    data = chain(files, journals(arguments.journals), structured(arguments.structured, template))
     report(arguments.name, arguments.model, recall_by_limit(template, searches, limits, data))
 
 

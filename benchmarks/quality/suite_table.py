@@ -24,6 +24,7 @@ BEGIN, END = "<!-- suites: begin -->", "<!-- suites: end -->"
 NAMES = {
     "ruler": "RULER",
     "scbench": "SCBench's synthetic kinds",
+    "structured": "Documents of records",
     "agents": "Agents",
     "locomo": "LoCoMo",
     "beam": "BEAM",

@@ -17,6 +17,7 @@ from benchmarks.quality import (
     ruler,
     run,
     scbench,
+    structured_documents,
     suite_report,
     suite_table,
     tasks,
@@ -29,7 +30,7 @@ from tests.support.chat import LARGE_CACHE, make_llm
 from tests.support.templates import template
 
 TOKENS = 3000
-GENERATED = [(suite, name) for suite in (ruler, scbench) for name in suite.TASKS]
+GENERATED = [(suite, name) for suite in (ruler, scbench, structured_documents) for name in suite.TASKS]
 
 
 def count_words(text: str) -> int:

@@ -23,10 +23,11 @@ def test_the_first_choice_that_has_all_that_is_wanted_is_taken_or_else_the_fulle
     assert most_of({9}, []) == {}
 
 
-def test_a_name_counts_as_much_as_all_other_terms_of_a_question() -> None:
-    assert sought_terms([0, 1], {1: ["boris"], 2: ["anna"]}, {"key": 2.0, "boris": 1.0}) == {
+def test_a_name_or_an_identifier_counts_as_much_as_all_other_terms_of_a_question() -> None:
+    assert sought_terms([0, 1], {1: ["boris"], 2: ["anna"]}, {"key": 2.0, "boris": 1.0}, []) == {
         0: {"key": 2.0, "boris": 1.0},
         1: {"key": 2.0, "boris": 3.0},
         2: {"anna": 3.0},
     }
-    assert sought_terms([], {0: ["anna"]}, {}) == {0: {"anna": 1.0}}
+    assert sought_terms([0], {}, {"key": 2.0, "7.2": 1.0}, ["7.2", "user8"]) == {0: {"key": 2.0, "7.2": 3.0}}
+    assert sought_terms([], {0: ["anna"]}, {}, []) == {0: {"anna": 1.0}}

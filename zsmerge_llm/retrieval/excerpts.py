@@ -29,6 +29,10 @@ class Detail(NamedTuple):
 
 DETAILS = (Detail(2, 1), Detail(1, 1), Detail(0, 1), Detail(0, 0), Detail(0, 0, LINE_END))
 """From most to least: the first that has room for all passages that may answer a question is taken."""
+MORE_NEIGHBOURS = (4, 2)
+"""Sentences beside those of the best excerpt: the first number that has room."""
+ENOUGH_TOKENS = 96
+"""Tokens that the best excerpt may have where half of the tokens are fewer."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,23 @@ class Excerpts:
             excerpts = cache(lambda number: self._excerpt(number, detail))
             return first_passages(ranked, lambda number: whole.get(number) or excerpts(number), self.cost, max_tokens)
 
-        return most_of(wanted, map(shown, DETAILS))
+        return self._with_more_of_best(most_of(wanted, map(shown, DETAILS)), ranked, max_tokens)
+
+    def _with_more_of_best(
+        self, chosen: dict[int, Passage], ranked: Sequence[int], max_tokens: int
+    ) -> dict[int, Passage]:
+        """Return the same with more of the best excerpt, as far as there is room.
+
+        What a question asks for may stand some lines beside what it names, as in a record of JSON.
+        """
+        best = next((number for number in ranked if number in chosen), None)
+        if best is None or chosen[best] == self.passage(best):
+            return chosen
+        left = max_tokens - sum(self.cost(chosen[number]) for number in chosen.keys() - {best})
+        left = min(left, max(max_tokens // 2, ENOUGH_TOKENS))
+        forms = (self._excerpt(best, Detail(0, count)) for count in MORE_NEIGHBOURS)
+        longer = next((form for form in forms if self.cost(form) <= left), chosen[best])
+        return {**chosen, best: max(longer, chosen[best], key=self.cost)}
 
     def _excerpt(self, number: int, detail: Detail) -> Passage:
         passage = self.passage(number)
@@ -75,14 +95,18 @@ def first_passages(
 
 
 def sought_terms(
-    best: Iterable[int], named: Mapping[int, Iterable[str]], weights: Mapping[str, float]
+    best: Iterable[int], named: Mapping[int, Iterable[str]], weights: Mapping[str, float], identifiers: Iterable[str]
 ) -> dict[int, Mapping[str, float]]:
     """Return the weights of what is sought in each passage: the question's terms in the best ones, and its own names.
 
-    named: the names that a passage was found by. A name tells more than all other terms together.
+    A name, or an identifier of the question, tells more than all other terms together.
+
+    named: the names that a passage was found by. weights: of the question's terms.
     """
-    own = {number: dict.fromkeys(names, sum(weights.values()) or 1.0) for number, names in named.items()}
-    return {**own, **{number: {**weights, **own.get(number, {})} for number in best}}
+    most = sum(weights.values()) or 1.0
+    own = {number: dict.fromkeys(names, most) for number, names in named.items()}
+    asked = {**weights, **{term: most for term in identifiers if term in weights}}
+    return {**own, **{number: {**asked, **own.get(number, {})} for number in best}}
 
 
 def alike(best: Sequence[int], passage: Callable[[int], Passage], weights: Mapping[str, float]) -> set[int]:

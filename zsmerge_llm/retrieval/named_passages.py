@@ -29,8 +29,8 @@ QUOTED = re.compile('["\u201c\u201e\u00ab]([^"\u201c\u201d\u201e\u00ab\u00bb\\n]
 
 
 def numbers(text: str) -> set[str]:
-    """Return the terms of a text's words of three characters and more with a digit."""
-    return {term for word in re.findall(r"\w{3,}", text) if re.search(r"\d", word) for term in terms(word)}
+    """Return the terms of a text with a digit, of three characters and more."""
+    return {term for term in terms(text) if len(term) >= 3 and re.search(r"\d", term)}
 
 
 def quoted(text: str) -> set[str]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.excerpts import MAX_ALIKE, Excerpts, alike, first_passages, sought_terms
-from zsmerge_llm.retrieval.named_passages import by_identifier, named_passages
+from zsmerge_llm.retrieval.named_passages import by_identifier, named_passages, numbers
 from zsmerge_llm.retrieval.passages import Passage
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS
 from zsmerge_llm.retrieval.questions import (
@@ -310,7 +310,7 @@ class PassageSearch:
             found = with_replies(found, passages.reply, cost, max_tokens)
         else:
             weights = index.rarities(asked[-1].text)
-            sought = sought_terms(best, named, weights)
+            sought = sought_terms(best, named, weights, numbers(asked[-1].text))
             wanted = set(list(named)[:MAX_ALIKE]) | alike(best, passages.__getitem__, weights)
             excerpts = Excerpts(passages.__getitem__, sought.__getitem__, cost)
             found = excerpts.choose(ranked, listed or best, wanted & set(ranked), max_tokens)

@@ -11,12 +11,20 @@ PASSAGE_WORDS = 80
 """Words after which a passage ends with the next sentence."""
 SAID_SHARE = 0.5
 """Share of what the best sentence of a passage says, by weight, that another one of its excerpt has to say."""
+MAX_SIZES = 1.5
+"""Words of a passage that is to end before a less indented line, relative to its size."""
 MIN_WORDS = 12
 """Words that a paragraph has to have to be a passage of its own."""
 STEM_LETTERS = 5
 """Letters of a word that tell it from others: "compresses" and "compressed" are the same to the search."""
 TERM = "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\w+"
 """What is searched for: words, and single characters of scripts that write no spaces."""
+IDENTIFIER = re.compile(r"\d|_|[a-z][A-Z]")
+"""What makes a word an identifier, of which the last letter counts: `user88`, `load_batch`, `PassageSearch`."""
+IDENTIFIER_PARTS = re.compile(r"_+|(?<=[a-z])(?=[A-Z])")
+"""What separates the parts of an identifier."""
+NUMBER = re.compile(r"\d+(?:[.:/-]\d+)+")
+"""A number of several parts, which count together: a clause, a version, a date, a time of day, an address."""
 SENTENCE_END = "[.!?][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\n(?![a-z])\\s*"
 """Where a sentence, line or, with two line ends, a paragraph ends. A line that goes on in small letters does not."""
 LINE_END = f"{SENTENCE_END}|\\n\\s*"
@@ -79,14 +87,7 @@ def split_spans(text: str, size: int = PASSAGE_WORDS, date: str = "") -> list[Sp
     Args:
         date: the line with a date that the text stands under.
     """
-    starts, words = [0], 0
-    for end, ends_paragraph, more in _ends(text, size):
-        words += more
-        if words >= (MIN_WORDS if ends_paragraph else size):
-            starts.append(end)
-            words = 0
-    if len(starts) > 1 and words < size // 2:
-        starts.pop()
+    starts = _starts(text, size)
     found, headings, shown = list[Span](), list(_headings(text)), (date, "")
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
         passage = text[start:end].strip()
@@ -129,6 +130,34 @@ def _is_date_line(line: str) -> bool:
 def _under(shown: tuple[str, str], line: str, is_date: bool) -> tuple[str, str]:
     """Return the date line and the heading that a text stands under after one more of them."""
     return (line, "") if is_date else (shown[0], line)
+
+
+def _starts(text: str, size: int) -> list[int]:
+    """Return where passages begin.
+
+    One ends with a paragraph, or before the least indented line behind `size` words: so records stay whole.
+    """
+    starts, words, ends = [0], 0, list[tuple[int, int, int]]()  # of an end: indentation, place, words up to it
+    for end, ends_paragraph, more in _ends(text, size):
+        words += more
+        if ends_paragraph and words >= MIN_WORDS:
+            ends = [(0, end, words)]
+        elif words >= size:
+            ends.append((_indentation(text, end), end, words))
+        if ends and (min(ends)[0] == 0 or words >= MAX_SIZES * size):
+            _, end, before = min(ends)
+            starts.append(end)
+            words -= before
+            ends.clear()
+    if len(starts) > 1 and words < size // 2:
+        starts.pop()
+    return starts
+
+
+def _indentation(text: str, at: int) -> int:
+    """Return by how much the line is indented in which a place is."""
+    line = text.rfind("\n", 0, at) + 1
+    return len(text[line:at]) - len(text[line:at].lstrip())
 
 
 def _ends(text: str, size: int) -> Iterator[tuple[int, bool, int]]:
@@ -183,8 +212,8 @@ def count_words(text: str) -> int:
 
 
 def terms(text: str) -> list[str]:
-    """Return the terms that a text is found by, in order, with repetitions."""
-    return [word[:STEM_LETTERS] for word in re.findall(TERM, text.lower())]
+    """Return the terms that a text is found by, with repetitions: its words in order, then its numbers of parts."""
+    return [*(term for word in re.findall(TERM, text) for term in _word_terms(word)), *NUMBER.findall(text)]
 
 
 def query_terms(question: str) -> list[str]:
@@ -192,6 +221,17 @@ def query_terms(question: str) -> list[str]:
     from bm25s import stopwords
 
     languages = [getattr(stopwords, name) for name in dir(stopwords) if name.startswith("STOPWORDS_")]
-    words = re.findall(TERM, question.lower())
-    common = max(languages, key=lambda language: sum(word in language for word in words))
-    return [word[:STEM_LETTERS] for word in words if word not in common and word not in QUESTION_WORDS]
+    words = [(word, word.lower()) for word in re.findall(TERM, question)]
+    common = max(languages, key=lambda language: sum(low in language for _, low in words))
+    told = (word for word, low in words if low not in common and low not in QUESTION_WORDS)
+    return [*(term for word in told for term in _word_terms(word)), *NUMBER.findall(question)]
+
+
+def _word_terms(word: str) -> list[str]:
+    """Return the terms of a word: its first letters; of an identifier the whole of it, too, and its parts."""
+    low = word.lower()
+    if not IDENTIFIER.search(word):
+        return [low[:STEM_LETTERS]]
+    parts = (part.lower() for part in IDENTIFIER_PARTS.split(word) if part)
+    stems = (each[:STEM_LETTERS] if each.isalpha() else each for each in (low, *parts))
+    return list(dict.fromkeys([low, *stems]))
