@@ -35,8 +35,9 @@ from benchmarks.quality.travel_documents import travel_document
 from zsmerge_llm import LLM
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.passage_search import PassageIndexes, PassageSearch
-from zsmerge_llm.retrieval.passages import query_terms, split, terms
+from zsmerge_llm.retrieval.passages import split
 from zsmerge_llm.retrieval.questions import Query, search_text
+from zsmerge_llm.retrieval.terms import query_terms, terms
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.runtime import token_vectors
 

@@ -25,15 +25,12 @@ from zsmerge_llm.retrieval.passage_index import (
 from zsmerge_llm.retrieval.passages import (
     MIN_WORDS,
     PASSAGE_WORDS,
-    TERM,
     Span,
-    count_words,
-    query_terms,
     split,
     split_spans,
-    terms,
 )
 from zsmerge_llm.retrieval.questions import Query
+from zsmerge_llm.retrieval.terms import TERM, count_words, query_terms, terms
 from zsmerge_llm.types import Message
 
 FACT = "The password of the harbour vault is falcon seven."

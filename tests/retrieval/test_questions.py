@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.chat import dialogue
-from zsmerge_llm.retrieval.passages import query_terms
 from zsmerge_llm.retrieval.questions import (
     Query,
     find_question,
@@ -17,6 +16,7 @@ from zsmerge_llm.retrieval.questions import (
     search_text,
     subject,
 )
+from zsmerge_llm.retrieval.terms import query_terms
 
 QUESTION = "Which medicine did the physician prescribe for the cough?"
 LANGCHAIN = (

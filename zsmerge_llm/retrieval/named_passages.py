@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from zsmerge_llm.retrieval.passages import SENTENCE_END, pieces, terms
+from zsmerge_llm.retrieval.passages import SENTENCE_END, pieces
 from zsmerge_llm.retrieval.questions import LIST, Query
+from zsmerge_llm.retrieval.terms import terms
 
 if TYPE_CHECKING:
     from zsmerge_llm.retrieval.passage_index import PassageIndex, Passages

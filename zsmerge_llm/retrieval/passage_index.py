@@ -31,14 +31,12 @@ from zsmerge_llm.retrieval.passages import (
     MIN_WORDS,
     PASSAGE_WORDS,
     Passage,
-    count_words,
     opening_date,
-    query_terms,
     split_spans,
-    terms,
 )
 from zsmerge_llm.retrieval.questions import Query, asks_for_list, subject
 from zsmerge_llm.retrieval.similarity_index import SimilarityIndex
+from zsmerge_llm.retrieval.terms import count_words, query_terms, terms
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.types import Message
 

@@ -44,6 +44,7 @@ from zsmerge_llm.retrieval.selection import (
     with_replies,
 )
 from zsmerge_llm.retrieval.standing_instructions import StandingInstructions
+from zsmerge_llm.retrieval.terms import count_words
 from zsmerge_llm.retrieval.whole_text import asks_for_frequent_words, whole_text_block
 from zsmerge_llm.types import Message
 
@@ -65,6 +66,8 @@ MAX_LETTERS = 32
 """Letters of a token at most, on average over a text."""
 MAX_INDEXES = 3
 """Indexes of one conversation that are kept, those used last."""
+SAMPLE_LETTERS, SAMPLE_MESSAGES = 2000, 16
+"""First characters of the first messages, which tell how many tokens a word has."""
 INTRODUCTION = "Remember this part of the text:"
 
 
@@ -299,7 +302,8 @@ class PassageSearch:
 
         asked: the question, alone and perhaps behind the one that it refers to. Passages for each take turns.
         """
-        index = (indexes or PassageIndexes()).of_size(passage_words(max_tokens), self.vectors, messages)
+        size = passage_words(max_tokens, self._tokens_per_word(messages))
+        index = (indexes or PassageIndexes()).of_size(size, self.vectors, messages)
         rankings, passages = index.find(messages, [*asked, *map(Query, question_parts(asked[0].text))])
         best, cost = merge(rankings), cache(self._cost)
         named = named_passages(index, passages, asked[-1], best)
@@ -315,6 +319,11 @@ class PassageSearch:
             excerpts = Excerpts(passages.__getitem__, sought.__getitem__, cost)
             found = excerpts.choose(ranked, listed or best, wanted & set(ranked), max_tokens)
         return with_context(list(found.values()))
+
+    def _tokens_per_word(self, messages: Sequence[Message]) -> float:
+        """Return the tokens of a word where some messages begin: it is the same as they go on."""
+        sample = "\n".join(each["content"][:SAMPLE_LETTERS] for each in messages[:SAMPLE_MESSAGES])[:SAMPLE_LETTERS]
+        return self._count(sample) / max(1, count_words(sample))
 
     def _cost(self, passage: Passage) -> int:
         """Return the tokens that a passage takes."""

@@ -1,4 +1,4 @@
-"""Texts as passages and as search terms. Words only: nothing here knows a tokenizer."""
+"""Texts as passages. Words only: nothing here knows a tokenizer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from zsmerge_llm.retrieval.terms import TERM, count_words, terms
 
 PASSAGE_WORDS = 80
 """Words after which a passage ends with the next sentence."""
@@ -15,17 +17,9 @@ MAX_SIZES = 1.5
 """Words of a passage that is to end before a less indented line, relative to its size."""
 MIN_WORDS = 12
 """Words that a paragraph has to have to be a passage of its own."""
-STEM_LETTERS = 5
-"""Letters of a word that tell it from others: "compresses" and "compressed" are the same to the search."""
-TERM = "[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\\w+"
-"""What is searched for: words, and single characters of scripts that write no spaces."""
-IDENTIFIER = re.compile(r"\d|_|[a-z][A-Z]")
-"""What makes a word an identifier, of which the last letter counts: `user88`, `load_batch`, `PassageSearch`."""
-IDENTIFIER_PARTS = re.compile(r"_+|(?<=[a-z])(?=[A-Z])")
-"""What separates the parts of an identifier."""
-NUMBER = re.compile(r"\d+(?:[.:/-]\d+)+")
-"""A number of several parts, which count together: a clause, a version, a date, a time of day, an address."""
-SENTENCE_END = "[.!?][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\n(?![a-z])\\s*"
+SENTENCE_MARKS = ".!?\u0589\u061f\u06d4\u0964\u0965\u104b\u1362\u17d4"
+"""Marks that end a sentence: those of Latin and Greek, Armenian, Arabic, Urdu, Hindi, Burmese, Amharic and Khmer."""
+SENTENCE_END = f"[{SENTENCE_MARKS}][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\n(?![a-z])\\s*"
 """Where a sentence, line or, with two line ends, a paragraph ends. A line that goes on in small letters does not."""
 LINE_END = f"{SENTENCE_END}|\\n\\s*"
 """Where a sentence or a line ends, however the next one begins: a list may have words in small letters alone."""
@@ -43,15 +37,6 @@ LIST_ITEM = re.compile(r"(?:[-*+\u2022]|\d+[.)])\s")
 """How an item of a list begins: a date in it is not that of what follows."""
 SESSION = re.compile(r"\W*(?:date|session|conversation|chat|meeting|day)\b", re.IGNORECASE)
 """How a line begins that opens a part of a dialogue, also without an empty line before it."""
-QUESTION_WORDS = frozenset(
-    re.findall(
-        TERM,
-        "above according along another answer aside besides called can could describe different document else example "
-        "explain give kind know many may mean means meant mention might much name named names passage please query "
-        "question refer referred referring say sort tell term terms text type use used usual usually want way would",
-    )
-)
-"""Words that ask, beside the stop words of a language: they do not tell what a question is about."""
 
 
 @dataclass(frozen=True)
@@ -204,34 +189,3 @@ def pieces(text: str, end: str) -> list[str]:
     """Return the pieces of a text, each with the mark that ends it. end: a regular expression for that."""
     ends = [found.end() for found in re.finditer(end, text)]
     return [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]
-
-
-def count_words(text: str) -> int:
-    """Return the number of words, as the search takes them."""
-    return len(re.findall(TERM, text))
-
-
-def terms(text: str) -> list[str]:
-    """Return the terms that a text is found by, with repetitions: its words in order, then its numbers of parts."""
-    return [*(term for word in re.findall(TERM, text) for term in _word_terms(word)), *NUMBER.findall(text)]
-
-
-def query_terms(question: str) -> list[str]:
-    """Return the terms of a question, without the stop words of its language and words that only ask."""
-    from bm25s import stopwords
-
-    languages = [getattr(stopwords, name) for name in dir(stopwords) if name.startswith("STOPWORDS_")]
-    words = [(word, word.lower()) for word in re.findall(TERM, question)]
-    common = max(languages, key=lambda language: sum(low in language for _, low in words))
-    told = (word for word, low in words if low not in common and low not in QUESTION_WORDS)
-    return [*(term for word in told for term in _word_terms(word)), *NUMBER.findall(question)]
-
-
-def _word_terms(word: str) -> list[str]:
-    """Return the terms of a word: its first letters; of an identifier the whole of it, too, and its parts."""
-    low = word.lower()
-    if not IDENTIFIER.search(word):
-        return [low[:STEM_LETTERS]]
-    parts = (part.lower() for part in IDENTIFIER_PARTS.split(word) if part)
-    stems = (each[:STEM_LETTERS] if each.isalpha() else each for each in (low, *parts))
-    return list(dict.fromkeys([low, *stems]))

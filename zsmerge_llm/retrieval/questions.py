@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from zsmerge_llm.retrieval.passages import LINE_END, count_words, pieces, query_terms
+from zsmerge_llm.retrieval.passages import LINE_END, pieces
+from zsmerge_llm.retrieval.terms import count_words, query_terms
 from zsmerge_llm.types import Message
 
 MAX_LABEL_WORDS = 3

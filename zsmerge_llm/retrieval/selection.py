@@ -24,6 +24,8 @@ TOKENS_PER_WORD, LEAST_TOKENS_PER_WORD = 4, 3
 """Tokens of the budget for each word of a passage; the second where its passages are shorter than `ENOUGH_WORDS`."""
 ENOUGH_WORDS = 64
 """Words of a passage that most answers stand in, together with what is asked for."""
+USUAL_TOKENS_PER_WORD = 2.5
+"""Tokens of a word up to which the sizes above hold."""
 SIZE_STEP = 16
 """Words by which sizes of passages differ."""
 MAX_TOO_LONG = 4
@@ -49,11 +51,14 @@ def pinned_tokens(slots: int) -> int:
     return max(0, round(PINNED_SHARE * slots) - QUESTION_TOKENS)
 
 
-def passage_words(max_tokens: int) -> int:
+def passage_words(max_tokens: int, tokens_per_word: float = 1.0) -> int:
     """Return the words of a passage where so many tokens are read again: one has to fit in whole.
 
     Sizes are few, for each needs an index of its own.
+
+    tokens_per_word: of the text: English has 1.3, and scripts that a tokenizer was hardly trained on 5 and more.
     """
+    max_tokens = round(max_tokens / max(1.0, tokens_per_word / USUAL_TOKENS_PER_WORD))
     words = max(max_tokens // TOKENS_PER_WORD, min(ENOUGH_WORDS, max_tokens // LEAST_TOKENS_PER_WORD))
     words = min(PASSAGE_WORDS, words)
     return max(MIN_WORDS, words // SIZE_STEP * SIZE_STEP)

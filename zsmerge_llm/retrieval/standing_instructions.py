@@ -13,7 +13,8 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.messages import shared_prefix
-from zsmerge_llm.retrieval.passages import SENTENCE_END, count_words, pieces, query_terms, terms
+from zsmerge_llm.retrieval.passages import SENTENCE_END, pieces
+from zsmerge_llm.retrieval.terms import count_words, query_terms, terms
 from zsmerge_llm.types import Message
 
 if TYPE_CHECKING:

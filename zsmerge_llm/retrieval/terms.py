@@ -1,0 +1,105 @@
+"""What texts are found by: words by their first letters, whole identifiers and numbers, in any script.
+
+Case and accents make no difference. Chinese, Japanese and Korean are found by characters, and scripts without spaces
+between words by each three letters. docs/research/retrieval has the figures by language.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import cache
+
+STEM_LETTERS = 5
+"""Letters of a word that tell it from others: "compresses" and "compressed" are the same to the search."""
+CHARACTERS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+"""Characters of Chinese, Japanese and Korean: each counts as a word."""
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+"""Letters of Thai, Lao, Burmese and Khmer, which write no spaces between words."""
+UNSPACED_LETTERS = 4
+"""As many of these count as a word, ..."""
+GRAM_LETTERS = 3
+"""... and each so many that follow each other are searched for."""
+MARKS = "".join(
+    chr(code)
+    for code in range(0x300, 0x3100)
+    if unicodedata.category(chr(code)) in ("Mn", "Mc") and not re.match(f"[{UNSPACED}]", chr(code))
+)
+"""Signs that belong to the letter before them, such as the vowels of Hindi: `\\w` does not match them."""
+LETTER = rf"[^\W{CHARACTERS}{UNSPACED}]"
+WORD = rf"[{CHARACTERS}]|{LETTER}+(?:[{MARKS}]+{LETTER}*)*"
+TERM = rf"{WORD}|[{UNSPACED}]{{1,{UNSPACED_LETTERS}}}"
+"""What counts as a word."""
+OMITTED = re.compile("[\u0300-\u036f\u064b-\u0655\u0670]+")
+"""Accents, and the short vowels of Arabic."""
+ARTICLE = re.compile("^(?:[\u0648\u0641\u0628\u0643]?\u0627\u0644|\u0644\u0644)(?=\\w\\w)")
+"""The article of an Arabic word, and what is written together with it: "and", "so", "with", "like", "for"."""
+IDENTIFIER = re.compile(r"\d|_|[a-z][A-Z]")
+"""What makes a word an identifier, of which the last letter counts: `user88`, `load_batch`, `PassageSearch`."""
+IDENTIFIER_PARTS = re.compile(r"_+|(?<=[a-z])(?=[A-Z])")
+"""What separates the parts of an identifier."""
+NUMBER = re.compile(r"\d+(?:[.:/-]\d+)+")
+"""A number of several parts, which count together: a clause, a version, a date, a time of day, an address."""
+QUESTION_WORDS = frozenset(
+    re.findall(
+        WORD,
+        "above according along another answer aside besides called can could describe different document else example "
+        "explain give kind know many may mean means meant mention might much name named names passage please query "
+        "question refer referred referring say sort tell term terms text type use used usual usually want way would",
+    )
+)
+"""Words that ask, beside the stop words of a language: they do not tell what a question is about."""
+
+
+def count_words(text: str) -> int:
+    """Return the number of words."""
+    return len(re.findall(TERM, text))
+
+
+def terms(text: str) -> list[str]:
+    """Return the terms that a text is found by, with repetitions."""
+    folded = _folded(text)
+    words = (term for word in re.findall(WORD, folded) for term in _word_terms(word))
+    return [*words, *_grams(folded), *NUMBER.findall(folded)]
+
+
+def query_terms(question: str) -> list[str]:
+    """Return the terms of a question, without the stop words of its language and words that only ask."""
+    folded = _folded(question)
+    words = [(word, word.lower()) for word in re.findall(WORD, folded)]
+    common = max(_stop_words(), key=lambda language: sum(low in language for _, low in words))
+    told = (word for word, low in words if low not in common and low not in QUESTION_WORDS)
+    return [*(term for word in told for term in _word_terms(word)), *_grams(folded), *NUMBER.findall(folded)]
+
+
+@cache
+def _stop_words() -> list[frozenset[str]]:
+    """Return the stop words of each language."""
+    from bm25s import stopwords
+
+    names = (name for name in dir(stopwords) if name.startswith("STOPWORDS_"))
+    return [frozenset(map(_folded, getattr(stopwords, name))) for name in names]
+
+
+def _folded(text: str) -> str:
+    """Return a text in one form of each letter, without accents."""
+    if text.isascii():
+        return text
+    return unicodedata.normalize("NFC", OMITTED.sub("", unicodedata.normalize("NFKD", text)))
+
+
+def _word_terms(word: str) -> list[str]:
+    """Return the terms of a word: its first letters; and of an identifier the whole of it, and its parts."""
+    low = ARTICLE.sub("", word.lower())
+    if not IDENTIFIER.search(word):
+        return [low[:STEM_LETTERS]]
+    parts = (part.lower() for part in IDENTIFIER_PARTS.split(word) if part)
+    stems = (each[:STEM_LETTERS] if each.isalpha() else each for each in (low, *parts))
+    return list(dict.fromkeys([low, *stems]))
+
+
+def _grams(text: str) -> Iterator[str]:
+    """Yield the parts of a text's unspaced runs that are searched for."""
+    for run in re.findall(f"[{UNSPACED}]+", text):
+        yield from (run[at : at + GRAM_LETTERS] for at in range(max(1, len(run) - GRAM_LETTERS + 1)))
