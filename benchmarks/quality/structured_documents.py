@@ -51,7 +51,7 @@ def table_row(draw: Random, number: int, value: str) -> Entry:
 def markdown_row(draw: Random, number: int, value: str) -> Entry:
     """Return a row of a Markdown table."""
     entry = table_row(draw, number, value)
-    return entry._replace(text="| " + entry.text.replace(",", " | ") + " |")
+    return Entry(f"| {entry.text.replace(',', ' | ')} |", entry.value, entry.questions)
 
 
 def clause(draw: Random, number: int, value: str) -> Entry:

@@ -95,6 +95,31 @@ def test_a_question_for_a_list_finds_what_is_told_in_other_words_too(question: s
     assert set(ranked([*bought, *hills], question)) == set(range(found))
 
 
+@pytest.mark.parametrize(
+    "asked", ["What did they say on May 8?", "What was said on 2023-05-08?", "And on the 8th of May?"]
+)
+def test_a_date_holds_for_all_passages_below_it(asked: str) -> None:
+    things = [f"{first}{last}" for first in ("b", "k", "l", "t") for last in ("oat", "ite", "amp", "own", "ent", "ill")]
+    sessions = {
+        thing: "\n".join([f"1:56 pm on {day} May, 2023", *(f"Anna: We saw the {thing} near a hill." for _ in range(9))])
+        for day, thing in enumerate(things, start=1)
+    }
+    index = PassageIndex(MIN_WORDS)
+    ((ranking,), passages) = index.find([{"role": "user", "content": "\n\n".join(sessions.values())}], [Query(asked)])
+    assert len(ranking) > 3
+    assert all(things[7] in passages[number].text for number in ranking)
+
+
+def test_a_heading_holds_for_all_passages_below_it() -> None:
+    text = "\n\n".join(
+        f"## {name}\n\n{FILLER[0]}\n\nRun the program once.\n\n{FILLER[1]}" for name in ("Linux", "Windows")
+    )
+    index = PassageIndex(MIN_WORDS // 2)
+    ((best, *_),), passages = index.find([{"role": "user", "content": text}], [Query("How is it run on Windows?")])
+    assert passages[best].context == "## Windows"
+    assert "Run the program" in passages[best].text
+
+
 def test_stop_words_are_left_out_in_the_language_of_the_question() -> None:
     assert query_terms("When did the war end?") == ["war", "end"]
     assert query_terms("Wie heißt der Kapitän, der die Reise begann?") == ["heißt", "kapit", "reise", "began"]

@@ -15,6 +15,7 @@ from tests.support.chat import dialogue
 from tests.support.token_vectors import VOCAB, WORDS, made_up_vectors
 from zsmerge_llm.retrieval import saved_index
 from zsmerge_llm.retrieval.passage_index import PassageIndex
+from zsmerge_llm.retrieval.passages import Passage
 from zsmerge_llm.retrieval.questions import Query
 from zsmerge_llm.retrieval.saved_index import check_index, index_tensors, restored_index
 from zsmerge_llm.types import Message
@@ -51,7 +52,7 @@ def found(index: PassageIndex, texts: list[Message]) -> tuple[list[list[int]], l
 
 
 ORIGINAL = index_tensors(index_of(messages()))
-CHECKSUM = 3940417066
+CHECKSUM = 1598485689
 """Of the tensors of `ORIGINAL` by the rules of the number in the test."""
 
 
@@ -72,13 +73,13 @@ def test_a_restored_index_goes_on_as_one_that_was_never_saved(
 def test_of_a_saved_index_only_new_messages_are_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = index_tensors(index_of(messages()))
     new: list[Message] = [{"role": "user", "content": "The guard of the tower is asleep, and nobody knows the code."}]
-    split: list[str] = []
+    split: list[Passage] = []
     plain = saved_index.PassageIndex._append
-    monkeypatch.setattr(PassageIndex, "_append", lambda self, text: (split.append(text), plain(self, text))[1])
+    monkeypatch.setattr(PassageIndex, "_append", lambda self, passage: (split.append(passage), plain(self, passage))[1])
     restored = restored_index(tensors, messages() + new, SIZE, VECTORS)
     assert restored is not None
     assert found(restored, messages() + new)[0][1]
-    assert split == [new[0]["content"]]
+    assert [each.text for each in split] == [new[0]["content"]]
 
 
 def test_an_index_is_made_anew_beside_other_messages_or_by_other_rules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +98,7 @@ def test_an_index_is_made_anew_beside_other_messages_or_by_other_rules(monkeypat
 def test_rules_that_change_what_is_indexed_have_another_number() -> None:
     """Where this fails on purpose, raise `RULES`: indexes that were saved must not be mixed with new ones."""
     arrays = (tensor.numpy().tobytes() for name, tensor in sorted(ORIGINAL.items()))
-    assert (saved_index.RULES, zlib.crc32(b"".join(arrays))) == (1, CHECKSUM)
+    assert (saved_index.RULES, zlib.crc32(b"".join(arrays))) == (2, CHECKSUM)
 
 
 def test_an_index_of_nothing_is_not_saved() -> None:

@@ -48,8 +48,19 @@ def test_plain_words_are_found_by_their_first_letters_alone() -> None:
 
 
 def test_a_number_of_several_parts_is_one_that_names_something() -> None:
-    assert numbers("Is 7.2 of user88 at 10:16 of 3 or 2026-11-03?") == {"7.2", "user88", "10:16", "2026", "2026-11-03"}
+    assert numbers("Is 7.2 of user88 at 10:16 of 3 or 2026-11-03?") == {
+        "7.2", "user88", "10:16", "2026", "2026-11-03", "day 11-3",
+    }  # fmt: skip
     assert numbers("What is worker_12 of load_batch?") == {"worker_12"}
+
+
+@pytest.mark.parametrize(
+    "written", ["8 May, 2023", "on May 8", "8th of may", "MAY 8th", "2023-05-08", "2023/5/8 10:16", "am 8.5.2023"]
+)
+def test_a_day_is_found_in_whatever_form_it_is_written(written: str) -> None:
+    day = {*terms(written)} & {*query_terms("What happened on May 8, 2023?")} - {"2023", "may", "8"}
+    assert day == {*terms("8 May")} - {"may", "8"} != set()
+    assert not day & {*terms("5 August 2023-08-05, 18 May, May 2023, 8 maybes, 1.8.5, version 8.5")}
 
 
 # -- other languages and scripts ---------------------------------------------------------------------------------------

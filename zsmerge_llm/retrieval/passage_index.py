@@ -198,8 +198,9 @@ class PassageIndex:
             similar = None if self._similar is None else self._similar.copy()
             return IndexState(self.passages.copy(), self._added[:], *arrays, similar)
 
-    def _append(self, text: str) -> None:
-        """Add the terms of a passage's text."""
+    def _append(self, passage: Passage) -> None:
+        """Add the terms of a passage and of the headings it stands under: a date or a topic holds for all below it."""
+        text = f"{passage.context}\n{passage.text}"
         found = terms(text)
         counted = Counter(found)
         self._starts.append(len(self._terms))
@@ -222,7 +223,7 @@ class PassageIndex:
         """Make a message the last one of the last passage."""
         self._drop()
         self.passages.end_at(message)
-        self._append(self.passages[-1].text)
+        self._append(self.passages[-1])
 
     def _update(self, messages: list[Message]) -> None:
         known = shared_prefix(self.passages.messages, messages)
@@ -244,7 +245,7 @@ class PassageIndex:
             spans = split_spans(content, self.size, date)
             for span in spans:
                 self.passages.add(number, *span)
-                self._append(content[span.start : span.end])
+                self._append(self.passages[-1])
             self._added.append((False, len(spans), opening_date(content) or date))
 
     def rank(self, question: str, count: int | None = None) -> list[int]:

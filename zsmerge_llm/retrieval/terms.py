@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 
 STEM_LETTERS = 5
 """Letters of a word that tell it from others: "compresses" and "compressed" are the same to the search."""
@@ -41,6 +41,23 @@ IDENTIFIER_PARTS = re.compile(r"_+|(?<=[a-z])(?=[A-Z])")
 """What separates the parts of an identifier."""
 NUMBER = re.compile(r"\d+(?:[.:/-]\d+)+")
 """A number of several parts, which count together: a clause, a version, a date, a time of day, an address."""
+MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
+MONTH = (
+    r"(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+    r"|nov(?:ember)?|dec(?:ember)?)"
+)
+DAY = re.compile(r"(\d{1,2})(?<![\w.:/-]\d)(?<![\w.:/-]\d\d)(?:st|nd|rd|th)?(?![\w:/-])")
+MONTH_BEHIND = re.compile(rf"\.?\s+(?:of\s+)?{MONTH}\b", re.IGNORECASE)
+MONTH_BEFORE = re.compile(rf"\b{MONTH}\.?\s+$", re.IGNORECASE)
+MONTH_LETTERS = 12
+"""Characters before a day that its month takes at most."""
+DATE = re.compile(
+    r"(?<![\w.:/-])(?:(?P<year>\d{4})[-/](?P<month>\d{1,2})[-/](?P<day>\d{1,2})"
+    r"|(?P<day_first>\d{1,2})\.(?P<month_second>\d{1,2})\.(?P<year_last>\d{4}))(?!\d)"
+)
+"""A date in numbers: "2023-05-08", "8.5.2023"."""
+CACHED_WORDS = 1 << 14
+"""Words whose terms are kept, for most of a text are the same ones."""
 QUESTION_WORDS = frozenset(
     re.findall(
         WORD,
@@ -61,16 +78,21 @@ def terms(text: str) -> list[str]:
     """Return the terms that a text is found by, with repetitions."""
     folded = _folded(text)
     words = (term for word in re.findall(WORD, folded) for term in _word_terms(word))
-    return [*words, *_grams(folded), *NUMBER.findall(folded)]
+    return [*words, *_grams(folded), *NUMBER.findall(folded), *_days(folded)]
 
 
 def query_terms(question: str) -> list[str]:
-    """Return the terms of a question, without the stop words of its language and words that only ask."""
+    """Return the terms of a question, without the stop words of its language and words that only ask.
+
+    Of a date in numbers its year and day count alone, for a text may have it in other words.
+    """
     folded = _folded(question)
-    words = [(word, word.lower()) for word in re.findall(WORD, folded)]
+    undated = DATE.sub(lambda found: found["year"] or found["year_last"], folded)
+    words = [(word, word.lower()) for word in re.findall(WORD, undated)]
     common = max(_stop_words(), key=lambda language: sum(low in language for _, low in words))
     told = (word for word, low in words if low not in common and low not in QUESTION_WORDS)
-    return [*(term for word in told for term in _word_terms(word)), *_grams(folded), *NUMBER.findall(folded)]
+    asked = (term for word in told for term in _word_terms(word))
+    return [*asked, *_grams(folded), *NUMBER.findall(undated), *_days(folded)]
 
 
 @cache
@@ -89,17 +111,33 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", OMITTED.sub("", unicodedata.normalize("NFKD", text)))
 
 
-def _word_terms(word: str) -> list[str]:
+@lru_cache(CACHED_WORDS)
+def _word_terms(word: str) -> tuple[str, ...]:
     """Return the terms of a word: its first letters; and of an identifier the whole of it, and its parts."""
     low = ARTICLE.sub("", word.lower())
     if not IDENTIFIER.search(word):
-        return [low[:STEM_LETTERS]]
+        return (low[:STEM_LETTERS],)
     parts = (part.lower() for part in IDENTIFIER_PARTS.split(word) if part)
     stems = (each[:STEM_LETTERS] if each.isalpha() else each for each in (low, *parts))
-    return list(dict.fromkeys([low, *stems]))
+    return tuple(dict.fromkeys([low, *stems]))
 
 
 def _grams(text: str) -> Iterator[str]:
     """Yield the parts of a text's unspaced runs that are searched for."""
     for run in re.findall(f"[{UNSPACED}]+", text):
         yield from (run[at : at + GRAM_LETTERS] for at in range(max(1, len(run) - GRAM_LETTERS + 1)))
+
+
+def _days(text: str) -> Iterator[str]:
+    """Yield the days of a year that a text names, each in one form. Names of months are English."""
+    for found in DATE.finditer(text):
+        yield _day(found["month"] or found["month_second"], found["day"] or found["day_first"])
+    for found in DAY.finditer(text):
+        start = found.start()
+        name = MONTH_BEHIND.match(text, found.end()) or MONTH_BEFORE.search(text, max(0, start - MONTH_LETTERS), start)
+        if name:
+            yield _day(1 + MONTHS.index(name[1][:3].lower()), found[1])
+
+
+def _day(month: str | int, day: str) -> str:
+    return f"day {int(month)}-{int(day)}"
