@@ -30,9 +30,10 @@ TOWNS = ("Marlow", "Tessaly", "Brunn", "Okehart", "Silmere", "Corvane", "Dunhelm
 
 
 class Entry(NamedTuple):
-    """A record of a document, and questions that name it; the answer to each is `value`."""
+    """A record of a document, and questions that name it; the answer to each is `value`, which is a `noun`."""
 
     text: str
+    noun: str
     value: str
     questions: tuple[str, ...]
 
@@ -45,13 +46,13 @@ def table_row(draw: Random, number: int, value: str) -> Entry:
     """Return a row of a table with commas."""
     item = f"{1000 + number}"
     row = f"{item},{draw.choice(THINGS)} M{draw.randint(2, 30)},{draw.choice(COLOURS)},{draw.randint(0, 500)},{value}"
-    return Entry(row, value, (f"What is the article number of the item with id {item}?",))
+    return Entry(row, "article number", value, (f"What is the article number of the item with id {item}?",))
 
 
 def markdown_row(draw: Random, number: int, value: str) -> Entry:
     """Return a row of a Markdown table."""
     entry = table_row(draw, number, value)
-    return Entry(f"| {entry.text.replace(',', ' | ')} |", entry.value, entry.questions)
+    return Entry(f"| {entry.text.replace(',', ' | ')} |", entry.noun, entry.value, entry.questions)
 
 
 def clause(draw: Random, number: int, value: str) -> Entry:
@@ -61,7 +62,9 @@ def clause(draw: Random, number: int, value: str) -> Entry:
         f"{own} The {draw.choice(PARTIES)} shall {draw.choice(DUTIES)} the other party within {draw.randint(2, 90)} "
         f"days by form {value}, unless clause {other} applies.\n"
     )
-    return Entry(text, value, (f"Which form does clause {own} ask for?", f"By which form must it be done under {own}?"))
+    return Entry(
+        text, "form", value, (f"Which form does clause {own} ask for?", f"By which form must it be done under {own}?")
+    )
 
 
 def log_line(draw: Random, number: int, value: str) -> Entry:
@@ -72,7 +75,7 @@ def log_line(draw: Random, number: int, value: str) -> Entry:
         f"{time} INFO {draw.choice(SERVICES)}: request {request} "
         f"{draw.choice(OUTCOMES)} in {draw.randint(3, 900)} ms, trace {value}"
     )
-    return Entry(text, value, (f"Which trace has request {request}?", f"Which trace was logged at {time}?"))
+    return Entry(text, "trace", value, (f"Which trace has request {request}?", f"Which trace was logged at {time}?"))
 
 
 def json_record(draw: Random, number: int, value: str) -> Entry:
@@ -80,7 +83,7 @@ def json_record(draw: Random, number: int, value: str) -> Entry:
     mail = f"user{number}@example.com"
     person = {"id": number, "name": f"{draw.choice(NAMES)} {draw.choice(SURNAMES)}", "email": mail, "badge": value}
     questions = (f"What is the badge of {mail}?", f"Which badge has the person with id {number}?")
-    return Entry(json.dumps(person, indent=1), value, questions)
+    return Entry(json.dumps(person, indent=1), "badge", value, questions)
 
 
 def function(draw: Random, number: int, value: str) -> Entry:
@@ -92,14 +95,16 @@ def function(draw: Random, number: int, value: str) -> Entry:
         f'    """{draw.choice(VERBS).title()} each {draw.choice(NOUNS)} of a {draw.choice(NOUNS)}."""\n\n'
         f'    code = "{value}"\n\n\ndef {name}(source):\n    return {camel}(source).run()\n\n'
     )
-    return Entry(text, value, (f"What is the code of the task that `{name}` runs?", f"What is the code of {camel}?"))
+    return Entry(
+        text, "code", value, (f"What is the code of the task that `{name}` runs?", f"What is the code of {camel}?")
+    )
 
 
 def settings(draw: Random, number: int, value: str) -> Entry:
     """Return a section of a configuration file."""
     name = f"{draw.choice(SERVICES)}_worker_{number}"
     text = f"[{name}]\nthreads = {draw.randint(1, 64)}\ntimeout = {draw.randint(1, 300)}s\nsecret = {value}\n"
-    return Entry(text, value, (f"What is the secret of {name}?",))
+    return Entry(text, "secret", value, (f"What is the secret of {name}?",))
 
 
 def release(draw: Random, number: int, value: str) -> Entry:
@@ -109,21 +114,25 @@ def release(draw: Random, number: int, value: str) -> Entry:
         f"## {version}\n\n- The {draw.choice(NOUNS)} of a {draw.choice(NOUNS)} is no longer {draw.choice(COLOURS)} "
         f"({value}).\n- A {draw.choice(NOUNS)} can {draw.choice(VERBS)}.\n"
     )
-    return Entry(text, value, (f"Which issue was fixed in version {version}?", f"Which issue was fixed in v{version}?"))
+    return Entry(
+        text, "issue", value, (f"Which issue was fixed in version {version}?", f"Which issue was fixed in v{version}?")
+    )
 
 
 def host(draw: Random, number: int, value: str) -> Entry:
     """Return a line of a table of hosts."""
     address = f"10.{number // 250}.{number % 250}.{draw.randrange(1, 250)}"
     text = f"{address}  {draw.choice(SERVICES)}-{number}.example.org  rack {value}"
-    return Entry(text, value, (f"In which rack is {address}?", f"Which rack does the host {address} stand in?"))
+    return Entry(text, "rack", value, (f"In which rack is {address}?", f"Which rack does the host {address} stand in?"))
 
 
 def departure(draw: Random, number: int, value: str) -> Entry:
     """Return a line of a timetable."""
     time = f"{number // 12:02d}:{number % 12 * 5 + draw.randrange(5):02d}"
     text = f"{time}  {draw.choice(TOWNS)} via {draw.choice(TOWNS)}, train {value}, platform {draw.randint(1, 12)}"
-    return Entry(text, value, (f"Which train leaves at {time}?", f"I want to leave at {time}. Which train is that?"))
+    return Entry(
+        text, "train", value, (f"Which train leaves at {time}?", f"I want to leave at {time}. Which train is that?")
+    )
 
 
 RECORDS: dict[str, Build] = {
@@ -146,7 +155,7 @@ def _generated(kind: str, sources: Sources, seed: str, tokens: int, questions: i
             {
                 "q": draw.choice(entries[at].questions),
                 "a": [entries[at].value],
-                "opening": "It is",
+                "opening": f"The {entries[at].noun} is",
                 "metric": "all",
                 "depth": at / len(entries),
             }
