@@ -23,6 +23,7 @@ SENTENCE_END = f"[{SENTENCE_MARKS}][\"')\u201d]*\\s+|[\u3002\uff01\uff1f]\\s*|\\
 """Where a sentence, line or, with two line ends, a paragraph ends. A line that goes on in small letters does not."""
 LINE_END = f"{SENTENCE_END}|\\n\\s*"
 """Where a sentence or a line ends, however the next one begins: a list may have words in small letters alone."""
+SPACES = re.compile(r"\s*")
 DATE = (
     r"\b(?:\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}"
     r"|\d{1,2}(?:st|nd|rd|th)?\.?\s+(?:de\s+)?[^\W\d_]{3,}\.?,?\s+(?:de\s+)?\d{4}"
@@ -123,12 +124,14 @@ def _starts(text: str, size: int) -> list[int]:
     One ends with a paragraph, or before the least indented line behind `size` words: so records stay whole.
     """
     starts, words, ends = [0], 0, list[tuple[int, int, int]]()  # of an end: indentation, place, words up to it
+    line = before_end = 0  # where the line of an end begins: looked for behind the end before, for lines may be long
     for end, ends_paragraph, more in _ends(text, size):
+        line, before_end = max(line, text.rfind("\n", before_end, end) + 1), end
         words += more
         if ends_paragraph and words >= MIN_WORDS:
             ends = [(0, end, words)]
         elif words >= size:
-            ends.append((_indentation(text, end), end, words))
+            ends.append((_indentation(text, line, end), end, words))
         if ends and (min(ends)[0] == 0 or words >= MAX_SIZES * size):
             _, end, before = min(ends)
             starts.append(end)
@@ -139,10 +142,10 @@ def _starts(text: str, size: int) -> list[int]:
     return starts
 
 
-def _indentation(text: str, at: int) -> int:
-    """Return by how much the line is indented in which a place is."""
-    line = text.rfind("\n", 0, at) + 1
-    return len(text[line:at]) - len(text[line:at].lstrip())
+def _indentation(text: str, line: int, end: int) -> int:
+    """Return how many spaces a line begins with, up to a place in it. line: where it begins."""
+    found = SPACES.match(text, line, end)
+    return found.end() - line if found else 0
 
 
 def _ends(text: str, size: int) -> Iterator[tuple[int, bool, int]]:

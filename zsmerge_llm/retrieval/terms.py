@@ -18,9 +18,9 @@ CHARACTERS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 """Letters of Thai, Lao, Burmese and Khmer, which write no spaces between words."""
 UNSPACED_LETTERS = 4
-"""As many of these count as a word, ..."""
+"""Letters of these scripts that count as a word."""
 GRAM_LETTERS = 3
-"""... and each so many that follow each other are searched for."""
+"""Letters of the n-grams by which these scripts are searched."""
 MARKS = "".join(
     chr(code)
     for code in range(0x300, 0x3100)
@@ -46,12 +46,14 @@ MONTH = (
     r"(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
     r"|nov(?:ember)?|dec(?:ember)?)"
 )
+"""An English name of a month, of which three letters tell it."""
 DAY = re.compile(r"(\d{1,2})(?<![\w.:/-]\d)(?<![\w.:/-]\d\d)(?:st|nd|rd|th)?(?![\w:/-])")
+"""A number that may be the day of a month. It is one where a month stands behind it or before it."""
 MONTH_BEHIND = re.compile(rf"\.?\s+(?:of\s+)?{MONTH}\b", re.IGNORECASE)
 MONTH_BEFORE = re.compile(rf"\b{MONTH}\.?\s+$", re.IGNORECASE)
 MONTH_LETTERS = 12
 """Characters before a day that its month takes at most."""
-DATE = re.compile(
+NUMERIC_DATE = re.compile(
     r"(?<![\w.:/-])(?:(?P<year>\d{4})[-/](?P<month>\d{1,2})[-/](?P<day>\d{1,2})"
     r"|(?P<day_first>\d{1,2})\.(?P<month_second>\d{1,2})\.(?P<year_last>\d{4}))(?!\d)"
 )
@@ -87,7 +89,7 @@ def query_terms(question: str) -> list[str]:
     Of a date in numbers its year and day count alone, for a text may have it in other words.
     """
     folded = _folded(question)
-    undated = DATE.sub(lambda found: found["year"] or found["year_last"], folded)
+    undated = NUMERIC_DATE.sub(lambda found: found["year"] or found["year_last"], folded)
     words = [(word, word.lower()) for word in re.findall(WORD, undated)]
     common = max(_stop_words(), key=lambda language: sum(low in language for _, low in words))
     told = (word for word, low in words if low not in common and low not in QUESTION_WORDS)
@@ -130,7 +132,7 @@ def _grams(text: str) -> Iterator[str]:
 
 def _days(text: str) -> Iterator[str]:
     """Yield the days of a year that a text names, each in one form. Names of months are English."""
-    for found in DATE.finditer(text):
+    for found in NUMERIC_DATE.finditer(text):
         yield _day(found["month"] or found["month_second"], found["day"] or found["day_first"])
     for found in DAY.finditer(text):
         start = found.start()
