@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.policies.attention_based import TOVA, CaM, SnapKV, pyramid
 from benchmarks.policies.base import STAGE, ModelFacts, Policy, plain
-from benchmarks.policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite
+from benchmarks.policies.key_based import ExpectedAttention, KeyDiff, Knorm, LMInfinite, NestedKV
 from benchmarks.policies.least_squares_merging import LeastSquaresMerging
 from benchmarks.policies.value_weighted import (
     MaxAttention,
@@ -96,6 +96,7 @@ _ALL = (
     Policy("tova", _tova, lambda _: TOVA()),
     Policy("keydiff", plain, lambda _: KeyDiff()),
     Policy("knorm", plain, lambda _: Knorm()),
+    Policy("nestedkv", plain, lambda _: NestedKV()),
     Policy("expected", plain, ExpectedAttention),
     Policy("expected-layer-budgets", plain, ExpectedAttention, layer_budget_strength=1),
     Policy("cam", _cam, lambda _: CaM()),

@@ -24,6 +24,49 @@ class KeyDiff(ScoredWhenFull):
         return -F.cosine_similarity(directions, anchor, dim=-1)
 
 
+class NestedKV(ScoredWhenFull):
+    """After arXiv 2605.26678: keep keys unlike the mean direction of all keys, of their block, or of their neighbours.
+
+    Each head ranks its slots by each of the three, and weighs the ranks by how far the measure spreads. Where one of
+    them ranks a slot high, that rank alone counts. Our own reading; a head's budget is not adapted: each has as many.
+    """
+
+    name = "nestedkv"
+    BLOCK = 128
+    NEIGHBOURS = 31
+    SURPRISE = 0.9
+
+    def scores(self, view: KVView, inputs: AttentionInputs) -> Tensor:
+        present = (view.multiplicity > 0).float()
+        directions = F.normalize(view.keys.float(), dim=-1) * present[..., None]
+        anchors = (self._global(directions), self._of_block(directions), self._of_neighbours(directions))
+        unlike = torch.stack([1 - F.cosine_similarity(directions, anchor, dim=-1) for anchor in anchors])
+        unlike = unlike.masked_fill(present == 0, -1.0)
+        ranks = unlike.argsort(-1).argsort(-1) / max(unlike.shape[-1] - 1, 1)
+        count = present.sum(-1).clamp(min=1)
+        mean = (unlike * present).sum(-1) / count
+        spread = (((unlike - mean[..., None]) * present).square().sum(-1) / count).sqrt()
+        weights = spread / spread.sum(0).clamp(min=1e-9)
+        mixed, highest = (ranks * weights[..., None]).sum(0), ranks.amax(0)
+        return torch.where(highest >= self.SURPRISE, highest, mixed)
+
+    def _global(self, directions: Tensor) -> Tensor:
+        """Return the direction of the sum of all: cosine needs no mean."""
+        return directions.sum(2, keepdim=True)
+
+    def _of_block(self, directions: Tensor) -> Tensor:
+        """Return the same of each slot's block, [B, H, C, D]. Slots stand in the order of their positions."""
+        size = directions.shape[2]
+        blocks = F.pad(directions, (0, 0, 0, -size % self.BLOCK)).unflatten(2, (-1, self.BLOCK))
+        return blocks.sum(3, keepdim=True).expand_as(blocks).flatten(2, 3)[:, :, :size]
+
+    def _of_neighbours(self, directions: Tensor) -> Tensor:
+        """Return the same of the slots around each, [B, H, C, D]."""
+        lines = directions.mT.flatten(0, 1)  # [B · H, D, C]
+        means = F.avg_pool1d(lines, self.NEIGHBOURS, stride=1, padding=self.NEIGHBOURS // 2)
+        return means.view_as(directions.mT).mT
+
+
 class Knorm(ScoredWhenFull):
     """arXiv 2406.11430: keep keys of a small norm."""
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from benchmarks.policies import POLICIES, ModelFacts
 from benchmarks.policies.attention_based import pyramid
+from benchmarks.policies.base import ScoredWhenFull
+from benchmarks.policies.key_based import KeyDiff, NestedKV
 from benchmarks.policies.least_squares_merging import LeastSquaresMerging, attention_mass_by_query
 from benchmarks.quality import evaluator, report, run, tasks
 from benchmarks.quality.ask import ask
@@ -21,6 +23,7 @@ from tests.support.templates import template
 from tests.support.tiny_models import tiny_model, tokens
 from zsmerge_llm.engine.engine import Engine
 from zsmerge_llm.kvcache.cache import Cache
+from zsmerge_llm.kvcache.layer_cache import KVView
 from zsmerge_llm.kvcache.slots import AttentionInputs
 
 BOUNDED = sorted(name for name, policy in POLICIES.items() if policy.config(1024).slots is not None)
@@ -104,7 +107,7 @@ def test_every_policy_reads_within_the_same_bytes(name: str, engine: Engine) -> 
     assert all(torch.isfinite(logits).flatten())
 
 
-@pytest.mark.parametrize("name", ["keydiff", "knorm", "tova", "snapkv", "expected", "cam", "lm-infinite"])
+@pytest.mark.parametrize("name", ["keydiff", "nestedkv", "knorm", "tova", "snapkv", "expected", "cam", "lm-infinite"])
 def test_policies_differ_from_heavy_hitters(name: str, engine: Engine) -> None:
     def kept(which: str) -> list[Any]:
         cache = POLICIES[which].new_cache(engine.specs, 200, ModelFacts.of(engine))
@@ -113,6 +116,26 @@ def test_policies_differ_from_heavy_hitters(name: str, engine: Engine) -> None:
         return [cache.layers[0].position[0, 0, :200].tolist(), cache.layers[0].values[0, 0, :200].sum().item()]
 
     assert kept(name) != kept("h2o")
+
+
+def test_nestedkv_keeps_a_key_that_is_unlike_its_block_alone(engine: Engine) -> None:
+    slots, odd = 512, 100
+    cache = POLICIES["nestedkv"].new_cache(engine.specs, slots, ModelFacts.of(engine))
+    layer = cache.layers[0]
+    shape = layer.keys[:, :, :slots].shape
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    noise[:, :, : slots // 2, 0] += 1.0
+    noise[:, :, slots // 2 :, 1] += 1.0
+    noise[:, :, odd] = noise[:, :, slots // 2]  # as all of the second half
+    layer.keys[:, :, :slots] = noise
+    layer.multiplicity[:, :, :slots] = 1
+
+    def higher(policy: ScoredWhenFull) -> torch.Tensor:
+        scores = policy.scores(cast(KVView, layer), cast(AttentionInputs, None))
+        return (scores > scores[..., odd, None]).sum(-1)
+
+    assert higher(NestedKV()).max() < slots // 20, "those unlike the whole text are kept, too"
+    assert higher(KeyDiff()).min() > slots // 10, "half of all keys are like it"
 
 
 def test_lm_infinite_puts_no_key_further_away_than_its_slots(engine: Engine) -> None:
