@@ -2,8 +2,8 @@
 
     python benchmarks/quality/run.py SUITE [--model M] [--contenders A,B] [--budgets 512 1024 10%] [--lengths 4096 8192]
 
-Suites: `ruler`, `scbench`, `structured` and `agents` are generated at each length; `locomo` has dialogues up to each
-length as documents; `beam` and `prefeval` are conversations. They are made from the folder that `--folder` or
+Suites: `ruler`, `scbench`, `structured`, `updates` and `agents` are generated at each length; `locomo` has dialogues up
+to each length as documents; `beam` and `prefeval` are conversations. They are made from the folder that `--folder` or
 ZSMERGE_EVALUATION_DATA names (`sources`). `files` takes documents, chats and prompts of any JSON lines (`--data
 FILE.jsonl...`), and hides needles in a text (`--needles FILE`).
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import RESULTS
 from benchmarks.policies import POLICIES
-from benchmarks.quality import agents, dialogues, locomo, ruler, scbench, structured_documents, suite_report
+from benchmarks.quality import agents, dialogues, locomo, ruler, scbench, structured_documents, suite_report, updates
 from benchmarks.quality.contenders import contenders
 from benchmarks.quality.evaluator import Budget, Evaluator
 from benchmarks.quality.report import report
@@ -50,8 +50,8 @@ FILES = (
 SUITE = "full,bm25,truncate-retrieval,ours"
 AGENTS = "full,bm25,truncate,streaming-look-up,ours-cache-alone,ours"
 REFERENCE = ["zsmerge-question", "zsmerge-layer-budgets", "zsmerge-uniform-budgets"]
-SUITES = ("files", "ruler", "scbench", "structured", "agents", "locomo", "beam", "prefeval")
-TASKS = {"ruler": ruler, "scbench": scbench, "structured": structured_documents}
+SUITES = ("files", "ruler", "scbench", "structured", "updates", "agents", "locomo", "beam", "prefeval")
+TASKS = {"ruler": ruler, "scbench": scbench, "structured": structured_documents, "updates": updates}
 GENERATED = (*TASKS, "agents")
 Cell = tuple[str, str, str, str, str, int]
 UNBOUNDED = "full"

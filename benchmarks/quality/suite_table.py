@@ -25,6 +25,7 @@ NAMES = {
     "ruler": "RULER",
     "scbench": "SCBench's synthetic kinds",
     "structured": "Documents of records",
+    "updates": "Facts that change",
     "agents": "Agents",
     "locomo": "LoCoMo",
     "beam": "BEAM",

@@ -21,6 +21,7 @@ from benchmarks.quality import (
     suite_report,
     suite_table,
     tasks,
+    updates,
 )
 from benchmarks.quality.contenders import contenders
 from benchmarks.quality.evaluator import Budget, Evaluator
@@ -30,7 +31,7 @@ from tests.support.chat import LARGE_CACHE, make_llm
 from tests.support.templates import template
 
 TOKENS = 3000
-GENERATED = [(suite, name) for suite in (ruler, scbench, structured_documents) for name in suite.TASKS]
+GENERATED = [(suite, name) for suite in (ruler, scbench, structured_documents, updates) for name in suite.TASKS]
 
 
 def count_words(text: str) -> int:

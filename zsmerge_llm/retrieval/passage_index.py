@@ -35,6 +35,7 @@ from zsmerge_llm.retrieval.passages import (
     split_spans,
 )
 from zsmerge_llm.retrieval.questions import Query, asks_for_list, subject
+from zsmerge_llm.retrieval.recency import asked_time, asks_for_state, in_time, without_time
 from zsmerge_llm.retrieval.similarity_index import SimilarityIndex
 from zsmerge_llm.retrieval.terms import count_words, query_terms, terms
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
@@ -53,6 +54,8 @@ MAX_FREQUENCY = 0xFFFF
 """Largest count that two bytes hold: beyond it, BM25 hardly tells frequencies apart."""
 NEAR_BY_WORDS, NEAR = 0.5, 0.65
 """Share of the best passage's score that others need, by words alone and by both. After a gap the search is sure."""
+ALIKE_SHARE = 0.9
+"""Share of what the best passages say of a question's terms, by weight, that others say which may be newer."""
 FOR_LIST = 0.77
 """Factor of these where a list is asked for, which stands in many passages (docs/research/retrieval)."""
 REPLY = re.compile(r"[^\S\n]*\n[^\S\n]*(\S[^\n]{0,39}:[^\S\n][^\n]+)")
@@ -257,13 +260,33 @@ class PassageIndex:
         factor, question = FOR_LIST if asks_for_list(question) else 1.0, subject(question)
         by_words = self.rank_by_words(question, count)
         if self._similar is None or not by_words:
-            return [number for number, score in by_words if score >= factor * NEAR_BY_WORDS * by_words[0][1]]
+            near = [number for number, score in by_words if score >= factor * NEAR_BY_WORDS * by_words[0][1]]
+            return self._in_time(near, question)
         similar = self._similar.scores(question)
         scores = similar[:count] / (similar[:count].max() or 1)
         for number, score in by_words:
             scores[number] += score / by_words[0][1]
         order = np.argsort(-scores, kind="stable")
-        return [int(number) for number in order if scores[number] >= factor * NEAR * scores[order[0]]]
+        near = [int(number) for number in order if scores[number] >= factor * NEAR * scores[order[0]]]
+        return self._in_time(near, question)
+
+    def _in_time(self, ranked: list[int], question: str) -> list[int]:
+        """Return ranked passages with the newest or oldest first of those that say as much of a question as the best.
+
+        Where it asks for what is so, the newest of them comes behind the best one.
+        """
+        time = asked_time(question)
+        if len(ranked) < 2 or not (time or asks_for_state(question)):
+            return ranked
+        said = np.zeros(len(self.passages))
+        for term in set(query_terms(without_time(question))):
+            numbers, _ = self._passages_with(term)
+            said[numbers] += self._rarity(len(numbers))
+        least = ALIKE_SHARE * max(said[number] for number in ranked[:TOP])
+        alike = [number for number in ranked if said[number] >= least]
+        if time:
+            return in_time(ranked, alike, time)
+        return list(dict.fromkeys([ranked[0], max([ranked[0], *alike]), *ranked]))
 
     def rank_by_words(self, question: str, count: int | None = None) -> list[tuple[int, float]]:
         """Return those of the first `count` passages that share enough with a question, the best first.
@@ -273,12 +296,14 @@ class PassageIndex:
         sought = sorted(set(query_terms(question)))
         if not sought or count == 0 or not self._total:
             return []
+        needed = set(query_terms(without_time(question))) or sought  # "last" and "now" need not be in the passage
         found = [self._passages_with(term) for term in sought]
         shared, weights = np.zeros(len(self.passages)), list[float]()
-        for numbers, _ in found:
+        for term, (numbers, _) in zip(sought, found, strict=True):
             rarity = self._rarity(len(numbers))
             shared[numbers] += rarity
-            weights.append(rarity if len(numbers) else UNKNOWN_WEIGHT * rarity)
+            if term in needed:
+                weights.append(rarity if len(numbers) else UNKNOWN_WEIGHT * rarity)
         scores, shared = self._scores(found)[:count], shared[:count]
         least = MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
         if max(shared[at] for at in _highest(scores, TOP)) < least:

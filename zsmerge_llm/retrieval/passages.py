@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 from zsmerge_llm.retrieval.terms import TERM, count_words, terms
@@ -90,25 +91,30 @@ def split_spans(text: str, size: int = PASSAGE_WORDS, date: str = "") -> list[Sp
 
 def opening_date(text: str) -> str:
     """Return the first line of a text, if it says when what follows was said; else ""."""
-    return next((line for at, line, is_date in _headings(text[:MAX_HEADING_LETTERS]) if is_date and not at), "")
+    beginning = text[: 3 * MAX_HEADING_LETTERS]  # a line is looked at beside the next one
+    return next((line for at, line, is_date in _headings(beginning) if is_date and not at), "")
 
 
 def _headings(text: str) -> Iterator[tuple[int, str, bool]]:
     """Yield where each heading begins, its line, and whether it is a date rather than a heading of Markdown."""
-    at, ends_paragraph = 0, True
-    for whole in text.splitlines(keepends=True):
+    at, ends_paragraph, lines = 0, True, text.splitlines(keepends=True)
+    for whole, next_line in zip_longest(lines, lines[1:], fillvalue=""):
         line = whole.strip()
         start, at = at + whole.find(line), at + len(whole)
         if len(line) <= MAX_HEADING_LETTERS:
             if re.match("#{1,6}\\s", line):
                 yield start, line, False
-            elif (ends_paragraph or SESSION.match(line)) and _is_date_line(line):
+            elif (ends_paragraph or SESSION.match(line)) and _is_date_line(line, next_line.strip()):
                 yield start, line, True
         ends_paragraph = not line
 
 
-def _is_date_line(line: str) -> bool:
-    if LIST_ITEM.match(line) or line.endswith((".", "!", "?")) or not re.search(DATE, line):
+def _is_date_line(line: str, next_line: str) -> bool:
+    """Return whether a line says when what follows was said. One of a log, where each has its date, does not."""
+    found = re.search(DATE, line)
+    if found is None or LIST_ITEM.match(line) or line.endswith((".", "!", "?")):
+        return False
+    if re.compile(DATE).match(next_line, found.start()):
         return False
     return count_words(re.sub(DATE, " ", line)) <= MAX_DATE_LINE_WORDS
 

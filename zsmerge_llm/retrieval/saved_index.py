@@ -21,7 +21,7 @@ from zsmerge_llm.retrieval.similarity_index import SimilarityIndex
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.types import Message
 
-RULES = 2
+RULES = 3
 """Number of the rules by which texts become passages, terms and tokens: whoever changes one raises it."""
 PREFIX = "index."
 ABOUT = f"{PREFIX}about"
