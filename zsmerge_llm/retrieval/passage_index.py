@@ -296,13 +296,13 @@ class PassageIndex:
         sought = sorted(set(query_terms(question)))
         if not sought or count == 0 or not self._total:
             return []
-        needed = set(query_terms(without_time(question))) or sought  # "last" and "now" need not be in the passage
+        needed = set(query_terms(without_time(question))) or sought  # a text need not have "last" and "now"
         found = [self._passages_with(term) for term in sought]
         shared, weights = np.zeros(len(self.passages)), list[float]()
         for term, (numbers, _) in zip(sought, found, strict=True):
             rarity = self._rarity(len(numbers))
             shared[numbers] += rarity
-            if term in needed:
+            if len(numbers) or term in needed:
                 weights.append(rarity if len(numbers) else UNKNOWN_WEIGHT * rarity)
         scores, shared = self._scores(found)[:count], shared[:count]
         least = MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
