@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 
 from tests.support.chat import dialogue
 from tests.support.templates import template
 from tests.support.token_vectors import made_up_vectors
 from zsmerge_llm.retrieval.passage_search import PassageSearch
-from zsmerge_llm.retrieval.standing_instructions import MAX_MESSAGE_WORDS, StandingInstructions, find_statements
+from zsmerge_llm.retrieval.standing_instructions import MAX_MESSAGE_WORDS, find_statements
+from zsmerge_llm.retrieval.terms import query_terms
+from zsmerge_llm.retrieval.token_vectors import TokenVectors
+from zsmerge_llm.retrieval.user_statements import UserStatements, relevance
 
 PREFERENCE = "I strongly dislike superhero comic books."
 FILLER = "Rain fell on the quiet village all day long."
@@ -73,20 +78,24 @@ def test_of_a_long_sentence_the_clause_that_says_it_is_taken() -> None:
     ]
 
 
+def relevant_to(question: str, vectors: TokenVectors | None = None) -> Callable[[Sequence[str]], list[float]]:
+    return lambda statements: relevance(statements, query_terms(question), question, vectors)
+
+
 def test_those_that_share_words_with_the_question_come_first_then_the_newest() -> None:
     chat = dialogue("I love rain.", "I see.", "I avoid sugar.", "I see.", "I avoid bread.", "I love snow.")
-    standing, room = StandingInstructions(), iter([True, True, False])
-    found = standing.select(chat, "Where is it raining? I want rain.", lambda _: next(room))
+    standing, room = UserStatements(find_statements), iter([True, True, False])
+    found = standing.select(chat, relevant_to("Where is it raining? I want rain."), lambda _: next(room))
     assert found == ["I love rain.", "I avoid bread."], "what an assistant says does not count"
-    assert standing.select(chat[:1], "?", lambda _: True) == ["I love rain."]
+    assert standing.select(chat[:1], relevant_to("?"), lambda _: True) == ["I love rain."]
 
 
 def test_those_that_say_like_things_in_other_words_come_first_too() -> None:
     chat = dialogue("I avoid any port.", "I see.", "I avoid the rain.", "I see.", "I avoid fresh bread.")
     question = "Which harbour is near, and what does the market sell?"
     for vectors, first in ((None, "I avoid fresh bread."), (made_up_vectors(), "I avoid any port.")):
-        fits = map(int, "100").__next__
-        assert StandingInstructions().select(chat, question, lambda _, fits=fits: fits(), vectors) == [first]
+        fits, statements = map(int, "100").__next__, UserStatements(find_statements)
+        assert statements.select(chat, relevant_to(question, vectors), lambda _, fits=fits: fits()) == [first]
 
 
 def test_a_preference_stands_before_a_later_question_unless_it_is_near() -> None:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
 from zsmerge_llm.retrieval.excerpts import MAX_ALIKE, Excerpts, alike, first_passages, sought_terms
 from zsmerge_llm.retrieval.named_passages import by_identifier, named_passages, numbers
 from zsmerge_llm.retrieval.passages import Passage
+from zsmerge_llm.retrieval.personal_facts import asked_about, asks_about_self, find_facts
 from zsmerge_llm.retrieval.query_probe import MAX_QUESTION_TOKENS
 from zsmerge_llm.retrieval.questions import (
     Query,
@@ -43,8 +44,9 @@ from zsmerge_llm.retrieval.selection import (
     with_context,
     with_replies,
 )
-from zsmerge_llm.retrieval.standing_instructions import StandingInstructions
-from zsmerge_llm.retrieval.terms import count_words
+from zsmerge_llm.retrieval.standing_instructions import find_statements
+from zsmerge_llm.retrieval.terms import count_words, query_terms, terms
+from zsmerge_llm.retrieval.user_statements import UserStatements, relevance
 from zsmerge_llm.retrieval.whole_text import asks_for_frequent_words, whole_text_block
 from zsmerge_llm.types import Message
 
@@ -59,7 +61,9 @@ Search = Callable[[str, int], list[str]]
 DEFAULT_TOKENS: RetrievalTokens = "auto"
 """How many tokens are read again at most, unless a user sets a number (docs/research/retrieval)."""
 STANDING_SHARE = 4
-"""The standing instructions take one in so many of the tokens at most."""
+"""The standing instructions take one in so many of the tokens at most, and so do facts about the user."""
+FACT_SHARE = 0.5
+"""Relevance of a fact about the user, as a share of the most relevant one's, from which on it is repeated."""
 NEAR_TOKENS = 128
 """Tokens behind which a request, and what it asked for, is sent once more: an agent's results may be short."""
 MAX_LETTERS = 32
@@ -84,7 +88,8 @@ class PassageIndexes:
     """
 
     by_size: dict[int, PassageIndex] = field(default_factory=dict)
-    standing: StandingInstructions = field(default_factory=StandingInstructions)
+    standing: UserStatements = field(default_factory=partial(UserStatements, find_statements))
+    facts: UserStatements = field(default_factory=partial(UserStatements, find_facts))
     saved: Mapping[str, Tensor] = field(default_factory=dict)
 
     def of_size(self, size: int, vectors: TokenVectors | None, messages: Sequence[Message]) -> PassageIndex:
@@ -219,7 +224,7 @@ class PassageSearch:
         system = self._system_message(asked.before, left // 2)
         repeated = ""
         if asked.is_short or asked.start > 0 or asked.results:
-            standing = self._standing(asked.before, asked.question, left // STANDING_SHARE, recent, indexes)
+            standing = self._statements(asked.before, asked.question, left, recent, indexes)
             repeated = "\n\n".join([each for each in (system, standing) if each and each not in recent] + [""])
         left -= self._count(repeated)
         if noted := notes_for(notes, asked.question):
@@ -267,20 +272,31 @@ class PassageSearch:
         """Return the tokens of a text."""
         return len(self.template.encode_text(text))
 
-    def _standing(
+    def _statements(
         self, messages: Sequence[Message], question: str, left: int, recent: RecentText, indexes: PassageIndexes
     ) -> str:
-        """Return the standing instructions that a question has to heed and `recent` does not hold, in `left` tokens."""
+        """Return what the user has said that a question needs and `recent` does not hold, in a share of `left` tokens.
 
-        def fits(statement: str) -> bool:
-            nonlocal left
-            cost = self._count(statement + "\n")
-            if cost > left or statement in recent:
-                return False
-            left -= cost
-            return True
+        That are standing instructions and, where he asks about himself, facts about him.
+        """
 
-        return "\n".join(indexes.standing.select(messages, question, fits, self.vectors))
+        def fits(statement: str, costs: list[int]) -> bool:
+            costs.append(self._count(statement + "\n"))
+            if sum(costs) <= left // STANDING_SHARE and statement not in recent:
+                return True
+            costs.pop()
+            return False
+
+        def relevant_to(asked: list[str], text: str) -> Callable[[Sequence[str]], list[float]]:
+            return lambda statements: relevance(statements, asked, text, self.vectors)
+
+        heeded = relevant_to(query_terms(question), question)
+        found = indexes.standing.select(messages, heeded, partial(fits, costs=[]))
+        if asks_about_self(question):
+            about = asked_about(question)
+            facts = relevant_to(terms(about), about)
+            found += indexes.facts.select(messages, facts, partial(fits, costs=[]), FACT_SHARE)
+        return "\n".join(dict.fromkeys(found))
 
     def _system_message(self, messages: Sequence[Message], max_tokens: int) -> str:
         """Return the system message, if it has at most `max_tokens`; else ""."""

@@ -7,18 +7,9 @@ things in few forms, which are recognized in their messages. English only: elsew
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from threading import Lock
-from typing import TYPE_CHECKING
 
-from zsmerge_llm.language.messages import shared_prefix
 from zsmerge_llm.retrieval.passages import SENTENCE_END, pieces
-from zsmerge_llm.retrieval.terms import count_words, query_terms, terms
-from zsmerge_llm.types import Message
-
-if TYPE_CHECKING:
-    from zsmerge_llm.retrieval.token_vectors import TokenVectors
+from zsmerge_llm.retrieval.terms import count_words
 
 MAX_MESSAGE_WORDS = 400
 """A longer message is a text to work on. What somebody in it prefers is nothing that the user asks for."""
@@ -66,70 +57,6 @@ STATEMENT = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-
-
-class StandingInstructions:
-    """The standing instructions and preferences of a conversation's user. Each turn adds those of its new messages.
-
-    Safe to use from several threads.
-    """
-
-    def __init__(self) -> None:
-        self._messages: list[Message] = []
-        self._found: list[list[str]] = []  # by message
-        self._lock = Lock()
-
-    def select(
-        self,
-        messages: Sequence[Message],
-        question: str,
-        fits: Callable[[str], bool],
-        vectors: TokenVectors | None = None,
-    ) -> list[str]:
-        """Return the statements of the users' messages that a question has to heed, in their order.
-
-        Those that say like things as the question are tried first, in words and in meaning in equal parts; then the
-        newest.
-
-        Args:
-            fits: whether a statement is to be repeated, beside those before which it said so.
-            vectors: those of the model's tokens; None: words alone.
-        """
-        with self._lock:
-            statements = self._update(list(messages))
-        relevance = _relevance(statements, question, vectors)
-        by_relevance = sorted(range(len(statements)), key=lambda number: (relevance[number], number), reverse=True)
-        return [statements[number] for number in sorted(each for each in by_relevance if fits(statements[each]))]
-
-    def _update(self, messages: list[Message]) -> list[str]:
-        """Return all statements, the oldest first; of equal ones the newest."""
-        known = shared_prefix(self._messages, messages)
-        new = [find_statements(each["content"]) if each["role"] == "user" else [] for each in messages[known:]]
-        self._messages, self._found = messages, [*self._found[:known], *new]
-        newest_first = dict.fromkeys(text for found in reversed(self._found) for text in reversed(found))
-        return list(reversed(newest_first))
-
-
-def _relevance(statements: Sequence[str], question: str, vectors: TokenVectors | None) -> list[float]:
-    """Return how relevant each statement is to a question: its shares of the best one by words and by meaning."""
-    having = Counter(term for each in statements for term in set(terms(each)))
-    asked = set(query_terms(question))
-    by_words = _shares([sum(1 / having[term] for term in asked & set(terms(each))) for each in statements])
-    if vectors is None:
-        return by_words
-    from zsmerge_llm.retrieval.similarity_index import SimilarityIndex  # needs NumPy
-
-    index = SimilarityIndex(vectors)
-    for each in statements:
-        index.append(each)
-    by_meaning = _shares(index.scores(question).tolist())
-    return [sum(both) for both in zip(by_words, by_meaning, strict=True)]
-
-
-def _shares(scores: Sequence[float]) -> list[float]:
-    """Return scores as shares of the highest one."""
-    highest = max(scores, default=0.0) or 1.0
-    return [score / highest for score in scores]
 
 
 def find_statements(text: str) -> list[str]:

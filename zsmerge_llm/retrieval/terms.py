@@ -90,11 +90,20 @@ def query_terms(question: str) -> list[str]:
     """
     folded = _folded(question)
     undated = NUMERIC_DATE.sub(lambda found: found["year"] or found["year_last"], folded)
-    words = [(word, word.lower()) for word in re.findall(WORD, undated)]
-    common = max(_stop_words(), key=lambda language: sum(low in language for _, low in words))
-    told = (word for word, low in words if low not in common and low not in QUESTION_WORDS)
+    told = (word for word in _content_words(undated) if word.lower() not in QUESTION_WORDS)
     asked = (term for word in told for term in _word_terms(word))
     return [*asked, *_grams(folded), *NUMBER.findall(undated), *_days(folded)]
+
+
+def content_words(text: str) -> list[str]:
+    """Return the words of a text without the stop words of its language."""
+    return _content_words(_folded(text))
+
+
+def _content_words(folded: str) -> list[str]:
+    words = [(word, word.lower()) for word in re.findall(WORD, folded)]
+    common = max(_stop_words(), key=lambda language: sum(low in language for _, low in words))
+    return [word for word, low in words if low not in common]
 
 
 @cache
