@@ -3,13 +3,14 @@
     python benchmarks/quality/evidence_recall.py --data FILE.jsonl[xN]... [--tokens 128,256,...] [--model smollm2]
     python benchmarks/quality/evidence_recall.py --journals 6 --name evidence-recall-lists
     python benchmarks/quality/evidence_recall.py --structured 3 --name evidence-recall-structured
+    python benchmarks/quality/evidence_recall.py --updates 5 --name evidence-recall-updates
 
 `FILE.jsonl x5` as FILE.jsonlx5: five documents joined to one. For documents with `qa`, the share of questions whose
 gold answer stands in the passages found. For conversations (`turns`, with a `rubric` for each question), the mean share
 of the rubric's words, as far as the question does not have them and few passages do. For journals (`travel_documents`),
-the mean share of what is to be listed. For documents of records (`structured_documents`) they are as for documents: an
-answer stands in one record alone. The tokens are those of the passages, by the model's tokenizer. Searched by
-words alone, and by words and the meaning of the model's tokens. Writes results/NAME.json.
+the mean share of what is to be listed. Documents of records (`structured_documents`) and facts that change (`updates`)
+are measured as documents: an answer stands in one place alone. The tokens are those of the passages, by the model's
+tokenizer. Searched by words alone, and by words and the meaning of the model's tokens. Writes results/NAME.json.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.common import write
-from benchmarks.quality import structured_documents
+from benchmarks.quality import structured_documents, updates
+from benchmarks.quality.generated import GeneratedSuite
 from benchmarks.quality.sources import Sources
 from benchmarks.quality.tasks import load
 from benchmarks.quality.travel_documents import travel_document
@@ -44,8 +46,8 @@ from zsmerge_llm.runtime import token_vectors
 COMMON = 60
 """Passages that a word of a rubric stands in at most: words of more tell nothing."""
 
-STRUCTURED_TOKENS = 4096
-"""Length of documents of records."""
+GENERATED_TOKENS = 4096
+"""Length of documents of records, and of texts with facts that change."""
 
 Data = tuple[str, list[dict[str, Any]], list[dict[str, Any]]]
 """A document or conversation: task, messages, and questions."""
@@ -76,11 +78,11 @@ def journals(count: int) -> Iterator[Data]:
         yield "journals", [{"role": "user", "content": journal.text}], questions
 
 
-def structured(count: int, template: ChatTemplate) -> Iterator[Data]:
-    """Yield so many documents of each kind of records, with ten questions each."""
-    sources = Sources(Path(), lambda text: len(template.encode_text(text)))
-    for record in structured_documents.records(sources, [STRUCTURED_TOKENS], count, questions=10):
-        yield f"structured {record['task']}", [{"role": "user", "content": record["context"]}], record["qa"]
+def generated(suite: GeneratedSuite, count: int, sources: Sources) -> Iterator[Data]:
+    """Yield so many texts of each task of a suite, with ten questions each."""
+    for record in suite.records(sources, [GENERATED_TOKENS], count, questions=10):
+        messages = record.get("messages") or [{"role": "user", "content": record["context"]}]
+        yield f"{suite.name} {record['task']}", messages, record["qa"]
 
 
 def facts(asked: dict[str, Any], spread: Counter[str]) -> set[str]:
@@ -145,16 +147,25 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[], help="JSON lines")
     parser.add_argument("--journals", type=int, default=0, help="how many")
     parser.add_argument("--structured", type=int, default=0, help="how many of each kind")
+    parser.add_argument("--updates", type=int, default=0, help="texts of each kind in which facts change")
+    parser.add_argument("--folder", help="with the evaluation data, for these (default: ZSMERGE_EVALUATION_DATA)")
     parser.add_argument("--name", default="evidence-recall", help="of the results")
     parser.add_argument("--tokens", default="128,256,384,512,640,1024")
     parser.add_argument("--model", default="smollm2", help="whose tokenizer counts, and whose tokens are compared")
     arguments = parser.parse_args()
     llm = LLM(arguments.model, compile=False)
     template = ChatTemplate(llm.tokenizer)
+
+    def count(text: str) -> int:
+        return len(template.encode_text(text))
+
     searches = {"words": None, "words and meaning": token_vectors(llm.engine, llm.tokenizer)}
     limits = list(map(int, arguments.tokens.split(",")))
     files = (each for spec in arguments.data for each in items(spec))
-    data = chain(files, journals(arguments.journals), structured(arguments.structured, template))
+    records = generated(structured_documents.SUITE, arguments.structured, Sources(Path(), count))
+    changing = Sources.at(arguments.folder, count) if arguments.updates else Sources(Path(), count)
+    facts_that_change = generated(updates.SUITE, arguments.updates, changing)
+    data = chain(files, journals(arguments.journals), records, facts_that_change)
     report(arguments.name, arguments.model, recall_by_limit(template, searches, limits, data))
 
 

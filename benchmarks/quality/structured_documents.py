@@ -169,4 +169,5 @@ def _generated(kind: str, sources: Sources, seed: str, tokens: int, questions: i
 
 TASKS = {kind: partial(_generated, kind) for kind in RECORDS}
 
-records = GeneratedSuite("structured", TASKS).records
+SUITE = GeneratedSuite("structured", TASKS)
+records = SUITE.records

@@ -1,7 +1,7 @@
 """Facts that change: prices in a story, results in a log, budgets in a chat. What was said last holds.
 
-Six things have eight values each, one after another, at places drawn by a seed. A question asks for the last value of
-one, or for its first. All sentences about a thing are alike but for the value.
+Four things have sixteen values each, one after another, at places drawn by a seed. A question asks for the last value
+of one, or for its first. All sentences about a thing are alike but for the value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.quality.generated import GeneratedSuite
 from benchmarks.quality.sources import Record, Sources, fit, insert_at_random
 
 GOODS = ("whale oil", "rum", "tar", "salted cod", "hemp", "sugar", "candles", "canvas", "pepper", "timber")
-THINGS, VALUES = 6, 8
+THINGS, VALUES = 4, 16
 
 
 class Kind(NamedTuple):
@@ -107,4 +107,5 @@ def _messages(units: Sequence[str], told: set[str]) -> list[Record]:
 
 TASKS = {name: partial(_generated, name) for name in KINDS}
 
-records = GeneratedSuite("updates", TASKS).records
+SUITE = GeneratedSuite("updates", TASKS)
+records = SUITE.records

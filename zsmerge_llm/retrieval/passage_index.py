@@ -37,7 +37,7 @@ from zsmerge_llm.retrieval.passages import (
 from zsmerge_llm.retrieval.questions import Query, asks_for_list, subject
 from zsmerge_llm.retrieval.recency import asked_time, asks_for_state, in_time, without_time
 from zsmerge_llm.retrieval.similarity_index import SimilarityIndex
-from zsmerge_llm.retrieval.terms import count_words, query_terms, terms
+from zsmerge_llm.retrieval.terms import count_words, identifiers, query_terms, terms
 from zsmerge_llm.retrieval.token_vectors import TokenVectors
 from zsmerge_llm.types import Message
 
@@ -304,8 +304,11 @@ class PassageIndex:
             shared[numbers] += rarity
             if len(numbers) or term in needed:
                 weights.append(rarity if len(numbers) else UNKNOWN_WEIGHT * rarity)
-        scores, shared = self._scores(found)[:count], shared[:count]
         least = MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
+        for term in identifiers(question):  # one that all passages have weighs nothing, and yet they are about it
+            named, _ = self._passages_with(term)
+            shared[named] = np.maximum(shared[named], least)
+        scores, shared = self._scores(found)[:count], shared[:count]
         if max(shared[at] for at in _highest(scores, TOP)) < least:
             return []
         enough = np.flatnonzero(shared >= least / 2)

@@ -95,6 +95,13 @@ def query_terms(question: str) -> list[str]:
     return [*asked, *_grams(folded), *NUMBER.findall(undated), *_days(folded)]
 
 
+def identifiers(text: str) -> set[str]:
+    """Return the terms of a text's identifiers as a whole: `user88`, `load_batch`, 12.3, but no plain number."""
+    folded = _folded(text)
+    words = (word for word in re.findall(WORD, folded) if IDENTIFIER.search(word) and not word.isdigit())
+    return {ARTICLE.sub("", word.lower()) for word in words} | set(NUMBER.findall(folded))
+
+
 def content_words(text: str) -> list[str]:
     """Return the words of a text without the stop words of its language."""
     return _content_words(_folded(text))
