@@ -50,8 +50,10 @@ def test_one_for_advice_or_about_anything_else_does_not_nor_does_one_that_a_sear
 
 def test_what_it_is_about_are_its_content_words_or_what_is_meant() -> None:
     assert asked_about("Which car do I have?") == "car"
-    assert asked_about("Who am I?") == asked_about("What am I called?") == "name"
-    assert asked_about("Hi, can you tell me what I do for a living?").split()[0] == "work"
+    assert asked_about("Who am I?") == "name"
+    assert asked_about("What am I called?") == "name called"
+    assert asked_about("Hi, can you tell me what I do for a living?").startswith("work job")
+    assert asked_about("When is my wife's birthday?") == "born birthday wife birthday"
     assert asked_about("Am I?") == "Am I?"
 
 
@@ -60,6 +62,7 @@ def test_facts_are_statements_in_the_first_person() -> None:
         "Hi! I'm Lena, a nurse. My dog is old. Our car, a Volvo, is red! Tom is tall. Do I know you? I think so. I am."
     )
     assert find_facts(text) == ["I'm Lena, a nurse.", "My dog is old.", "Our car, a Volvo, is red!"]
+    assert find_facts("Please call me Max. Call the harbour!") == ["Please call me Max."]
     assert find_facts("I guess that it rains.") == find_facts("I'd like you to read this.") == []
     assert find_facts(f"I live in Bergen. {FILLER * MAX_MESSAGE_WORDS}") == []
 

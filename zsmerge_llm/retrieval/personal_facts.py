@@ -42,7 +42,7 @@ IDIOMS = (
 """Phrases, and the words that a fact about them has."""
 FACT = re.compile(
     r"^\W*(?:(?:and|but|so|well|also|actually|yes|no|oh|hi|hello|hey|btw|by the way|fyi|just so you know|remember)\b"
-    r"\W*)*(?:that )?(?:(?:I|we)(?:['\u2019](?:m|ve|d|ll|re))?|my|our)\b",
+    r"\W*)*(?:that )?(?:(?:I|we)(?:['\u2019](?:m|ve|d|ll|re))?|my|our|(?:you can |please )?call me)\b",
     re.IGNORECASE,
 )
 """How a sentence begins that somebody says of himself."""
@@ -66,7 +66,7 @@ def asks_about_self(question: str) -> bool:
 def asked_about(question: str) -> str:
     """Return the words that tell what such a question is about."""
     meant = [words for phrase, words in IDIOMS if phrase.search(question)]
-    return " ".join(meant or _told(question)) or question
+    return " ".join([*meant, *_told(question)]) or question
 
 
 def _told(question: str) -> list[str]:
