@@ -42,6 +42,7 @@ def test_a_short_question_in_the_first_person_asks_for_what_its_user_has_said(qu
         "I live in Bergen.",
         "How many user roles and security features did I want in the portal?",
         "What do you think of my plan?",
+        "What was my first question?",
     ],
 )
 def test_one_for_advice_or_about_anything_else_does_not_nor_does_one_that_a_search_can_answer(question: str) -> None:

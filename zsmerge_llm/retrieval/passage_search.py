@@ -19,6 +19,7 @@ from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 from zsmerge_llm.language.chat_template import ChatTemplate
+from zsmerge_llm.retrieval.conversation_start import start_block
 from zsmerge_llm.retrieval.excerpts import MAX_ALIKE, Excerpts, alike, first_passages, sought_terms
 from zsmerge_llm.retrieval.named_passages import by_identifier, named_passages, numbers
 from zsmerge_llm.retrieval.passages import Passage
@@ -226,6 +227,8 @@ class PassageSearch:
         if asked.is_short or asked.start > 0 or asked.results:
             standing = self._statements(asked.before, asked.question, left, recent, indexes)
             repeated = "\n\n".join([each for each in (system, standing) if each and each not in recent] + [""])
+        if not document_length:
+            repeated += start_block(asked.question, asked.before, self._count, left // 2)
         left -= self._count(repeated)
         if noted := notes_for(notes, asked.question):
             repeated += noted

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from zsmerge_llm.retrieval.conversation_start import asks_for_start
 from zsmerge_llm.retrieval.passages import SENTENCE_END, pieces
 from zsmerge_llm.retrieval.terms import content_words, count_words
 
@@ -59,6 +60,7 @@ def asks_about_self(question: str) -> bool:
         ASKS_FOR_FACT.match(question)
         and FIRST_PERSON.search(question)
         and not ASKS_FOR_ADVICE.search(question)
+        and not asks_for_start(question)
         and len(_told(question)) <= MAX_CONTENT_WORDS
     )
 
