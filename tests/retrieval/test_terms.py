@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from datetime import date
 
 import pytest
 from hypothesis import given
@@ -61,6 +62,23 @@ def test_a_day_is_found_in_whatever_form_it_is_written(written: str) -> None:
     day = {*terms(written)} & {*query_terms("What happened on May 8, 2023?")} - {"2023", "may", "8"}
     assert day == {*terms("8 May")} - {"may", "8"} != set()
     assert not day & {*terms("5 August 2023-08-05, 18 May, May 2023, 8 maybes, 1.8.5, version 8.5")}
+
+
+@given(day=st.dates(date(1900, 1, 1), date(2100, 12, 31)))
+def test_every_day_of_a_year_is_found_in_each_form(day: date) -> None:
+    number, month = day.day, day.strftime("%B")
+    ordinal = "th" if 10 < number < 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    forms = (
+        f"{month} {number}, {day.year}",
+        f"on {number} {month} {day.year}",
+        f"the {number}{ordinal} of {month}",
+        f"{day:%b} {number:02d}",
+        f"{day:%Y-%m-%d}",
+        f"{day:%Y/%m/%d} 10:16",
+        f"{day:%d.%m.%Y}",
+    )
+    found = [{term for term in terms(form) if term.startswith("day ")} for form in forms]
+    assert found == [{f"day {day.month}-{number}"}] * len(forms)
 
 
 # -- other languages and scripts ---------------------------------------------------------------------------------------

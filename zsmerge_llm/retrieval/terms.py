@@ -47,7 +47,7 @@ MONTH = (
     r"|nov(?:ember)?|dec(?:ember)?)"
 )
 """An English name of a month, of which three letters tell it."""
-DAY = re.compile(r"(\d{1,2})(?<![\w.:/-]\d)(?<![\w.:/-]\d\d)(?:st|nd|rd|th)?(?![\w:/-])")
+DAY = re.compile(r"(\d\d(?<![\w.:/-]\d\d)|\d(?<![\w.:/-]\d))(?:st|nd|rd|th)?(?![\w:/-])")
 """A number that may be the day of a month. It is one where a month stands behind it or before it."""
 MONTH_BEHIND = re.compile(rf"\.?\s+(?:of\s+)?{MONTH}\b", re.IGNORECASE)
 MONTH_BEFORE = re.compile(rf"\b{MONTH}\.?\s+$", re.IGNORECASE)
