@@ -36,7 +36,8 @@ def test_identifiers_are_told_apart_by_all_of_their_letters(one: str, other: str
 @pytest.mark.parametrize(
     ("written", "asked"),
     [("iPhone", "iphone"), ("token_limit", "token limit"), ("TokenLimit", "token limit"), ("2.13.4", "2.13"),
-     ("User88", "user88"), ("__init__", "init"), ("compresses", "compressed"), ("COMPRESSED", "compress")],
+     ("User88", "user88"), ("__init__", "init"), ("compresses", "compressed"), ("COMPRESSED", "compress"),
+     ("cats", "cat"), ("trees", "tree"), ("planes", "plane"), ("glass", "glasses")],
 )  # fmt: skip
 def test_other_ways_of_writing_a_word_share_a_term_with_it(written: str, asked: str) -> None:
     assert {*terms(written)} & {*query_terms(asked)}

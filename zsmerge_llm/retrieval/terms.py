@@ -13,6 +13,8 @@ from functools import cache, lru_cache
 
 STEM_LETTERS = 5
 """Letters of a word that tell it from others: "compresses" and "compressed" are the same to the search."""
+PLURAL = re.compile(r"(?<=^\w\w[^\W\ds])s$|(?<=^\w\w\w[^\W\ds])s$")
+"""The ending of a plural that is not cut off with the letters behind these: "cats" is "cat", and "glass" stays."""
 CHARACTERS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 """Characters of Chinese, Japanese and Korean: each counts as a word."""
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
@@ -134,10 +136,15 @@ def _word_terms(word: str) -> tuple[str, ...]:
     """Return the terms of a word: its first letters; and of an identifier the whole of it, and its parts."""
     low = ARTICLE.sub("", word.lower())
     if not IDENTIFIER.search(word):
-        return (low[:STEM_LETTERS],)
+        return (_stem(low),)
     parts = (part.lower() for part in IDENTIFIER_PARTS.split(word) if part)
-    stems = (each[:STEM_LETTERS] if each.isalpha() else each for each in (low, *parts))
+    stems = (_stem(each) if each.isalpha() else each for each in (low, *parts))
     return tuple(dict.fromkeys([low, *stems]))
+
+
+def _stem(low: str) -> str:
+    """Return what a word in small letters has in common with its other forms."""
+    return PLURAL.sub("", low)[:STEM_LETTERS]
 
 
 def _grams(text: str) -> Iterator[str]:
