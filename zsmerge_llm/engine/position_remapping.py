@@ -30,7 +30,7 @@ class RemapLayout:
     squeeze: the factor by which the middle shrinks. segments: linear parts it may consist of; older ones become one.
     """
 
-    limit: float = 0.9
+    limit: float = 0.6
     head: float = 0.0625
     near: float = 0.25
     middle: float = 0.125
