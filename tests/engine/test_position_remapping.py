@@ -25,7 +25,7 @@ from zsmerge_llm.kvcache.cache import Cache
 from zsmerge_llm.kvcache.cache_state import cache_state, restore_cache
 from zsmerge_llm.kvcache.rope import PositionMap, Rotation, fit_rotation
 
-WINDOW = 96
+WINDOW = 144
 LIMIT = 86
 SMALL = CacheConfig(slots=24, recent=6, stage=4, sink=2, observation_window=8)
 MERGING = CacheConfig(slots=24, recent=6, stage=4, sink=2, observation_window=8, residual=3)
@@ -77,7 +77,7 @@ def model_of(settings: dict[str, object], window: int = WINDOW, **more: object) 
 
 @pytest.fixture(scope="module")
 def small() -> Engine:
-    """Two layers of Llama, 96 positions."""
+    """Two layers of Llama, 144 positions."""
     return Engine(model_of({"model_type": "llama"}), SMALL, chunk=16)
 
 
@@ -255,7 +255,7 @@ def test_while_everything_fits_positions_are_unchanged_within_the_window() -> No
     model = model_of({"model_type": "llama"})
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0]
-    reader = Engine(model, SMALL.replace(slots=100), chunk=16)
+    reader = Engine(model, SMALL.replace(slots=WINDOW + 4), chunk=16)
     cache = reader.new_cache()
     last = reader.read(cache, ids)
     torch.testing.assert_close(last, logits[-1], atol=1e-4, rtol=1e-4)
@@ -326,7 +326,7 @@ def test_models_without_remappable_positions_raise_at_the_end_of_their_window(re
     reader.read(cache, tokens(WINDOW - 1))
     assert cache.seen == WINDOW - 1 > LIMIT
     reader.read(cache, tokens(1))
-    with pytest.raises(ContextLimitError, match=rf"ForCausalLM has .*{reason}.* 96 positions .*begin a new one"):
+    with pytest.raises(ContextLimitError, match=rf"ForCausalLM has .*{reason}.* {WINDOW} positions .*begin a new one"):
         reader.read(cache, tokens(1))
     assert cache.seen == WINDOW
     assert not cache.position_maps[0].knots
@@ -350,11 +350,11 @@ def test_the_full_cache_is_never_remapped_and_warns_beyond_the_window(small: Eng
     assert not cache.position_maps[0].knots
     assert small.exact_limit is None
     exact = Engine(small.model, CacheConfig.full())
-    with pytest.warns(UserWarning, match="trained on 96 positions"):
-        check_length(90, SamplingParams(max_tokens=20), None, exact.exact_limit)
+    with pytest.warns(UserWarning, match=f"trained on {WINDOW} positions"):
+        check_length(WINDOW - 6, SamplingParams(max_tokens=20), None, exact.exact_limit)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_length(90, SamplingParams(max_tokens=20), None, small.exact_limit)
+        check_length(WINDOW - 6, SamplingParams(max_tokens=20), None, small.exact_limit)
 
 
 def test_a_model_without_a_configured_window_is_never_remapped() -> None:
