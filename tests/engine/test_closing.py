@@ -68,7 +68,7 @@ def test_a_closed_engine_leaves_a_model_with_changing_frequencies_fit_for_traini
     """Dynamic RoPE scaling replaces its frequencies in a long pass."""
     model = tiny_model()
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
-    model.config.max_position_embeddings = 16
+    model.config.max_position_embeddings = 32
     model = type(model)(model.config).train()
     before = state(model)
     engine = Engine(model, CacheConfig(slots=128), compile=False)
