@@ -14,7 +14,7 @@ from zsmerge_llm.types import Message
 SAID = r"(?:ask(?:ed)?|say|said|tell|told|wr(?:ite|ote)|mention(?:ed)?|talk(?:ed)? about|discuss(?:ed)?|want(?:ed)?)"
 ASKS = re.compile(
     r"\bfirst\s+(?:\w+\s+)?(?:question|message|request|thing|topic|sentence)\b"
-    rf".*\b(?:(?:I|we)\s+(?:\w+\s+)?{SAID}|conversation|chat)\b"
+    rf".{{0,80}}\b(?:(?:I|we)\s+(?:\w+\s+)?{SAID}|conversation|chat)\b"
     rf"|\b(?:my|our)\s+(?:very\s+)?first\s+(?:question|message|request|topic)\b"
     rf"|\bdid\s+(?:I|we)\s+(?:first\s+{SAID}|{SAID}\s+(?:you\s+)?(?:about\s+)?first)\b"
     r"|\bhow\s+did\s+(?:this|our|the)\s+(?:conversation|chat|discussion)\s+(?:start|begin)\b"
