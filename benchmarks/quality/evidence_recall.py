@@ -162,9 +162,9 @@ def main() -> None:
     searches = {"words": None, "words and meaning": token_vectors(llm.engine, llm.tokenizer)}
     limits = list(map(int, arguments.tokens.split(",")))
     files = (each for spec in arguments.data for each in items(spec))
-    records = generated(structured_documents.SUITE, arguments.structured, Sources(Path(), count))
-    changing = Sources.at(arguments.folder, count) if arguments.updates else Sources(Path(), count)
-    facts_that_change = generated(updates.SUITE, arguments.updates, changing)
+    sources = Sources.at(arguments.folder, count) if arguments.updates else Sources(Path(), count)
+    records = generated(structured_documents.SUITE, arguments.structured, sources)
+    facts_that_change = generated(updates.SUITE, arguments.updates, sources)
     data = chain(files, journals(arguments.journals), records, facts_that_change)
     report(arguments.name, arguments.model, recall_by_limit(template, searches, limits, data))
 

@@ -9,12 +9,12 @@ import pytest
 
 from benchmarks.quality import updates
 from benchmarks.quality.sources import Sources
+from tests.support.evaluation_data import calm_sea
 
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Sources:
-    tmp_path.joinpath("moby_dick.txt").write_text(" ".join(f"On day {day} the sea was calm." for day in range(1000)))
-    return Sources(tmp_path, lambda text: len(text.split()) * 2)
+    return calm_sea(tmp_path)
 
 
 @pytest.mark.parametrize("name", list(updates.TASKS))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.quality import updates
-from benchmarks.quality.sources import Sources
 from tests.support.chat import dialogue
+from tests.support.evaluation_data import calm_sea
 from tests.support.templates import template
 from zsmerge_llm.retrieval.passage_index import PassageIndex
 from zsmerge_llm.retrieval.passage_search import PassageSearch
@@ -106,9 +106,7 @@ def test_a_word_for_a_time_need_not_be_in_the_text() -> None:
 @pytest.mark.parametrize("name", list(updates.TASKS))
 @pytest.mark.parametrize("limit", [128, 256])
 def test_of_a_fact_that_changes_the_value_that_is_asked_for_is_looked_up(name: str, limit: int, tmp_path: Path) -> None:
-    tmp_path.joinpath("moby_dick.txt").write_text(" ".join(f"On day {day} the sea was calm." for day in range(1000)))
-    sources = Sources(tmp_path, lambda text: len(text.split()) * 2)
-    (record,) = updates.records(sources, [4000], 1, 12, tasks=[name])
+    (record,) = updates.records(calm_sea(tmp_path), [4000], 1, 12, tasks=[name])
     messages = record.get("messages") or [{"role": "user", "content": record["context"]}]
     search = PassageSearch(template("smollm2"), limit)
     for asked in record["qa"]:

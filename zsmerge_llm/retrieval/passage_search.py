@@ -199,7 +199,8 @@ class PassageSearch:
         The system message is repeated as a whole if that takes no more than half of this, whatever is asked: models do
         not follow it from far behind, even where the cache holds all of it. But not before a message longer than a
         question: it would not stand near what is asked, and what is repeated again and again is not followed either.
-        So it is with the user's standing instructions.
+        So it is with the user's standing instructions and, where he asks about himself, with what he said of himself. A
+        question about the conversation's beginning comes behind its first message.
 
         Args:
             slots: of the cache.
@@ -225,8 +226,8 @@ class PassageSearch:
         system = self._system_message(asked.before, left // 2)
         repeated = ""
         if asked.is_short or asked.start > 0 or asked.results:
-            standing = self._statements(asked.before, asked.question, left, recent, indexes)
-            repeated = "\n\n".join([each for each in (system, standing) if each and each not in recent] + [""])
+            statements = self._statements(asked.before, asked.question, left, recent, indexes)
+            repeated = "\n\n".join([each for each in (system, statements) if each and each not in recent] + [""])
         if not document_length:
             repeated += start_block(asked.question, asked.before, self._count, left // 2)
         left -= self._count(repeated)

@@ -101,7 +101,7 @@ def identifiers(text: str) -> set[str]:
     """Return the terms of a text's identifiers as a whole: `user88`, `load_batch`, 12.3, but no plain number."""
     folded = _folded(text)
     words = (word for word in re.findall(WORD, folded) if IDENTIFIER.search(word) and not word.isdigit())
-    return {ARTICLE.sub("", word.lower()) for word in words} | set(NUMBER.findall(folded))
+    return {_word_terms(word)[0] for word in words} | set(NUMBER.findall(folded))
 
 
 def content_words(text: str) -> list[str]:
@@ -133,7 +133,7 @@ def _folded(text: str) -> str:
 
 @lru_cache(CACHED_WORDS)
 def _word_terms(word: str) -> tuple[str, ...]:
-    """Return the terms of a word: its first letters; and of an identifier the whole of it, and its parts."""
+    """Return the terms of a word: its first letters; and of an identifier the whole of it, first, and its parts."""
     low = ARTICLE.sub("", word.lower())
     if not IDENTIFIER.search(word):
         return (_stem(low),)
