@@ -29,7 +29,7 @@ class Keeper(BaseModel):
 
 
 QUESTIONS: dict[type[BaseModel], str] = {
-    Captain: "Who is the captain of the Marigold?",
+    Captain: "What are the names of the ship and of her captain?",
     Keeper: "Who is the keeper of the lighthouse?",
 }
 

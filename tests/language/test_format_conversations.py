@@ -49,6 +49,20 @@ def test_a_response_format_is_part_of_the_prompt_unless_the_messages_state_it() 
     assert JSON_INSTRUCTION not in llm.tokenizer.decode(llm.session("mode").tokens)
 
 
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_the_title_of_a_schema_is_not_shown_and_a_schema_with_it_is_not_shown_once_more(ensure_ascii: bool) -> None:
+    llm = make_llm("qwen2.5", cache=LARGE_CACHE)
+    schema = {"title": "Bahnh\u00f6fe", **FORMAT["json_schema"]["schema"]}
+    titled = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    llm.chat("Hello", response_format=titled, sampling=SAMPLED, session="it")
+    text = llm.tokenizer.decode(llm.session("it").tokens)
+    assert json.dumps(FORMAT["json_schema"]["schema"]) in text
+    assert "Bahnh" not in text
+    told = f"Hello {json.dumps(schema, ensure_ascii=ensure_ascii)}"
+    llm.chat(told, response_format=titled, sampling=SAMPLED, session="told")
+    assert llm.tokenizer.decode(llm.session("told").tokens).count('"boolean"') == 1
+
+
 def test_a_conversation_continues_with_and_without_a_response_format() -> None:
     chat = Chat(make_llm("qwen2.5", cache=LARGE_CACHE), "it")
     chat.ask("One")

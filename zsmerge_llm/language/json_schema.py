@@ -34,6 +34,11 @@ SIGN_AND_DIGITS = "(?!^[-+.]*$)[+-]?0*"
 """How pydantic begins the pattern of a Decimal: anything that has a digit."""
 
 
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """Return a schema as the model is shown it: without its title, which small models give as the answer."""
+    return json.dumps({key: value for key, value in schema.items() if key != "title"}, ensure_ascii=False)
+
+
 def enforceable(schema: Any, root: Any = None) -> Any:
     """Return a schema without what no grammar can enforce. What is valid under the given one is valid under it, except
     that a Decimal written as text has a digit before its point."""

@@ -22,7 +22,7 @@ from zsmerge_llm.errors import ConfigError, InputError, shown
 from zsmerge_llm.language.chat_template import ChatTemplate, validate_tools
 from zsmerge_llm.language.grammar import Constraint, Grammar, GrammarCompiler, json_rule
 from zsmerge_llm.language.harmony import HarmonyGrammar, HarmonyParser
-from zsmerge_llm.language.json_schema import validation_error, value_error
+from zsmerge_llm.language.json_schema import schema_text, validation_error, value_error
 from zsmerge_llm.language.message_forms import CALL_TAG, RESULT_TAG, TOOL_INSTRUCTIONS
 from zsmerge_llm.language.prompt_echo import NOTHING_ADDED, AddedTexts, EchoFilter
 from zsmerge_llm.language.reasoning import ReasoningConstraint, ReasoningParser
@@ -220,8 +220,7 @@ class OutputFormats:
                 rule = json_rule(NO_CALL_OBJECT)  # of any form, and so of a call's
             output_format = self._with_tools(messages, tools, choice, parallel_tool_calls, rule)
         if parsed:
-            stated = _unless_stated(parsed.instruction, messages)
-            output_format = replace(output_format, instruction=stated, schema=parsed.schema)
+            output_format = replace(output_format, instruction=_unless_stated(parsed, messages), schema=parsed.schema)
         elif grammar is None:
             added = AddedTexts(self._added_texts(messages, tools), _tags(messages, tools), messages)
             free = partial(replace, is_text=True, added=added, compiler=self._compiler)
@@ -349,9 +348,7 @@ def _parse_response_format(response_format: ResponseFormat | None) -> _JsonForma
     if described.get("strict") is True:
         check_strict(schema, "The schema of the response format")
     check_schema(schema, "The schema of the response format")
-    return _JsonFormat(
-        json_rule(schema, lenient=True), SCHEMA_INSTRUCTION + json.dumps(schema, ensure_ascii=False), schema
-    )
+    return _JsonFormat(json_rule(schema, lenient=True), SCHEMA_INSTRUCTION + schema_text(schema), schema)
 
 
 def _calls_of_this_turn(messages: Sequence[Message]) -> frozenset[str]:
@@ -360,9 +357,11 @@ def _calls_of_this_turn(messages: Sequence[Message]) -> frozenset[str]:
     return frozenset(canonical_call(call) for message in messages[last:] for call in message.get("tool_calls", ()))
 
 
-def _unless_stated(instruction: str, messages: Sequence[Message]) -> str:
+def _unless_stated(wanted: _JsonFormat, messages: Sequence[Message]) -> str:
     """Return the instruction, or "" if the messages state it already."""
-    core, any_json = instruction.removeprefix(SCHEMA_INSTRUCTION), instruction == JSON_INSTRUCTION
-    texts = (message["content"] for message in reversed(messages))  # the newest first: there it usually is
-    stated = any(core in text or (any_json and "json" in text.lower()) for text in texts)
-    return "" if stated else instruction
+    texts = [message["content"] for message in reversed(messages)]  # the newest first: there it usually is
+    if wanted.instruction == JSON_INSTRUCTION:
+        return "" if any("json" in text.lower() for text in texts) else wanted.instruction
+    schema = wanted.schema
+    stated = {schema_text(schema), json.dumps(schema), json.dumps(schema, ensure_ascii=False)}
+    return "" if any(form in text for text in texts for form in stated) else wanted.instruction

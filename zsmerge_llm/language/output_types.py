@@ -16,7 +16,7 @@ from pydantic.v1 import BaseModel as BaseModelV1
 from pydantic.v1 import ValidationError as ValidationErrorV1
 
 from zsmerge_llm.errors import InvalidOutputError, UnsupportedSchemaError, shown
-from zsmerge_llm.language.json_schema import validation_error
+from zsmerge_llm.language.json_schema import schema_text, validation_error
 
 KEY_PATTERNS = {
     "int": r"^(0|-?[1-9]\d{0,14})$",
@@ -78,7 +78,7 @@ class OutputType:
     name: str
     description: str
     schema: dict[str, Any]
-    """The JSON schema that decoding enforces and the prompt shows."""
+    """The JSON schema that decoding enforces."""
     convert: Callable[[str], Any]
     """Validates JSON and returns what the caller gets. Raises ValueError."""
     is_type: bool = True
@@ -124,6 +124,11 @@ class OutputType:
         title, about = copied.get("title"), copied.get("description")
         name = name or (title if isinstance(title, str) else "") or "answer"
         return cls(name, description or (about if isinstance(about, str) else ""), copied, convert, is_type=False)
+
+    @property
+    def schema_text(self) -> str:
+        """Return the schema as a prompt shows it."""
+        return schema_text(self.schema)
 
     def partial(self, value: Any) -> Any:
         """Return what an unfinished answer holds, from its JSON value. Raises ValueError: that is no instance yet."""

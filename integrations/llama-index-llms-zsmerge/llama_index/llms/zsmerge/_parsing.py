@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from llama_index.core.base.llms.types import ChatResponse, CompletionResponse
 from llama_index.core.bridge.pydantic import BaseModel, ValidationError
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=BaseModel)
 Response = ChatResponse | CompletionResponse
-
-
-def json_schema(output_cls: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON schema that the prompt shows and the grammar enforces.
-
-    Raises:
-        UnsupportedSchemaError: the class has none.
-    """
-    return OutputType.of_type(output_cls).schema
 
 
 def parse(output_cls: type[M], response: Response | None) -> M:

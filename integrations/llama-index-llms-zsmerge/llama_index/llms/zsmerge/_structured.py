@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import aclosing, closing, contextmanager
@@ -19,9 +18,10 @@ from llama_index.core.instrumentation.events.llm import (
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts.base import BasePromptTemplate
 from llama_index.core.types import PydanticProgramMode
-from llama_index.llms.zsmerge._parsing import M, PartialParser, Response, json_schema, parse, text_of
+from llama_index.llms.zsmerge._parsing import M, PartialParser, Response, parse, text_of
 from llama_index.llms.zsmerge.structured import ZSMergeStructuredLLM
 
+from zsmerge_llm import OutputType
 from zsmerge_llm.errors import InvalidOutputError, ShortenedOutputWarning, ZSMergeError
 
 if TYPE_CHECKING:
@@ -96,16 +96,16 @@ class StructuredPrediction(FunctionCallingLLM):
         self, output_cls: type[BaseModel], messages: Sequence[ChatMessage], options: dict[str, Any]
     ) -> tuple[str, Any, dict[str, Any]]:
         """Return the call that asks for a JSON object: its method ("chat" or "complete"), argument and options."""
-        schema = json_schema(output_cls)
+        wanted = OutputType.of_type(output_cls)
         options = {name: value for name, value in options.items() if name not in _TOOL_OPTIONS}
         options["response_format"] = {
             "type": "json_schema",
-            "json_schema": {"name": output_cls.__name__, "schema": schema, "strict": False},
+            "json_schema": {"name": output_cls.__name__, "schema": wanted.schema, "strict": False},
         }
         if self.metadata.is_chat_model:
             return "chat", messages, options
         assert self.messages_to_prompt is not None  # set by the base class
-        instruction = ChatMessage(content=_INSTRUCTION.format(schema=json.dumps(schema, ensure_ascii=False)))
+        instruction = ChatMessage(content=_INSTRUCTION.format(schema=wanted.schema_text))
         return "complete", self.messages_to_prompt([*messages, instruction]), {"formatted": True, **options}
 
     def _correction(self, output_cls: type[BaseModel], method: str, argument: Any, response: Response) -> Any:
