@@ -7,7 +7,13 @@ import pytest
 from tests.support.chat import dialogue
 from tests.support.templates import template
 from zsmerge_llm.retrieval.passage_search import PassageSearch
-from zsmerge_llm.retrieval.personal_facts import MAX_MESSAGE_WORDS, asked_about, asks_about_self, find_facts
+from zsmerge_llm.retrieval.personal_facts import (
+    MAX_MESSAGE_WORDS,
+    asked_about,
+    asks_about_self,
+    asks_what_was_said,
+    find_facts,
+)
 from zsmerge_llm.types import Message
 
 FILLER = "Rain fell on the quiet village all day long."
@@ -43,10 +49,40 @@ def test_a_short_question_in_the_first_person_asks_for_what_its_user_has_said(qu
         "How many user roles and security features did I want in the portal?",
         "What do you think of my plan?",
         "What was my first question?",
+        "Tell me about Norway.",
     ],
 )
 def test_one_for_advice_or_about_anything_else_does_not_nor_does_one_that_a_search_can_answer(question: str) -> None:
     assert not asks_about_self(question)
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("How long did I say the entire project is expected to take?", True),
+        ("How did you recommend managing the flow of requests?", True),
+        ("Which hotel was it that you've suggested?", True),
+        ("Remind me, when does the train leave?", True),
+        ("What came up about taxes in our discussion?", True),
+        ("Have I obtained a key for this service?", True),
+        ("What is the total cost of renovating my kitchen?", True),
+        ("What is the capital of Norway?", False),
+        ("How should I organize the different parts of a page?", False),
+        ("Could you show me how to write a login form?", False),
+        ("Tell me about the Vikings.", False),
+        ("Did the captain say when they will leave?", False),
+    ],
+)
+def test_what_the_user_or_the_model_has_said_or_done_stands_in_the_conversation(question: str, expected: bool) -> None:
+    assert asks_what_was_said(question) == expected
+
+
+def test_a_question_for_what_was_said_finds_it_in_other_words() -> None:
+    plan = "The project is estimated to take three sprints of two weeks each."
+    messages = chat(plan, "The harbour is deep.", "Lisbon has seven hills.")
+    assert plan in augmented(messages, "How long did I say the entire renovation project is expected to last?")
+    other = "How long is the entire renovation project of Stockholm castle expected to last?"
+    assert augmented(messages, other) == other
 
 
 def test_what_it_is_about_are_its_content_words_or_what_is_meant() -> None:

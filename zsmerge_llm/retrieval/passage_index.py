@@ -34,6 +34,7 @@ from zsmerge_llm.retrieval.passages import (
     opening_date,
     split_spans,
 )
+from zsmerge_llm.retrieval.personal_facts import asks_what_was_said
 from zsmerge_llm.retrieval.questions import Query, asks_for_list, subject
 from zsmerge_llm.retrieval.recency import asked_time, asks_for_state, in_time, without_time
 from zsmerge_llm.retrieval.similarity_index import SimilarityIndex
@@ -254,11 +255,13 @@ class PassageIndex:
     def rank(self, question: str, count: int | None = None) -> list[int]:
         """Return which of the first `count` passages (None: of all) say most of what a question asks for, best first.
 
-        Where words find nothing, there is none: meaning does not tell a question about another text. Else a passage's
-        score is the sum of its shares of the best one by words and of the best one by meaning.
+        Where words find nothing, there is none: meaning does not tell a question about another text. But one for what
+        was said in the conversation is about this one, however few words it shares. A passage's score is the sum of its
+        shares of the best one by words and of the best one by meaning.
         """
+        min_shared = 0.0 if asks_what_was_said(question) else MIN_SHARED
         factor, question = FOR_LIST if asks_for_list(question) else 1.0, subject(question)
-        by_words = self.rank_by_words(question, count)
+        by_words = self.rank_by_words(question, count, min_shared)
         if self._similar is None or not by_words:
             near = [number for number, score in by_words if score >= factor * NEAR_BY_WORDS * by_words[0][1]]
             return self._in_time(near, question)
@@ -288,10 +291,12 @@ class PassageIndex:
             return in_time(ranked, alike, time)
         return list(dict.fromkeys([ranked[0], max([ranked[0], *alike]), *ranked]))
 
-    def rank_by_words(self, question: str, count: int | None = None) -> list[tuple[int, float]]:
+    def rank_by_words(
+        self, question: str, count: int | None = None, min_shared: float = MIN_SHARED
+    ) -> list[tuple[int, float]]:
         """Return those of the first `count` passages that share enough with a question, the best first.
 
-        Each with its BM25 score.
+        Each with its BM25 score. min_shared: as `MIN_SHARED`.
         """
         sought = sorted(set(query_terms(question)))
         if not sought or count == 0 or not self._total:
@@ -304,14 +309,14 @@ class PassageIndex:
             shared[numbers] += rarity
             if len(numbers) or term in needed:
                 weights.append(rarity if len(numbers) else UNKNOWN_WEIGHT * rarity)
-        least = MIN_SHARED * sum(sorted(weights)[-MAX_TERMS:])
+        least = min_shared * sum(sorted(weights)[-MAX_TERMS:])
         for term in identifiers(question):  # one that all passages have weighs nothing, and yet they are about it
             named, _ = self._passages_with(term)
             shared[named] = np.maximum(shared[named], least)
         scores, shared = self._scores(found)[:count], shared[:count]
         if max(shared[at] for at in _highest(scores, TOP)) < least:
             return []
-        enough = np.flatnonzero(shared >= least / 2)
+        enough = np.flatnonzero((shared >= least / 2) & (shared > 0))
         ranked = enough[np.argsort(-scores[enough], kind="stable")]
         return list(zip(ranked.tolist(), scores[ranked].tolist(), strict=True))
 

@@ -19,6 +19,8 @@ MAX_MESSAGE_WORDS = 200
 """A longer message is a text to work on, perhaps somebody else's."""
 MAX_WORDS = 30
 FIRST_PERSON = re.compile(r"\b(?:I|my|mine|me|myself|our|ours|we|us)\b", re.IGNORECASE)
+TELL_ME = re.compile(r"\btell me\b", re.IGNORECASE)
+"""How a question begins that may be about anybody."""
 ASKS_FOR_FACT = re.compile(
     r"^\W*(?:(?:and|so|but|hi|hello|hey|ok|okay|please|now|by the way|quick question)\b\W*)*"
     r"(?:what|who|whom|whose|where|when|which|how (?:old|many|much|long|tall|often|far)|since when"
@@ -35,6 +37,14 @@ ASKS_FOR_ADVICE = re.compile(
     re.IGNORECASE,
 )
 """Words of one that asks how to do something, or what to do."""
+ASKS_WHAT_WAS_SAID = re.compile(
+    r"\b(?:(?:did|have|had)(?:n['\u2019]t)? (?:I|we|you)|(?:was|were) (?:I|we|you|my|our)|remind me"
+    r"|(?:I|we|you)(?:['\u2019]ve|['\u2019]d| have| had)? (?:\w+ )?"
+    r"(?:said|told|mentioned|asked|wrote|discussed|talked|agreed|decided|recommended|suggested|described|explained)"
+    r"|(?:do|can) you (?:still )?(?:remember|recall)|(?:this|our) (?:conversation|chat|discussion))\b",
+    re.IGNORECASE,
+)
+"""Words of a question for what the user or the model has said or done."""
 IDIOMS = (
     (re.compile(r"\bwho (?:am I|I am)\b|\bI called\b|\bcall me\b", re.IGNORECASE), "name"),
     (re.compile(r"\bdo (?:I|we) do\b|\bfor a living\b", re.IGNORECASE), "work job"),
@@ -56,19 +66,24 @@ NO_FACT = re.compile(
 
 def asks_about_self(question: str) -> bool:
     """Return whether a user's question is for something that he has said of himself."""
-    return bool(
-        ASKS_FOR_FACT.match(question)
-        and FIRST_PERSON.search(question)
-        and not ASKS_FOR_ADVICE.search(question)
-        and not asks_for_start(question)
-        and len(_told(question)) <= MAX_CONTENT_WORDS
-    )
+    return _is_personal(question) and not asks_for_start(question) and len(_told(question)) <= MAX_CONTENT_WORDS
+
+
+def asks_what_was_said(question: str) -> bool:
+    """Return whether a question is for something that a conversation must have had, in whatever words."""
+    return bool(ASKS_WHAT_WAS_SAID.search(question)) or _is_personal(question)
 
 
 def asked_about(question: str) -> str:
     """Return the words that tell what such a question is about."""
     meant = [words for phrase, words in IDIOMS if phrase.search(question)]
     return " ".join([*meant, *_told(question)]) or question
+
+
+def _is_personal(question: str) -> bool:
+    """Return whether a question is for a fact about its user."""
+    asks = ASKS_FOR_FACT.match(question) and FIRST_PERSON.search(TELL_ME.sub("", question))
+    return bool(asks and not ASKS_FOR_ADVICE.search(question))
 
 
 def _told(question: str) -> list[str]:
