@@ -286,7 +286,7 @@ class PassageIndex:
             numbers, _ = self._passages_with(term)
             said[numbers] += self._rarity(len(numbers))
         least = ALIKE_SHARE * max(said[number] for number in ranked[:TOP])
-        alike = [number for number in ranked if said[number] >= least]
+        alike = {number for number in ranked if said[number] >= least}
         if time:
             return in_time(ranked, alike, time)
         return list(dict.fromkeys([ranked[0], max([ranked[0], *alike]), *ranked]))

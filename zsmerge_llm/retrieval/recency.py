@@ -47,6 +47,11 @@ def asks_for_state(question: str) -> bool:
 
 
 def in_time(ranked: Sequence[int], alike: Collection[int], time: Time) -> list[int]:
-    """Return ranked passages with the few newest or oldest of those that are alike at the front."""
+    """Return ranked passages with the few newest or oldest of those that are alike at the front.
+
+    The others of these are left out, but for the best one: a small model that reads a dozen values takes any of them.
+    """
     first = sorted(alike, reverse=time == "newest")[:AT_FRONT]
-    return list(dict.fromkeys([*first, *ranked]))
+    kept = [*first, ranked[0]]
+    others = (number for number in ranked if number not in alike)
+    return list(dict.fromkeys([*kept, *others]))
