@@ -52,6 +52,6 @@ def in_time(ranked: Sequence[int], alike: Collection[int], time: Time) -> list[i
     The others of these are left out, but for the best one: a small model that reads a dozen values takes any of them.
     """
     first = sorted(alike, reverse=time == "newest")[:AT_FRONT]
-    kept = [*first, ranked[0]]
+    kept = [*first, *ranked[:1]]
     others = (number for number in ranked if number not in alike)
     return list(dict.fromkeys([*kept, *others]))
